@@ -1,0 +1,1 @@
+"""What every command shares: its config, its one-sentence errors, its progress, its files."""

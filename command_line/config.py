@@ -1,0 +1,130 @@
+"""From `--config=file.py --config.key=value` to a frozen dataclass, or one sentence that says what is wrong.
+
+A command's main function takes dataclasses only; `ml_collections` stays at this edge (docs/style: "run config").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+T = TypeVar("T")
+
+# What a user can cause: these are shown as one sentence, anything else is a bug and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, KeyError, TypeError, flags.Error, ImportError)
+
+
+class ConfigError(ValueError):
+    """A config that names an unknown key or holds a value of the wrong type."""
+
+
+def load(argv: Sequence[str], default: str | None = None) -> config_dict.ConfigDict:
+    """Reads `--config=PATH[:ARGUMENT]` and its `--config.key=value` overrides out of `argv` (program name excluded)."""
+    arguments = list(argv)
+    if not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        if default is None:
+            raise ConfigError("no config was given: pass --config=configs/NAME.py")
+        arguments.insert(0, f"--config={default}")
+    path = next(a for a in arguments if a.startswith("--config")).partition("=")[2] or arguments[1]
+    if not Path(path.partition(":")[0]).is_file():
+        raise ConfigError(f"config file {path!r} does not exist: pass --config=configs/NAME.py")
+    values = flags.FlagValues()
+    program = ["command", *arguments]
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=program)
+    try:
+        rest = values(program)[1:]
+        config = values.config
+    except (AttributeError, KeyError) as error:
+        raise ConfigError(_unknown_key(arguments, path, error)) from error
+    except flags.Error as error:
+        raise ConfigError(f"the command line cannot be read: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"a value of the wrong type: {error}") from error
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}: every setting is written --config.KEY=VALUE")
+    return config
+
+
+def build(cls: type[T], config: config_dict.ConfigDict | dict[str, Any], where: str = "config") -> T:
+    """Turns a config into the frozen dataclass `cls`, nested ones included.
+
+    Raises:
+      ConfigError: an unknown or missing key, or a value of the wrong type; the sentence names its full path.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    for key in config:
+        if key not in fields:
+            raise ConfigError(f"unknown key {where}.{key}{_suggest(key, fields)}")
+    kwargs = {}
+    for name, field in fields.items():
+        if name in config:
+            kwargs[name] = _convert(hints[name], config[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{name} is missing")
+    return cls(**kwargs)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a command: user errors become one sentence on stderr and exit status 2, Ctrl-C becomes 130."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except USER_ERRORS as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        print(f"error: {text or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        for option in inner[:-1]:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        return _convert(inner[-1], value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, (dict, config_dict.ConfigDict)):
+            raise ConfigError(f"{where} is {value!r}, expected a group of keys")
+        return build(typing.cast(type, hint), value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where} is {value!r}, expected one of {', '.join(map(repr, args))}")
+        return value
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} is {value!r}, expected a list")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Any or type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where} is {value!r} ({type(value).__name__}), expected {expected}")
+
+
+def _suggest(key: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f": did you mean {near[0]!r}?" if near else f": known keys are {', '.join(sorted(known))}"
+
+
+def _unknown_key(arguments: Sequence[str], path: str, error: Exception) -> str:
+    keys = [a.partition("=")[0].removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    detail = str(error).strip('"').splitlines()[0] if str(error) else type(error).__name__
+    return f"{path} has no key that fits {', '.join(keys) or 'its own code'} ({detail})"

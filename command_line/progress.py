@@ -1,0 +1,61 @@
+"""One progress line for every long step: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts `unit`s towards `total`; `note` is a short text beside the count (a loss, say)."""
+
+    def __init__(self, name: str, total: int, unit: str, done: int = 0):
+        self._name, self._total, self._unit = name, total, unit
+        self._done, self._first = done, done
+        self._start = self._last = time.monotonic()
+        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, smoothing=0.1)
+        self._bar.disable = not sys.stderr.isatty()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done += count
+        if not self._bar.disable:
+            self._bar.update(count)
+            self._bar.set_postfix_str(note, refresh=False)
+        elif time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self._print(note)
+
+    def close(self, note: str = "") -> None:
+        if self._bar.disable:
+            self._print(note)
+        self._bar.close()
+
+    def _print(self, note: str) -> None:
+        elapsed = time.monotonic() - self._start
+        rate = (self._done - self._first) / max(elapsed, 1e-9)
+        left = (self._total - self._done) / rate if rate > 0 else float("inf")
+        ends = "done in " + _clock(elapsed) if self._done >= self._total else _clock(left) + " left"
+        text = f"{self._name}: {self._done}/{self._total} {self._unit}, {rate:.2f} {self._unit}/s, {ends}"
+        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Says that a step of unknown length begins, and how long it took."""
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    yield
+    print(f"{name}: {_clock(time.monotonic() - start)}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "unknown time"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
