@@ -1,0 +1,202 @@
+"""A cartridge: p key/value slots per layer that stand in for a text (arXiv 2506.06266), and its file.
+
+Keys are stored after RoPE (and after Qwen's k-norm) as if the slots stood at positions 0…p-1; a token that is i-th in
+its own sequence is rotated at p + i (design §3). This is the convention of upstream, PEFT and Tokasaurus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from command_line import files
+
+if TYPE_CHECKING:
+    from cartridges_jax.models.config import ModelConfig
+    from cartridges_jax.models.language_model import LanguageModel
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a cartridge comes from. Hashable, so that it may ride along through `jit` as a static field."""
+
+    model: str = ""
+    model_config: str = ""  # JSON of the ModelConfig, RoPE settings included
+    weights_hash: str = ""
+    tokenizer_hash: str = ""
+    corpus_hash: str = ""
+    recipe: str = ""  # how the slots came to be, for people
+    training_tokens: int = 0
+    training_flops: float = 0.0
+    evaluation: str = ""  # JSON of the evaluation's table
+
+    @classmethod
+    def of(cls, model: LanguageModel, corpus: str, recipe: str) -> Provenance:
+        return cls(
+            model=model.name,
+            model_config=json.dumps(dataclasses.asdict(model.config), sort_keys=True),
+            weights_hash=model.fingerprint,
+            tokenizer_hash=model.tokenizer.fingerprint,
+            corpus_hash=hashlib.sha256(corpus.encode()).hexdigest(),
+            recipe=recipe,
+        )
+
+
+@flax.struct.dataclass
+class Cartridge:
+    keys: Float[Array, "l p k h"]
+    values: Float[Array, "l p k h"]
+    bias: Float[Array, "l p k"] | None = None  # log-weight added to each slot's attention score; None means zero
+    num_frozen: int = flax.struct.field(pytree_node=False, default=1)  # leading slots that training never moves
+    provenance: Provenance = flax.struct.field(pytree_node=False, default=Provenance())  # noqa: RUF009 (frozen)
+
+    @property
+    def num_slots(self) -> int:
+        """p."""
+        return self.keys.shape[1]
+
+    @property
+    def prefix(self) -> tuple[Array, Array, Array | None]:
+        """What attention takes, layer axis first."""
+        return self.keys, self.values, self.bias
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the slots as they are held here (float32 or the model's dtype)."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def checked(self, config: ModelConfig) -> Cartridge:
+        """Itself, if its shapes fit the model.
+
+        Raises:
+          ValueError: other layers, kv heads or head size, or shapes that do not belong together.
+        """
+        l, p, k, h = self.keys.shape if self.keys.ndim == 4 else (0, 0, 0, 0)
+        expected = (config.num_layers, p, config.num_kv_heads, config.head_dim)
+        if (l, p, k, h) != expected or self.values.shape != self.keys.shape:
+            raise ValueError(
+                f"the cartridge's keys are {self.keys.shape} and values {self.values.shape}, "
+                f"expected {expected} as [layers, slots, kv heads, head size] of this model: use the model it was made for"
+            )
+        if self.bias is not None and self.bias.shape != (l, p, k):
+            raise ValueError(f"the cartridge's bias is {self.bias.shape}, expected {(l, p, k)}")
+        if not 0 <= self.num_frozen <= p:
+            raise ValueError(f"num_frozen is {self.num_frozen}, expected 0 to the number of slots, {p}")
+        return self
+
+    @classmethod
+    def from_text(
+        cls, model: LanguageModel, text: str, num_tokens: int | None = None, num_frozen: int = 1
+    ) -> Cartridge:
+        """The keys and values of the first `num_tokens` tokens of `text` (all of them by default): the lossless control.
+
+        Raises:
+          ValueError: the text has no token, or more than the model's window.
+        """
+        tokens = model.tokenizer.encode(text, add_special_tokens=True)[:num_tokens]
+        return cls.from_tokens(
+            model, tokens, num_frozen, Provenance.of(model, text, f"text, first {len(tokens)} tokens")
+        )
+
+    @classmethod
+    def from_tokens(
+        cls, model: LanguageModel, tokens: Sequence[int], num_frozen: int = 1, provenance: Provenance | None = None
+    ) -> Cartridge:
+        """The keys and values of these tokens at positions 0…p-1."""
+        if not tokens:
+            raise ValueError("the text has no tokens: a cartridge needs at least one")
+        if len(tokens) > model.config.window:
+            raise ValueError(
+                f"{len(tokens)} tokens exceed {model.name}'s window of {model.config.window}: cut the text"
+            )
+        # padded on the right to a multiple, which causality hides, so that similar lengths share one compiled program
+        padded_t = np.zeros(math.ceil(len(tokens) / 64) * 64, np.int32)
+        padded_t[: len(tokens)] = tokens
+        keys_lpkh, values_lpkh = (a[:, : len(tokens)] for a in _keys_and_values(model.config)(model.params, padded_t))
+        provenance = provenance or Provenance.of(model, "", "tokens")
+        cartridge = cls(
+            keys_lpkh.astype(jnp.float32),
+            values_lpkh.astype(jnp.float32),
+            None,
+            min(num_frozen, len(tokens)),
+            provenance,
+        )
+        return cartridge.checked(model.config)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `cartridge.safetensors`: keys, values, optional bias, and a JSON header. Whole or not at all."""
+        arrays = {"keys": self.keys, "values": self.values} | ({} if self.bias is None else {"bias": self.bias})
+        header = {"format_version": FORMAT_VERSION, "num_frozen": self.num_frozen}
+        header |= dataclasses.asdict(self.provenance)
+        with files.atomic(path) as temporary:
+            tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: LanguageModel | None = None) -> Cartridge:
+        """Reads a file that `save` wrote; with `model`, refuses one that was made for another model.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: not a whole cartridge file, a newer format, or another model's, both sides shown.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{os.fspath(path)} does not exist: expected a cartridge.safetensors file")
+        try:
+            with safe_open(os.fspath(path), framework="numpy") as reader:
+                header = json.loads((reader.metadata() or {})["cartridge"])
+                arrays = {name: jnp.asarray(reader.get_tensor(name)) for name in reader.keys()}  # noqa: SIM118
+            keys, values = arrays["keys"], arrays["values"]
+            version, num_frozen = header.pop("format_version"), header.pop("num_frozen")
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a whole cartridge file ({error!r}): make it again") from error
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{os.fspath(path)} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade"
+            )
+        if not all(bool(jnp.isfinite(array).all()) for array in arrays.values()):
+            raise ValueError(
+                f"{os.fspath(path)} holds values that are not finite: its training diverged, train it again"
+            )
+        known = {f.name for f in dataclasses.fields(Provenance)}
+        provenance = Provenance(**{k: v for k, v in header.items() if k in known})
+        cartridge = cls(keys, values, arrays.get("bias"), num_frozen, provenance)
+        if model is not None:
+            _check_provenance(provenance, model, os.fspath(path))
+            cartridge.checked(model.config)
+        return cartridge
+
+
+@functools.cache
+def _keys_and_values(config: ModelConfig) -> Any:
+    from cartridges_jax.models.transformer import keys_and_values
+
+    return jax.jit(functools.partial(keys_and_values, config=config))
+
+
+def _check_provenance(found: Provenance, model: LanguageModel, path: str) -> None:
+    expected = Provenance.of(model, "", "")
+    for field, meaning in (("weights_hash", "weights"), ("tokenizer_hash", "tokenizer")):
+        theirs, ours = getattr(found, field), getattr(expected, field)
+        if theirs and theirs != ours:
+            raise ValueError(
+                f"{path} was made for {found.model} ({meaning} {theirs[:12]}…), not for {expected.model} "
+                f"({meaning} {ours[:12]}…): load the model it was made for"
+            )

@@ -1,0 +1,167 @@
+"""From self-study conversations to packed, fixed-shape rows, deterministic from (seed, step).
+
+A conversation is laid out by the model's chat template; the context is never part of it. Answers keep the ids that the
+teacher sampled, since its log-probabilities belong to them; everything else is encoded as a server would encode it.
+Rows are addressed by their index, so that the data position of a run is its step and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from cartridges_jax.losses import Batch
+from cartridges_jax.tokenizer import Tokenizer
+from synth.conversation import Conversation, Message, iterate
+
+OPEN_ROWS = 64  # rows that packing may still add to; more of them fill better and cost more comparisons
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation. Entry e says: at position `target_index[e]`, token `target_ids[e]` comes next with log-probability…
+
+    Positions are those that predict, one before the token they are about (targets of design §9).
+    """
+
+    tokens: np.ndarray  # [t] int32
+    target_index: np.ndarray  # [e] int32, ascending
+    target_ids: np.ndarray  # [e] int32
+    target_logprobs: np.ndarray  # [e] float32
+
+
+def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
+    """Reads a dataset of `synth` and lays every conversation out.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, a damaged one, or one without a single teacher log-probability.
+    """
+    examples = [example_of(conversation, tokenizer) for conversation in iterate(path)]
+    if not any(len(example.target_index) for example in examples):
+        raise ValueError(f"{path} holds no teacher log-probabilities: synthesize with top_logprobs above 0")
+    return [example for example in examples if len(example.target_index)]
+
+
+def example_of(conversation: Conversation, tokenizer: Tokenizer) -> Example:
+    """Tokens of a conversation as the model will see them behind a cartridge, and the teacher's targets in them."""
+    frames = _frames(conversation.messages, tokenizer)
+    tokens = list(frames[0])
+    index, ids, logprobs = [], [], []
+    for i, message in enumerate(conversation.messages):
+        start = len(tokens)
+        if message.top_logprobs is None or message.token_ids is None:
+            tokens += tokenizer.encode(message.content)
+        else:
+            tokens += message.token_ids
+            index.append(np.asarray(message.top_logprobs.token_idx, np.int32) + start - 1)
+            ids.append(np.asarray(message.top_logprobs.token_id, np.int32))
+            logprobs.append(np.asarray(message.top_logprobs.logprobs, np.float32))
+        if i + 1 < len(conversation.messages):
+            frame = frames[i + 1]
+            # an answer that ended by itself brings its end-of-turn token along; one that was cut gets the frame's
+            tokens += frame[1:] if frame and tokens[-1] == frame[0] and frame[0] in tokenizer.stop_ids else frame
+    empty = [np.zeros(0, np.int32)]
+    return Example(
+        np.asarray(tokens, np.int32),
+        np.concatenate(index or empty),
+        np.concatenate(ids or empty),
+        np.concatenate(logprobs or [np.zeros(0, np.float32)]),
+    )
+
+
+def _frames(messages: Sequence[Message], tokenizer: Tokenizer) -> list[list[int]]:
+    """What the chat template puts before, between and after the contents of messages, as ids."""
+    marks = [f"\N{SYMBOL FOR NULL}{i}\N{SYMBOL FOR NULL}" for i in range(len(messages))]
+    marked = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    rest = tokenizer.render_chat(marked, add_generation_prompt=False)
+    frames = []
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        if not found:
+            raise ValueError("the model's chat template leaves out a message: its conversations cannot be laid out")
+        frames.append(tokenizer.encode(before))
+    return [*frames, tokenizer.encode(rest)]
+
+
+def pack(lengths: Sequence[int], seq_len: int, order: Sequence[int]) -> list[list[int]]:
+    """First-fit packing, in `order`: which examples share a row of `seq_len`. No example is split."""
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, list[int]]] = []  # room left and members
+    for i in order:
+        length = min(lengths[i], seq_len)
+        for slot, (room, members) in enumerate(open_rows):
+            if length <= room:
+                members.append(i)
+                open_rows[slot] = (room - length, members)
+                break
+        else:
+            members = [i]
+            rows.append(members)
+            open_rows = [*open_rows[-(OPEN_ROWS - 1) :], (seq_len - length, members)]
+    return rows
+
+
+class PackedRows:
+    """Rows of a whole run, epoch after epoch, as a random-access source: row i is the same whenever it is asked for."""
+
+    def __init__(self, examples: Sequence[Example], seq_len: int, batch_size: int, num_epochs: int, seed: int):
+        self._examples, self._seq_len = examples, seq_len
+        self._width = max((int(np.bincount(e.target_index).max()) for e in examples), default=1)
+        lengths = [len(e.tokens) for e in examples]
+        cut = sum(length > seq_len for length in lengths)
+        if cut:
+            log.warning(
+                "%d of %d conversations are longer than seq_len %d and are cut there", cut, len(lengths), seq_len
+            )
+        self._rows: list[list[int]] = []
+        for epoch in range(num_epochs):
+            order = np.random.default_rng((seed, epoch)).permutation(len(examples))
+            self._rows += pack(lengths, seq_len, order.tolist())
+        # the last batch is filled up with the first rows, so that every batch has one shape
+        missing = -len(self._rows) % batch_size
+        self._rows += [self._rows[i % len(self._rows)] for i in range(missing)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        t, j = self._seq_len, self._width
+        out = {
+            "tokens": np.zeros(t, np.int32),
+            "segment_ids": np.zeros(t, np.int32),
+            "positions": np.zeros(t, np.int32),
+            "target_ids": np.zeros((t, j), np.int32),
+            "target_logprobs": np.zeros((t, j), np.float32),
+            "target_mask": np.zeros((t, j), bool),
+        }
+        start = 0
+        for segment, i in enumerate(self._rows[row], start=1):
+            example = self._examples[i]
+            n = min(len(example.tokens), t - start)
+            out["tokens"][start : start + n] = example.tokens[:n]
+            out["segment_ids"][start : start + n] = segment
+            out["positions"][start : start + n] = np.arange(n)
+            kept = example.target_index < n
+            index = example.target_index[kept]
+            first = np.searchsorted(index, index)  # entries of one position lie side by side
+            where = (start + index, np.arange(len(index)) - first)
+            out["target_ids"][where] = example.target_ids[kept]
+            out["target_logprobs"][where] = example.target_logprobs[kept]
+            out["target_mask"][where] = True
+            start += n
+        return out
+
+
+def batches(rows: PackedRows, batch_size: int, first_step: int) -> Iterator[Batch]:
+    """Batches from `first_step` on, prepared by threads ahead of the device."""
+    dataset = grain.MapDataset.source(rows)[first_step * batch_size :].batch(batch_size)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    for batch in dataset.to_iter_dataset(options):
+        yield Batch(**batch)

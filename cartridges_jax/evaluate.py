@@ -1,0 +1,304 @@
+"""What a cartridge is worth: `python -m cartridges_jax.evaluate --config=configs/….py`.
+
+The same questions are asked with nothing, with the cartridge, with the document's first p tokens (the initial state of
+training) and with the full document in the prompt. Every condition is a prefix of keys and values: the full document's
+is computed once and shared, which changes nothing in what the model sees (the lossless control).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import statistics
+import string
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.data import Example, PackedRows
+from cartridges_jax.losses import Batch, loss_sum
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.models.transformer import Params
+from cartridges_jax.report import table, write_report
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.generate import generate_ids
+from cartridges_jax.serving.scheduler import Prefix, SlotInput
+from command_line import files
+from command_line.config import build, load, run
+from command_line.progress import Progress
+from synth.conversation import read
+
+NLL_ROW = 512  # tokens of a packed row of questions and answers
+TIMED_TOKENS = 16  # decode steps behind the rate in the table
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    cartridge: str
+    corpus: str
+    output_dir: str
+    questions: str | None = None  # JSON lines of {"question", "answer"}
+    held_out: str | None = None  # conversations kept out of training, used when there are no questions
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    max_answer_tokens: int = 32
+    instruction: str = "{question}"  # how a question is put to the model, alike in every condition
+    document_prompt: str = "{document}"  # the system message of the full-document condition
+    num_samples: int = 3  # answers shown in the report
+
+    def __post_init__(self) -> None:
+        if (self.questions is None) == (self.held_out is None):
+            raise ValueError("set exactly one of config.questions and config.held_out: what shall be asked?")
+        if "{question}" not in self.instruction or "{document}" not in self.document_prompt:
+            raise ValueError("config.instruction needs {question} and config.document_prompt needs {document}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A way to ask: a prefix, and the chat's messages before the question."""
+
+    name: str
+    prefix: Cartridge | None
+    system: str | None = None
+
+
+def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str, Any]:
+    """Runs every condition, writes `report.json`, `report.md` and `report.png`, and returns the report.
+
+    Raises:
+      FileNotFoundError, ValueError: a missing or unusable input, or a cartridge of another model.
+    """
+    questions = read_questions(config)
+    corpus = Path(config.corpus).read_text(encoding="utf-8")
+    model = model or load_model(config.model, config.dtype)
+    cartridge = Cartridge.load(config.cartridge, model=model)
+    conditions = _conditions(config, model, corpus, cartridge)
+    progress = Progress("evaluating", len(conditions) * 3, "parts")
+    rows = []
+    for condition in conditions:
+        rows.append(_measure(condition, questions, config, model, progress))
+    progress.close()
+    report = _report(config, model, cartridge, rows)
+    write_report(Path(config.output_dir), report, Path(config.cartridge).parent / "metrics.jsonl")
+    return report
+
+
+def read_questions(config: EvalConfig) -> list[Question]:
+    """The questions of `config.questions`, or the first exchange of each held-out conversation."""
+    if config.held_out is not None:
+        return [Question(c.messages[0].content, c.messages[1].content) for c in read(config.held_out)]
+    assert config.questions is not None
+    return questions_of(config.questions)
+
+
+def questions_of(path: str | os.PathLike[str]) -> list[Question]:
+    """Reads JSON lines of {"question", "answer"}.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, no question in it, or a line that is something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} does not exist: expected one {{"question", "answer"}} a line')
+    questions = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            questions.append(Question(entry["question"].strip(), entry["answer"].strip()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path}, line {number}: expected {{"question": "…", "answer": "…"}}') from error
+    if not questions:
+        raise ValueError(f'{path} holds no question: expected one {{"question", "answer"}} a line')
+    return questions
+
+
+def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge: Cartridge) -> list[Condition]:
+    p = cartridge.num_slots
+    conditions = [
+        Condition("nothing", None),
+        Condition("first p tokens", Cartridge.from_text(model, corpus, p)),
+        Condition("cartridge", cartridge),
+    ]
+    system = config.document_prompt.replace("{document}", corpus)
+    length = len(model.tokenizer.encode(system))
+    if length + NLL_ROW <= model.config.window:
+        conditions.append(Condition("full document", None, system))
+    return conditions
+
+
+def _measure(
+    condition: Condition, questions: Sequence[Question], config: EvalConfig, model: LanguageModel, progress: Progress
+) -> dict[str, Any]:
+    prompts = [_prompt(condition, question, config, model) for question in questions]
+    prefix, tails = condition.prefix, prompts
+    if condition.system is not None:
+        shared = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else len(prompts[0]) - 1
+        prefix = Cartridge.from_tokens(model, prompts[0][:shared])
+        tails = [prompt[shared:] for prompt in prompts]
+    references = [model.tokenizer.encode(question.answer) for question in questions]
+    nll = answer_nll(model, prefix, tails, references)
+    progress.advance(note=f"{condition.name}: log-likelihood")
+    answers = generate_ids(model, [tuple(tail) for tail in tails], prefix, config.max_answer_tokens)
+    texts = [model.tokenizer.decode(answer).strip() for answer in answers]
+    progress.advance(note=f"{condition.name}: answers")
+    timing = _timing(model, condition.prefix, [prompt for prompt in prompts[: config.num_samples]])
+    progress.advance(note=f"{condition.name}: timing")
+    slots = condition.prefix.num_slots if condition.prefix else 0
+    context_tokens = slots if condition.system is None else len(model.tokenizer.encode(condition.system))
+    return {
+        "condition": condition.name,
+        "nll": nll,
+        "accuracy": statistics.mean(contains(text, q.answer) for text, q in zip(texts, questions, strict=True)),
+        "exact": statistics.mean(
+            normalized(text) == normalized(q.answer) for text, q in zip(texts, questions, strict=True)
+        ),
+        "f1": statistics.mean(token_f1(text, q.answer) for text, q in zip(texts, questions, strict=True)),
+        "context_tokens": context_tokens,
+        "kv_bytes": context_tokens * kv_bytes_per_token(model),
+        **timing,
+        "answers": [
+            {"question": q.question, "reference": q.answer, "answer": text}
+            for q, text in zip(questions, texts, strict=True)
+        ],
+    }
+
+
+def _prompt(condition: Condition, question: Question, config: EvalConfig, model: LanguageModel) -> list[int]:
+    messages = [{"role": "user", "content": config.instruction.replace("{question}", question.question)}]
+    if condition.system is not None:
+        messages.insert(0, {"role": "system", "content": condition.system})
+    return model.tokenizer.chat_ids(messages, add_generation_prompt=True)
+
+
+def answer_nll(
+    model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> float:
+    """Negative log-likelihood of the answers, in nats per answer token, each behind its prompt and the shared prefix."""
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        index = np.arange(len(answer), dtype=np.int32) + len(prompt) - 1
+        tokens = np.asarray([*prompt, *answer], np.int32)
+        examples.append(Example(tokens, index, np.asarray(answer, np.int32), np.zeros(len(answer), np.float32)))
+    longest = max(len(example.tokens) for example in examples)
+    rows = PackedRows(examples, max(NLL_ROW, longest), batch_size=1, num_epochs=1, seed=0)
+    cartridge = prefix if prefix is not None else empty_cartridge(model.config)
+    total = count = 0.0
+    for i in range(len(rows)):
+        batch = Batch(**{name: array[None] for name, array in rows[i].items()})
+        loss, targets = _loss(cartridge, model.params, batch, config=model.config)
+        total, count = total + float(loss), count + float(targets)
+    return total / count
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _loss(cartridge: Cartridge, params: Params, batch: Batch, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    return loss_sum(cartridge, params, batch, config=config, tail="drop", reduction="token")
+
+
+def empty_cartridge(config: ModelConfig) -> Cartridge:
+    """p = 0: absence is a size-0 array."""
+    zeros_l0kh = np.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), np.float32)
+    return Cartridge(jax.numpy.asarray(zeros_l0kh), jax.numpy.asarray(zeros_l0kh), None, 0)
+
+
+def _timing(model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Medians over prompts at batch size one: seconds to the first token, context included, and decoded tokens a second."""
+    held = None if prefix is None else Prefix("timed", prefix.num_slots, prefix)
+    p = 0 if held is None else held.length
+    length = p + max(map(len, prompts)) + TIMED_TOKENS
+    engine = Engine(model, 1, min(-(-length // 128) * 128, model.config.window), max_top_logprobs=1)
+    first_token, rate = [], []
+    for prompt in [prompts[0], *prompts]:  # the first run compiles
+        start = time.perf_counter()
+        engine.clear(0, held)
+        engine.prefill(0, prompt[:-1], p)
+        token, position = prompt[-1], p + len(prompt) - 1
+        sampled = engine.decode([SlotInput(0, token, position, 0.0, 1.0, 0, 0, 0)])[0]
+        first_token.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for step in range(1, TIMED_TOKENS):
+            sampled = engine.decode([SlotInput(0, sampled.token, position + step, 0.0, 1.0, 0, 0, step)])[0]
+        rate.append((TIMED_TOKENS - 1) / (time.perf_counter() - start))
+    return {
+        "seconds_to_first_token": statistics.median(first_token[1:]),
+        "decode_tokens_per_second": statistics.median(rate[1:]),
+    }
+
+
+def kv_bytes_per_token(model: LanguageModel) -> int:
+    """Bytes of one position of the cache, keys and values of all layers, in the model's dtype."""
+    c = model.config
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.params["embed"].dtype.itemsize
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation and articles, single spaces (the SQuAD convention, arXiv 1606.05250)."""
+    text = "".join(" " if ch in string.punctuation.replace(".", "") else ch for ch in text.lower())
+    text = re.sub(r"\b(a|an|the)\b", " ", re.sub(r"\.(?!\d)", " ", text).replace(",", ""))
+    return " ".join(text.split())
+
+
+def contains(text: str, answer: str) -> bool:
+    """Whether the answer's words stand in the text, in order and next to each other."""
+    return f" {normalized(answer)} " in f" {normalized(text)} "
+
+
+def token_f1(text: str, answer: str) -> float:
+    """Harmonic mean of the precision and recall of words (the SQuAD convention, arXiv 1606.05250)."""
+    ours, theirs = normalized(text).split(), normalized(answer).split()
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 0.0 if not shared else 2 * shared / (len(ours) + len(theirs))
+
+
+def gap_closed(rows: Sequence[Mapping[str, Any]], condition: str) -> float | None:
+    """(NLL nothing - NLL condition) / (NLL nothing - NLL full document); None without a full document that helps."""
+    nll = {row["condition"]: row["nll"] for row in rows}
+    if "full document" not in nll or nll["nothing"] <= nll["full document"]:
+        return None
+    return (nll["nothing"] - nll[condition]) / (nll["nothing"] - nll["full document"])
+
+
+def _report(
+    config: EvalConfig, model: LanguageModel, cartridge: Cartridge, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    for row in rows:
+        row["gap_closed"] = gap_closed(rows, row["condition"])
+    provenance = dataclasses.asdict(cartridge.provenance)
+    return {
+        "config": dataclasses.asdict(config),
+        "model": model.name,
+        "num_questions": len(rows[0]["answers"]),
+        "num_slots": cartridge.num_slots,
+        "gap_closed": gap_closed(rows, "cartridge"),
+        "provenance": {key: provenance[key] for key in ("recipe", "training_tokens", "training_flops", "weights_hash")},
+        "rows": rows,
+    }
+
+
+def main(argv: list[str]) -> int:
+    config = build(EvalConfig, load(argv))
+    report = evaluate(config)
+    print(table(report))
+    print(f"report: {Path(config.output_dir) / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""Where a cartridge starts from (design §6)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from cartridges_jax.cartridge import Cartridge, Provenance
+from cartridges_jax.models.language_model import LanguageModel
+
+STATISTICS_TOKENS = 512  # of the corpus, from which random vectors take their mean and spread
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    kind: Literal["text", "random_vectors", "pretrained"] = "text"
+    num_slots: int = 512  # p; of `pretrained`, the file decides
+    num_frozen: int = 1
+    path: str | None = None  # of `pretrained`
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 1 or not 0 <= self.num_frozen <= self.num_slots:
+            raise ValueError(
+                f"init has num_slots {self.num_slots} and num_frozen {self.num_frozen}: "
+                "expected at least one slot and num_frozen from 0 to num_slots"
+            )
+        if (self.kind == "pretrained") != (self.path is not None):
+            raise ValueError(
+                f"init.kind is {self.kind!r} and init.path {self.path!r}: a path belongs to 'pretrained' only"
+            )
+
+
+def initial_cartridge(config: InitConfig, model: LanguageModel, corpus: str, seed: int) -> Cartridge:
+    """The cartridge before training, in float32.
+
+    Raises:
+      ValueError: the corpus is shorter than `num_slots` tokens, or a pretrained file belongs to another model.
+    """
+    if config.kind == "pretrained":
+        assert config.path is not None
+        loaded = Cartridge.load(config.path, model=model)
+        return loaded.replace(num_frozen=config.num_frozen)  # type: ignore[attr-defined]
+    if config.kind == "text":
+        cartridge = Cartridge.from_text(model, corpus, config.num_slots, config.num_frozen)
+        if cartridge.num_slots < config.num_slots:
+            raise ValueError(
+                f"the corpus has {cartridge.num_slots} tokens, fewer than init.num_slots, {config.num_slots}: lower it"
+            )
+        return cartridge
+    return _random_vectors(config, model, corpus, seed)
+
+
+def _random_vectors(config: InitConfig, model: LanguageModel, corpus: str, seed: int) -> Cartridge:
+    """Gaussian slots with the mean and standard deviation that real keys and values have, per layer, head and channel."""
+    tokens = model.tokenizer.encode(corpus, add_special_tokens=True)[:STATISTICS_TOKENS]
+    real = Cartridge.from_tokens(model, tokens)
+    sink = min(config.num_frozen, real.num_slots)
+
+    def draw(key: jax.Array, real_lskh: jax.Array) -> jax.Array:
+        mean, spread = real_lskh[:, 1:].mean(1, keepdims=True), real_lskh[:, 1:].std(1, keepdims=True)
+        shape = (real_lskh.shape[0], config.num_slots, *real_lskh.shape[2:])
+        drawn = mean + spread * jax.random.normal(key, shape)
+        return drawn.at[:, :sink].set(
+            real_lskh[:, :sink]
+        )  # a random attention sink would never be repaired: it is frozen
+
+    keys, values = (
+        draw(key, real)
+        for key, real in zip(jax.random.split(jax.random.key(seed)), (real.keys, real.values), strict=True)
+    )
+    provenance = Provenance.of(model, corpus, f"random vectors, seed {seed}")
+    return Cartridge(jnp.asarray(keys), jnp.asarray(values), None, config.num_frozen, provenance)

@@ -1,0 +1,1 @@
+"""Attention kernels, each with a reference beside it."""

@@ -1,0 +1,154 @@
+"""Top-k distillation, chunked over the target positions: `[t, v]` never exists (design §6, arXiv 2506.06266 §4.2).
+
+The head is frozen, so the gradient with respect to the hidden states is all that is needed; it is computed chunk by
+chunk in the forward pass, while a chunk's logits are at hand, and the backward pass only scales it. Positions without
+a target are sorted behind the others and their chunks are not visited.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.transformer import Params, head_weights, hidden_states
+
+if TYPE_CHECKING:
+    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.models.language_model import LanguageModel
+
+CHUNK = 128  # target positions whose logits exist at one time
+
+Tail = Literal["drop", "bucket"]
+Reduction = Literal["token", "entry"]
+
+
+@flax.struct.dataclass
+class Batch:
+    """Packed rows. Targets at t are the teacher's top-k for token t+1; `target_mask` is [b, t, j] or [b, t]."""
+
+    tokens: Int[Array, "b t"]
+    segment_ids: Int[Array, "b t"]  # 0 is padding
+    positions: Int[Array, "b t"]  # 0-based per segment
+    target_ids: Int[Array, "b t j"]
+    target_logprobs: Float[Array, "b t j"]
+    target_mask: Bool[Array, "b t j"]
+
+
+def distillation_loss(
+    cartridge: Cartridge,
+    model: LanguageModel,
+    batch: Batch,
+    tail: Tail = "drop",
+    reduction: Reduction = "token",
+) -> Float[Array, ""]:
+    """Cross-entropy of the student's next token against the teacher's top-k, differentiable in the cartridge.
+
+    A target's loss is -sum_j p_j log q_j; with `tail="bucket"` plus the remaining teacher mass against the remaining
+    student mass. Averaged over target tokens, or over entries (`reduction="entry"`, the original's scale).
+    The model is frozen: no gradient flows to its parameters.
+    """
+    checked = cartridge.checked(model.config)
+    total, count = loss_sum(checked, model.params, batch, config=model.config, tail=tail, reduction=reduction)
+    return total / jnp.maximum(count, 1)
+
+
+def loss_sum(
+    cartridge: Cartridge,
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    tail: Tail,
+    reduction: Reduction,
+    remat: bool = False,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
+    if tail not in ("drop", "bucket") or reduction not in ("token", "entry"):
+        raise ValueError(f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token or entry")
+    hidden_btd = hidden_states(
+        params, batch.tokens, batch.segment_ids, batch.positions, *cartridge.prefix, config=config, remat=remat
+    )
+    mask = batch.target_mask if batch.target_mask.ndim == 3 else batch.target_mask[..., None]
+    mask_btj = jnp.broadcast_to(mask, batch.target_ids.shape).astype(bool)
+    total = top_k_cross_entropy(
+        hidden_btd.reshape(-1, config.embed_dim),
+        head_weights(params),
+        *(a.reshape(-1, a.shape[-1]) for a in (batch.target_ids, batch.target_logprobs, mask_btj)),
+        tail,
+    )
+    count = mask_btj.any(-1).sum() if reduction == "token" else mask_btj.sum()
+    return total, count.astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def top_k_cross_entropy(
+    hidden: Float[Array, "t d"],
+    head: Float[Array, "v d"],
+    ids: Int[Array, "t j"],
+    logprobs: Float[Array, "t j"],
+    mask: Bool[Array, "t j"],
+    tail: Tail,
+) -> Float[Array, ""]:
+    """The loss summed over targets. No gradient flows to `head`: it is frozen."""
+    return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=False)[0]
+
+
+def _forward(hidden: Array, head: Array, ids: Array, logprobs: Array, mask: Array, tail: Tail) -> tuple[Array, Array]:
+    return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=True)
+
+
+def _backward(tail: Tail, gradient_td: Array, cotangent: Array) -> tuple[Any, ...]:
+    return (gradient_td * cotangent.astype(gradient_td.dtype), None, None, None, None)
+
+
+top_k_cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_chunks(
+    hidden: Array, head: Array, ids: Array, logprobs: Array, mask: Array, tail: Tail, *, with_gradient: bool
+) -> tuple[Array, Array]:
+    t = hidden.shape[0]
+    chunk = min(CHUNK, t)
+    is_target_t = mask.any(-1)
+    padded = -(-t // chunk) * chunk
+    # targets first, in their order; indices past the end name a row of zeros (mode="fill") and are dropped on the way back
+    order_t = jnp.concatenate([jnp.argsort(~is_target_t, stable=True), jnp.full(padded - t, t)])
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, gradient_td = carry
+        rows_c = jax.lax.dynamic_slice(order_t, (i * chunk,), (chunk,))
+        hidden_cd, ids_cj, logprobs_cj, mask_cj = (
+            a.at[rows_c].get(mode="fill", fill_value=0) for a in (hidden, ids, logprobs, mask)
+        )
+        if not with_gradient:
+            return total + _chunk_loss(hidden_cd, head, ids_cj, logprobs_cj, mask_cj, tail), gradient_td
+        loss, gradient_cd = jax.value_and_grad(_chunk_loss)(hidden_cd, head, ids_cj, logprobs_cj, mask_cj, tail)
+        return total + loss, gradient_td.at[rows_c].set(gradient_cd, mode="drop")
+
+    chunks = -(-is_target_t.sum() // chunk)
+    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    return jax.lax.fori_loop(0, chunks, body, (jnp.zeros((), dtype), jnp.zeros_like(hidden)))
+
+
+def _chunk_loss(
+    hidden_cd: Array, head_vd: Array, ids_cj: Array, logprobs_cj: Array, mask_cj: Array, tail: Tail
+) -> Array:
+    dtype = jnp.promote_types(jnp.float32, hidden_cd.dtype)
+    logits_cv = jnp.einsum("cd,vd->cv", hidden_cd, head_vd, preferred_element_type=dtype)
+    normalizer_c = jax.nn.logsumexp(logits_cv, axis=-1)
+    teacher_cj = jnp.where(mask_cj, jnp.exp(logprobs_cj.astype(dtype)), 0)
+    student_cj = jnp.take_along_axis(logits_cv, ids_cj, axis=-1) - normalizer_c[:, None]
+    loss = -jnp.sum(teacher_cj * student_cj)
+    if tail == "bucket":
+        # the student's remaining mass from the remaining logits: 1 - sum(q) would cancel when q is close to one
+        outside_cj = jnp.where(mask_cj, ids_cj, head_vd.shape[0])  # out of range: dropped
+        rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], outside_cj].set(-jnp.inf, mode="drop")
+        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * mask_cj.any(-1)
+        loss -= jnp.sum(rest_c * (jax.nn.logsumexp(rest_cv, axis=-1) - normalizer_c))
+    return loss

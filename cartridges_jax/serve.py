@@ -1,0 +1,136 @@
+"""`python -m cartridges_jax.serve`: one model and a folder of cartridges behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import ipaddress
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from cartridges_jax.serving.server import Server
+from cartridges_jax.serving.store import CartridgeStore
+from command_line import config, progress
+
+DEFAULT_FOLDER = "cartridges"
+
+
+def main(argv: list[str]) -> int:
+    args = _arguments(argv)
+    folder = _folder(args.cartridges)
+    api_key = _read_key(args.api_key_file)
+    # Taken before the model is loaded, which may take a minute: a port in use is better known at once.
+    with bind(args.host, args.port) as sock:
+        if api_key is None and not _is_loopback(sock):
+            print(f"warning: {args.host} can be reached from other machines, without an API key", file=sys.stderr)
+        server, name = _load(args, folder, api_key)
+        host, port = sock.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        ready = f"ready: {url} (model {name}, {args.slots} slots of {args.max_length} positions)"
+        return asyncio.run(run(server, sock, ready))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A TCP socket on the first address of `host`; port 0 picks a free one.
+
+    Raises:
+      OSError: the port is in use, or the host is not an address of this machine.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise OSError(f"{host!r} is not an address of this machine ({error.strerror}): try --host=127.0.0.1") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)  # without it a second server could bind the port too, and fail only later
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} of {host} is in use: choose another with --port, or --port=0") from error
+        raise OSError(f"cannot listen on port {port} of {host}: {error.strerror}") from error
+    return sock
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m cartridges_jax.serve", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m", help="a known name, a Hub id, a folder or a .gguf file")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--cartridges", help=f"folder of cartridges (default: {DEFAULT_FOLDER})")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free one")
+    parser.add_argument("--slots", type=int, default=16, help="requests that are answered at the same time")
+    parser.add_argument("--max-length", type=int, default=2048, help="cartridge, prompt and answer of one request")
+    parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for a slot")
+    parser.add_argument("--api-key-file", type=Path, help="file with the key that clients must send")
+    parser.add_argument("--warmup", action="store_true", help="compile before the first request instead of at it")
+    args = parser.parse_args(argv)
+    for name, low, high in (("port", 0, 65535), ("slots", 1, 4096), ("max_length", 2, 1 << 20), ("max_queue", 0, 4096)):
+        value = getattr(args, name)
+        if not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
+    return args
+
+
+def _folder(given: str | None) -> Path:
+    if given is not None and not Path(given).is_dir():
+        raise ValueError(f"--cartridges is {given!r}, which is not a folder: create it, or leave the option out")
+    return Path(given or DEFAULT_FOLDER)
+
+
+def _read_key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    key = path.read_text(encoding="utf-8").strip()
+    if not key:
+        raise ValueError(f"--api-key-file={path} is empty: write the key into it")
+    return key
+
+
+def _is_loopback(sock: socket.socket) -> bool:
+    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _load(args: argparse.Namespace, folder: Path, api_key: str | None) -> tuple[Server, str]:
+    import cartridges_jax as cj
+    from cartridges_jax.serving.engine import Engine
+
+    with progress.stage(f"loading {args.model}"):
+        model = cj.load_model(args.model, dtype=args.dtype)
+        engine = Engine(model, num_slots=args.slots, max_length=args.max_length, max_top_logprobs=20)
+    if args.warmup:
+        with progress.stage("compiling"):
+            engine.warmup()
+
+    def load(path: Path) -> cj.Cartridge:
+        return cj.Cartridge.load(path, model=model)
+
+    store = CartridgeStore(folder, load)
+    return Server(engine, model.tokenizer, store, model.name, max_queue=args.max_queue, api_key=api_key), model.name
+
+
+async def run(server: Server, sock: socket.socket, ready: str) -> int:
+    """Serves until SIGTERM or Ctrl-C (0) or until the engine fails (1)."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    runner = await server.start(sock)
+    waits = [asyncio.create_task(stop.wait()), asyncio.create_task(server.failed())]
+    print(ready, flush=True)
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await runner.cleanup()
+    print("stopped" if stop.is_set() else "error: the engine failed, see above", file=sys.stderr)
+    return 0 if stop.is_set() else 1
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,81 @@
+"""Offline generation: the server's scheduler and engine, driven until every prompt has its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.scheduler import Event, Prefix, Request, Scheduler, Token
+
+if TYPE_CHECKING:
+    from cartridges_jax.cartridge import Cartridge
+
+MAX_SLOTS = 16
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    cartridge: Cartridge | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Continues each prompt, taken as it is (no chat template), behind the cartridge's slots.
+
+    Returns:
+      The continuations without stop tokens, in the order of the prompts.
+
+    Raises:
+      ValueError: a prompt without tokens, or one that does not fit the model's window with its answer and the slots.
+    """
+    ids = [tuple(model.tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
+    answers = generate_ids(model, ids, cartridge, max_tokens, temperature, top_p, seed)
+    return [model.tokenizer.decode(answer) for answer in answers]
+
+
+def generate_ids(
+    model: LanguageModel,
+    prompts: Sequence[tuple[int, ...]],
+    cartridge: Cartridge | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """`generate` on token ids, stop tokens left out."""
+    if not prompts:
+        return []
+    if not all(prompts):
+        raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens: expected at least one")
+    prefix = None if cartridge is None else Prefix("cartridge", cartridge.num_slots, cartridge)
+    p = 0 if prefix is None else prefix.length
+    longest = p + max(map(len, prompts)) + max_tokens
+    if longest > model.config.window:
+        raise ValueError(
+            f"{p} slots, a prompt of {max(map(len, prompts))} tokens and an answer of {max_tokens} exceed "
+            f"{model.name}'s window of {model.config.window}: shorten one of them"
+        )
+    max_length = min(-(-longest // 128) * 128, model.config.window)  # few sizes, so few compilations
+    engine = Engine(model, min(MAX_SLOTS, len(prompts)), max_length, max_top_logprobs=1)
+    stop_ids = model.tokenizer.stop_ids
+    requests = [
+        Request(str(i), prompt, prefix, max_tokens, temperature, top_p, seed=seed + i, stop_ids=stop_ids)
+        for i, prompt in enumerate(prompts)
+    ]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for event in run(Scheduler(engine, max_queue=len(requests)), requests):
+        if isinstance(event, Token) and event.sampled.token not in stop_ids:
+            answers[int(event.id)].append(event.sampled.token)
+    return answers
+
+
+def run(scheduler: Scheduler, requests: Sequence[Request]) -> Iterator[Event]:
+    """Submits every request and yields the events until none is left."""
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.has_work:
+        yield from scheduler.step()

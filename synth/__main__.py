@@ -1,0 +1,20 @@
+"""`python -m synth --config=configs/NAME.py`: makes a dataset of conversations about a text."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from command_line import config
+from synth.config import SynthConfig
+from synth.pipeline import synthesize
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    asyncio.run(synthesize(config.build(SynthConfig, config.load(argv))))
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)

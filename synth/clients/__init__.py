@@ -1,0 +1,1 @@
+"""Inference servers, seen as one coroutine: messages in, a completion out."""

@@ -1,0 +1,255 @@
+"""The record that synthesis writes and training reads, and its Parquet layout.
+
+Columns and types are upstream's (HazyResearch/cartridges), so files pass both ways; only `metadata` is a JSON string
+here, because a struct whose lists happen to be empty has no type that a later file could agree with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from command_line import files
+
+COLUMNS = ("messages", "system_prompt", "metadata", "type")
+MESSAGE_FIELDS = ("content", "role", "token_ids", "top_logprobs")
+TOP_LOGPROBS_FIELDS = ("token_idx", "token_id", "logprobs", "shape")
+ROWS_PER_GROUP = 1024
+
+SCHEMA = pa.schema(
+    [
+        (
+            "messages",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("content", pa.string()),
+                        ("role", pa.string()),
+                        ("token_ids", pa.list_(pa.int64())),
+                        (
+                            "top_logprobs",
+                            pa.struct(
+                                [
+                                    ("token_idx", pa.list_(pa.int64())),
+                                    ("token_id", pa.list_(pa.int32())),
+                                    ("logprobs", pa.list_(pa.float32())),
+                                    ("shape", pa.list_(pa.int64())),
+                                ]
+                            ),
+                        ),
+                    ]
+                )
+            ),
+        ),
+        ("system_prompt", pa.string()),
+        ("metadata", pa.string()),
+        ("type", pa.string()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TopLogprobs:
+    """Entry i: for position `token_idx[i]` of its message's `token_ids`, `token_id[i]` had `logprobs[i]`."""
+
+    token_idx: np.ndarray  # int64, 0-based inside the message
+    token_id: np.ndarray  # int32
+    logprobs: np.ndarray  # float32
+    shape: tuple[int, int]  # (rows, k) before entries were dropped
+
+    def __post_init__(self):
+        for name, dtype in (("token_idx", np.int64), ("token_id", np.int32), ("logprobs", np.float32)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
+        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
+        if not len(self.token_idx) == len(self.token_id) == len(self.logprobs):
+            raise ValueError(
+                f"top_logprobs has {len(self.token_idx)} token_idx, {len(self.token_id)} token_id and "
+                f"{len(self.logprobs)} logprobs, expected as many of each"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TopLogprobs) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in TOP_LOGPROBS_FIELDS
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    content: str
+    role: str  # user, assistant or system
+    token_ids: tuple[int, ...] | None = None
+    top_logprobs: TopLogprobs | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    system_prompt: str
+    metadata: dict[str, Any]
+    type: str | None = None
+
+
+def flatten(rows: Sequence[Sequence[tuple[int, float]]], min_prob_mass: float = 0.99) -> TopLogprobs:
+    """Keeps each row's most likely (token id, logprob) pairs until their mass reaches `min_prob_mass`.
+
+    A row that never reaches it keeps all its pairs: the flattest distributions need the most of them.
+    """
+    width = max(map(len, rows), default=0)
+    ids_tj = np.zeros((len(rows), width), np.int32)
+    logprobs_tj = np.full((len(rows), width), -np.inf, np.float64)
+    for t, row in enumerate(rows):
+        for j, (token_id, logprob) in enumerate(sorted(row, key=lambda pair: -pair[1])):
+            ids_tj[t, j], logprobs_tj[t, j] = token_id, logprob
+    mass_tj = np.cumsum(np.exp(logprobs_tj), axis=1)
+    before_tj = np.pad(mass_tj, ((0, 0), (1, 0)))[:, :width]
+    keep_tj = (before_tj < min_prob_mass) & np.isfinite(logprobs_tj)
+    return TopLogprobs(np.nonzero(keep_tj)[0], ids_tj[keep_tj], logprobs_tj[keep_tj], (len(rows), width))
+
+
+def write(
+    path: str | os.PathLike[str], conversations: Iterable[Conversation], notes: Mapping[str, str] | None = None
+) -> None:
+    """Writes one file, whole or not at all; `notes` are key-value pairs in its footer, see `read_notes`."""
+    rows = [_to_row(conversation) for conversation in conversations]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(dict(notes or {})))
+    try:
+        with files.atomic(path) as temporary:
+            pq.write_table(table, temporary)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def merge(parts: Iterable[Path], path: Path, notes: Mapping[str, str]) -> None:
+    """Concatenates `parts` in the order given into `path`, in row groups of a useful size and with little memory."""
+    schema = SCHEMA.with_metadata(dict(notes))
+    try:
+        with files.atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            waiting: list[pa.Table] = []
+            for part in parts:
+                waiting.append(_read_table(part).replace_schema_metadata(schema.metadata))
+                if sum(table.num_rows for table in waiting) >= ROWS_PER_GROUP:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting = []
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def read(path: str | os.PathLike[str]) -> list[Conversation]:
+    return list(iterate(path))
+
+
+def iterate(path: str | os.PathLike[str]) -> Iterator[Conversation]:
+    """Reads conversations one by one.
+
+    Raises:
+      ValueError: the file is cut short, damaged, or not a conversation dataset; the sentence names what is missing.
+    """
+    with _open(path) as file:
+        _check_columns(path, file.schema_arrow)
+        try:
+            for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
+                columns = [batch.column(name) for name in COLUMNS]
+                for i in range(batch.num_rows):
+                    yield _from_row(*(column[i] for column in columns))
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
+
+
+def read_notes(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]:
+    """The number of conversations and the notes, from the footer alone."""
+    with _open(path) as file:
+        _check_columns(path, file.schema_arrow)
+        notes = file.schema_arrow.metadata or {}
+        return file.metadata.num_rows, {k.decode(): v.decode() for k, v in notes.items()}
+
+
+def _open(path: str | os.PathLike[str]) -> pq.ParquetFile:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"dataset {path} does not exist")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(
+            f"{path} is not a whole Parquet file, its footer is missing or damaged: {_first_line(error)}"
+        ) from error
+
+
+def _read_table(path: Path) -> pa.Table:
+    with _open(path) as file:
+        _check_columns(path, file.schema_arrow)
+        try:
+            return file.read()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged, delete it and run again: {_first_line(error)}") from error
+
+
+def _check_columns(path: str | os.PathLike[str], schema: pa.Schema) -> None:
+    missing = [name for name in COLUMNS if name not in schema.names]
+    if not missing:
+        messages = schema.field("messages").type
+        struct = getattr(messages, "value_type", None)
+        present = {struct.field(i).name for i in range(struct.num_fields)} if pa.types.is_struct(struct) else set()
+        missing = [f"messages[].{name}" for name in MESSAGE_FIELDS if name not in present]
+    if missing:
+        raise ValueError(f"{path} is not a conversation dataset: it has no {', '.join(missing)}")
+
+
+def _to_row(conversation: Conversation) -> dict[str, Any]:
+    messages = []
+    for message in conversation.messages:
+        top = message.top_logprobs
+        messages.append(
+            {
+                "content": message.content,
+                "role": message.role,
+                "token_ids": message.token_ids,
+                "top_logprobs": top and {name: getattr(top, name) for name in TOP_LOGPROBS_FIELDS},
+            }
+        )
+    metadata = json.dumps(conversation.metadata, ensure_ascii=False, sort_keys=True)
+    return {
+        "messages": messages,
+        "system_prompt": conversation.system_prompt,
+        "metadata": metadata,
+        "type": conversation.type,
+    }
+
+
+def _from_row(messages: Any, system_prompt: Any, metadata: Any, type_: Any) -> Conversation:
+    found = metadata.as_py()
+    return Conversation(
+        tuple(_to_message(message) for message in messages.values) if messages.is_valid else (),
+        system_prompt.as_py() or "",
+        json.loads(found) if isinstance(found, str) else found or {},
+        type_.as_py(),
+    )
+
+
+def _to_message(message: Any) -> Message:
+    """Keeps the arrays as arrays: through Python lists a large dataset would take minutes to read."""
+    token_ids, top = message["token_ids"], message["top_logprobs"]
+    has_top = top.is_valid and all(top[name].is_valid for name in TOP_LOGPROBS_FIELDS)
+    return Message(
+        message["content"].as_py() or "",
+        message["role"].as_py(),
+        tuple(token_ids.as_py()) if token_ids.is_valid else None,
+        TopLogprobs(*(top[name].values.to_numpy(zero_copy_only=False) for name in TOP_LOGPROBS_FIELDS))
+        if has_top
+        else None,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""What a cartridge is made of: each resource gives one text."""

@@ -1,0 +1,110 @@
+"""Two sides of one model talk about a chunk: A asks as a seed prompt says, B answers, and its logprobs are the lesson.
+
+The chunk stands in the system prompt that both see, and never in the messages: what is distilled is how the model
+answers *because* it sees the chunk. The recipe is the paper's (arXiv 2506.06266).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import random
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+from synth import seed_prompts
+from synth.chunkers import TokenChunker
+from synth.clients.base import Client, Completion
+from synth.config import SamplingConfig, SynthConfig
+from synth.conversation import Conversation, Message, flatten
+
+ATTEMPTS = 3  # at a question or an answer that is not empty
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    conversations: list[Conversation]
+    dropped: int  # left out, because a question or an answer stayed empty
+
+
+async def study(index: int, count: int, client: Client, chunker: TokenChunker, config: SynthConfig) -> Batch:
+    """Batch `index`: `count` conversations about one chunk. It depends on its index alone, so any order will do."""
+    rng = random.Random(f"{config.seed}/{index}")
+    # Steps of the golden ratio spread any number of batches evenly over the document; uniform draws would leave holes.
+    position = (random.Random(f"{config.seed}/position").random() + index * GOLDEN_RATIO) % 1.0
+    chunk = await chunker.chunk(rng, position)
+    system_prompt = config.system_prompt.replace("{chunk}", chunk.text)
+    conversations = []
+    for i in range(count):
+        kind, prompt = seed_prompts.draw(config.seed_prompts, rng)
+        metadata = {
+            "seed_prompt": prompt,
+            "seed_prompt_type": kind,
+            "chunk_span": [chunk.start, chunk.end],
+            "conversation_index": index * config.conversations_per_chunk + i,
+            "model": config.client.model,
+        }
+        conversations.append(_converse(client, config, system_prompt, metadata))
+    results = await all_or_none(conversations)
+    kept = [conversation for conversation in results if conversation is not None]
+    return Batch(kept, len(results) - len(kept))
+
+
+async def _converse(
+    client: Client, config: SynthConfig, system_prompt: str, metadata: dict[str, Any]
+) -> Conversation | None:
+    system = {"role": "system", "content": system_prompt}
+    instruction = {"role": "user", "content": metadata["seed_prompt"]}
+    messages: list[Message] = []
+    turns: list[Completion] = []
+    for number in range(config.rounds):
+        where = f"{config.seed}/conversation/{metadata['conversation_index']}/{number}"
+
+        seen = [system, instruction, *({"role": _other(m.role), "content": m.content} for m in messages)]
+        question = await _say_something(client, seen, config.question, f"{where}/question")
+        if question is None:
+            return None
+        messages.append(Message(question.text, "user", question.token_ids))
+
+        seen = [system, *({"role": m.role, "content": m.content} for m in messages)]
+        answer = await _say_something(client, seen, config.answer, f"{where}/answer", config.top_logprobs)
+        if answer is None:
+            return None
+        top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)
+        messages.append(Message(answer.text, "assistant", answer.token_ids, top_logprobs))
+        turns += [question, answer]
+    metadata |= {
+        "finish_reasons": [turn.finish_reason for turn in turns],
+        "completion_tokens": [turn.completion_tokens for turn in turns],
+    }
+    return Conversation(tuple(messages), system_prompt, metadata, type="self_study")
+
+
+async def _say_something(
+    client: Client, messages: list[dict[str, str]], sampling: SamplingConfig, where: str, top_logprobs: int = 0
+) -> Completion | None:
+    for attempt in range(ATTEMPTS):
+        seed = random.Random(f"{where}/{attempt}").getrandbits(31)
+        completion = await client.complete(messages, sampling, seed, top_logprobs)
+        if completion.text.strip():
+            return completion
+    return None
+
+
+def _other(role: str) -> str:
+    return "assistant" if role == "user" else "user"
+
+
+async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Like `asyncio.gather`, but the first error stops the others, and leaves bare (a TaskGroup would wrap it)."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,366 @@
+"""The scheduler against an engine whose answers show what its slots really hold."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cartridges_jax.serving.scheduler import (
+    Event,
+    Finished,
+    Prefix,
+    QueueFull,
+    Request,
+    Sampled,
+    Scheduler,
+    SlotInput,
+    Started,
+    Token,
+)
+
+VOCAB = 8
+STOP = VOCAB - 1
+PREFIXES = (None, Prefix("a", 3, object()), Prefix("b", 5, object()))
+
+
+def next_token(context: Sequence[object], seed: int, step: int, vocab: int = VOCAB) -> Sampled:
+    """The "language model": any other context, order, seed or step gives another token."""
+    digest = hashlib.sha256(repr((list(context), seed, step)).encode()).digest()
+    ids = tuple((digest[0] + i) % vocab for i in range(4))
+    return Sampled(ids[digest[1] % 2], -float(digest[1] % 2), ids, tuple(-float(i) for i in range(4)))
+
+
+def slots_of(prefix: Prefix | None) -> list[object]:
+    return [(prefix.key, i) for i in range(prefix.length)] if prefix else []
+
+
+@dataclass
+class FakeEngine:
+    """Cells instead of keys and values; nothing is ever wiped, so whatever reads a stale cell answers wrongly."""
+
+    num_slots: int = 2
+    max_length: int = 40
+    max_top_logprobs: int = 4
+    vocab: int = VOCAB
+    prefilled: int = 0
+    log: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cells: list[list[object]] = [["garbage"] * self.max_length for _ in range(self.num_slots)]
+
+    def clear(self, slot: int, prefix: Prefix | None) -> None:
+        self.log.append("clear")
+        held = slots_of(prefix)
+        self.cells[slot][: len(held)] = held
+
+    def copy(self, source: int, target: int) -> None:
+        assert source != target
+        self.log.append("copy")
+        self.cells[target] = list(self.cells[source])
+
+    def prefill(self, slot: int, tokens: Sequence[int], position: int) -> None:
+        assert tokens and position + len(tokens) <= self.max_length
+        self.log.append("prefill")
+        self.prefilled += len(tokens)
+        self.cells[slot][position : position + len(tokens)] = tokens
+
+    def decode(self, inputs: Sequence[SlotInput]) -> list[Sampled]:
+        assert inputs and len({i.slot for i in inputs}) == len(inputs)
+        self.log.append("decode")
+        for i in inputs:
+            assert i.position < self.max_length
+            self.cells[i.slot][i.position] = i.token
+        return [next_token(self.cells[i.slot][: i.position + 1], i.seed, i.step, self.vocab) for i in inputs]
+
+
+def alone(request: Request) -> list[int]:
+    """What the request would answer if there were no scheduler at all."""
+    context, answer = [*slots_of(request.prefix), *request.prompt], []
+    while len(answer) < request.max_tokens:
+        token = next_token(context, request.seed, len(answer)).token
+        answer.append(token)
+        context.append(token)
+        if token in request.stop_ids and not request.ignore_eos:
+            break
+    return answer
+
+
+def finish(scheduler: Scheduler) -> list[Event]:
+    events = []
+    for _ in range(2000):
+        if not scheduler.has_work:
+            return events
+        events += scheduler.step()
+    raise AssertionError("the scheduler makes no progress")
+
+
+def answers(events: Sequence[Event]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for event in events:
+        if isinstance(event, Token):
+            found.setdefault(event.id, []).append(event.sampled.token)
+    return found
+
+
+def cached(events: Sequence[Event]) -> dict[str, int]:
+    return {event.id: event.cached_tokens for event in events if isinstance(event, Started)}
+
+
+# Two letters make shared beginnings likely.
+requests = st.builds(
+    Request,
+    id=st.just(""),
+    prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14).map(tuple),
+    prefix=st.sampled_from(PREFIXES),
+    max_tokens=st.integers(1, 12),
+    seed=st.integers(0, 2),
+    stop_ids=st.sampled_from([frozenset(), frozenset({STOP})]),
+    ignore_eos=st.booleans(),
+    top_logprobs=st.integers(0, 4),
+)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), requests),
+        st.tuples(st.just("follow"), requests),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+        st.tuples(st.just("step"), st.integers(1, 4)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    operations,
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from([1, 4]),
+)
+def test_any_traffic_gives_what_each_request_gets_alone(operations, num_slots, prefills, chunk, min_copy):
+    engine = FakeEngine(num_slots)
+    scheduler = Scheduler(engine, 5, prefills_per_step=prefills, prefill_chunk=chunk, min_copy=min_copy)
+    engine.log.clear()
+    submitted: dict[str, Request] = {}
+    cancelled: set[str] = set()
+    events: list[Event] = []
+
+    def step() -> None:
+        engine.log.clear()
+        before = {e.id for e in events if isinstance(e, Token)} - {e.id for e in events if isinstance(e, Finished)}
+        new = scheduler.step()
+        events.extend(new)
+        assert engine.log.count("prefill") <= prefills and engine.log.count("decode") <= 1
+        going = before - {e.id for e in new if isinstance(e, Finished) and e.reason == "cancelled"}
+        counts = {id: len(tokens) for id, tokens in answers(new).items()}
+        assert all(counts.get(id) == 1 for id in going), "a request that decodes gets one token every step"
+        assert all(count == 1 for count in counts.values())
+
+    for kind, value in operations:
+        if kind in ("submit", "follow"):
+            request = replace(value, id=str(len(submitted)))
+            if kind == "follow" and submitted:  # a second turn: the first request, its answer, and something more
+                first = list(submitted.values())[len(value.prompt) % len(submitted)]
+                said = answers(events).get(first.id, [])
+                request = replace(request, prefix=first.prefix, prompt=(*first.prompt, *said, *value.prompt))
+            too_long = (
+                (request.prefix.length if request.prefix else 0) + len(request.prompt) + request.max_tokens
+            ) > engine.max_length
+            try:
+                scheduler.submit(request)
+                assert not too_long
+                submitted[request.id] = request
+            except ValueError:
+                assert too_long
+            except QueueFull:
+                ended = {e.id for e in events if isinstance(e, Finished)} | cancelled
+                assert len(submitted.keys() - ended) >= 5
+        elif kind == "cancel":
+            id = str(value)
+            if id in submitted and not any(isinstance(e, Finished) and e.id == id for e in events):
+                cancelled.add(id)
+            scheduler.cancel(id)
+        else:
+            for _ in range(value):
+                step()
+    steps = 0
+    while scheduler.has_work:
+        step()
+        steps += 1
+        assert steps < 2000, "no progress"
+
+    got = answers(events)
+    ends = [e for e in events if isinstance(e, Finished)]
+    assert sorted(e.id for e in ends) == sorted(submitted), "every request ends exactly once"
+    for end in ends:
+        request, answer = submitted[end.id], got.get(end.id, [])
+        expected = alone(request)
+        if end.id in cancelled:
+            assert end.reason == "cancelled" and answer == expected[: len(answer)]
+            continue
+        assert answer == expected
+        stopped = answer[-1] in request.stop_ids and not request.ignore_eos
+        assert end.reason == ("stop" if stopped else "length")
+    for event in events:
+        if isinstance(event, Token):
+            count = submitted[event.id].top_logprobs
+            assert len(event.sampled.top_ids) == len(event.sampled.top_logprobs) == count
+        if isinstance(event, Started):
+            assert 0 <= event.cached_tokens < len(submitted[event.id].prompt)
+    order = [int(e.id) for e in events if isinstance(e, Started)]
+    assert order == sorted(order), "first come, first served"
+    # No slot has leaked: as many requests as there are slots start in one step each.
+    for i in range(num_slots):
+        scheduler.submit(Request(f"last{i}", (0,), max_tokens=3))
+    assert len(set(answers(finish(scheduler)))) == num_slots
+
+
+def test_each_request_decodes_alone_as_together():
+    rng = random.Random(0)
+    wanted = [
+        Request(str(i), tuple(rng.choices(range(3), k=rng.randint(1, 10))), PREFIXES[i % 3], max_tokens=8, seed=i)
+        for i in range(30)
+    ]
+    scheduler = Scheduler(FakeEngine(4), 30)
+    for request in wanted:
+        scheduler.submit(request)
+    assert answers(finish(scheduler)) == {request.id: alone(request) for request in wanted}
+
+
+def test_a_conversation_that_goes_on_is_prefilled_in_place():
+    engine = FakeEngine(3)
+    scheduler = Scheduler(engine, 4)
+    first = Request("first", (0, 1, 2, 3, 4, 5), PREFIXES[1], max_tokens=5)
+    scheduler.submit(first)
+    said = answers(finish(scheduler))["first"]
+    assert engine.prefilled == 5
+    engine.prefilled = 0
+    engine.log.clear()
+    second = replace(first, id="second", prompt=(*first.prompt, *said, 0, 1))
+    scheduler.submit(second)
+    events = finish(scheduler)
+    # The last token of an answer is sampled but never written.
+    assert cached(events) == {"second": 6 + 4}
+    assert engine.prefilled == 2 and not {"copy", "clear"} & set(engine.log)
+    assert answers(events)["second"] == alone(second)
+
+
+def test_requests_that_arrive_together_share_their_beginning():
+    engine = FakeEngine(4, max_length=80)
+    scheduler = Scheduler(engine, 4)
+    shared = tuple(i % 3 for i in range(40))
+    wanted = [Request(str(i), (*shared, i), PREFIXES[2], max_tokens=6) for i in range(4)]
+    for request in wanted:
+        scheduler.submit(request)
+    events = finish(scheduler)
+    assert engine.prefilled == 40 and engine.log.count("copy") == 3
+    assert cached(events) == {"0": 0, "1": 40, "2": 40, "3": 40}
+    assert answers(events) == {request.id: alone(request) for request in wanted}
+
+
+def test_another_cartridge_shares_nothing():
+    engine = FakeEngine(2)
+    scheduler = Scheduler(engine, 4)
+    for i, prefix in enumerate(PREFIXES):
+        scheduler.submit(Request(str(i), tuple([0] * 20), prefix, max_tokens=2))
+    assert set(cached(finish(scheduler)).values()) == {0}
+    assert engine.prefilled == 3 * 19
+
+
+def test_a_small_overlap_is_not_worth_a_copy():
+    engine = FakeEngine(2)
+    scheduler = Scheduler(engine, 4, min_copy=16)
+    for i in range(2):
+        scheduler.submit(Request(str(i), (*range(8), i, i), max_tokens=2))
+    finish(scheduler)
+    assert "copy" not in engine.log
+
+
+def test_a_free_slot_is_taken_in_the_order_of_disuse():
+    engine = FakeEngine(2)
+    scheduler = Scheduler(engine, 4, min_copy=1)
+    texts = {"a": (0, 1, 2, 3), "b": (4, 5, 6, 7), "c": (8, 9, 10, 11)}
+    for id in "abc":  # c takes the slot of a, which was used before b's
+        scheduler.submit(Request(id, texts[id], max_tokens=1))
+        finish(scheduler)
+    scheduler.submit(Request("b2", (*texts["b"], 0), max_tokens=1))
+    scheduler.submit(Request("a2", (*texts["a"], 0), max_tokens=1))
+    assert cached(finish(scheduler)) == {"b2": 4, "a2": 0}
+
+
+def test_a_long_prompt_does_not_stop_the_others():
+    engine = FakeEngine(2, max_length=1100)
+    scheduler = Scheduler(engine, 4, prefills_per_step=2, prefill_chunk=10)
+    scheduler.submit(Request("short", (1,), max_tokens=60))
+    scheduler.step()
+    scheduler.submit(Request("long", tuple(i % 5 for i in range(1001)), max_tokens=2))
+    during = []
+    while "long" not in answers(during):
+        during += scheduler.step()
+        assert len(during) < 1000
+    assert len(answers(during)["short"]) == math.ceil(1000 / 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": ()}, "empty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": (1,) * 30, "max_tokens": 8, "prefix": PREFIXES[1]}, "41 positions .3 of the cartridge . 30"),
+    ],
+)
+def test_what_can_never_run_is_refused(change, words):
+    scheduler = Scheduler(FakeEngine(), 4)
+    with pytest.raises(ValueError, match=words):
+        scheduler.submit(replace(Request("x", (1, 2)), **change))
+    assert not scheduler.has_work
+
+
+def test_the_longest_request_that_fits_runs():
+    engine = FakeEngine(1)
+    scheduler = Scheduler(engine, 4)
+    scheduler.submit(Request("x", (1,) * 30, PREFIXES[1], max_tokens=7))
+    assert len(answers(finish(scheduler))["x"]) == 7
+
+
+def test_the_queue_is_bounded_beyond_the_free_slots():
+    scheduler = Scheduler(FakeEngine(2), 1)
+    for i in range(3):
+        scheduler.submit(Request(str(i), (1,)))
+    with pytest.raises(QueueFull):
+        scheduler.submit(Request("3", (1,)))
+    scheduler.step()
+    with pytest.raises(QueueFull):
+        scheduler.submit(Request("3", (1,)))
+    scheduler.cancel("0")
+    scheduler.submit(Request("3", (1,)))
+
+
+def test_an_id_is_used_once_at_a_time():
+    scheduler = Scheduler(FakeEngine(), 4)
+    scheduler.submit(Request("x", (1,)))
+    with pytest.raises(ValueError, match="in use"):
+        scheduler.submit(Request("x", (1,)))
+    finish(scheduler)
+    scheduler.submit(Request("x", (1,)))
+
+
+def test_cancelling_half_a_prompt_frees_the_slot_and_keeps_what_is_written():
+    engine = FakeEngine(1)
+    scheduler = Scheduler(engine, 4, prefills_per_step=1, prefill_chunk=4)
+    request = Request("x", tuple(range(7)) * 3, max_tokens=2)
+    scheduler.submit(request)
+    scheduler.step()
+    scheduler.cancel("x")
+    assert scheduler.has_work, "the end has still to be told"
+    assert scheduler.step() == [Finished("x", "cancelled")] and not scheduler.has_work
+    scheduler.submit(replace(request, id="y"))
+    events = finish(scheduler)
+    assert cached(events) == {"y": 4} and answers(events)["y"] == alone(request)

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_server import MODEL, StubServer
+
+from synth import conversation
+from synth.clients.base import Unavailable
+from synth.config import ChunkerConfig, ClientConfig, SamplingConfig, SynthConfig
+from synth.pipeline import synthesize
+
+MakeConfig = Callable[..., SynthConfig]
+
+
+def make(config: SynthConfig) -> list[conversation.Conversation]:
+    return conversation.read(asyncio.run(synthesize(config)))
+
+
+def parts(config: SynthConfig) -> list[Path]:
+    return sorted((Path(config.output_dir) / "parts").iterdir())
+
+
+def test_conversations(server: StubServer, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]):
+    config = make_config()
+    made = make(config)
+    assert [m.metadata["conversation_index"] for m in made] == list(range(10))
+    document = Path(config.resource.path).read_text(encoding="utf-8")
+    for one in made:
+        question, answer = one.messages
+        assert (question.role, answer.role) == ("user", "assistant")
+        assert question.token_ids and question.top_logprobs is None
+        assert answer.token_ids and answer.top_logprobs
+        assert answer.top_logprobs.shape == (len(answer.token_ids), 5)
+        assert one.metadata["model"] == MODEL and one.metadata["finish_reasons"] == ["stop", "stop"]
+        start, end = one.metadata["chunk_span"]
+        chunk = document.encode()[start:end].decode(errors="ignore")
+        assert chunk in one.system_prompt
+    assert len({m.system_prompt for m in made[:4]}) == 1, "a batch shares its chunk"
+    assert len({m.system_prompt for m in made}) == 3
+    printed = capsys.readouterr().out
+    assert "10 conversations" in printed and "dropped as empty: 0; duplicates: 0" in printed
+
+
+def test_what_each_side_sees(server: StubServer, make_config: MakeConfig):
+    (made,) = make(make_config(num_conversations=1, rounds=2))
+    seen = [[(m["role"], m["content"]) for m in body["messages"]] for body in server.requests]
+    system, seed = ("system", made.system_prompt), ("user", made.metadata["seed_prompt"])
+    q1, a1, q2, a2 = (m.content for m in made.messages)
+    assert seen == [
+        [system, seed],
+        [system, ("user", q1)],
+        [system, seed, ("assistant", q1), ("user", a1)],
+        [system, ("user", q1), ("assistant", a1), ("user", q2)],
+    ]
+    assert [m.role for m in made.messages] == ["user", "assistant"] * 2 and a2
+    assert [body["temperature"] for body in server.requests] == [0.6, 0.0, 0.6, 0.0]
+    assert len({body["seed"] for body in server.requests}) == 4
+
+
+def test_the_chunk_never_leaks_into_messages(server: StubServer, make_config: MakeConfig):
+    config = make_config()
+    lines = Path(config.resource.path).read_text(encoding="utf-8").splitlines()
+    for one in make(config):
+        assert not any(line in message.content for message in one.messages for line in lines)
+    for body in server.requests:
+        assert [m["role"] for m in body["messages"]].count("system") == 1
+        assert not any(line in m["content"] for m in body["messages"][1:] for line in lines)
+
+
+def test_same_seed_same_conversations_whatever_the_concurrency(
+    server: StubServer, make_config: MakeConfig, tmp_path: Path
+):
+    one = make(make_config(output_dir=str(tmp_path / "1"), max_chunks_in_flight=1))
+    server.faults.extend([503, "drop", 429])
+    many = make(make_config(output_dir=str(tmp_path / "2"), max_chunks_in_flight=3))
+    other = make(make_config(output_dir=str(tmp_path / "3"), seed=1))
+    assert one == many
+    assert [m.messages for m in one] != [m.messages for m in other]
+
+
+def test_concurrency_is_bounded(server: StubServer, make_config: MakeConfig):
+    server.latency = 0.02
+    make(make_config(num_conversations=32, max_chunks_in_flight=2))
+    assert server.most_in_flight == 8
+
+
+def test_empty_answers_are_sampled_again_then_dropped(
+    server: StubServer, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+):
+    config = make_config(question=SamplingConfig(temperature=0.5), num_conversations=40)
+    server.empty = lambda body: body["seed"] % 2 == 0
+    made = make(config)
+    assert 20 < len(made) < 40, "one in eight stays empty three times, twice a conversation"
+    assert all(message.content for one in made for message in one.messages)
+    assert f"dropped as empty: {40 - len(made)}" in capsys.readouterr().out
+    server.empty = lambda body: True
+    with pytest.raises(ValueError, match="all 10 conversations came out empty"):
+        make(make_config(output_dir=config.output_dir + "2"))
+
+
+def test_a_complete_run_says_so(server: StubServer, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]):
+    first = make(make_config())
+    asked = len(server.requests)
+    assert make(make_config()) == first
+    assert len(server.requests) == asked
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_more_conversations_go_on_from_there(server: StubServer, make_config: MakeConfig, tmp_path: Path):
+    few = make(make_config())
+    asked = len(server.requests)
+    more = make(make_config(num_conversations=18))
+    assert more[:10] == few and len(more) == 18
+    assert len(server.requests) - asked == 20, "the last batch was short: it is made again, the whole ones are not"
+    assert more == make(make_config(num_conversations=18, output_dir=str(tmp_path / "fresh")))
+    with pytest.raises(ValueError, match=r"num_conversations is 4, but .* was made for 18"):
+        make(make_config(num_conversations=4))
+
+
+def test_a_folder_belongs_to_its_config(server: StubServer, make_config: MakeConfig):
+    config = make_config(client=dataclasses.replace(make_config().client, api_key="secret"))
+    make(config)
+    assert "secret" not in (Path(config.output_dir) / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"config\.chunker\.max_tokens is 200, but .* was made with 300: go back"):
+        make(make_config(chunker=ChunkerConfig(100, 200)))
+    Path(config.resource.path).write_text("Another text. " * 90)
+    with pytest.raises(ValueError, match=r"document\.txt is not the text that"):
+        make(config)
+
+
+def test_a_folder_without_data_belongs_to_nobody(server: StubServer, make_config: MakeConfig):
+    with pytest.raises(ValueError, match="does not serve 'typo'"):
+        make(make_config(client=ClientConfig(server.url, "typo")))
+    config = make_config()
+    assert len(make(config)) == 10
+    (Path(config.output_dir) / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json does not say how it was made"):
+        make(config)
+
+
+def test_truncated_part_is_made_again(server: StubServer, make_config: MakeConfig, caplog: pytest.LogCaptureFixture):
+    config = make_config()
+    made = make(config)
+    (Path(config.output_dir) / "dataset.parquet").unlink()
+    part = parts(config)[1]
+    part.write_bytes(part.read_bytes()[:-20])
+    asked = len(server.requests)
+    assert make(config) == made
+    assert len(server.requests) - asked == 8
+    assert "part-00001.parquet is not a whole Parquet file" in caplog.text
+
+
+def test_failed_batches_are_counted_and_made_by_the_next_run(server: StubServer, make_config: MakeConfig):
+    config = make_config(max_chunks_in_flight=1, client=ClientConfig(server.url, MODEL, max_retries=0))
+    server.faults.append(503)
+    with pytest.raises(Unavailable, match=r"4 of 10 conversations are missing, 1 batches failed and 0 were not tried"):
+        make(config)
+    assert len(parts(config)) == 2
+    assert not (Path(config.output_dir) / "dataset.parquet").exists()
+    assert len(make(config)) == 10
+
+
+def test_a_server_that_went_away_is_not_waited_for(server: StubServer, make_config: MakeConfig):
+    config = make_config(num_conversations=200, client=ClientConfig(server.url, MODEL, max_retries=0))
+    server.faults.extend([503] * 1000)
+    with pytest.raises(Unavailable, match="200 of 200 conversations are missing"):
+        make(config)
+    assert len(server.requests) < 60
+
+
+CONFIG_FILE = """
+from ml_collections import config_dict
+
+def get_config():
+    return config_dict.ConfigDict({settings})
+"""
+
+
+@pytest.fixture
+def command(make_config: MakeConfig, tmp_path: Path) -> Callable[..., list[str]]:
+    def make_command(**changes: Any) -> list[str]:
+        settings = dataclasses.asdict(make_config(num_conversations=48, max_chunks_in_flight=2, **changes))
+        del settings["client"]["api_key"], settings["chunker"]["tokenizer"]
+        (tmp_path / "config.py").write_text(CONFIG_FILE.format(settings=settings))
+        return [sys.executable, "-m", "synth", f"--config={tmp_path / 'config.py'}"]
+
+    return make_command
+
+
+def test_killed_at_any_moment(server: StubServer, make_config: MakeConfig, command: Callable[..., list[str]]):
+    server.latency = 0.03
+    config = make_config(num_conversations=48)
+    rng = random.Random(0)
+    for _ in range(3):
+        goal = len(server.requests) + rng.randint(8, 24)
+        process = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(server.requests) < goal and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < len(parts(config)) < 12
+    finished = subprocess.run(command(), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "going on from there" in finished.stdout
+    server.latency = 0.0
+    resumed = conversation.read(Path(config.output_dir) / "dataset.parquet")
+    assert resumed == make(make_config(num_conversations=48, output_dir=config.output_dir + "-uninterrupted"))
+
+
+def test_ctrl_c_stops_cleanly(server: StubServer, command: Callable[..., list[str]]):
+    server.latency = 0.05
+    process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(server.requests) < 20:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "the same command goes on" in error and "Traceback" not in error
+
+
+def test_dead_server_is_one_sentence(command: Callable[..., list[str]]):
+    arguments = command(client=ClientConfig("http://127.0.0.1:9/v1", MODEL))
+    finished = subprocess.run(arguments, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "error: no inference server answers at http://127.0.0.1:9/v1: start one with python -m cartridges_jax.serve "
+        "or change config.client.base_url\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seed_prompts": ("questoin",)}, "unknown type 'questoin': did you mean 'question'"),
+        ({"seed_prompts": ()}, "seed_prompts is empty"),
+        ({"system_prompt": "no place"}, r"config\.system_prompt has no \{chunk\}"),
+        ({"num_conversations": 0}, r"config\.num_conversations is 0, expected at least 1"),
+        ({"answer": SamplingConfig(top_p=0.0)}, r"config\.answer\.top_p is 0\.0"),
+    ],
+)
+def test_bad_settings_are_one_sentence(make_config: MakeConfig, changes: dict[str, Any], sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        make_config(**changes)
+
+
+def test_bad_groups_are_one_sentence():
+    with pytest.raises(ValueError, match=r"min_tokens is 9, more than config\.chunker\.max_tokens, 8"):
+        ChunkerConfig(9, 8)
+    with pytest.raises(ValueError, match="base_url is 'localhost'"):
+        ClientConfig("localhost", MODEL)
+
+
+def test_no_jax_behind_synth():
+    code = "import json, sys, synth.__main__; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert not {"jax", "jaxlib", "flax", "torch", "cartridges_jax"} & set(json.loads(found.stdout))

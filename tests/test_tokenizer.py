@@ -1,0 +1,273 @@
+"""The embedded model's tokenizer, a tiny Hugging Face folder and tiny GGUF files: one behaviour for all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from cartridges_jax.models.hub import ModelFiles, resolve
+from cartridges_jax.tokenizer import StreamDecoder, Tokenizer, gguf_metadata, load_tokenizer
+
+TRICKY = [
+    "",
+    "Hello  world!\n",
+    "  a  b ",
+    "déjà vu, naïve ﬁ e\u0301",
+    "日本語のテキスト",
+    "🙂👩‍👩‍👧 it's 3.14159 and 1234567890",
+    "def f(x):\n    return x**2  # ok\n\n\t\tend\r\n",
+    "<|im_start|>user\nx<|im_end|>",
+    "\x00\x7f\u200b\ufffd\U0010ffff",
+]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('no role ' + m['role']) }}{% endif %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIALS = ["<|begin|>", "<|eos|>", "<|end|>", "<|user|>", "<|assistant|>"]
+CORPUS = ["the cat sat on the mat, it's 12345 o'clock\n\n  and the 2nd cat isn't THE cat's"] * 5 + TRICKY
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {  # as the tokenizer.json of a model of each family has it
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [
+        pre_tokenizers.Split(Regex(WORDS % r"\p{N}{1,3}"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "qwen2": [
+        pre_tokenizers.Split(Regex(WORDS % r"\p{N}"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Tokenizer:
+    return load_tokenizer(resolve("smollm2-135m"))
+
+
+def train(pre: str) -> Backend:
+    backend = Backend(models.BPE(ignore_merges=pre == "llama-bpe"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[pre])
+    backend.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIALS])
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    if pre == "llama-bpe":
+        bos = backend.token_to_id("<|begin|>")
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", bos)]
+        )
+    return backend
+
+
+def write_folder(backend: Backend, path: Path, template: str | None = TEMPLATE, stops: object = None) -> ModelFiles:
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|eos|>"}
+    config |= {"chat_template": template} if template else {}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    if stops is not None:
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    return ModelFiles(path.name, directory=path)
+
+
+def write_gguf(backend: Backend, path: Path, pre: str, kind: str = "gpt2") -> ModelFiles:
+    import gguf
+
+    model = json.loads(backend.to_str())["model"]
+    vocab = sorted(backend.get_vocab(), key=backend.get_vocab().__getitem__)
+    types = [3 if token in SPECIALS else 4 if token == "<tool>" else 1 for token in vocab] + [5, 5]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*vocab, "[PAD0]", "[PAD1]"])
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(vocab.index("<|begin|>"))
+    writer.add_eos_token_id(vocab.index("<|eos|>"))
+    writer.add_eot_token_id(vocab.index("<|end|>"))
+    writer.add_chat_template(TEMPLATE)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return ModelFiles(path.name, gguf=path)
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_round_trip(smollm: Tokenizer, text: str) -> None:
+    assert smollm.decode(smollm.encode(text), skip_special_tokens=False) == text
+
+
+def test_known_ids(smollm: Tokenizer) -> None:
+    # ids that other implementations of this tokenizer publish in their own tests
+    assert smollm.encode("Hello, we can use") == [19556, 28, 392, 416, 722]
+    assert smollm.encode("Hello world! 123") == [19556, 905, 17, 216, 33, 34, 35]
+    assert smollm.encode("<|im_start|>") == [1]
+    assert smollm.decode([1, 19556, 2]) == "Hello"
+    assert (smollm.vocab_size, smollm.bos_id, smollm.stop_ids) == (49152, 1, frozenset({2}))
+    assert smollm.encode("Hello", add_special_tokens=True) == [19556]  # its metadata asks for no BOS
+
+
+def test_chat_golden(smollm: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "What is 2+2?"}]
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    user = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
+    assert smollm.render_chat(messages, add_generation_prompt=True) == system + user + "<|im_start|>assistant\n"
+    ids = smollm.chat_ids(messages, add_generation_prompt=False)
+    assert ids == smollm.encode(system + user)
+    assert ids.count(1) == ids.count(2) == 2
+    own = [{"role": "system", "content": "Be brief."}, *messages]
+    assert smollm.render_chat(own, add_generation_prompt=False) == "<|im_start|>system\nBe brief.<|im_end|>\n" + user
+
+
+def test_special_text_in_contents_becomes_special_tokens(smollm: Tokenizer) -> None:
+    ids = smollm.chat_ids([{"role": "user", "content": "<|im_end|>"}], add_generation_prompt=False)
+    assert ids.count(2) == 3  # as documented: the system message's end, the text's, the message's
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_stream_of_any_text(smollm: Tokenizer, text: str) -> None:
+    ids = smollm.encode(text)
+    stream = StreamDecoder(smollm)
+    assert "".join(map(stream.push, ids)) + stream.flush() == smollm.decode(ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, 300) | st.integers(0, 49151), max_size=40), skip=st.booleans())
+def test_stream_of_any_ids(smollm: Tokenizer, ids: list[int], skip: bool) -> None:
+    stream = StreamDecoder(smollm, skip_special_tokens=skip)
+    assert "".join(map(stream.push, ids)) + stream.flush() == smollm.decode(ids, skip_special_tokens=skip)
+
+
+def test_stream_holds_back_only_what_is_incomplete(smollm: Tokenizer) -> None:
+    stream = StreamDecoder(smollm)
+    ids = smollm.encode("ab🙂c")
+    pieces = [stream.push(i) for i in ids]
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == "ab🙂c" and stream.flush() == ""
+    first = smollm.encode("🙂")[:1]
+    assert stream.push(first[0]) == "" and stream.flush() == "\ufffd"
+    assert stream.push(smollm.encode("x")[0]) == "x"
+
+
+@pytest.mark.parametrize("pre", list(SPLITS))
+def test_folder_and_gguf_agree(pre: str, tmp_path: Path) -> None:
+    backend = train(pre)
+    end = backend.token_to_id("<|end|>")
+    folder = load_tokenizer(write_folder(backend, tmp_path / "model", stops=[end]))
+    gguf = load_tokenizer(write_gguf(backend, tmp_path / "model.gguf", pre))
+    assert (gguf.vocab_size, gguf.bos_id, gguf.stop_ids) == (folder.vocab_size, folder.bos_id, folder.stop_ids)
+    assert folder.stop_ids == {end, backend.token_to_id("<|eos|>")}
+    for text in [*CORPUS, "x<tool><|user|>  y"]:
+        for add in (False, True):
+            assert gguf.encode(text, add_special_tokens=add) == folder.encode(text, add_special_tokens=add)
+        ids = folder.encode(text)
+        assert gguf.decode(ids) == folder.decode(ids)
+    messages = [{"role": "user", "content": "the cat"}]
+    assert folder.render_chat(messages, add_generation_prompt=True) == "<|begin|><|user|>the cat<|end|><|assistant|>"
+    ids = folder.chat_ids(messages, add_generation_prompt=True)
+    assert ids == gguf.chat_ids(messages, add_generation_prompt=True)
+    assert (ids[0], ids[-2]) == (folder.bos_id, end)
+    assert gguf.fingerprint == folder.fingerprint
+
+
+def test_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
+    backend = train("gpt-2")
+    one = load_tokenizer(write_folder(backend, tmp_path / "one")).fingerprint
+    assert load_tokenizer(write_folder(backend, tmp_path / "same", stops=3)).fingerprint == one
+    assert load_tokenizer(write_folder(backend, tmp_path / "template", template="other")).fingerprint != one
+    backend.add_tokens(["<more>"])
+    assert load_tokenizer(write_folder(backend, tmp_path / "vocab")).fingerprint != one
+
+
+def test_stops_may_be_one_id_and_files_may_lack_them(tmp_path: Path) -> None:
+    backend = train("gpt-2")
+    eos = backend.token_to_id("<|eos|>")
+    assert load_tokenizer(write_folder(backend, tmp_path / "one", stops=7)).stop_ids == {eos, 7}
+    assert load_tokenizer(write_folder(backend, tmp_path / "none")).stop_ids == {eos}
+
+
+def test_limits_saved_in_a_tokenizer_json_do_not_cut_text(tmp_path: Path) -> None:
+    backend = train("gpt-2")
+    backend.enable_truncation(max_length=4)
+    backend.enable_padding(length=8)
+    tokenizer = load_tokenizer(write_folder(backend, tmp_path / "model"))
+    assert tokenizer.decode(tokenizer.encode("the cat sat on the mat")) == "the cat sat on the mat"
+
+
+def test_chat_without_a_template_or_against_it(tmp_path: Path) -> None:
+    messages = [{"role": "narrator", "content": "x"}]
+    with pytest.raises(ValueError, match="no chat template"):
+        load_tokenizer(write_folder(train("gpt-2"), tmp_path / "base", template=None)).render_chat(
+            messages, add_generation_prompt=False
+        )
+    with pytest.raises(ValueError, match="refuses these messages: no role narrator"):
+        load_tokenizer(write_folder(train("gpt-2"), tmp_path / "chat")).render_chat(
+            messages, add_generation_prompt=False
+        )
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    backend = train("gpt-2")
+    with pytest.raises(ValueError, match="splits text by 'klingon': known are 'gpt-2', "):
+        load_tokenizer(write_gguf(backend, tmp_path / "a.gguf", "klingon"))
+    with pytest.raises(ValueError, match="kind 'llama'"):
+        load_tokenizer(write_gguf(backend, tmp_path / "b.gguf", "gpt-2", kind="llama"))
+    whole = (tmp_path / "a.gguf").read_bytes()
+    for size in (0, 10, 30, 1000, len(whole) - 40):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="GGUF"):
+            gguf_metadata(tmp_path / "cut.gguf")
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        load_tokenizer(ModelFiles("empty", directory=tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_tokenizer(ModelFiles("broken", directory=tmp_path))
+
+
+def test_metadata_is_what_the_reference_reader_sees(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    numbers = {"uint8": 200, "int8": -3, "uint16": 60000, "int16": -30000, "uint32": 2**32 - 1, "int32": -5}
+    for kind, value in (numbers | {"uint64": 2**63, "int64": -(2**40)}).items():
+        getattr(writer, f"add_{kind}")(kind, value)
+    writer.add_float32("f32", 0.5)
+    writer.add_float64("f64", 0.1)
+    writer.add_bool("yes", True)
+    writer.add_string("text", "déjà")
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_array("flags", [True, False])
+    writer.add_array("texts", ["a", "", "日本"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    reference = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    expected = {key: field.contents() for key, field in reference.items() if not key.startswith("GGUF.")}
+    assert gguf_metadata(tmp_path / "m.gguf") == expected
+
+
+def test_loading_is_quiet_and_needs_neither_torch_nor_jax() -> None:
+    code = (
+        "import sys\nfrom cartridges_jax.models.hub import resolve\n"
+        "from cartridges_jax.tokenizer import load_tokenizer\n"
+        "assert 'transformers' not in sys.modules\n"
+        "load_tokenizer(resolve('smollm2-135m'))\nassert not {'torch', 'jax'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
