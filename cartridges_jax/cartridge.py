@@ -65,7 +65,7 @@ class Cartridge:
     values: Float[Array, "l p k h"]
     bias: Float[Array, "l p k"] | None = None  # log-weight added to each slot's attention score; None means zero
     num_frozen: int = flax.struct.field(pytree_node=False, default=1)  # leading slots that training never moves
-    provenance: Provenance = flax.struct.field(pytree_node=False, default=Provenance())  # noqa: RUF009 (frozen)
+    provenance: Provenance = flax.struct.field(pytree_node=False, default=Provenance())
 
     @property
     def num_slots(self) -> int:
@@ -93,7 +93,8 @@ class Cartridge:
         if (l, p, k, h) != expected or self.values.shape != self.keys.shape:
             raise ValueError(
                 f"the cartridge's keys are {self.keys.shape} and values {self.values.shape}, "
-                f"expected {expected} as [layers, slots, kv heads, head size] of this model: use the model it was made for"
+                f"expected {expected} as [layers, slots, kv heads, head size] of this model: use the model it was made "
+                "for"
             )
         if self.bias is not None and self.bias.shape != (l, p, k):
             raise ValueError(f"the cartridge's bias is {self.bias.shape}, expected {(l, p, k)}")
@@ -105,7 +106,7 @@ class Cartridge:
     def from_text(
         cls, model: LanguageModel, text: str, num_tokens: int | None = None, num_frozen: int = 1
     ) -> Cartridge:
-        """The keys and values of the first `num_tokens` tokens of `text` (all of them by default): the lossless control.
+        """The keys and values of the first `num_tokens` tokens of `text` (by default all): the lossless control.
 
         Raises:
           ValueError: the text has no token, or more than the model's window.
@@ -120,7 +121,7 @@ class Cartridge:
         cls, model: LanguageModel, tokens: Sequence[int], num_frozen: int = 1, provenance: Provenance | None = None
     ) -> Cartridge:
         """The keys and values of these tokens at positions 0…p-1."""
-        if not tokens:
+        if len(tokens) == 0:
             raise ValueError("the text has no tokens: a cartridge needs at least one")
         if len(tokens) > model.config.window:
             raise ValueError(
@@ -147,7 +148,10 @@ class Cartridge:
         header |= dataclasses.asdict(self.provenance)
         with files.atomic(path) as temporary:
             tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})
+            try:
+                save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})
+            except SafetensorError as error:  # a full disk is not an OSError there
+                raise OSError(f"cannot write {os.fspath(path)}: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: LanguageModel | None = None) -> Cartridge:
@@ -165,7 +169,7 @@ class Cartridge:
                 arrays = {name: jnp.asarray(reader.get_tensor(name)) for name in reader.keys()}  # noqa: SIM118
             keys, values = arrays["keys"], arrays["values"]
             version, num_frozen = header.pop("format_version"), header.pop("num_frozen")
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a whole cartridge file ({error!r}): make it again") from error
         if version > FORMAT_VERSION:
             raise ValueError(

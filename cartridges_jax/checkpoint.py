@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 KEEP = 2
+OVERHEAD_BYTES = 1 << 20  # of a checkpoint beside its arrays
 
 
 class Checkpoints:
@@ -18,13 +22,31 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEEP, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        if step not in self._manager.all_steps():
+        """Begins to write the state.
+
+        Raises:
+          OSError: there is no room for it, or the write before this one failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        # Orbax answers a full disk with pages of tracebacks from its threads, so it is better asked before
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + OVERHEAD_BYTES
+        with self._one_sentence():
+            self._manager.wait_until_finished()
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(
+                f"{self._directory} has {free} bytes free and a checkpoint needs {needed}: free some space and run the "
+                "same command again"
+            )
+        with self._one_sentence():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: Any) -> Any:
@@ -33,6 +55,22 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
-        """Waits for the last write."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the last write.
+
+        Raises:
+          OSError: it failed.
+        """
+        with self._one_sentence():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _one_sentence(self) -> Iterator[None]:
+        """Orbax and TensorStore raise whatever their threads met, a full disk as a ValueError."""
+        try:
+            yield
+        except Exception as error:
+            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise OSError(f"cannot write a checkpoint in {self._directory}: {reason}") from error

@@ -1,6 +1,7 @@
 """From self-study conversations to packed, fixed-shape rows, deterministic from (seed, step).
 
-A conversation is laid out by the model's chat template; the context is never part of it. Answers keep the ids that the
+A conversation is laid out by the model's chat template, from its first turn on; the context is never part of it, and
+the cartridge stands where a system message would (`Tokenizer.render_turns`). Answers keep the ids that the
 teacher sampled, since its log-probabilities belong to them; everything else is encoded as a server would encode it.
 Rows are addressed by their index, so that the data position of a run is its step and nothing else.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from cartridges_jax.losses import Batch
 from cartridges_jax.tokenizer import Tokenizer
-from synth.conversation import Conversation, Message, iterate
+from synth.conversation import Conversation, Message, iterate, read, write
 
 OPEN_ROWS = 64  # rows that packing may still add to; more of them fill better and cost more comparisons
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation. Entry e says: at position `target_index[e]`, token `target_ids[e]` comes next with log-probability…
+    """One conversation. Entry e: at position `target_index[e]`, token `target_ids[e]` comes next, log-probability so.
 
     Positions are those that predict, one before the token they are about (targets of design §9).
     """
@@ -80,7 +81,7 @@ def _frames(messages: Sequence[Message], tokenizer: Tokenizer) -> list[list[int]
     """What the chat template puts before, between and after the contents of messages, as ids."""
     marks = [f"\N{SYMBOL FOR NULL}{i}\N{SYMBOL FOR NULL}" for i in range(len(messages))]
     marked = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = tokenizer.render_chat(marked, add_generation_prompt=False)
+    rest = tokenizer.render_turns(marked, add_generation_prompt=False)
     frames = []
     for mark in marks:
         before, found, rest = rest.partition(mark)
@@ -113,7 +114,7 @@ class PackedRows:
 
     def __init__(self, examples: Sequence[Example], seq_len: int, batch_size: int, num_epochs: int, seed: int):
         self._examples, self._seq_len = examples, seq_len
-        self._width = max((int(np.bincount(e.target_index).max()) for e in examples), default=1)
+        self._width = max((int(np.bincount(e.target_index).max()) for e in examples if len(e.target_index)), default=1)
         lengths = [len(e.tokens) for e in examples]
         cut = sum(length > seq_len for length in lengths)
         if cut:
@@ -165,3 +166,26 @@ def batches(rows: PackedRows, batch_size: int, first_step: int) -> Iterator[Batc
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     for batch in dataset.to_iter_dataset(options):
         yield Batch(**batch)
+
+
+def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path, Path]:
+    """Sets `num_held_out` conversations apart, evenly over the dataset; returns the rest's file and theirs.
+
+    Raises:
+      ValueError: fewer than two conversations a side.
+    """
+    conversations = read(path)
+    if not 1 <= num_held_out <= len(conversations) // 2:
+        raise ValueError(
+            f"{path} has {len(conversations)} conversations, too few to keep {num_held_out} out of training: make more"
+        )
+    chosen = {i * len(conversations) // num_held_out for i in range(num_held_out)}
+    paths = directory / "train.parquet", directory / "held_out.parquet"
+    write(paths[0], [c for i, c in enumerate(conversations) if i not in chosen])
+    write(paths[1], [c for i, c in enumerate(conversations) if i in chosen])
+    return paths
+
+
+def exchanges(path: str | Path) -> list[tuple[str, str]]:
+    """The first message of each conversation and the answer to it."""
+    return [(c.messages[0].content, c.messages[1].content) for c in iterate(path)]

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import Example, PackedRows
+from cartridges_jax.data import Example, PackedRows, exchanges
 from cartridges_jax.losses import Batch, loss_sum
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
@@ -36,7 +36,6 @@ from cartridges_jax.serving.scheduler import Prefix, SlotInput
 from command_line import files
 from command_line.config import build, load, run
 from command_line.progress import Progress
-from synth.conversation import read
 
 NLL_ROW = 512  # tokens of a packed row of questions and answers
 TIMED_TOKENS = 16  # decode steps behind the rate in the table
@@ -102,7 +101,7 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
 def read_questions(config: EvalConfig) -> list[Question]:
     """The questions of `config.questions`, or the first exchange of each held-out conversation."""
     if config.held_out is not None:
-        return [Question(c.messages[0].content, c.messages[1].content) for c in read(config.held_out)]
+        return [Question(question, answer) for question, answer in exchanges(config.held_out)]
     assert config.questions is not None
     return questions_of(config.questions)
 
@@ -182,6 +181,8 @@ def _measure(
 
 def _prompt(condition: Condition, question: Question, config: EvalConfig, model: LanguageModel) -> list[int]:
     messages = [{"role": "user", "content": config.instruction.replace("{question}", question.question)}]
+    if condition.prefix is not None:
+        return model.tokenizer.turn_ids(messages, add_generation_prompt=True)
     if condition.system is not None:
         messages.insert(0, {"role": "system", "content": condition.system})
     return model.tokenizer.chat_ids(messages, add_generation_prompt=True)

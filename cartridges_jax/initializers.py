@@ -41,8 +41,8 @@ def initial_cartridge(config: InitConfig, model: LanguageModel, corpus: str, see
     """
     if config.kind == "pretrained":
         assert config.path is not None
-        loaded = Cartridge.load(config.path, model=model)
-        return loaded.replace(num_frozen=config.num_frozen)  # type: ignore[attr-defined]
+        loaded = jax.tree.map(lambda a: a.astype(jnp.float32), Cartridge.load(config.path, model=model))
+        return loaded.replace(num_frozen=config.num_frozen).checked(model.config)
     if config.kind == "text":
         cartridge = Cartridge.from_text(model, corpus, config.num_slots, config.num_frozen)
         if cartridge.num_slots < config.num_slots:
@@ -54,10 +54,16 @@ def initial_cartridge(config: InitConfig, model: LanguageModel, corpus: str, see
 
 
 def _random_vectors(config: InitConfig, model: LanguageModel, corpus: str, seed: int) -> Cartridge:
-    """Gaussian slots with the mean and standard deviation that real keys and values have, per layer, head and channel."""
-    tokens = model.tokenizer.encode(corpus, add_special_tokens=True)[:STATISTICS_TOKENS]
+    """Gaussian slots with the mean and spread that real keys and values have, per layer, head and channel."""
+    tokens = model.tokenizer.encode(corpus, add_special_tokens=True)
+    tokens = tokens[: min(STATISTICS_TOKENS, model.config.window)]
+    sink = config.num_frozen
+    if len(tokens) < max(2, sink):
+        raise ValueError(
+            f"the corpus has {len(tokens)} tokens, expected at least {max(2, sink)}: random vectors take their spread "
+            "and the frozen slots from it"
+        )
     real = Cartridge.from_tokens(model, tokens)
-    sink = min(config.num_frozen, real.num_slots)
 
     def draw(key: jax.Array, real_lskh: jax.Array) -> jax.Array:
         mean, spread = real_lskh[:, 1:].mean(1, keepdims=True), real_lskh[:, 1:].std(1, keepdims=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cartridges_jax.models.language_model import LanguageModel
 
 CHUNK = 128  # target positions whose logits exist at one time
+NOTHING = -1e30  # a logit of no weight; finite, so that a row of them gives no NaN
 
 Tail = Literal["drop", "bucket"]
 Reduction = Literal["token", "entry"]
@@ -71,6 +72,7 @@ def loss_sum(
     """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
     if tail not in ("drop", "bucket") or reduction not in ("token", "entry"):
         raise ValueError(f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token or entry")
+    batch = jax.tree.map(jnp.asarray, batch)  # outside of jit they may be numpy's
     hidden_btd = hidden_states(
         params, batch.tokens, batch.segment_ids, batch.positions, *cartridge.prefix, config=config, remat=remat
     )
@@ -117,7 +119,8 @@ def _over_chunks(
     chunk = min(CHUNK, t)
     is_target_t = mask.any(-1)
     padded = -(-t // chunk) * chunk
-    # targets first, in their order; indices past the end name a row of zeros (mode="fill") and are dropped on the way back
+    # targets first, in their order; an index past the end names a row of zeros (mode="fill") and is dropped on the way
+    # back
     order_t = jnp.concatenate([jnp.argsort(~is_target_t, stable=True), jnp.full(padded - t, t)])
 
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -148,7 +151,8 @@ def _chunk_loss(
     if tail == "bucket":
         # the student's remaining mass from the remaining logits: 1 - sum(q) would cancel when q is close to one
         outside_cj = jnp.where(mask_cj, ids_cj, head_vd.shape[0])  # out of range: dropped
-        rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], outside_cj].set(-jnp.inf, mode="drop")
-        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * mask_cj.any(-1)
+        rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], outside_cj].set(NOTHING, mode="drop")
+        entries_c = mask_cj.sum(-1)  # none: no target; the whole vocabulary: nothing remains
+        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * ((entries_c > 0) & (entries_c < head_vd.shape[0]))
         loss -= jnp.sum(rest_c * (jax.nn.logsumexp(rest_cv, axis=-1) - normalizer_c))
     return loss

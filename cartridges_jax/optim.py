@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -14,12 +15,12 @@ class OptimConfig:
     lr: float = 2e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # step i of them runs at lr * (i + 1) / warmup_steps: never at zero
-    final_fraction: float = 0.1  # of lr, at the last step of cosine and linear
+    final_fraction: float = 0.1  # of lr, that cosine and linear reach with the end of the last step
     b1: float = 0.9
     b2: float = 0.999
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
+        if not 0 < self.lr < math.inf or self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
             raise ValueError(
                 f"optim has lr {self.lr}, warmup_steps {self.warmup_steps} and final_fraction {self.final_fraction}: "
                 "expected lr > 0, warmup_steps >= 0 and final_fraction from 0 to 1"

@@ -91,6 +91,29 @@ class Tokenizer:
         """Ids of `render_chat`'s text; no BOS is added, since templates write their own. Raises: as `render_chat`."""
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
 
+    def render_turns(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """`render_chat` as it stands behind a cartridge, which takes the system message's place.
+
+        Many templates open with a system message of their own where none is given. Between a cartridge and a question
+        it costs a small model most of what the cartridge knows, so it is left out; one among `messages` stays.
+        Raises: as `render_chat`.
+        """
+        if any(message["role"] == "system" for message in messages):
+            return self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        system = {"role": "system", "content": "."}
+        try:
+            opening = self.render_chat([system], add_generation_prompt=False)
+            whole = self.render_chat([system, *messages], add_generation_prompt=add_generation_prompt)
+        except ValueError:  # a template without system messages adds none either
+            return self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        if not whole.startswith(opening):
+            return self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return whole[len(opening) :]
+
+    def turn_ids(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        """Ids of `render_turns`' text. Raises: as `render_chat`."""
+        return self.encode(self.render_turns(messages, add_generation_prompt=add_generation_prompt))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of vocabulary, merges and chat template, whichever files they came from.

@@ -98,7 +98,7 @@ def train_step(
     gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.cartridge)
     cartridge = optax.apply_updates(state.cartridge, updates)
-    metrics = {"loss": total / jnp.maximum(count, 1), "targets": count, "grad_norm": optax.global_norm(gradient)}
+    metrics = {"loss": total / jnp.maximum(count, 1), "targets": count, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(cartridge, opt_state, state.step + 1), metrics
 
 
@@ -112,7 +112,10 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     if not Path(config.dataset).is_file():
         raise FileNotFoundError(f"{config.dataset} does not exist: make it with python -m synth --config=…")
     model = model or load_model(config.model, config.dtype)
-    _check_window(config, model)
+    if config.init.kind != "pretrained":  # of which the file decides
+        _check_window(config.init.num_slots, config, model)
+    cartridge = initial_cartridge(config.init, model, corpus, config.seed)
+    _check_window(cartridge.num_slots, config, model)
     with stage("laying out conversations"):
         examples = read_examples(config.dataset, model.tokenizer)
         rows = PackedRows(
@@ -120,7 +123,6 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
         )
     num_steps = len(rows) // (config.batch_size * config.accumulation)
     num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
-    cartridge = initial_cartridge(config.init, model, corpus, config.seed)
     tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
     directory = Path(config.output_dir)
     _claim(directory, config)
@@ -135,6 +137,8 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
         checkpoints.close()
     path = directory / "cartridge.safetensors"
     trained = _with_training(state.cartridge, config, model.config, num_steps, tokens)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained)):
+        raise ValueError("the trained slots are not finite: training diverged, lower config.optim.lr")
     trained.save(path)
     return path
 
@@ -159,8 +163,11 @@ def _loop(
 
     def report(step: int, metrics: dict[str, jax.Array], seen: int) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(values["loss"]):
-            raise ValueError(f"the loss of step {step} is {values['loss']}: training diverged, lower config.optim.lr")
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(values[name]):
+                raise ValueError(
+                    f"the {name} of step {step} is {values[name]}: training diverged, lower config.optim.lr"
+                )
         rate = (seen - tokens_before) / (time.monotonic() - start)
         log.write(
             step, {**values, "lr": float(learning_rate(step)), "tokens": seen, "tokens_per_second": round(rate, 1)}
@@ -184,6 +191,8 @@ def _loop(
                 report(*pending)
             pending = (step, metrics, tokens)
             if (step + 1) % config.checkpoint_every == 0:
+                report(*pending)  # before the checkpoint: a run killed between them would lack the line for ever
+                pending = None
                 checkpoints.save(step + 1, state)
         if pending:
             report(*pending)
@@ -208,17 +217,19 @@ def _optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.Gr
 def _read_corpus(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: config.corpus names the text that the cartridge stands in for")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
     if not text.strip():
         raise ValueError(f"{path} is empty: expected a text")
     return text
 
 
-def _check_window(config: TrainConfig, model: LanguageModel) -> None:
-    needed = config.init.num_slots + config.seq_len
-    if needed > model.config.window:
+def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:
+    if num_slots + config.seq_len > model.config.window:
         raise ValueError(
-            f"{config.init.num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
+            f"{num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
             f"{model.config.window}: lower config.init.num_slots or config.seq_len"
         )
 
@@ -232,7 +243,8 @@ def _claim(directory: Path, config: TrainConfig) -> None:
         changed = sorted(key for key in mine if mine[key] != theirs.get(key))
         if changed:
             raise ValueError(
-                f"{directory} holds a run with another {', '.join(changed)}: choose another config.output_dir or remove it"
+                f"{directory} holds a run with another {', '.join(changed)}: choose another config.output_dir or "
+                "remove it"
             )
     files.write_text(path, json.dumps(mine, indent=2, sort_keys=True) + "\n")
 
@@ -246,7 +258,8 @@ def _with_training(
     weights = model_config.num_layers * (block_weights + 3 * model_config.embed_dim * model_config.mlp_dim)
     provenance = dataclasses.replace(
         cartridge.provenance,
-        recipe=f"{cartridge.provenance.recipe}; {num_steps} steps of distillation, lr {config.optim.lr}, tail {config.tail}",
+        recipe=f"{cartridge.provenance.recipe}; {num_steps} steps of distillation, lr {config.optim.lr}, "
+        f"tail {config.tail}",
         training_tokens=tokens,
         training_flops=4.0 * weights * tokens,  # a forward pass and the gradient of the activations; weights are frozen
     )
@@ -255,6 +268,7 @@ def _with_training(
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in one sentence
     print(f"cartridge: {train(build(TrainConfig, load(argv)))}")
     return 0
 

@@ -34,7 +34,8 @@ def load(argv: Sequence[str], default: str | None = None) -> config_dict.ConfigD
         if default is None:
             raise ConfigError("no config was given: pass --config=configs/NAME.py")
         arguments.insert(0, f"--config={default}")
-    path = next(a for a in arguments if a.startswith("--config")).partition("=")[2] or arguments[1]
+    path, overrides = _split(arguments)
+    arguments = [f"--config={path}", *overrides]  # it has to come first
     if not Path(path.partition(":")[0]).is_file():
         raise ConfigError(f"config file {path!r} does not exist: pass --config=configs/NAME.py")
     values = flags.FlagValues()
@@ -46,11 +47,18 @@ def load(argv: Sequence[str], default: str | None = None) -> config_dict.ConfigD
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_key(arguments, path, error)) from error
     except flags.Error as error:
-        raise ConfigError(f"the command line cannot be read: {error}") from error
+        text = str(error)
+        if "Traceback" in text:  # of the config file's own code; its last line says what is wrong
+            raise ConfigError(f"config file {path!r} cannot be read: {text.strip().splitlines()[-1]}") from error
+        raise ConfigError(f"the command line cannot be read: {text}") from error
+    except (SyntaxError, NameError) as error:
+        raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
     except TypeError as error:
         raise ConfigError(f"a value of the wrong type: {error}") from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}: every setting is written --config.KEY=VALUE")
+    if not isinstance(config, config_dict.ConfigDict):
+        raise ConfigError(f"get_config of {path!r} returns a {type(config).__name__}, expected a ConfigDict")
     return config
 
 
@@ -83,8 +91,18 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(130)
     except USER_ERRORS as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {text or type(error).__name__}", file=sys.stderr)
+        print(f"error: {' '.join(str(text).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The file that `--config=PATH` or `--config PATH` names, and the arguments before and after it."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return argument.partition("=")[2], [*arguments[:i], *arguments[i + 1 :]]
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1], [*arguments[:i], *arguments[i + 2 :]]
+    raise ConfigError("--config names no file: pass --config=configs/NAME.py")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -126,5 +144,8 @@ def _suggest(key: str, known: typing.Iterable[str]) -> str:
 
 def _unknown_key(arguments: Sequence[str], path: str, error: Exception) -> str:
     keys = [a.partition("=")[0].removeprefix("--config.") for a in arguments if a.startswith("--config.")]
-    detail = str(error).strip('"').splitlines()[0] if str(error) else type(error).__name__
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    # `str` of a KeyError is the repr of its text
+    detail = " ".join(str(error.args[0]).split()) if error.args else type(error).__name__
     return f"{path} has no key that fits {', '.join(keys) or 'its own code'} ({detail})"

@@ -19,8 +19,10 @@ class Progress:
         self._name, self._total, self._unit = name, total, unit
         self._done, self._first = done, done
         self._start = self._last = time.monotonic()
-        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, smoothing=0.1)
-        self._bar.disable = not sys.stderr.isatty()
+        disable = not sys.stderr.isatty()  # told at once: made without it, a bar draws itself
+        self._bar = tqdm(
+            total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, smoothing=0.1, disable=disable
+        )
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._done += count

@@ -79,7 +79,7 @@ class SynthConfig:
     resource: ResourceConfig
     client: ClientConfig
     chunker: ChunkerConfig = ChunkerConfig()
-    seed_prompts: tuple[str, ...] = tuple(seed_prompts.SEED_PROMPTS)
+    seed_prompts: tuple[str, ...] = tuple(seed_prompts.SEED_PROMPTS)  # one named twice is drawn twice as often
     conversations_per_chunk: int = 8  # they share a system prompt, so a server computes it once
     max_chunks_in_flight: int = 4
     rounds: int = 1
@@ -100,9 +100,9 @@ class SynthConfig:
         if "{chunk}" not in self.system_prompt:
             raise ValueError("config.system_prompt has no {chunk}: the text of the chunk takes its place")
         if not self.seed_prompts:
-            raise ValueError(f"config.seed_prompts is empty, known types are {', '.join(seed_prompts.SEED_PROMPTS)}")
+            raise ValueError(f"config.seed_prompts is empty, known types are {', '.join(seed_prompts.KINDS)}")
         for kind in self.seed_prompts:
-            if kind not in seed_prompts.SEED_PROMPTS:
-                near = difflib.get_close_matches(kind, list(seed_prompts.SEED_PROMPTS), n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(seed_prompts.SEED_PROMPTS)}"
+            if kind not in seed_prompts.KINDS:
+                near = difflib.get_close_matches(kind, list(seed_prompts.KINDS), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(seed_prompts.KINDS)}"
                 raise ValueError(f"config.seed_prompts names an unknown type {kind!r}: {hint}")

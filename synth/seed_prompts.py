@@ -1,12 +1,17 @@
 """What sets a conversation going: instructions to the side that asks, short enough for a model of 135M parameters.
 
-The five types are the paper's. Every prompt asks for one message only, and for names, so that the question can be
+Five types are the paper's. Every prompt asks for one message only, and for names, so that the question can be
 understood by a reader who never saw the text.
+
+A sixth, `cloze`, is for models too small to ask: it needs no side A, since the prompt itself is the question. It gives
+the beginning of a sentence of the chunk and wants the rest, which even a model of 135M parameters can do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
 
 FORMATS = ("JSON", "YAML", "TOML", "INI", "XML", "plain text")
 
@@ -54,7 +59,35 @@ SEED_PROMPTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def draw(kinds: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
-    """A type, and one of its prompts."""
+# Asked as they stand, with the beginning of a sentence of the chunk in place of {cue}.
+CLOZE_PROMPTS = (
+    "Fill in the rest: {cue} ...",
+    "Fill in the rest: {cue} ... Answer in a few words.",
+    "{cue} ...",
+    "{cue} ... what? Answer in a few words.",
+    "How does this sentence end? {cue}",
+)
+KINDS = (*SEED_PROMPTS, "cloze")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_FEWEST_WORDS = 5  # of a sentence that a cue is taken from: some to show, some to hide
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedPrompt:
+    kind: str
+    text: str
+    is_question: bool  # the prompt itself opens the conversation, nobody rephrases it
+
+
+def draw(kinds: tuple[str, ...], chunk: str, rng: random.Random) -> SeedPrompt:
+    """A type (one that is named twice comes twice as often), and one of its prompts."""
     kind = rng.choice(kinds)
-    return kind, rng.choice(SEED_PROMPTS[kind])
+    if kind == "cloze":
+        return SeedPrompt(kind, rng.choice(CLOZE_PROMPTS).format(cue=_cue(chunk, rng)), is_question=True)
+    return SeedPrompt(kind, rng.choice(SEED_PROMPTS[kind]), is_question=False)
+
+
+def _cue(chunk: str, rng: random.Random) -> str:
+    sentences = [s.split() for s in _SENTENCE_END.split(chunk)]
+    words = rng.choice([s for s in sentences if len(s) >= _FEWEST_WORDS] or [chunk.split()])
+    return " ".join(words[: rng.randint(min(3, len(words)), max(3, len(words) - 2))])

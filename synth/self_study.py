@@ -18,6 +18,7 @@ from synth.chunkers import TokenChunker
 from synth.clients.base import Client, Completion
 from synth.config import SamplingConfig, SynthConfig
 from synth.conversation import Conversation, Message, flatten
+from synth.seed_prompts import SeedPrompt
 
 ATTEMPTS = 3  # at a question or an answer that is not empty
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -40,35 +41,40 @@ async def study(index: int, count: int, client: Client, chunker: TokenChunker, c
     system_prompt = config.system_prompt.replace("{chunk}", chunk.text)
     conversations = []
     for i in range(count):
-        kind, prompt = seed_prompts.draw(config.seed_prompts, rng)
+        prompt = seed_prompts.draw(config.seed_prompts, chunk.text, rng)
         metadata = {
-            "seed_prompt": prompt,
-            "seed_prompt_type": kind,
+            "seed_prompt": prompt.text,
+            "seed_prompt_type": prompt.kind,
             "chunk_span": [chunk.start, chunk.end],
             "conversation_index": index * config.conversations_per_chunk + i,
             "model": config.client.model,
         }
-        conversations.append(_converse(client, config, system_prompt, metadata))
+        conversations.append(_converse(client, config, system_prompt, prompt, metadata))
     results = await all_or_none(conversations)
     kept = [conversation for conversation in results if conversation is not None]
     return Batch(kept, len(results) - len(kept))
 
 
 async def _converse(
-    client: Client, config: SynthConfig, system_prompt: str, metadata: dict[str, Any]
+    client: Client, config: SynthConfig, system_prompt: str, prompt: SeedPrompt, metadata: dict[str, Any]
 ) -> Conversation | None:
     system = {"role": "system", "content": system_prompt}
-    instruction = {"role": "user", "content": metadata["seed_prompt"]}
+    instruction = {"role": "user", "content": prompt.text}
     messages: list[Message] = []
-    turns: list[Completion] = []
+    turns: list[tuple[str, int]] = []  # of every message: why it ended and how many tokens were written
     for number in range(config.rounds):
         where = f"{config.seed}/conversation/{metadata['conversation_index']}/{number}"
 
-        seen = [system, instruction, *({"role": _other(m.role), "content": m.content} for m in messages)]
-        question = await _say_something(client, seen, config.question, f"{where}/question")
-        if question is None:
-            return None
-        messages.append(Message(question.text, "user", question.token_ids))
+        if prompt.is_question and not messages:
+            messages.append(Message(prompt.text, "user"))
+            turns.append(("given", 0))
+        else:
+            seen = [system, instruction, *({"role": _other(m.role), "content": m.content} for m in messages)]
+            question = await _say_something(client, seen, config.question, f"{where}/question")
+            if question is None:
+                return None
+            messages.append(Message(question.text, "user", question.token_ids))
+            turns.append((question.finish_reason, question.completion_tokens))
 
         seen = [system, *({"role": m.role, "content": m.content} for m in messages)]
         answer = await _say_something(client, seen, config.answer, f"{where}/answer", config.top_logprobs)
@@ -76,10 +82,10 @@ async def _converse(
             return None
         top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)
         messages.append(Message(answer.text, "assistant", answer.token_ids, top_logprobs))
-        turns += [question, answer]
+        turns.append((answer.finish_reason, answer.completion_tokens))
     metadata |= {
-        "finish_reasons": [turn.finish_reason for turn in turns],
-        "completion_tokens": [turn.completion_tokens for turn in turns],
+        "finish_reasons": [reason for reason, _ in turns],
+        "completion_tokens": [tokens for _, tokens in turns],
     }
     return Conversation(tuple(messages), system_prompt, metadata, type="self_study")
 

@@ -7,8 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Hugging Face `model_type` -> whether q/k/v carry a bias unless the config says otherwise, and whether q and k are normed.
+# Hugging Face `model_type` -> whether q/k/v carry a bias unless the config says otherwise, and whether q and k are
+# normed.
 FAMILIES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+# what a config.json cannot do without
+HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+HF_KEYS += ("max_position_embeddings",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,13 @@ class ModelConfig:
         family = raw.get("model_type", "")
         if family not in FAMILIES:
             raise ValueError(f"model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
-        if raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
+        sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
+        if sliding or raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
             raise ValueError(
                 f"this {family} config uses a sliding window, an MLP bias or an activation other than silu"
             )
+        if missing := [key for key in HF_KEYS if key not in raw]:
+            raise ValueError(f"this {family} config lacks {', '.join(missing)}: expected a whole config.json")
         default_bias, qk_norm = FAMILIES[family]
         heads, width = raw["num_attention_heads"], raw["hidden_size"]
         head_dim = raw.get("head_dim") or width // heads

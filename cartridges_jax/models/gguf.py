@@ -13,8 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from cartridges_jax.models.config import FAMILIES, ModelConfig, rope_factors
 from cartridges_jax.models.loading import load_params
-from cartridges_jax.models.config import FAMILIES, ModelConfig
 from cartridges_jax.models.transformer import Params
 
 LAYER = {
@@ -33,6 +33,8 @@ LAYER = {
 TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 TOP["output.weight"] = "lm_head.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling arrives as a tensor of divisors
+KEYS = ("embedding_length", "block_count", "feed_forward_length", "context_length")
+KEYS += ("attention.head_count", "attention.layer_norm_rms_epsilon")
 
 
 def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
@@ -64,21 +66,30 @@ def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
 
 
 def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """[(heads pairs 2), …] as GGUF interleaves RoPE's pairs -> [(heads 2 pairs), …] in halves, as the decoder rotates."""
+    """[(heads pairs 2), …] as GGUF interleaves RoPE's pairs -> [(heads 2 pairs), …], the halves that we rotate."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _config(reader: gguf.GGUFReader, tensors: dict[str, Any], factors: tuple[float, ...]) -> ModelConfig:
-    family = reader.fields["general.architecture"].contents()
+    architecture = reader.fields.get("general.architecture")
+    family = None if architecture is None else architecture.contents()
     if family not in FAMILIES:
         raise ValueError(f"the GGUF's architecture is {family!r}, expected one of {', '.join(FAMILIES)}")
+    missing = [f"{family}.{key}" for key in KEYS if f"{family}.{key}" not in reader.fields]
+    missing += ["token_embd.weight"] if "model.embed_tokens.weight" not in tensors else []
+    if missing:
+        raise ValueError(f"the GGUF file lacks {', '.join(missing)}: expected a whole model")
 
     def value(key: str, default: Any = None) -> Any:
         field = reader.fields.get(f"{family}.{key}")
         return default if field is None else field.contents()
 
     heads, width = value("attention.head_count"), value("embedding_length")
+    head_dim, theta = value("attention.key_length", width // heads), float(value("rope.freq_base", 10_000.0))
+    scaling = value("rope.scaling.type", "none")
+    if scaling != "none":
+        factors = rope_factors({"rope_type": scaling, "factor": value("rope.scaling.factor", 1.0)}, theta, head_dim)
     return ModelConfig(
         family=family,
         vocab_size=int(tensors["model.embed_tokens.weight"].shape[1]),
@@ -86,10 +97,10 @@ def _config(reader: gguf.GGUFReader, tensors: dict[str, Any], factors: tuple[flo
         embed_dim=width,
         num_heads=heads,
         num_kv_heads=value("attention.head_count_kv", heads),
-        head_dim=value("attention.key_length", width // heads),
+        head_dim=head_dim,
         mlp_dim=value("feed_forward_length"),
         norm_eps=float(np.float32(value("attention.layer_norm_rms_epsilon"))),
-        rope_theta=float(value("rope.freq_base", 10_000.0)),
+        rope_theta=theta,
         window=value("context_length"),
         tie_embeddings="lm_head.weight" not in tensors,
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in tensors,

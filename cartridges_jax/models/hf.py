@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params
 
 
@@ -23,22 +25,38 @@ def load_hf(directory: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: expected a Hugging Face model directory")
-    config = ModelConfig.from_hf(json.loads(config_file.read_text(encoding="utf-8")))
+    config = ModelConfig.from_hf(_read_json(config_file))
     files = _tensor_files(directory)
 
     def read(name: str) -> Any:
-        # the flax reader gives bfloat16 as a jax array's dtype; numpy's own reader does not know it
-        with safe_open(files[name], framework="numpy") as reader:
+        # bfloat16 comes as ml_dtypes' type: numpy knows it because jax has imported ml_dtypes
+        with _open(files[name]) as reader:
             return reader.get_tensor(name)
 
     params, fingerprint = load_params(config, files, read, dtype)
     return config, params, fingerprint
 
 
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as reader:
+            yield reader
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole JSON file ({error}): download it again") from error
+
+
 def _tensor_files(directory: Path) -> dict[str, Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = _read_json(index).get("weight_map", {})
         files = {name: directory / Path(shard).name for name, shard in shards.items()}
         missing = sorted({p.name for p in files.values() if not p.is_file()})
         if missing:
@@ -48,11 +66,8 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         return files
     files = {}
     for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy") as reader:
-                files.update(dict.fromkeys(reader.keys(), path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from error
+        with _open(path) as reader:
+            files.update(dict.fromkeys(reader.keys(), path))
     if not files:
         raise FileNotFoundError(
             f"{directory} holds no .safetensors file: convert or download the weights in that format"

@@ -50,7 +50,8 @@ class Block(nnx.Module):
         k_btkh = jnp.einsum("btd,dkh->btkh", y_btd, self.k[...])
         v_btkh = jnp.einsum("btd,dkh->btkh", y_btd, self.v[...])
         if self.config.qkv_bias:
-            q_btnh, k_btkh, v_btkh = q_btnh + self.q_bias[...], k_btkh + self.k_bias[...], v_btkh + self.v_bias[...]
+            q_btnh, k_btkh = q_btnh + self.q_bias[...], k_btkh + self.k_bias[...]
+            v_btkh = v_btkh + self.v_bias[...]
         if self.config.qk_norm:
             q_btnh, k_btkh = rms_norm(q_btnh, self.q_norm[...], eps), rms_norm(k_btkh, self.k_norm[...], eps)
         o_btnh, extra = attend(rotate(q_btnh, rope), rotate(k_btkh, rope), v_btkh)
@@ -61,7 +62,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Blocks hold arrays with a leading layer axis. The head is kept as [v, d], like the embedding it may be tied to."""
+    """Blocks hold arrays with a leading layer axis. The head is [v, d], like the embedding it may be tied to."""
 
     def __init__(self, config: ModelConfig):
         self.embed = _weight(config.vocab_size, config.embed_dim)

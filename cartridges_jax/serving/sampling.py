@@ -40,7 +40,8 @@ def sample(
 
 def _draw(logits_bv: Array, sampling: Sampling) -> Array:
     temperature_b1 = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    probs_bv = jax.nn.softmax(logits_bv / temperature_b1, axis=-1)
+    # the best logit becomes 0 first, so that a temperature near zero cannot overflow
+    probs_bv = jax.nn.softmax((logits_bv - logits_bv.max(-1, keepdims=True)) / temperature_b1, axis=-1)
     probs_bv = jax.lax.cond(
         ((sampling.top_p < 1) | (sampling.top_k > 0)).any(),
         lambda: jnp.where(probs_bv >= _threshold(probs_bv, sampling), probs_bv, 0.0),
@@ -50,25 +51,32 @@ def _draw(logits_bv: Array, sampling: Sampling) -> Array:
     uniform_b = jax.vmap(lambda seed, step: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step)))(
         sampling.seed, sampling.step
     )
-    # the first id whose cumulative mass exceeds the draw: one random number a row instead of one a vocabulary entry
-    return jnp.sum(cumulative_bv <= (uniform_b * cumulative_bv[:, -1])[:, None], axis=-1).clip(0, probs_bv.shape[1] - 1)
+    # the first id whose cumulative mass exceeds the draw: one random number a row instead of one a vocabulary entry;
+    # a parallel sum wobbles by a rounding also where nothing is added, so ids that are left out are asked for as well
+    ids_v, possible_bv = jnp.arange(probs_bv.shape[1]), probs_bv > 0
+    reached_bv = possible_bv & (cumulative_bv > (uniform_b * cumulative_bv[:, -1])[:, None])
+    first_b = jnp.where(reached_bv, ids_v, probs_bv.shape[1]).min(-1)
+    return jnp.minimum(first_b, jnp.where(possible_bv, ids_v, 0).max(-1))
 
 
 def _threshold(probs_bv: Array, sampling: Sampling) -> Array:
     """The largest probability such that the tokens at or above it are enough for top-p and for top-k.
 
     Found by bisection: sorting a vocabulary costs a CPU twenty times more. Equal probabilities stay together.
+    Positive floats are ordered as their bits are, and halving those ends at the exact value.
     """
+    bits_bv = jax.lax.bitcast_convert_type(probs_bv, jnp.int32)
     top_p_b1 = jnp.where(sampling.top_p < 1, sampling.top_p, 2.0)[:, None]  # 2 is never reached: no limit
     top_k_b1 = jnp.where(sampling.top_k > 0, sampling.top_k, probs_bv.shape[1] + 1)[:, None]
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low_b1, high_b1 = bounds
-        middle_b1 = (low_b1 + high_b1) / 2
-        kept_bv = probs_bv >= middle_b1
+        middle_b1 = low_b1 + (high_b1 - low_b1) // 2
+        kept_bv = bits_bv >= middle_b1
         enough_b1 = (jnp.where(kept_bv, probs_bv, 0).sum(-1, keepdims=True) >= top_p_b1) | (
             kept_bv.sum(-1, keepdims=True) >= top_k_b1
         )
         return jnp.where(enough_b1, middle_b1, low_b1), jnp.where(enough_b1, high_b1, middle_b1)
 
-    return jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(top_p_b1), probs_bv.max(-1, keepdims=True)))[0]
+    bounds = (jnp.zeros_like(bits_bv[:, :1]), bits_bv.max(-1, keepdims=True) + 1)  # all are enough, none are not
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, bounds)[0], jnp.float32)

@@ -35,10 +35,16 @@ def prefix_attention(
     Raises:
       ValueError: an unknown implementation, or shapes that do not belong together.
     """
-    if q.shape[2] % k.shape[2] or prefix_k.shape[1:] != k.shape[2:] or prefix_k.shape != prefix_v.shape:
+    b, t, n, h = q.shape
+    kv_heads, p = k.shape[2], prefix_k.shape[0]
+    expected = [(b, t, kv_heads, h), (b, t, kv_heads, h), (p, kv_heads, h), (p, kv_heads, h), (b, t), (p, kv_heads)]
+    given = [k.shape, v.shape, prefix_k.shape, prefix_v.shape, segment_ids.shape]
+    given += [(p, kv_heads) if bias is None else bias.shape]
+    if n % kv_heads or given != expected:
         raise ValueError(
-            f"queries {q.shape}, keys {k.shape} and slots {prefix_k.shape}, {prefix_v.shape} do not belong together: "
-            "expected [b,t,n,h], [b,t,k,h] and twice [p,k,h] with n a multiple of k"
+            f"queries {q.shape}, keys {k.shape}, values {v.shape}, slots {prefix_k.shape} and {prefix_v.shape}, "
+            f"segment ids {segment_ids.shape} and bias {None if bias is None else bias.shape} do not belong together: "
+            "expected [b,t,n,h], twice [b,t,k,h], twice [p,k,h], [b,t] and [p,k] with n a multiple of k"
         )
     name = implementation or "xla"
     if name not in IMPLEMENTATIONS:

@@ -1,4 +1,4 @@
-"""The definition, dense and in the inputs' own precision (float64 in tests): every other implementation is held to it."""
+"""The definition, dense and in the inputs' own precision (float64 in tests): the others are held to it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,44 @@
+# `make quickstart` and `make test` are all a newcomer needs; both make the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DOC ?=
+QUESTIONS ?=
+# The environment is made anew for another Python, and updated when its pins change.
+MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+.PHONY: quickstart install test test-slow test-parity golden lint
+
+quickstart: install
+	$(BIN)/python -m cartridges_jax.quickstart $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
+
+install: $(MADE)
+
+$(MADE): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: PYTHON=python3.11 make"; exit 1; }
+	@echo "making $(VENV) (about a minute) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/python -m pytest -m 'not slow and not parity'
+
+test-slow: install
+	$(BIN)/python -m pytest -m 'not parity'
+
+# torch's CPU build is needed here and nowhere else
+test-parity: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'
+	$(BIN)/python -m pytest -m parity
+
+golden: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'
+	$(BIN)/python tests/make_golden.py
+
+lint: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,161 @@
+"""An initial state in seconds: p slots whose attention matches the full document's (arXiv 2602.16284).
+
+For every layer and kv head, with queries of real conversations: keep the p document tokens that receive the most
+attention; give each a bias, so that the slots' total weight matches the document's (non-negative least squares); then
+move their values, so that the output matches (least squares). Layers are fitted in order, on the states that the slots
+fitted so far produce, so that later layers make up for earlier ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cartridges_jax.cartridge import Cartridge, Provenance
+from cartridges_jax.data import Example, PackedRows
+from cartridges_jax.kernels.prefix_attention import prefix_attention
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
+
+ROW = 256  # tokens of a packed row of reference conversations
+QUERY_TOKENS = 2048  # reference tokens; each gives n/k queries to a kv head, and p slots need several times p of them
+NNLS_STEPS = 200
+LARGEST_BIAS = 5.0  # in nats
+RIDGE = 1e-3  # of the mean squared weight: how strongly a slot keeps its token's value where the queries do not care
+
+
+def attention_matching(
+    model: LanguageModel, corpus: str, examples: Sequence[Example], num_slots: int, num_frozen: int = 1
+) -> Cartridge:
+    """The compacted document, which stands in a system message as a teacher sees it.
+
+    Args:
+      examples: conversations about the corpus, whose tokens give the reference queries.
+
+    Raises:
+      ValueError: the document is not longer than `num_slots` tokens, or does not fit the window with a conversation.
+    """
+    system = [{"role": "system", "content": corpus}]
+    tokens = model.tokenizer.chat_ids(system, add_generation_prompt=False)
+    if not num_slots < len(tokens) <= model.config.window - ROW:
+        raise ValueError(
+            f"the document has {len(tokens)} tokens, expected more than the {num_slots} slots and at most "
+            f"{model.config.window - ROW} for {model.name}: choose fewer slots, or another init.kind for a longer document"
+        )
+    document = Cartridge.from_tokens(model, tokens)
+    batch = _rows(examples, QUERY_TOKENS) + (_rows(_repetitions(model, corpus), len(tokens) * 2) if REPEAT else [])
+    count = len(batch)
+    names = ("tokens", "segment_ids", "positions")
+    keys, values, bias = _match(
+        model.params,
+        document.keys,
+        document.values,
+        *(np.stack([row[name] for row in batch]) for name in names),
+        config=model.config,
+        num_slots=num_slots,
+    )
+    provenance = Provenance.of(model, corpus, f"attention matching on {count * ROW} tokens of conversations")
+    return Cartridge(keys, values, bias, num_frozen, provenance).checked(model.config)
+
+
+REPEAT = True
+
+
+def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.ndarray]]:
+    rows = PackedRows(examples, ROW, batch_size=1, num_epochs=1, seed=0)
+    return [rows[i] for i in range(min(len(rows), math.ceil(num_tokens / ROW)))]
+
+
+def _repetitions(model: LanguageModel, corpus: str) -> list[Example]:
+    """The document said back, piece by piece: queries that look for every one of its tokens."""
+    frame = model.tokenizer.turn_ids([{"role": "user", "content": "Repeat the text."}], add_generation_prompt=True)
+    tokens = model.tokenizer.encode(corpus)
+    size = ROW - len(frame)
+    nothing = np.zeros(0, np.int32)
+    return [
+        Example(np.asarray(frame + tokens[i : i + size], np.int32), nothing, nothing, nothing.astype(np.float32))
+        for i in range(0, len(tokens), size)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_slots"))
+def _match(
+    params: Params,
+    document_k: Float[Array, "l s k h"],
+    document_v: Float[Array, "l s k h"],
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    *,
+    config: ModelConfig,
+    num_slots: int,
+) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
+    length = document_k.shape[1]
+    rope = rope_tables(positions + length, config)
+    is_query_bt = segment_ids > 0
+
+    def layer(x_btd: Array, scanned: Any) -> tuple[Array, Any]:
+        layer_params, keys_skh, values_skh = scanned
+
+        def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array) -> tuple[Array, Any]:
+            b, t, n, h = q_btnh.shape
+            q_kmh = q_btnh.reshape(b * t, config.num_kv_heads, -1, h).transpose(1, 0, 2, 3)
+            q_kmh = q_kmh.reshape(config.num_kv_heads, -1, h)
+            is_query_m = jnp.repeat(is_query_bt.reshape(-1), n // config.num_kv_heads)
+            fit = functools.partial(_fit_head, is_query=is_query_m, num_slots=num_slots)
+            # one head at a time: its scores are [queries, document tokens]
+            keys_kph, values_kph, bias_kp = jax.lax.map(
+                lambda a: fit(*a), (q_kmh, keys_skh.transpose(1, 0, 2), values_skh.transpose(1, 0, 2))
+            )
+            slots = keys_kph.transpose(1, 0, 2), values_kph.transpose(1, 0, 2), bias_kp.T
+            return prefix_attention(q_btnh, k_btkh, v_btkh, slots[0], slots[1], segment_ids, slots[2]), slots
+
+        return block_of(config, layer_params)(x_btd, rope, attend)
+
+    _, (keys, values, bias) = jax.lax.scan(
+        layer, params["embed"][tokens].astype(jnp.float32), (params["blocks"], document_k, document_v)
+    )
+    # Keys were rotated for queries at length + i; moved back by length - p they meet queries at p + i at the same angle.
+    shift = rope_tables(jnp.full((1, 1), num_slots - length), config)
+    return jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], shift)[0])(keys), values, bias
+
+
+def _fit_head(
+    q: Float[Array, "m h"], k: Float[Array, "s h"], v: Float[Array, "s h"], *, is_query: Array, num_slots: int
+) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
+    scores_ms = q @ k.T * q.shape[-1] ** -0.5
+    weights_ms = jax.nn.softmax(scores_ms, axis=-1) * is_query[:, None]
+    output_mh = weights_ms @ v
+    # the first token is the attention sink, which stays first; the others keep their order
+    mass_s = jnp.sqrt((weights_ms**2).mean(0)).at[0].set(jnp.inf)
+    kept_p = jnp.sort(jax.lax.top_k(mass_s, num_slots)[1])
+    shares_mp = weights_ms[:, kept_p]
+    weight_p = _nnls(shares_mp, is_query.astype(q.dtype))
+    shares_mp = shares_mp * weight_p
+    shares_mp = shares_mp / jnp.maximum(shares_mp.sum(-1, keepdims=True), 1e-9)
+    gram_pp = shares_mp.T @ shares_mp
+    ridge = RIDGE * jnp.trace(gram_pp) / num_slots
+    gram_pp = gram_pp + ridge * jnp.eye(num_slots, dtype=q.dtype)
+    residual_ph = shares_mp.T @ (output_mh - shares_mp @ v[kept_p])
+    moved_ph = jax.scipy.linalg.solve(gram_pp, residual_ph, assume_a="pos")
+    return k[kept_p], v[kept_p] + moved_ph, jnp.log(weight_p)
+
+
+def _nnls(shares: Float[Array, "m p"], target: Float[Array, " m"]) -> Float[Array, " p"]:
+    """Positive w with shares @ w near target, by multiplicative updates (Lee and Seung, 2001), from w = 1."""
+    gram_pp, aim_p = shares.T @ shares, shares.T @ target
+
+    def update(_: int, weight_p: Array) -> Array:
+        return jnp.clip(
+            weight_p * aim_p / jnp.maximum(gram_pp @ weight_p, 1e-12), *jnp.exp(jnp.array([-1, 1]) * LARGEST_BIAS)
+        )
+
+    return jax.lax.fori_loop(0, NNLS_STEPS, update, jnp.ones_like(aim_p))

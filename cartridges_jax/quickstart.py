@@ -1,0 +1,229 @@
+"""From a document to a trained, evaluated cartridge with one command: what `make quickstart` runs.
+
+Every stage is one of the project's own commands, with the settings of one config file, and leaves its result in the
+run's directory; a second run reuses what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cartridges_jax.data import split_dataset
+from cartridges_jax.evaluate import EvalConfig, evaluate, questions_of
+from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.report import samples, table
+from cartridges_jax.train import TrainConfig, train
+from command_line import config as command_config
+from command_line import files
+from command_line.progress import stage
+
+CONFIG = "configs/quickstart.py"
+DOCUMENT = "examples/document.txt"
+QUESTIONS = "examples/questions.jsonl"
+START_SECONDS = 300.0  # a server that has not started by then never will
+LARGEST_SHARE = 4  # a cartridge has at most 1/4 of the document's tokens
+
+
+def main(argv: list[str]) -> int:
+    args = _arguments(argv)
+    begun = time.monotonic()
+    config = command_config.load([f"--config={args.config}", *args.overrides])
+    document, questions = _inputs(args)
+    directory = _run_directory(Path(args.runs), config, document, questions)
+    print(f"run directory: {directory}", file=sys.stderr)
+    with stage(f"loading {config.train.model}"):
+        model = load_model(config.train.model, config.train.dtype)
+    dataset = _synthesize(args.config, args.overrides, config, document, directory)
+    held_out = None
+    if questions is None:
+        dataset, held_out = split_dataset(dataset, config.num_held_out, directory)
+    cartridge = _train(config, model, document, dataset, directory)
+    report = _evaluate(config, model, document, questions, held_out, cartridge, directory)
+    _show(report, cartridge, config, time.monotonic() - begun, directory)
+    return 0
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m cartridges_jax.quickstart", description=__doc__)
+    parser.add_argument("--document", help=f"a UTF-8 text file (default: {DOCUMENT})")
+    parser.add_argument(
+        "--questions", help='JSON lines of {"question", "answer"}; none: held-out conversations are asked'
+    )
+    parser.add_argument("--config", default=CONFIG, help="default: %(default)s")
+    parser.add_argument("--runs", default="runs", help="folder of the run directories (default: %(default)s)")
+    args, args.overrides = parser.parse_known_args(argv)
+    return args
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The document and the questions, checked before anything is installed or started."""
+    document = Path(args.document or DOCUMENT)
+    questions = args.questions or (QUESTIONS if args.document is None else None)
+    if not document.is_file():
+        raise FileNotFoundError(f"{document} does not exist: expected a UTF-8 text file")
+    try:
+        text = document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{document} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+    if not text.strip():
+        raise ValueError(f"{document} is empty: expected a text")
+    if questions is not None:
+        questions_of(questions)
+    return document, None if questions is None else Path(questions)
+
+
+def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Path | None) -> Path:
+    """One directory for one document, set of questions and config, so that a second run finds the first one's results."""
+    digest = hashlib.sha256(config.to_json(sort_keys=True).encode() + document.read_bytes())
+    digest.update(b"" if questions is None else questions.read_bytes())
+    directory = runs / f"{document.stem}-{digest.hexdigest()[:8]}"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _synthesize(config_path: str, overrides: list[str], config: ConfigDict, document: Path, directory: Path) -> Path:
+    folder = directory / "synth"
+    dataset = folder / "dataset.parquet"
+    if dataset.is_file():
+        return dataset
+    with _server(config, directory / "server.log") as url:
+        command = [sys.executable, "-m", "synth", f"--config={config_path}:synth"]
+        command += [o.replace("--config.synth.", "--config.") for o in overrides if o.startswith("--config.synth.")]
+        command += [
+            f"--config.output_dir={folder}",
+            f"--config.resource.path={document}",
+            f"--config.client.base_url={url}",
+        ]
+        if subprocess.run(command, check=False).returncode:
+            raise ChildProcessError(
+                f"synthesis stopped early, see above; the server's log is {directory / 'server.log'}"
+            )
+    return dataset
+
+
+@contextlib.contextmanager
+def _server(config: ConfigDict, log: Path) -> Iterator[str]:
+    """Our own server on a free port of the loopback; yields its URL."""
+    command = [
+        sys.executable,
+        "-m",
+        "cartridges_jax.serve",
+        "--port=0",
+        "--warmup",
+        f"--model={config.synth.client.model}",
+    ]
+    command += [f"--slots={config.server.slots}", f"--max-length={config.server.max_length}", "--max-queue=4096"]
+    command += [f"--dtype={config.train.dtype}", f"--cartridges={log.parent}"]
+    with log.open("w", encoding="utf-8") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        with stage("starting the server and compiling its programs"):
+            url = _ready_url(process, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def _ready_url(process: subprocess.Popen[str], log: Path) -> str:
+    lines: queue.Queue[str] = queue.Queue()
+
+    def forward() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=forward, daemon=True).start()
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            line = lines.get(timeout=1.0)
+        except queue.Empty:
+            continue
+        if line.startswith("ready: "):
+            return line.split()[1]
+        if not line:
+            break
+    tail = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+    raise ChildProcessError(f"the server did not start: {' '.join(tail) or 'it said nothing'} (log: {log})")
+
+
+def _train(config: ConfigDict, model: LanguageModel, document: Path, dataset: Path, directory: Path) -> Path:
+    folder = directory / "train"
+    cartridge = folder / "cartridge.safetensors"
+    if cartridge.is_file():
+        return cartridge
+    settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(document), "output_dir": str(folder)}
+    tokens = len(model.tokenizer.encode(document.read_text(encoding="utf-8")))
+    settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
+    return train(command_config.build(TrainConfig, settings, "config.train"), model)
+
+
+def _evaluate(
+    config: ConfigDict,
+    model: LanguageModel,
+    document: Path,
+    questions: Path | None,
+    held_out: Path | None,
+    cartridge: Path,
+    directory: Path,
+) -> dict[str, Any]:
+    path = directory / "report.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    settings = config.evaluate.to_dict() | {
+        "cartridge": str(cartridge),
+        "corpus": str(document),
+        "output_dir": str(directory),
+        "questions": None if questions is None else str(questions),
+        "held_out": None if held_out is None else str(held_out),
+    }
+    return evaluate(command_config.build(EvalConfig, settings, "config.evaluate"), model)
+
+
+def _show(report: dict[str, Any], cartridge: Path, config: ConfigDict, seconds: float, directory: Path) -> None:
+    served = directory / "cartridges"
+    served.mkdir(exist_ok=True)
+    with files.atomic(served / "document.safetensors") as temporary:
+        shutil.copyfile(cartridge, temporary)
+    python = shlex.quote(os.path.relpath(sys.executable)) if os.sep in sys.executable else sys.executable
+    name = config.train.model
+    gap = report["gap_closed"]
+    print(f"\n{table(report)}\n")
+    if gap is not None:
+        print(f"The cartridge closes {gap:.0%} of the gap between knowing nothing and reading the full document.\n")
+    print(samples(report, report["config"]["num_samples"]))
+    print(f"""
+It took {seconds / 60:.1f} minutes. What to do next:
+  chat with it:   {python} -m cartridges_jax.chat --model={name} --cartridge={cartridge}
+  serve it:       {python} -m cartridges_jax.serve --model={name} --cartridges={served}
+                  then ask for the model "{name}:document" with any OpenAI client
+  your own file:  make quickstart DOC=file.txt QUESTIONS=file.jsonl
+run directory: {directory} (report.md, report.json)""")
+
+
+if __name__ == "__main__":
+    command_config.run(main)

@@ -1,0 +1,311 @@
+"""Conversations as tokens and targets, and rows that hold each of them once, whole, and apart from its neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cartridges_jax.data import (
+    Example,
+    PackedRows,
+    batches,
+    example_of,
+    exchanges,
+    pack,
+    read_examples,
+    split_dataset,
+)
+from cartridges_jax.tokenizer import Tokenizer
+from synth import conversation
+from synth.conversation import Conversation, Message
+
+# A tokenizer gives text more than one spelling; these ids spell "the cat", as no encoder would.
+SAMPLED = "the cat"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tiny.model().tokenizer
+
+
+def letters(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """One id per character: valid, and not what `encode` gives."""
+    ids = tuple(tokenizer.encode("".join(c))[0] for c in text)
+    assert list(ids) != tokenizer.encode(text)
+    return ids
+
+
+def answer(tokenizer: Tokenizer, text: str, ended: bool, ks: list[int] | None = None) -> Message:
+    """An answer sampled letter by letter; position i has `ks[i]` entries, the ids i, i+1, … and so on."""
+    ids = letters(tokenizer, text) + ((tokenizer.encode(tiny.END)[0],) if ended else ())
+    ks = [1] * len(ids) if ks is None else ks
+    rows = [[(i + j, -0.5 - j) for j in range(k)] for i, k in zip(range(len(ids)), ks, strict=True)]
+    return Message(text, "assistant", ids, tiny.top_logprobs(rows))
+
+
+def talk(*messages: Message) -> Conversation:
+    return Conversation(messages, "SECRET CONTEXT", {})
+
+
+def test_the_frames_around_messages_are_those_of_the_chat_template(tokenizer: Tokenizer):
+    found = example_of(talk(Message("Hi", "user"), answer(tokenizer, SAMPLED, ended=True)), tokenizer)
+    start, end = tokenizer.encode(tiny.START), tokenizer.encode(tiny.END)
+    user, assistant, newline = (tokenizer.encode(text) for text in ("user\n", "assistant\n", "\n"))
+    question = tokenizer.encode("Hi")
+    expected = [*start, *user, *question, *end, *newline, *start, *assistant, *letters(tokenizer, SAMPLED), *end]
+    assert found.tokens.tolist() == expected
+    assert found.tokens.dtype == np.int32
+
+
+def test_a_conversation_without_samples_is_laid_out_as_a_server_would(tokenizer: Tokenizer):
+    messages = [Message("Who sleeps in box 3?", "user"), Message("The owl.", "assistant"), Message("Why?", "user")]
+    found = example_of(talk(*messages), tokenizer).tokens.tolist()
+    whole = tokenizer.chat_ids([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=False)
+    assert found == whole[: len(found)]
+    assert tokenizer.decode(whole[len(found) :], skip_special_tokens=False) == tiny.END + "\n"
+
+
+def test_the_last_answer_ends_as_it_was_sampled(tokenizer: Tokenizer):
+    question, end = Message("Hi", "user"), tokenizer.encode(tiny.END)[0]
+    cut = example_of(talk(question, answer(tokenizer, SAMPLED, ended=False)), tokenizer).tokens
+    ended = example_of(talk(question, answer(tokenizer, SAMPLED, ended=True)), tokenizer).tokens
+    assert cut[-1] == letters(tokenizer, SAMPLED)[-1]
+    assert ended.tolist() == [*cut.tolist(), end]
+
+
+def test_an_answer_in_the_middle_is_ended_exactly_once(tokenizer: Tokenizer):
+    question, more = Message("Hi", "user"), Message("And?", "user")
+    both = [
+        example_of(talk(question, answer(tokenizer, SAMPLED, ended=ended), more), tokenizer).tokens.tolist()
+        for ended in (True, False)
+    ]
+    assert both[0] == both[1]
+    assert both[0].count(tokenizer.encode(tiny.END)[0]) == 2
+
+
+def test_an_entry_predicts_the_token_after_its_position(tokenizer: Tokenizer):
+    ks = [1, 0, 3, 2, 0, 1, 1, 2]  # ragged, with positions that no entry speaks of
+    first = answer(tokenizer, SAMPLED, True, ks)
+    conversation_ = talk(Message("Hi", "user"), first, Message("And?", "user"), answer(tokenizer, SAMPLED, False))
+    found = example_of(conversation_, tokenizer)
+    assert (np.diff(found.target_index) >= 0).all()
+    entries = list(zip(found.target_index, found.target_ids, found.target_logprobs, strict=True))
+    of_first, of_second = entries[: sum(ks)], entries[sum(ks) :]
+    start = len(tokenizer.chat_ids([{"role": "user", "content": "Hi"}], add_generation_prompt=True))
+    assert tuple(found.tokens[start : start + len(ks)]) == first.token_ids
+    expected = [(start + i - 1, i + j, -0.5 - j) for i, k in enumerate(ks) for j in range(k)]
+    assert of_first == expected
+    second = len(found.tokens) - len(SAMPLED)
+    assert [e[0] for e in of_second] == [second + i - 1 for i in range(len(SAMPLED))]
+    assert found.tokens[of_second[0][0] + 1 :].tolist() == list(letters(tokenizer, SAMPLED))
+
+
+def test_targets_meet_the_token_that_was_sampled(tmp_path: Path):
+    """In the tiny dataset the sampled token is always the likeliest entry: alignment, seen from the data."""
+    model = tiny.model()
+    for example in read_examples(tiny.write_dataset(tmp_path / "d.parquet", model), model.tokenizer):
+        best = example.target_logprobs == np.float32(np.log(0.55))
+        np.testing.assert_array_equal(example.tokens[example.target_index[best] + 1], example.target_ids[best])
+
+
+def test_the_context_is_never_seen(tmp_path: Path):
+    model = tiny.model()
+    for example in read_examples(tiny.write_dataset(tmp_path / "d.parquet", model), model.tokenizer):
+        assert "SECRET" not in model.tokenizer.decode(example.tokens.tolist(), skip_special_tokens=False)
+
+
+def test_what_synthesis_writes_is_what_training_reads(tmp_path: Path, tokenizer: Tokenizer):
+    written = [
+        talk(Message("Hi", "user"), answer(tokenizer, SAMPLED, True, [2, 0, 1, 4, 1, 1, 0, 3])),
+        talk(Message("No targets", "user"), Message("None.", "assistant")),
+        talk(Message("Ho", "user"), answer(tokenizer, SAMPLED, False)),
+    ]
+    conversation.write(tmp_path / "d.parquet", written)
+    found = read_examples(tmp_path / "d.parquet", tokenizer)
+    expected = [example_of(written[0], tokenizer), example_of(written[2], tokenizer)]
+    for a, b in zip(found, expected, strict=True):
+        for field in dataclasses.fields(Example):
+            np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+            assert getattr(a, field.name).dtype == getattr(b, field.name).dtype
+
+
+def test_a_dataset_without_log_probabilities_is_refused(tmp_path: Path, tokenizer: Tokenizer):
+    plain = talk(Message("Hi", "user"), Message("Ho", "assistant", tuple(tokenizer.encode("Ho"))))
+    for conversations in ([plain], [], [talk(Message("Hi", "user"), answer(tokenizer, SAMPLED, True, [0] * 8))]):
+        conversation.write(tmp_path / "d.parquet", conversations)
+        with pytest.raises(ValueError, match=r"d\.parquet holds no teacher log-probabilities: synthesize with"):
+            read_examples(tmp_path / "d.parquet", tokenizer)
+
+
+def example(number: int, length: int, ks: list[int]) -> Example:
+    """Tokens and targets that tell which example they belong to, and where."""
+    entries = [(i, 100 * number + i, -float(j) - 0.25) for i, k in enumerate(ks) for j in range(k)]
+    index, ids, logprobs = ([e[column] for e in entries] for column in range(3))
+    return Example(
+        (1000 * number + np.arange(length)).astype(np.int32),
+        np.asarray(index, np.int32),
+        np.asarray(ids, np.int32),
+        np.asarray(logprobs, np.float32),
+    )
+
+
+@st.composite
+def example_lists(draw: st.DrawFn) -> list[Example]:
+    lengths = draw(st.lists(st.integers(2, 30), min_size=1, max_size=12))
+    ks = st.integers(0, 3)
+    made = []
+    for number, length in enumerate(lengths, start=1):
+        counts = draw(st.lists(ks, min_size=length, max_size=length))
+        counts[draw(st.integers(0, length - 1))] = draw(st.integers(1, 3))
+        made.append(example(number, length, counts))
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(example_lists(), st.integers(4, 40), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
+def test_packed_rows(examples: list[Example], seq_len: int, batch_size: int, num_epochs: int, seed: int):
+    rows = PackedRows(examples, seq_len, batch_size, num_epochs, seed)
+    assert len(rows) % batch_size == 0
+    all_rows = [rows[i] for i in range(len(rows))]
+    seen: list[int] = []
+    for row in all_rows:
+        members = _check_row(row, examples, seq_len)
+        seen += members
+    # every conversation once an epoch; only what fills up the last batch comes again, from the first rows
+    extra = Counter(seen)
+    extra.subtract(Counter(range(1, len(examples) + 1)) if num_epochs == 1 else dict.fromkeys(extra, num_epochs))
+    padding = Counter(itertools.chain(*(_members(row) for row in all_rows[: batch_size - 1])))
+    assert min(extra.values()) >= 0
+    assert all(count <= padding[number] * batch_size for number, count in extra.items())
+    epoch = Counter(seen[: len(examples)])
+    assert epoch == Counter(range(1, len(examples) + 1))
+
+
+def _members(row: dict[str, np.ndarray]) -> list[int]:
+    return [int(t) // 1000 for t in row["tokens"][(row["positions"] == 0) & (row["segment_ids"] > 0)]]
+
+
+def _check_row(row: dict[str, np.ndarray], examples: list[Example], seq_len: int) -> list[int]:
+    """Each segment is one example from its beginning, uncut unless longer than a row; the rest is zero."""
+    segments = row["segment_ids"]
+    used = int((segments > 0).sum())
+    assert row["tokens"].shape == segments.shape == row["positions"].shape == (seq_len,)
+    assert (segments[used:] == 0).all() and (row["tokens"][used:] == 0).all()
+    assert not row["target_mask"][used:].any()
+    assert set(np.diff(segments[:used])) <= {0, 1} and segments[0] == 1
+    numbers = []
+    for segment in range(1, segments.max() + 1):
+        where = np.flatnonzero(segments == segment)
+        number = int(row["tokens"][where[0]]) // 1000
+        source = examples[number - 1]
+        n = min(len(source.tokens), seq_len)
+        assert len(where) == n
+        np.testing.assert_array_equal(row["tokens"][where], source.tokens[:n])
+        np.testing.assert_array_equal(row["positions"][where], np.arange(n))
+        for i, position in enumerate(where):
+            mask, mine = row["target_mask"][position], source.target_index == i
+            assert mask[: mine.sum()].all() and not mask[mine.sum() :].any()
+            np.testing.assert_array_equal(row["target_ids"][position][mask], source.target_ids[mine])
+            np.testing.assert_array_equal(row["target_logprobs"][position][mask], source.target_logprobs[mine])
+            assert not row["target_ids"][position][~mask].any()
+        numbers.append(number)
+    return numbers
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(10, 40), st.randoms(use_true_random=False))
+def test_packing_keeps_every_example_once_and_no_row_overflows(lengths: list[int], seq_len: int, rng):
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    rows = pack(lengths, seq_len, order)
+    assert sorted(itertools.chain(*rows)) == sorted(order)
+    assert all(sum(min(lengths[i], seq_len) for i in row) <= seq_len for row in rows)
+    # first-fit leaves at most one row half empty, as long as every row stays open
+    half_empty = [row for row in rows if sum(min(lengths[i], seq_len) for i in row) * 2 <= seq_len]
+    assert len(half_empty) <= 1 or len(rows) > 64
+
+
+def test_a_row_is_the_same_whenever_it_is_asked_for():
+    examples = [example(i, 5 + i, [1] * (5 + i)) for i in range(1, 9)]
+    rows, again = (PackedRows(examples, 24, 2, 2, seed=3) for _ in range(2))
+    forwards = [rows[i] for i in range(len(rows))]
+    for i in reversed(range(len(rows))):
+        for name, array in again[i].items():
+            np.testing.assert_array_equal(array, forwards[i][name])
+
+
+def test_epochs_and_seeds_order_differently():
+    examples = [example(i, 8, [1] * 8) for i in range(1, 21)]
+
+    def order(seed: int) -> list[int]:
+        rows = PackedRows(examples, 8, 1, 2, seed)
+        return [_members(rows[i])[0] for i in range(len(rows))]
+
+    first, second = order(0)[:20], order(0)[20:]
+    assert sorted(first) == sorted(second) == list(range(1, 21))
+    assert first != second
+    assert order(0) == order(0) != order(1)
+
+
+def test_the_last_batch_is_filled_up_with_the_first_rows():
+    examples = [example(i, 8, [1] * 8) for i in range(1, 6)]
+    rows = PackedRows(examples, 8, 4, 1, seed=0)
+    assert len(rows) == 8
+    assert [_members(rows[i]) for i in (5, 6, 7)] == [_members(rows[i]) for i in (0, 1, 2)]
+
+
+def test_a_long_conversation_is_cut_and_said_so(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        rows = PackedRows([example(1, 20, [2] * 20), example(2, 5, [1] * 5)], 8, 1, 1, seed=0)
+    assert "1 of 2 conversations are longer than seq_len 8 and are cut there" in caplog.text
+    long = next(row for row in map(rows.__getitem__, range(2)) if _members(row) == [1])
+    assert long["tokens"].tolist() == list(range(1000, 1008))
+    assert long["target_mask"].all()  # the last position predicts the first token that was cut: still a target
+
+
+def test_batches_begin_at_any_step():
+    examples = [example(i, 5 + i % 3, [1 + i % 2] * (5 + i % 3)) for i in range(1, 15)]
+    rows = PackedRows(examples, 16, 3, 2, seed=0)
+    everything = list(batches(rows, 3, 0))
+    assert len(everything) == len(rows) // 3
+    for i, batch in enumerate(everything):
+        np.testing.assert_array_equal(batch.tokens, np.stack([rows[3 * i + j]["tokens"] for j in range(3)]))
+        assert batch.target_ids.shape == (3, 16, 2)
+    for first in (1, len(everything) - 1):
+        rest = list(batches(rows, 3, first))
+        assert len(rest) == len(everything) - first
+        np.testing.assert_array_equal(rest[0].target_logprobs, everything[first].target_logprobs)
+
+
+@pytest.mark.parametrize("num_held_out", [1, 4, 12])
+def test_a_split_keeps_every_conversation_on_one_side(tmp_path: Path, num_held_out: int):
+    path = tiny.write_dataset(tmp_path / "d.parquet", tiny.model())
+    rest, held_out = (conversation.read(side) for side in split_dataset(path, num_held_out, tmp_path))
+    whole = conversation.read(path)
+    assert len(held_out) == num_held_out and len(rest) + len(held_out) == len(whole) == 24
+    assert sorted(map(str, rest + held_out)) == sorted(map(str, whole))
+    places = [whole.index(c) for c in held_out]
+    assert places == sorted(places) and max(np.diff([*places, 24])) == 24 // num_held_out
+
+
+@pytest.mark.parametrize("num_held_out", [0, 13])
+def test_a_split_that_leaves_too_few_is_refused(tmp_path: Path, num_held_out: int):
+    path = tiny.write_dataset(tmp_path / "d.parquet", tiny.model())
+    with pytest.raises(ValueError, match=f"has 24 conversations, too few to keep {num_held_out} out of training"):
+        split_dataset(path, num_held_out, tmp_path)
+
+
+def test_exchanges_are_questions_with_their_answers(tmp_path: Path):
+    path = tiny.write_dataset(tmp_path / "d.parquet", tiny.model())
+    whole = conversation.read(path)
+    assert exchanges(path) == [(c.messages[0].content, c.messages[1].content) for c in whole]
+    assert exchanges(path)[0][0].startswith("What is in box")

@@ -1,0 +1,176 @@
+"""Who may import whom (design §2), read from the source; and what an import must not do, seen in a fresh process."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("cartridges_jax", "synth", "command_line")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for package in PACKAGES
+    for path in (ROOT / package).rglob("*.py")
+)
+ARRAYS = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy")
+# Everything in cartridges_jax that is neither models nor kernels nor the tokenizer.
+TRAINING_AND_SERVING = [
+    m
+    for m in MODULES
+    if m.startswith("cartridges_jax.")
+    and not m.startswith(("cartridges_jax.models", "cartridges_jax.kernels", "cartridges_jax.tokenizer"))
+]
+
+
+def source(module: str) -> Path:
+    path = ROOT / Path(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports(module: str, lazy: bool = True) -> set[str]:
+    """Names of the modules that `module` imports, those for the type checker only left out.
+
+    `from a import b` gives both a and a.b, since b may be a module. Imports inside functions count with `lazy`.
+    """
+    found = set()
+    for node in _nodes(ast.parse(source(module).read_text(encoding="utf-8")), lazy):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} imports relatively: write the whole name"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _nodes(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from _nodes(other, lazy)
+        elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            yield from _nodes(node, lazy)
+
+
+def within(names: set[str], *roots: str) -> set[str]:
+    return {name for name in names if any(name == root or name.startswith(f"{root}.") for root in roots)}
+
+
+def test_the_walk_sees_what_is_there():
+    assert {"cartridges_jax", "cartridges_jax.serving.engine", "synth.conversation", "command_line.files"} <= set(
+        MODULES
+    )
+    assert "synth.conversation" in imports("cartridges_jax.data")
+    assert "cartridges_jax.models.transformer" in imports("cartridges_jax.cartridge")
+    assert "cartridges_jax.models.transformer" not in imports("cartridges_jax.cartridge", lazy=False)
+    assert "cartridges_jax.cartridge" not in imports("cartridges_jax.models.language_model")  # for its type only
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_data_knows_of_synthesis(module: str):
+    if not module.startswith("cartridges_jax") or module == "cartridges_jax.data":
+        return
+    assert not within(imports(module), "synth"), f"{module} must take it from cartridges_jax.data"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("synth")])
+def test_synthesis_knows_neither_jax_nor_training(module: str):
+    assert not within(imports(module), "cartridges_jax", *(a for a in ARRAYS if a != "numpy"))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("command_line")])
+def test_the_command_line_knows_none_of_its_commands(module: str):
+    assert not within(imports(module), "cartridges_jax", "synth", *ARRAYS)
+
+
+def test_data_takes_only_the_record_from_synthesis():
+    found = within(imports("cartridges_jax.data"), "synth")
+    assert found == within(found, "synth.conversation")
+
+
+@pytest.mark.parametrize("module", ["scheduler", "server", "store"])
+def test_the_async_side_of_serving_holds_no_arrays(module: str):
+    """Nor does anything it imports, as far as that is ours."""
+    seen, waiting = set(), [f"cartridges_jax.serving.{module}"]
+    while waiting:
+        this = waiting.pop()
+        seen.add(this)
+        found = imports(this, lazy=False)
+        assert not within(found, *ARRAYS), f"{this} imports arrays"
+        waiting += [m for m in within(found, *PACKAGES) if m in MODULES and m not in seen]
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.startswith(("cartridges_jax.models", "cartridges_jax.kernels"))]
+)
+def test_models_know_nothing_of_training_or_serving(module: str):
+    assert not within(imports(module, lazy=False), *TRAINING_AND_SERVING)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("cartridges_jax.kernels")])
+def test_kernels_know_no_model(module: str):
+    assert not within(imports(module), "cartridges_jax.models", "synth")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_torch_or_the_tests(module: str):
+    assert not within(imports(module), "torch", "tests", "tiny", "conftest")
+
+
+PROBE = """
+import builtins, os, socket, sys
+sys.argv = ["nothing", "--no-such-flag"]  # whoever parses flags at import ends here
+real_import, tried = builtins.__import__, []
+
+
+def watched(name, globals=None, *rest, **more):
+    importer = (globals or {}).get("__name__", "")
+    if name.split(".")[0] == "torch" and importer.split(".")[0] in PACKAGES:
+        tried.append(importer)
+    return real_import(name, globals, *rest, **more)
+
+
+def no_network(*_, **__):
+    raise AssertionError("an import opens a socket")
+
+
+builtins.__import__ = watched
+socket.socket.connect = no_network
+import importlib
+for module in MODULES:
+    importlib.import_module(module)
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    assert bridge is None or not bridge.backends_are_initialized(), f"{module} starts a backend"
+    assert "torch" not in sys.modules, f"{module} imports torch"
+assert not tried, tried
+print("fine")
+"""
+
+
+def probe(modules: list[str]) -> str:
+    code = f"PACKAGES, MODULES = {PACKAGES!r}, {modules!r}\n{PROBE}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.stdout if not done.returncode and not done.stderr else done.stderr
+
+
+def test_no_import_starts_a_backend_or_reads_flags_or_speaks():
+    # `synth.__main__` is a program: importing it runs it
+    assert probe([m for m in MODULES if not m.endswith("__main__")]) == "fine\n"
+
+
+def test_the_package_alone_brings_no_jax():
+    code = "import sys, cartridges_jax; assert not {'jax', 'numpy', 'flax'} & set(sys.modules); dir(cartridges_jax)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module", ["synth", "synth.conversation", "synth.pipeline", "cartridges_jax.serving.server"])
+def test_the_async_world_runs_without_jax(module: str):
+    code = f"import sys, {module}; assert not {{'jax', 'flax', 'optax', 'torch'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,473 @@
+"""Training on a tiny model, end to end: what moves, what must not, and a run that is killed again and again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from cartridges_jax import train as train_module
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.data import PackedRows, batches, read_examples
+from cartridges_jax.initializers import InitConfig, initial_cartridge
+from cartridges_jax.metrics import MetricsLog
+from cartridges_jax.optim import OptimConfig
+from cartridges_jax.train import TrainConfig, TrainState, train, train_step
+from command_line.config import run
+
+ROOT = Path(__file__).parent.parent
+STEPS = 24
+# ml_collections loads a config file by a method that importlib is going to remove
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict({values!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.write_dataset(folder / "dataset.parquet", tiny.model())
+    (folder / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
+    return folder
+
+
+def settings_in(folder: Path, inputs: Path) -> dict[str, Any]:
+    return {
+        "dataset": str(inputs / "dataset.parquet"),
+        "corpus": str(inputs / "corpus.txt"),
+        "output_dir": str(folder / "run"),
+        "model": str(tiny.folder()),
+        "seq_len": 192,
+        "batch_size": 2,
+        "num_epochs": 6,
+        "num_steps": STEPS,
+        "checkpoint_every": 3,
+        "init": {"num_slots": 16, "num_frozen": 2},
+        "optim": {"lr": 5e-2, "warmup_steps": 2},
+    }
+
+
+@pytest.fixture
+def settings(inputs: Path, tmp_path: Path) -> dict[str, Any]:
+    return settings_in(tmp_path, inputs)
+
+
+def config_of(settings: dict[str, Any], **changes: Any) -> TrainConfig:
+    values = settings | changes
+    return TrainConfig(**values | {"init": InitConfig(**values["init"]), "optim": OptimConfig(**values["optim"])})
+
+
+def write_config(settings: dict[str, Any], **changes: Any) -> Path:
+    path = Path(settings["output_dir"]).with_name("config.py")
+    path.write_text(CONFIG.format(values=settings | changes))
+    return path
+
+
+def metrics_of(folder: str | Path, timing: bool = False) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return lines if timing else [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def bytes_of(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What must never remain of a run that ended by itself: unfinished files and checkpoints."""
+    return [str(p) for p in folder.rglob("*") if "tmp" in p.name or (p.name.startswith(".") and p.is_file())]
+
+
+def command(settings: dict[str, Any], **changes: Any) -> list[str]:
+    return [sys.executable, "-m", "cartridges_jax.train", f"--config={write_config(settings, **changes)}"]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a run by the command, in a process of its own, that nothing disturbed."""
+    settings = settings_in(tmp_path_factory.mktemp("finished"), inputs)
+    done = subprocess.run(command(settings), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"cartridge: {settings['output_dir']}/cartridge.safetensors\n"
+    return settings
+
+
+def same_outcome(settings: dict[str, Any], reference: dict[str, Any]) -> None:
+    ours, theirs = Path(settings["output_dir"]), Path(reference["output_dir"])
+    assert metrics_of(ours) == metrics_of(theirs)
+    assert [line["step"] for line in metrics_of(ours)] == list(range(STEPS))
+    assert (ours / "cartridge.safetensors").read_bytes() == (theirs / "cartridge.safetensors").read_bytes()
+    assert leftovers(ours) == []
+
+
+def test_a_run_leaves_what_design_says(finished: dict[str, Any]):
+    folder = Path(finished["output_dir"])
+    assert sorted(os.listdir(folder)) == ["cartridge.safetensors", "checkpoints", "config.json", "metrics.jsonl"]
+    assert leftovers(folder) == []
+    config = json.loads((folder / "config.json").read_text())
+    assert config == dataclasses.asdict(config_of(finished)) | {"output_dir": ""}
+    lines = metrics_of(folder, timing=True)
+    assert set(lines[0]) == {"step", "loss", "targets", "grad_norm", "lr", "tokens", "tokens_per_second"}
+    np.testing.assert_allclose([line["lr"] for line in lines[:3]], [0.025, 0.05, 0.05], rtol=1e-6)
+    assert (np.diff([line["tokens"] for line in lines]) > 0).all()
+
+
+def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[str, Any]):
+    model, folder = tiny.model(), Path(finished["output_dir"])
+    lines = metrics_of(folder)
+    assert np.mean([m["loss"] for m in lines[-4:]]) < np.mean([m["loss"] for m in lines[:4]]) - 0.2
+    trained = Cartridge.load(folder / "cartridge.safetensors", model=model)
+    start = initial_cartridge(InitConfig(**finished["init"]), model, tiny.TEXT, 0)
+    assert trained.provenance.corpus_hash == start.provenance.corpus_hash
+    assert trained.provenance.recipe == "text, first 16 tokens; 24 steps of distillation, lr 0.05, tail drop"
+    assert trained.provenance.training_tokens == lines[-1]["tokens"]
+    weights = sum(model.params["blocks"][name].size for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    assert trained.provenance.training_flops == 4.0 * weights * lines[-1]["tokens"]
+
+
+def test_frozen_slots_keep_their_bits_and_the_others_move(finished: dict[str, Any]):
+    trained = Cartridge.load(Path(finished["output_dir"]) / "cartridge.safetensors")
+    start = initial_cartridge(InitConfig(**finished["init"]), tiny.model(), tiny.TEXT, 0)
+    assert trained.num_frozen == 2
+    assert bytes_of([trained.keys[:, :2], trained.values[:, :2]]) == bytes_of([start.keys[:, :2], start.values[:, :2]])
+    assert (trained.values[:, 2:] != start.values[:, 2:]).mean() > 0.99
+
+
+def test_the_base_model_keeps_its_bits_and_another_process_agrees(settings: dict[str, Any], finished: dict[str, Any]):
+    model = tiny.model()
+    before = bytes_of(model.params)
+    train(config_of(settings), model)
+    assert bytes_of(model.params) == before
+    same_outcome(settings, finished)
+
+
+def test_a_bias_trains_too(settings: dict[str, Any], tmp_path: Path):
+    start = Cartridge.from_text(tiny.model(), tiny.TEXT, 8, num_frozen=3)
+    start = start.replace(bias=jnp.asarray(np.random.default_rng(0).standard_normal(start.keys.shape[:3]), jnp.float32))
+    start.save(tmp_path / "start.safetensors")
+    init = {"kind": "pretrained", "path": str(tmp_path / "start.safetensors"), "num_frozen": 3}
+    trained = Cartridge.load(train(config_of(settings, init=init, num_steps=3), tiny.model()), model=tiny.model())
+    assert trained.bias is not None and start.bias is not None
+    assert bytes_of(trained.bias[:, :3]) == bytes_of(start.bias[:, :3])
+    assert (trained.bias[:, 3:] != start.bias[:, 3:]).all()
+
+
+def test_accumulation_is_one_large_batch(inputs: Path):
+    """Targets are unequally many in the rows, so that a mean of means would be another number."""
+    model = tiny.model()
+    examples = read_examples(inputs / "dataset.parquet", model.tokenizer)
+    batch = next(batches(PackedRows(examples[:5], 192, 4, 1, seed=0), 4, 0))
+    counts = np.asarray(batch.target_mask.any(-1).sum(-1))
+    assert len(set(counts.tolist())) > 1
+    results = []
+    tx = optax.sgd(1.0)
+    for accumulation in (1, 2, 4):
+        start = Cartridge.from_text(model, tiny.TEXT, 16)
+        state = TrainState(start, tx.init(start), jnp.zeros((), jnp.int32))
+        shaped = jax.tree.map(lambda a, n=accumulation: a.reshape(n, 4 // n, *a.shape[1:]), batch)
+        options = {"config": model.config, "tx": tx, "tail": "drop", "reduction": "token", "remat": accumulation == 4}
+        results.append(train_step(state, model.params, shaped, **options))
+    start = Cartridge.from_text(model, tiny.TEXT, 16)
+    (one, metrics), *others = results
+    assert float(jnp.abs(one.cartridge.values - start.values).max()) > 1e-4
+    for state, found in others:
+        for name in ("loss", "targets", "grad_norm"):
+            np.testing.assert_allclose(found[name], metrics[name], rtol=2e-6)
+        for ours, theirs in zip(jax.tree.leaves(state.cartridge), jax.tree.leaves(one.cartridge), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_no_steps_give_the_initial_cartridge(settings: dict[str, Any]):
+    trained = Cartridge.load(train(config_of(settings, num_steps=0), tiny.model()))
+    start = initial_cartridge(InitConfig(**settings["init"]), tiny.model(), tiny.TEXT, 0)
+    assert bytes_of(trained) == bytes_of(start)
+
+
+def test_of_pretrained_the_file_decides_how_many_slots(settings: dict[str, Any], tmp_path: Path):
+    Cartridge.from_text(tiny.model(), tiny.TEXT, 8).save(tmp_path / "start.safetensors")
+    init = {"kind": "pretrained", "path": str(tmp_path / "start.safetensors")}
+    fits = config_of(settings, init=init, num_steps=0, seq_len=1016)
+    assert Cartridge.load(train(fits, tiny.model())).num_slots == 8
+    with pytest.raises(ValueError, match="8 slots and rows of 1017 tokens exceed"):
+        train(config_of(settings, init=init, num_steps=0, seq_len=1017), tiny.model())
+
+
+@pytest.mark.parametrize("step", [0, 5, 6, STEPS - 1])
+def test_a_run_that_stops_at_any_line_goes_on_without_a_gap(
+    settings: dict[str, Any], finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch, step: int
+):
+    """Stops where it is about to write the line of `step`, also when a checkpoint of that step is due."""
+    write = MetricsLog.write
+
+    def stop(self: MetricsLog, this: int, metrics: dict[str, Any]) -> None:
+        if this == step:
+            raise KeyboardInterrupt
+        write(self, this, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(settings), tiny.model())
+    assert [m["step"] for m in metrics_of(settings["output_dir"])] == list(range(step))
+    train(config_of(settings), tiny.model())
+    same_outcome(settings, finished)
+
+
+def test_a_line_that_a_crash_cut_short_is_written_again(settings: dict[str, Any], finished: dict[str, Any]):
+    shutil.copytree(finished["output_dir"], settings["output_dir"])
+    folder = Path(settings["output_dir"])
+    shutil.rmtree(folder / "checkpoints" / str(STEPS))
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[: len(text) * 9 // 10])
+    (folder / "cartridge.safetensors").unlink()
+    latest = max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    kept = text.splitlines(keepends=True)[:latest]
+    (folder / "metrics.jsonl").write_text("".join(kept) + '{"step": 21, "lo')
+    train(config_of(settings), tiny.model())
+    same_outcome(settings, finished)
+
+
+def test_a_finished_run_is_not_run_again(
+    settings: dict[str, Any], finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(finished["output_dir"], settings["output_dir"])
+    monkeypatch.setattr(train_module, "train_step", None)
+    train(config_of(settings), tiny.model())
+    same_outcome(settings, finished)
+    (Path(settings["output_dir"]) / "cartridge.safetensors").unlink()
+    train(config_of(settings), tiny.model())
+    same_outcome(settings, finished)
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bytes(
+    settings: dict[str, Any], finished: dict[str, Any]
+):
+    folder = Path(settings["output_dir"])
+
+    def writing_a_checkpoint() -> bool:
+        return any("tmp" in name for name in _names(folder / "checkpoints"))
+
+    def has_lines(count: int) -> Callable[[], bool]:
+        return lambda: (
+            (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes().count(10) >= count
+        )
+
+    def writing_a_late_checkpoint() -> bool:
+        return any("tmp" in name and int(name.split(".")[0]) > 12 for name in _names(folder / "checkpoints"))
+
+    argv = command(settings)
+    killed = 0
+    for moment in (writing_a_checkpoint, has_lines(8), writing_a_late_checkpoint):
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not moment():
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 2  # the last process may have been quicker than the watch
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    same_outcome(settings, finished)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+Failing = Callable[..., str]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Failing]:
+    """Runs the command and returns the one sentence that it fails with."""
+    level = logging.getLogger("absl").level
+
+    def fail(config: Path, *overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", f"--config={config}", *overrides])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run(train_module.main)
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        assert caught.value.code == 2, err
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err
+        assert "Traceback" not in err and out == ""
+        return lines[-1].removeprefix("error: ")
+
+    yield fail
+    logging.getLogger("absl").setLevel(level)
+
+
+def _other_cartridge(folder: Path) -> str:
+    other = tiny.load_model(str(tiny.write_model(folder / "other", seed=1)))
+    Cartridge.from_text(other, tiny.TEXT, 8).save(folder / "other.safetensors")
+    return str(folder / "other.safetensors")
+
+
+def _file(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+REFUSED: dict[str, tuple[Callable[[Path, dict[str, Any]], dict[str, Any]], str]] = {
+    "unknown key": (lambda _, s: {"sequence_length": 3}, r"unknown key config\.sequence_length: "),
+    "unknown key in a group": (
+        lambda _, s: {"optim": {"lrr": 1e-3}},
+        r"unknown key config\.optim\.lrr: did you mean 'lr'\?",
+    ),
+    "wrong type": (lambda _, s: {"batch_size": "two"}, r"config\.batch_size is 'two' \(str\), expected int"),
+    "wrong choice": (lambda _, s: {"tail": "bukket"}, r"config\.tail is 'bukket', expected one of 'drop', 'bucket'"),
+    "no dataset": (lambda f, s: {"dataset": str(f / "none")}, r"none does not exist: make it with python -m synth"),
+    "cut dataset": (
+        lambda f, s: {"dataset": _file(f / "cut.parquet", Path(s["dataset"]).read_bytes()[:-100])},
+        r"cut\.parquet is not a whole Parquet file",
+    ),
+    "dataset cut in the middle": (
+        lambda f, s: {"dataset": _file(f / "cut.parquet", Path(s["dataset"]).read_bytes()[:2000])},
+        r"cut\.parquet is not a whole Parquet file",
+    ),
+    "damaged dataset": (
+        lambda f, s: {
+            "dataset": _file(f / "bad.parquet", b"PAR1" + b"\xff" * 3000 + Path(s["dataset"]).read_bytes()[3004:])
+        },
+        r"bad\.parquet (is damaged|is not a whole)",
+    ),
+    "no corpus": (lambda f, s: {"corpus": str(f / "none.txt")}, r"none\.txt does not exist: config\.corpus names"),
+    "empty corpus": (lambda f, s: {"corpus": _file(f / "e.txt", b" \n\n")}, r"e\.txt is empty: expected a text"),
+    "corpus that is no text": (lambda f, s: {"corpus": _file(f / "b.txt", b"ab\xff\xfe")}, r"b\.txt is not UTF-8"),
+    "short corpus": (lambda f, s: {"corpus": _file(f / "s.txt", b"A cat.")}, r"fewer than init\.num_slots, 16"),
+    "another model's cartridge": (
+        lambda f, s: {"init": {"kind": "pretrained", "path": _other_cartridge(f)}},
+        r"other\.safetensors was made for .*other \(weights \w+…\), not for ",
+    ),
+    "no cartridge": (
+        lambda f, s: {"init": {"kind": "pretrained", "path": str(f / "none.safetensors")}},
+        r"none\.safetensors does not exist",
+    ),
+    "rows beyond the window": (lambda f, s: {"seq_len": 1010}, r"16 slots and rows of 1010 tokens exceed .*of 1024"),
+    "slots beyond the window": (
+        lambda f, s: {"init": {"num_slots": 1000}},
+        r"1000 slots and rows of 192 tokens exceed .* lower config\.init\.num_slots",
+    ),
+    "no model": (lambda f, s: {"model": str(f / "no-model")}, r"no-model' does not exist"),
+    "a rate of zero": (lambda f, s: {"optim": {"lr": 0.0}}, r"optim has lr 0\.0"),
+    "no rows": (lambda f, s: {"batch_size": 0}, r"batch_size is 0, expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    settings: dict[str, Any], tmp_path: Path, failing: Failing, case: str
+):
+    change, sentence = REFUSED[case]
+    assert_matches(failing(write_config(settings, **change(tmp_path, settings))), sentence)
+    assert not Path(settings["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("--config.optim.lrr=1e-3", r'has no key that fits optim\.lrr .*Did you mean "lr"'),
+        ("--config.optim.lr=fast", r"config\.optim\.lr=fast: could not convert string to float"),
+        ("--config.batch_size=1.5", r"config\.batch_size=1\.5: invalid literal for int"),
+        ("--config.output=x", "has no key that fits output"),
+    ],
+)
+def test_overrides_are_checked_too(settings: dict[str, Any], failing: Failing, override: str, sentence: str):
+    assert_matches(failing(write_config(settings), override), sentence)
+    assert not Path(settings["output_dir"]).exists()
+
+
+def assert_matches(text: str, pattern: str) -> None:
+    assert re.search(pattern, text), f"{text!r} does not match {pattern!r}"
+
+
+def test_another_config_does_not_continue_a_run(settings: dict[str, Any], finished: dict[str, Any], failing: Failing):
+    shutil.copytree(finished["output_dir"], settings["output_dir"])
+    said = failing(write_config(settings, optim={"lr": 1e-3}, seed=7))
+    assert_matches(said, "holds a run with another optim, seed: choose another config.output_dir or remove it")
+    same_outcome(settings, finished)
+
+
+def test_divergence_is_an_error_and_leaves_no_cartridge(settings: dict[str, Any], failing: Failing):
+    """RMS norms keep the loss of a tiny model finite at any sensible excess, so that it takes the edge of float32."""
+    assert_matches(failing(write_config(settings, optim={"lr": 3e38})), "diverged, lower config.optim.lr")
+    folder = Path(settings["output_dir"])
+    assert not (folder / "cartridge.safetensors").exists()
+    assert leftovers(folder) == []
+
+
+def test_slots_that_overflow_in_the_last_step_are_no_cartridge(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    def overflow(state: TrainState, *_: Any, **__: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        cartridge = state.cartridge.replace(values=state.cartridge.values.at[-1, -1].set(jnp.inf))
+        metrics = {name: jnp.ones(()) for name in ("loss", "targets", "grad_norm")}
+        return state.replace(cartridge=cartridge, step=state.step + 1), metrics
+
+    monkeypatch.setattr(train_module, "train_step", overflow)
+    with pytest.raises(ValueError, match="the trained slots are not finite: training diverged"):
+        train(config_of(settings, num_steps=1), tiny.model())
+    assert not (Path(settings["output_dir"]) / "cartridge.safetensors").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_sentence(settings: dict[str, Any], small_disk: Path, failing: Failing):
+    settings["output_dir"] = str(small_disk / "run")
+    config = write_config(settings | {"output_dir": str(small_disk.parent / "run")}, output_dir=settings["output_dir"])
+    assert_matches(failing(config), r"run/checkpoints has \d+ bytes free and a checkpoint needs \d+: free some space")
+    assert sorted(os.listdir(settings["output_dir"])) == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert os.listdir(Path(settings["output_dir"]) / "checkpoints") == []
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(settings: dict[str, Any]):
+    """A limit on the size of files, which the free space of a disk does not show. Threads of TensorStore may complain
+    before our sentence, which is the last line."""
+    limited = [
+        "bash",
+        "-c",
+        'ulimit -f 40; exec "$@"',
+        "bash",
+        *command(settings, init={"num_slots": 256}, num_steps=4),
+    ]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert_matches(done.stderr.splitlines()[-1], "^error: cannot write a checkpoint in .*/run/checkpoints: ")
+    assert sorted(os.listdir(settings["output_dir"])) == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert os.listdir(Path(settings["output_dir"]) / "checkpoints") == []
