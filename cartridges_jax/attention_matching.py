@@ -1,6 +1,7 @@
 """An initial state in seconds: p slots whose attention matches the full document's (arXiv 2602.16284).
 
-For every layer and kv head, with queries of real conversations: keep the p document tokens that receive the most
+For every layer and kv head, with the queries of self-study conversations and of the document being repeated (which
+leaves no token unasked): keep the p document tokens that receive the most
 attention; give each a bias, so that the slots' total weight matches the document's (non-negative least squares); then
 move their values, so that the output matches (least squares). Layers are fitted in order, on the states that the slots
 fitted so far produce, so that later layers make up for earlier ones.
@@ -41,18 +42,17 @@ def attention_matching(
       examples: conversations about the corpus, whose tokens give the reference queries.
 
     Raises:
-      ValueError: the document is not longer than `num_slots` tokens, or does not fit the window with a conversation.
+      ValueError: the document has fewer than `num_slots` tokens, or does not fit the window with a conversation.
     """
     system = [{"role": "system", "content": corpus}]
     tokens = model.tokenizer.chat_ids(system, add_generation_prompt=False)
-    if not num_slots < len(tokens) <= model.config.window - ROW:
+    if not num_slots <= len(tokens) <= model.config.window - ROW:
         raise ValueError(
-            f"the document has {len(tokens)} tokens, expected more than the {num_slots} slots and at most "
-            f"{model.config.window - ROW} for {model.name}: choose fewer slots, or another init.kind for a longer document"
+            f"the document has {len(tokens)} tokens, expected at least the {num_slots} slots and at most "
+            f"{model.config.window - ROW} for {model.name}: choose fewer slots, or another init.kind"
         )
     document = Cartridge.from_tokens(model, tokens)
-    batch = _rows(examples, QUERY_TOKENS) + (_rows(_repetitions(model, corpus), len(tokens) * 2) if REPEAT else [])
-    count = len(batch)
+    batch = _rows(examples, QUERY_TOKENS) + _rows(_repetitions(model, corpus), 2 * len(tokens))
     names = ("tokens", "segment_ids", "positions")
     keys, values, bias = _match(
         model.params,
@@ -62,11 +62,8 @@ def attention_matching(
         config=model.config,
         num_slots=num_slots,
     )
-    provenance = Provenance.of(model, corpus, f"attention matching on {count * ROW} tokens of conversations")
+    provenance = Provenance.of(model, corpus, f"attention matching on {len(batch) * ROW} reference tokens")
     return Cartridge(keys, values, bias, num_frozen, provenance).checked(model.config)
-
-
-REPEAT = True
 
 
 def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.ndarray]]:
@@ -123,7 +120,7 @@ def _match(
     _, (keys, values, bias) = jax.lax.scan(
         layer, params["embed"][tokens].astype(jnp.float32), (params["blocks"], document_k, document_v)
     )
-    # Keys were rotated for queries at length + i; moved back by length - p they meet queries at p + i at the same angle.
+    # Keys were rotated for queries at length + i; moved back by length - p they meet p + i at the same angle.
     shift = rope_tables(jnp.full((1, 1), num_slots - length), config)
     return jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], shift)[0])(keys), values, bias
 

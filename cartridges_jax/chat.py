@@ -51,7 +51,8 @@ class Chat:
           ValueError: the window is full; the conversation is then as before.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = tuple(self._tokenizer.chat_ids(messages, add_generation_prompt=True))
+        encode = self._tokenizer.turn_ids if self._prefix else self._tokenizer.chat_ids
+        prompt = tuple(encode(messages, add_generation_prompt=True))
         slots = self._prefix.length if self._prefix else 0
         room = self._engine.max_length - slots - len(prompt)
         if room < 1:

@@ -1,8 +1,8 @@
 """What a cartridge is worth: `python -m cartridges_jax.evaluate --config=configs/….py`.
 
-The same questions are asked with nothing, with the cartridge, with the document's first p tokens (the initial state of
-training) and with the full document in the prompt. Every condition is a prefix of keys and values: the full document's
-is computed once and shared, which changes nothing in what the model sees (the lossless control).
+The same questions are asked with nothing, with the document's first p tokens, with the state that training started
+from, with the cartridge and with the full document in the prompt. Every condition is a prefix of keys and values: the
+full document's is computed once and shared, which changes nothing in what the model sees (the lossless control).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cartridges_jax.report import table, write_report
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids
 from cartridges_jax.serving.scheduler import Prefix, SlotInput
-from command_line import files
+from cartridges_jax.train import INITIAL
 from command_line.config import build, load, run
 from command_line.progress import Progress
 
@@ -91,7 +91,7 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
     progress = Progress("evaluating", len(conditions) * 3, "parts")
     rows = []
     for condition in conditions:
-        rows.append(_measure(condition, questions, config, model, progress))
+        rows.append(_measure(condition, questions, cartridge.num_slots, config, model, progress))
     progress.close()
     report = _report(config, model, cartridge, rows)
     write_report(Path(config.output_dir), report, Path(config.cartridge).parent / "metrics.jsonl")
@@ -133,8 +133,11 @@ def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge
     conditions = [
         Condition("nothing", None),
         Condition("first p tokens", Cartridge.from_text(model, corpus, p)),
-        Condition("cartridge", cartridge),
     ]
+    initial = Path(config.cartridge).parent / INITIAL
+    if initial.is_file():
+        conditions.append(Condition("initial state", Cartridge.load(initial, model=model)))
+    conditions.append(Condition("cartridge", cartridge))
     system = config.document_prompt.replace("{document}", corpus)
     length = len(model.tokenizer.encode(system))
     if length + NLL_ROW <= model.config.window:
@@ -143,21 +146,30 @@ def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge
 
 
 def _measure(
-    condition: Condition, questions: Sequence[Question], config: EvalConfig, model: LanguageModel, progress: Progress
+    condition: Condition,
+    questions: Sequence[Question],
+    num_slots: int,
+    config: EvalConfig,
+    model: LanguageModel,
+    progress: Progress,
 ) -> dict[str, Any]:
     prompts = [_prompt(condition, question, config, model) for question in questions]
     prefix, tails = condition.prefix, prompts
     if condition.system is not None:
-        shared = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else len(prompts[0]) - 1
+        shared = _shared_length(prompts)
         prefix = Cartridge.from_tokens(model, prompts[0][:shared])
         tails = [prompt[shared:] for prompt in prompts]
     references = [model.tokenizer.encode(question.answer) for question in questions]
     nll = answer_nll(model, prefix, tails, references)
     progress.advance(note=f"{condition.name}: log-likelihood")
-    answers = generate_ids(model, [tuple(tail) for tail in tails], prefix, config.max_answer_tokens)
+    # conditions with few tokens of context share compiled programs
+    longest = max(map(len, prompts)) + max(config.max_answer_tokens, TIMED_TOKENS)
+    length = max(num_slots, condition.prefix.num_slots if condition.prefix else 0) + longest
+    length = min(-(-length // 256) * 256, model.config.window)
+    answers = generate_ids(model, [tuple(tail) for tail in tails], prefix, config.max_answer_tokens, max_length=length)
     texts = [model.tokenizer.decode(answer).strip() for answer in answers]
     progress.advance(note=f"{condition.name}: answers")
-    timing = _timing(model, condition.prefix, [prompt for prompt in prompts[: config.num_samples]])
+    timing = _timing(model, condition.prefix, prompts[: config.num_samples], length)
     progress.advance(note=f"{condition.name}: timing")
     slots = condition.prefix.num_slots if condition.prefix else 0
     context_tokens = slots if condition.system is None else len(model.tokenizer.encode(condition.system))
@@ -179,6 +191,13 @@ def _measure(
     }
 
 
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts have in common, short of the whole of any of them."""
+    first, shortest = prompts[0], min(map(len, prompts))
+    same = (all(prompt[i] == first[i] for prompt in prompts) for i in range(shortest - 1))
+    return next((i for i, is_same in enumerate(same) if not is_same), shortest - 1)
+
+
 def _prompt(condition: Condition, question: Question, config: EvalConfig, model: LanguageModel) -> list[int]:
     messages = [{"role": "user", "content": config.instruction.replace("{question}", question.question)}]
     if condition.prefix is not None:
@@ -191,7 +210,7 @@ def _prompt(condition: Condition, question: Question, config: EvalConfig, model:
 def answer_nll(
     model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> float:
-    """Negative log-likelihood of the answers, in nats per answer token, each behind its prompt and the shared prefix."""
+    """Negative log-likelihood of the answers behind their prompts and the shared prefix, in nats per answer token."""
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         index = np.arange(len(answer), dtype=np.int32) + len(prompt) - 1
@@ -219,12 +238,13 @@ def empty_cartridge(config: ModelConfig) -> Cartridge:
     return Cartridge(jax.numpy.asarray(zeros_l0kh), jax.numpy.asarray(zeros_l0kh), None, 0)
 
 
-def _timing(model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Medians over prompts at batch size one: seconds to the first token, context included, and decoded tokens a second."""
+def _timing(
+    model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], length: int
+) -> dict[str, float]:
+    """At batch size one, medians over prompts: seconds to the first token, context included, and the decoding rate."""
     held = None if prefix is None else Prefix("timed", prefix.num_slots, prefix)
     p = 0 if held is None else held.length
-    length = p + max(map(len, prompts)) + TIMED_TOKENS
-    engine = Engine(model, 1, min(-(-length // 128) * 128, model.config.window), max_top_logprobs=1)
+    engine = Engine(model, 1, length, max_top_logprobs=1)
     first_token, rate = [], []
     for prompt in [prompts[0], *prompts]:  # the first run compiles
         start = time.perf_counter()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from cartridges_jax.attention_matching import attention_matching
 from cartridges_jax.cartridge import Cartridge, Provenance
+from cartridges_jax.data import Example
 from cartridges_jax.models.language_model import LanguageModel
 
 STATISTICS_TOKENS = 512  # of the corpus, from which random vectors take their mean and spread
@@ -16,7 +19,7 @@ STATISTICS_TOKENS = 512  # of the corpus, from which random vectors take their m
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    kind: Literal["text", "random_vectors", "pretrained"] = "text"
+    kind: Literal["text", "attention_matching", "random_vectors", "pretrained"] = "text"
     num_slots: int = 512  # p; of `pretrained`, the file decides
     num_frozen: int = 1
     path: str | None = None  # of `pretrained`
@@ -33,8 +36,10 @@ class InitConfig:
             )
 
 
-def initial_cartridge(config: InitConfig, model: LanguageModel, corpus: str, seed: int) -> Cartridge:
-    """The cartridge before training, in float32.
+def initial_cartridge(
+    config: InitConfig, model: LanguageModel, corpus: str, examples: Sequence[Example], seed: int
+) -> Cartridge:
+    """The cartridge before training, in float32. Only attention matching looks at `examples`, the training data.
 
     Raises:
       ValueError: the corpus is shorter than `num_slots` tokens, or a pretrained file belongs to another model.
@@ -43,6 +48,8 @@ def initial_cartridge(config: InitConfig, model: LanguageModel, corpus: str, see
         assert config.path is not None
         loaded = jax.tree.map(lambda a: a.astype(jnp.float32), Cartridge.load(config.path, model=model))
         return loaded.replace(num_frozen=config.num_frozen).checked(model.config)
+    if config.kind == "attention_matching":
+        return attention_matching(model, corpus, examples, config.num_slots, config.num_frozen)
     if config.kind == "text":
         cartridge = Cartridge.from_text(model, corpus, config.num_slots, config.num_frozen)
         if cartridge.num_slots < config.num_slots:

@@ -89,7 +89,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Path | None) -> Path:
-    """One directory for one document, set of questions and config, so that a second run finds the first one's results."""
+    """One directory for one document, questions and config, so that a second run finds the first one's results."""
     digest = hashlib.sha256(config.to_json(sort_keys=True).encode() + document.read_bytes())
     digest.update(b"" if questions is None else questions.read_bytes())
     directory = runs / f"{document.stem}-{digest.hexdigest()[:8]}"

@@ -84,7 +84,8 @@ def _plot(path: Path, report: Mapping[str, Any], metrics: Path) -> None:
         history = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(1, 2 if history else 1, figsize=(10 if history else 5, 3.5), squeeze=False)
     bars, names = axes[0][0], [row["condition"] for row in report["rows"]]
-    drawn = bars.barh(names, [row["nll"] for row in report["rows"]], color=["#b0b0b0", "#8fb3d9", "#1f5fa8", "#3b8f5a"])
+    colors = ["#1f5fa8" if name == "cartridge" else "#b8c4d2" for name in names]
+    drawn = bars.barh(names, [row["nll"] for row in report["rows"]], color=colors)
     bars.bar_label(drawn, fmt="%.2f", padding=3)
     bars.margins(x=0.15)
     bars.invert_yaxis()

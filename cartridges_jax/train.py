@@ -23,7 +23,7 @@ import optax
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.checkpoint import Checkpoints
-from cartridges_jax.data import PackedRows, batches, read_examples
+from cartridges_jax.data import Example, PackedRows, batches, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.losses import Batch, Reduction, Tail, loss_sum
 from cartridges_jax.metrics import MetricsLog
@@ -34,6 +34,8 @@ from cartridges_jax.optim import OptimConfig, optimizer, schedule
 from command_line import files
 from command_line.config import build, load, run
 from command_line.progress import Progress, stage
+
+INITIAL = "initial.safetensors"  # the initial state, beside the run's config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +116,19 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     model = model or load_model(config.model, config.dtype)
     if config.init.kind != "pretrained":  # of which the file decides
         _check_window(config.init.num_slots, config, model)
-    cartridge = initial_cartridge(config.init, model, corpus, config.seed)
-    _check_window(cartridge.num_slots, config, model)
+    directory = Path(config.output_dir)
+    _refuse_other_config(directory, config)
     with stage("laying out conversations"):
         examples = read_examples(config.dataset, model.tokenizer)
         rows = PackedRows(
             examples, config.seq_len, config.batch_size * config.accumulation, config.num_epochs, config.seed
         )
+    cartridge = _initial(config, model, corpus, examples)
+    _check_window(cartridge.num_slots, config, model)
     num_steps = len(rows) // (config.batch_size * config.accumulation)
     num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
     tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
-    directory = Path(config.output_dir)
-    _claim(directory, config)
+    _begin(directory, config, cartridge)
     state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
@@ -234,19 +237,37 @@ def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> 
         )
 
 
-def _claim(directory: Path, config: TrainConfig) -> None:
-    """Records the config of a new run; refuses to mix another config into a run that has begun."""
+def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: list[Example]) -> Cartridge:
+    """The initial state, which a resumed run finds in its directory."""
+    saved = Path(config.output_dir) / INITIAL
+    if saved.is_file():
+        return Cartridge.load(saved, model=model)
+    with stage(f"initial state: {config.init.kind}"):
+        return initial_cartridge(config.init, model, corpus, examples, config.seed)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config) | {"output_dir": ""}  # a run may be moved
+
+
+def _refuse_other_config(directory: Path, config: TrainConfig) -> None:
+    """Keeps another config from mixing into a run that has begun."""
     path = directory / "config.json"
-    mine = dataclasses.asdict(config) | {"output_dir": ""}
-    if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in mine if mine[key] != theirs.get(key))
-        if changed:
-            raise ValueError(
-                f"{directory} holds a run with another {', '.join(changed)}: choose another config.output_dir or "
-                "remove it"
-            )
-    files.write_text(path, json.dumps(mine, indent=2, sort_keys=True) + "\n")
+    if not path.is_file():
+        return
+    mine, theirs = _settings(config), json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(key for key in mine if mine[key] != theirs.get(key))
+    if changed:
+        raise ValueError(
+            f"{directory} holds a run with another {', '.join(changed)}: choose another config.output_dir or remove it"
+        )
+
+
+def _begin(directory: Path, config: TrainConfig, cartridge: Cartridge) -> None:
+    """Records what the run starts from: its config and its initial state."""
+    files.write_text(directory / "config.json", json.dumps(_settings(config), indent=2, sort_keys=True) + "\n")
+    if not (directory / INITIAL).is_file():
+        cartridge.save(directory / INITIAL)
 
 
 def _with_training(

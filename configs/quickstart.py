@@ -1,19 +1,26 @@
-"""draft"""
+"""The quickstart: SmolLM2-135M reads a document of about 2,000 tokens and becomes its cartridge, on a laptop's CPU.
+
+    make quickstart
+    make quickstart DOC=file.txt QUESTIONS=file.jsonl
+
+One stage alone: `python -m synth --config=configs/quickstart.py:synth`, and the like with `train` and `evaluate`.
+"""
 
 from ml_collections import ConfigDict
 
+MODEL = "smollm2-135m"
+
 
 def get_config(stage: str = "") -> ConfigDict:
-    model = "smollm2-135m"
     config = ConfigDict(
         {
-            "num_held_out": 24,
+            "num_held_out": 24,  # conversations that become the questions when there are none
             "server": {"slots": 48, "max_length": 384},
             "synth": {
                 "output_dir": "runs/synth",
                 "num_conversations": 480,
                 "resource": {"path": "examples/document.txt"},
-                "client": {"base_url": "http://127.0.0.1:8000/v1", "model": model, "timeout_seconds": 600.0},
+                "client": {"base_url": "http://127.0.0.1:8000/v1", "model": MODEL, "timeout_seconds": 600.0},
                 "chunker": {"min_tokens": 128, "max_tokens": 224},
                 "conversations_per_chunk": 12,
                 "max_chunks_in_flight": 6,
@@ -25,15 +32,23 @@ def get_config(stage: str = "") -> ConfigDict:
                 "dataset": "runs/synth/dataset.parquet",
                 "corpus": "examples/document.txt",
                 "output_dir": "runs/train",
-                "model": model,
+                "model": MODEL,
                 "dtype": "float32",
                 "seq_len": 256,
                 "batch_size": 4,
-                "num_epochs": 2,
-                "init": {"kind": "text", "num_slots": 480},
-                "optim": {"lr": 2e-2, "warmup_steps": 4},
+                "num_epochs": 1,
+                "checkpoint_every": 10,
+                "init": {"kind": "attention_matching", "num_slots": 500},
+                "optim": {"lr": 3e-3, "warmup_steps": 4},
             },
-            "evaluate": {"instruction": "{question} Answer with a short phrase only.", "max_answer_tokens": 24},
+            "evaluate": {
+                "cartridge": "runs/train/cartridge.safetensors",
+                "corpus": "examples/document.txt",
+                "questions": "examples/questions.jsonl",
+                "output_dir": "runs/evaluate",
+                "instruction": "{question} Answer with a short phrase only.",
+                "max_answer_tokens": 20,
+            },
         }
     )
     return config[stage] if stage else config

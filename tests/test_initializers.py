@@ -15,7 +15,7 @@ from cartridges_jax.initializers import STATISTICS_TOKENS, InitConfig, initial_c
 
 def test_text_gives_the_first_tokens_of_the_corpus():
     model = tiny.model()
-    found = initial_cartridge(InitConfig("text", 24, 2), model, tiny.TEXT, seed=0)
+    found = initial_cartridge(InitConfig("text", 24, 2), model, tiny.TEXT, [], seed=0)
     expected = Cartridge.from_tokens(model, model.tokenizer.encode(tiny.TEXT)[:24])
     np.testing.assert_array_equal(found.keys, expected.keys)
     np.testing.assert_array_equal(found.values, expected.values)
@@ -25,12 +25,12 @@ def test_text_gives_the_first_tokens_of_the_corpus():
 
 def test_a_corpus_shorter_than_the_slots_is_refused():
     with pytest.raises(ValueError, match=r"the corpus has \d tokens, fewer than init.num_slots, 64: lower it"):
-        initial_cartridge(InitConfig("text", 64), tiny.model(), "A cat.", seed=0)
+        initial_cartridge(InitConfig("text", 64), tiny.model(), "A cat.", [], seed=0)
 
 
 def test_random_vectors_have_the_statistics_of_real_ones_and_a_real_sink():
     model = tiny.model()
-    found = initial_cartridge(InitConfig("random_vectors", 2000, 2), model, tiny.TEXT, seed=0)
+    found = initial_cartridge(InitConfig("random_vectors", 2000, 2), model, tiny.TEXT, [], seed=0)
     real = Cartridge.from_tokens(model, model.tokenizer.encode(tiny.TEXT)[:STATISTICS_TOKENS])
     for ours, theirs in ((found.keys, real.keys), (found.values, real.values)):
         np.testing.assert_array_equal(ours[:, :2], theirs[:, :2])
@@ -44,7 +44,7 @@ def test_random_vectors_have_the_statistics_of_real_ones_and_a_real_sink():
 
 def test_random_vectors_depend_on_the_seed_and_on_nothing_else():
     config, model = InitConfig("random_vectors", 8), tiny.model()
-    a, b, c = (initial_cartridge(config, model, tiny.TEXT, seed) for seed in (0, 0, 1))
+    a, b, c = (initial_cartridge(config, model, tiny.TEXT, [], seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a.keys, b.keys)
     assert (a.keys[:, 1:] != c.keys[:, 1:]).all()
 
@@ -52,12 +52,12 @@ def test_random_vectors_depend_on_the_seed_and_on_nothing_else():
 @pytest.mark.parametrize(("corpus", "num_frozen"), [("A", 1), ("A cat.", 30)])
 def test_random_vectors_need_a_text_to_measure(corpus: str, num_frozen: int):
     with pytest.raises(ValueError, match=r"the corpus has \d tokens, expected at least \d+"):
-        initial_cartridge(InitConfig("random_vectors", 32, num_frozen), tiny.model(), corpus, seed=0)
+        initial_cartridge(InitConfig("random_vectors", 32, num_frozen), tiny.model(), corpus, [], seed=0)
 
 
 def test_random_vectors_of_a_small_window_are_measured_in_it(tmp_path: Path):
     model = tiny.load_model(str(tiny.write_model(tmp_path / "small", max_position_embeddings=64)))
-    found = initial_cartridge(InitConfig("random_vectors", 8), model, tiny.TEXT, seed=0)
+    found = initial_cartridge(InitConfig("random_vectors", 8), model, tiny.TEXT, [], seed=0)
     assert np.isfinite(found.keys).all()
 
 
@@ -68,7 +68,7 @@ def test_pretrained_is_what_the_file_holds(tmp_path: Path, dtype: type):
     saved = saved.replace(bias=bias.astype(dtype), keys=saved.keys.astype(dtype), values=saved.values.astype(dtype))
     saved.save(tmp_path / "c.safetensors")
     config = InitConfig("pretrained", num_frozen=3, path=str(tmp_path / "c.safetensors"))
-    found = initial_cartridge(config, tiny.model(), tiny.TEXT, seed=0)
+    found = initial_cartridge(config, tiny.model(), tiny.TEXT, [], seed=0)
     np.testing.assert_array_equal(found.keys, saved.keys)
     np.testing.assert_array_equal(found.bias, saved.bias)
     assert (found.num_slots, found.num_frozen, found.keys.dtype, found.bias.dtype) == (10, 3, jnp.float32, jnp.float32)
@@ -78,7 +78,7 @@ def test_pretrained_refuses_more_frozen_slots_than_it_has(tmp_path: Path):
     Cartridge.from_text(tiny.model(), tiny.TEXT, 10).save(tmp_path / "c.safetensors")
     config = InitConfig("pretrained", num_frozen=11, path=str(tmp_path / "c.safetensors"))
     with pytest.raises(ValueError, match="num_frozen is 11, expected 0 to the number of slots, 10"):
-        initial_cartridge(config, tiny.model(), tiny.TEXT, seed=0)
+        initial_cartridge(config, tiny.model(), tiny.TEXT, [], seed=0)
 
 
 @pytest.mark.parametrize(

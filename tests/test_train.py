@@ -139,7 +139,7 @@ def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[
     lines = metrics_of(folder)
     assert np.mean([m["loss"] for m in lines[-4:]]) < np.mean([m["loss"] for m in lines[:4]]) - 0.2
     trained = Cartridge.load(folder / "cartridge.safetensors", model=model)
-    start = initial_cartridge(InitConfig(**finished["init"]), model, tiny.TEXT, 0)
+    start = initial_cartridge(InitConfig(**finished["init"]), model, tiny.TEXT, [], 0)
     assert trained.provenance.corpus_hash == start.provenance.corpus_hash
     assert trained.provenance.recipe == "text, first 16 tokens; 24 steps of distillation, lr 0.05, tail drop"
     assert trained.provenance.training_tokens == lines[-1]["tokens"]
@@ -149,7 +149,7 @@ def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[
 
 def test_frozen_slots_keep_their_bits_and_the_others_move(finished: dict[str, Any]):
     trained = Cartridge.load(Path(finished["output_dir"]) / "cartridge.safetensors")
-    start = initial_cartridge(InitConfig(**finished["init"]), tiny.model(), tiny.TEXT, 0)
+    start = initial_cartridge(InitConfig(**finished["init"]), tiny.model(), tiny.TEXT, [], 0)
     assert trained.num_frozen == 2
     assert bytes_of([trained.keys[:, :2], trained.values[:, :2]]) == bytes_of([start.keys[:, :2], start.values[:, :2]])
     assert (trained.values[:, 2:] != start.values[:, 2:]).mean() > 0.99
@@ -201,7 +201,7 @@ def test_accumulation_is_one_large_batch(inputs: Path):
 
 def test_no_steps_give_the_initial_cartridge(settings: dict[str, Any]):
     trained = Cartridge.load(train(config_of(settings, num_steps=0), tiny.model()))
-    start = initial_cartridge(InitConfig(**settings["init"]), tiny.model(), tiny.TEXT, 0)
+    start = initial_cartridge(InitConfig(**settings["init"]), tiny.model(), tiny.TEXT, [], 0)
     assert bytes_of(trained) == bytes_of(start)
 
 

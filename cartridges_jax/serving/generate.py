@@ -45,8 +45,9 @@ def generate_ids(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    max_length: int | None = None,
 ) -> list[list[int]]:
-    """`generate` on token ids, stop tokens left out."""
+    """`generate` on token ids, stop tokens left out; callers of one `max_length` share their compiled programs."""
     if not prompts:
         return []
     if not all(prompts):
@@ -59,7 +60,8 @@ def generate_ids(
             f"{p} slots, a prompt of {max(map(len, prompts))} tokens and an answer of {max_tokens} exceed "
             f"{model.name}'s window of {model.config.window}: shorten one of them"
         )
-    max_length = min(-(-longest // 128) * 128, model.config.window)  # few sizes, so few compilations
+    if max_length is None:
+        max_length = min(-(-longest // 128) * 128, model.config.window)  # few sizes, so few compilations
     engine = Engine(model, min(MAX_SLOTS, len(prompts)), max_length, max_top_logprobs=1)
     stop_ids = model.tokenizer.stop_ids
     requests = [

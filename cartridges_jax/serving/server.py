@@ -606,7 +606,7 @@ class Server:
             special = fields.flag("add_special_tokens", True)
             ids = self._tokenizer.encode(fields.text("prompt"), add_special_tokens=special)
         else:
-            ids = self._chat_ids(fields)
+            ids = self._chat_ids(fields, self._tokenizer.chat_ids)
         reply = {"count": len(ids), "max_model_len": self._engine.max_length, "tokens": ids, "token_strs": None}
         return web.json_response(reply)
 
@@ -640,7 +640,7 @@ class Server:
             refuse("top_logprobs", top_logprobs, "logprobs to be true as well")
         request = Request(
             id="",
-            prompt=tuple(self._chat_ids(fields)),
+            prompt=tuple(self._chat_ids(fields, self._tokenizer.turn_ids if cartridge else self._tokenizer.chat_ids)),
             temperature=fields.number("temperature", 1.0, 0.0, 2.0),
             top_p=fields.number("top_p", 1.0, 0.0, 1.0),
             top_k=max(fields.integer("top_k", 0, -1, SEEDS - 1), 0),  # vLLM's clients write -1 for "all"
@@ -665,10 +665,10 @@ class Server:
             tokens_as_ids=fields.flag("return_tokens_as_token_ids"),
         )
 
-    def _chat_ids(self, fields: Fields) -> list[int]:
+    def _chat_ids(self, fields: Fields, encode: Callable[..., list[int]]) -> list[int]:
         messages = read_messages(fields.get("messages"))
         try:
-            return self._tokenizer.chat_ids(messages, add_generation_prompt=fields.flag("add_generation_prompt", True))
+            return encode(messages, add_generation_prompt=fields.flag("add_generation_prompt", True))
         except ValueError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
 
