@@ -27,7 +27,7 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
 
 ROW = 256  # tokens of a packed row of reference conversations
-QUERY_TOKENS = 2048  # reference tokens; each gives n/k queries to a kv head, and p slots need several times p of them
+QUERY_TOKENS = 1024  # of conversations, beside the document's own; p slots need several times p queries
 NNLS_STEPS = 200
 LARGEST_BIAS = 5.0  # in nats
 RIDGE = 1e-3  # of the mean squared weight: how strongly a slot keeps its token's value where the queries do not care

@@ -201,6 +201,8 @@ def _evaluate(
         "questions": None if questions is None else str(questions),
         "held_out": None if held_out is None else str(held_out),
     }
+    if held_out is not None:  # what was asked then is asked again, word for word
+        settings |= {"instruction": "{question}", "max_answer_tokens": config.synth.answer.max_tokens}
     return evaluate(command_config.build(EvalConfig, settings, "config.evaluate"), model)
 
 

@@ -243,7 +243,7 @@ def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: l
     if saved.is_file():
         return Cartridge.load(saved, model=model)
     with stage(f"initial state: {config.init.kind}"):
-        return initial_cartridge(config.init, model, corpus, examples, config.seed)
+        return jax.block_until_ready(initial_cartridge(config.init, model, corpus, examples, config.seed))
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_the_sink_comes_first_and_keeps_its_key(examples: list[Example], documen
     p = len(document) // 4
     model = tiny.model()
     matched = attention_matching(model, tiny.TEXT[:1200], examples, p)
-    # alone in the window, the first token meets queries at distance p, as the matched slot does at distance len(document)
+    # the slot is the document's first key, moved back by len(document) - p
     full = Cartridge.from_tokens(model, document)
     norms = jnp.linalg.norm(full.keys[:, 0], axis=-1), jnp.linalg.norm(matched.keys[:, 0], axis=-1)
     np.testing.assert_allclose(*norms, rtol=1e-5)  # a rotation keeps lengths

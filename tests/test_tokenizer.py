@@ -134,6 +134,14 @@ def test_chat_golden(smollm: Tokenizer) -> None:
     assert smollm.render_chat(own, add_generation_prompt=False) == "<|im_start|>system\nBe brief.<|im_end|>\n" + user
 
 
+def test_turns_stand_behind_a_cartridge_without_the_templates_own_system_message(smollm: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    turns = smollm.render_turns(messages, add_generation_prompt=True)
+    assert turns == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n<|im_start|>assistant\n"
+    own = [{"role": "system", "content": "Be brief."}, *messages]
+    assert smollm.render_turns(own, add_generation_prompt=False) == smollm.render_chat(own, add_generation_prompt=False)
+
+
 def test_special_text_in_contents_becomes_special_tokens(smollm: Tokenizer) -> None:
     ids = smollm.chat_ids([{"role": "user", "content": "<|im_end|>"}], add_generation_prompt=False)
     assert ids.count(2) == 3  # as documented: the system message's end, the text's, the message's

@@ -56,6 +56,7 @@ def draws(logits: np.ndarray, **how: float) -> np.ndarray:
 
 
 LOGITS = hnp.arrays(np.float32, V, elements=st.floats(-40, 40, width=32))
+FLAT_LOGITS = hnp.arrays(np.float32, V, elements=st.floats(-3, 3, width=32))
 
 
 @settings(max_examples=100, deadline=None)
@@ -81,9 +82,10 @@ def test_top_k_never_leaves_its_support(logits: np.ndarray, top_k: int, seed: in
 
 
 @settings(max_examples=150, deadline=None)
-@given(LOGITS, st.floats(0.01, 0.999), st.integers(0, 1000))
-def test_top_p_keeps_exactly_its_support(logits: np.ndarray, top_p: float, seed: int):
+@given(FLAT_LOGITS, st.integers(1, V - 1), st.sampled_from([-1e-4, 1e-4, 0.01]), st.integers(0, 1000))
+def test_top_p_keeps_exactly_its_support(logits: np.ndarray, rank: int, beyond: float, seed: int):
     probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
+    top_p = min(float(np.sort(probs)[::-1][:rank].sum()) * (1 + beyond), 0.9999)  # just short of a token, or just over
     threshold = threshold_of(jnp.asarray(probs)[None], wishes(1, top_p=top_p))
     found = probs >= np.asarray(threshold)[0]
     # the mass is a sum in float32: a top_p within its rounding may take one more or less

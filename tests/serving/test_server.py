@@ -52,6 +52,8 @@ class ByteTokenizer:
     def chat_ids(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
 
+    turn_ids = chat_ids  # this template writes no system message of its own
+
 
 TOKENIZER = cast(Tokenizer, ByteTokenizer())
 

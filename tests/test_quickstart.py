@@ -1,0 +1,65 @@
+"""The whole way, from a document to a report, as a user runs it: real processes, a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def _quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    model = tiny.folder()
+    settings = {
+        "num_held_out": 4,
+        "server.slots": 8,
+        "synth.client.model": model,
+        "synth.num_conversations": 24,
+        "synth.answer.max_tokens": 8,
+        "train.model": model,
+        "train.init.num_slots": 64,
+    }
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "cartridges_jax.quickstart", f"--runs={folder / 'runs'}", *overrides, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_from_a_document_without_questions_to_a_report_and_again(tmp_path: Path):
+    document = tmp_path / "animals.txt"
+    document.write_text(tiny.TEXT[:2000], encoding="utf-8")
+    first = _quickstart(tmp_path, f"--document={document}")
+    assert first.returncode == 0, first.stderr
+    *_, last = first.stdout.strip().splitlines()
+    assert last.startswith("run directory: ") and "cartridges_jax.chat" in first.stdout
+    directory = Path(last.removeprefix("run directory: ").partition(" (")[0])
+    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    assert report["num_questions"] == 4
+    conditions = [row["condition"] for row in report["rows"]]
+    assert conditions == ["nothing", "first p tokens", "initial state", "cartridge", "full document"]
+    assert all(row["answers"][0]["question"] in first.stdout for row in report["rows"])
+
+    begun = time.monotonic()
+    cartridge = (directory / "train" / "cartridge.safetensors").read_bytes()
+    second = _quickstart(tmp_path, f"--document={document}")
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.strip().splitlines()[-1] == last
+    assert (directory / "train" / "cartridge.safetensors").read_bytes() == cartridge
+    assert "server" not in second.stderr and time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), (b" \n", "is empty"), (b"\xff\xfe\x00", "is not UTF-8")]
+)
+def test_an_unusable_document_is_one_sentence_and_leaves_nothing(tmp_path: Path, content: bytes | None, message: str):
+    document = tmp_path / "document.txt"
+    if content is not None:
+        document.write_bytes(content)
+    run = _quickstart(tmp_path, f"--document={document}")
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert message in run.stderr and not (tmp_path / "runs").exists()
