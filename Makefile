@@ -24,7 +24,7 @@ $(MADE): pyproject.toml constraints.txt
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest -m 'not slow and not parity'
 
 test-slow: install
