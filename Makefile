@@ -25,10 +25,10 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -m 'not slow and not parity'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not parity'
 
 test-slow: install
-	$(BIN)/python -m pytest -m 'not parity'
+	$(BIN)/python -m pytest -n 2 -m 'not parity'
 
 # torch's CPU build is needed here and nowhere else
 test-parity: install

@@ -1,14 +1,13 @@
-"""Tiny random models of every family, read from files by the library's own loader; float64 where a test asks for it."""
+"""Tiny random models of every family, read from files by the library's own loader."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import make_golden
 import numpy as np
@@ -65,10 +64,3 @@ def tiny_model(request: pytest.FixtureRequest, load_tiny: Callable[[str], Langua
 @pytest.fixture(scope="session")
 def tiny_llama(load_tiny: Callable[[str], LanguageModel]) -> LanguageModel:
     return load_tiny("llama")
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    """64-bit arrays inside one test."""
-    with jax.enable_x64(True):
-        yield
