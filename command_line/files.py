@@ -20,6 +20,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
+        temporary.chmod(0o644)  # some writers leave it readable by its owner only
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
