@@ -271,8 +271,9 @@ def kv_bytes_per_token(model: LanguageModel) -> int:
 
 def normalized(text: str) -> str:
     """Lower case, without punctuation and articles, single spaces (the SQuAD convention, arXiv 1606.05250)."""
-    text = "".join(" " if ch in string.punctuation.replace(".", "") else ch for ch in text.lower())
-    text = re.sub(r"\b(a|an|the)\b", " ", re.sub(r"\.(?!\d)", " ", text).replace(",", ""))
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())  # 615,000 is one number
+    text = "".join(" " if ch in string.punctuation.replace(".", "") else ch for ch in text)
+    text = re.sub(r"\b(a|an|the)\b", " ", re.sub(r"\.(?!\d)", " ", text))
     return " ".join(text.split())
 
 

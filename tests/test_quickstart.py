@@ -32,7 +32,7 @@ def _quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 def test_from_a_document_without_questions_to_a_report_and_again(tmp_path: Path):
     document = tmp_path / "animals.txt"
-    document.write_text(tiny.TEXT[:2000], encoding="utf-8")
+    document.write_text(tiny.TEXT[:800], encoding="utf-8")
     first = _quickstart(tmp_path, f"--document={document}")
     assert first.returncode == 0, first.stderr
     *_, last = first.stdout.strip().splitlines()
