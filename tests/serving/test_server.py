@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from test_scheduler import FakeEngine  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 
 from cartridges_jax import chat, serve
+from cartridges_jax.serving.answers import StopStrings
 from cartridges_jax.serving.scheduler import Prefix, Request, Sampled, SlotInput
-from cartridges_jax.serving.server import Server, StopStrings
+from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 from cartridges_jax.tokenizer import Tokenizer
 

@@ -1,0 +1,168 @@
+"""The one thread that owns the scheduler, the engine and the loading of cartridges: the only caller of JAX in a server.
+
+A `Job` comes in through a bounded queue, its events go back by `call_soon_threadsafe`; a job is cancelled by a mark on
+it that the thread looks at between steps, so that cancelling never has to wait for a place in that queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cartridges_jax.serving.protocol import SEEDS, ApiError, Call
+from cartridges_jax.serving.scheduler import Engine, Event, Finished, QueueFull, Request, Scheduler
+from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """All choices of a job are queued; they see a cartridge of so many slots."""
+
+    cartridge_tokens: int
+
+
+class Job:
+    """A call on its way through the engine thread; the numbers in `cancelled` are choices that nobody waits for."""
+
+    def __init__(self, call: Call):
+        self.id = uuid.uuid4().hex
+        self.call = call
+        # No bound of its own: a choice has at most max_tokens + 2 events, and a slow reader must not stop the others.
+        self.events: asyncio.Queue[tuple[int, Accepted | ApiError | Event]] = asyncio.Queue()
+        self.cancelled: set[int] = set()
+
+    def cancel(self) -> None:
+        self.cancelled.update(range(self.call.n))
+
+
+class EngineThread:
+    """Runs the scheduler; made and called in the event loop's thread, except for the methods that `_run` calls."""
+
+    def __init__(self, engine: Engine, store: CartridgeStore, max_queue: int):
+        self._engine, self._store, self._max_queue = engine, store, max_queue
+        self._inbox: queue.Queue[Job | None] = queue.Queue(engine.num_slots + max_queue)
+        self._live: dict[str, tuple[Job, int]] = {}
+        self._closed = threading.Lock()
+        self._end: ApiError | None = None  # what new jobs are told once the thread takes no more
+        self._stopping = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.failed = asyncio.Event()
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._end is None
+
+    def submit(self, call: Call) -> Job:
+        """Hands a call over; its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
+        job = Job(call)
+        with self._closed:
+            if self._end is not None:
+                raise self._end
+            try:
+                self._inbox.put_nowait(job)
+            except queue.Full:
+                raise _queue_full("the server takes no more requests") from None
+        return job
+
+    async def stop(self) -> None:
+        """Ends every job with an error and the thread after the step it is in."""
+        self._stopping = True
+        with contextlib.suppress(queue.Full):  # if it is full, the thread is not waiting for a job and sees the flag
+            self._inbox.put_nowait(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        end = ApiError(503, "the server is stopping", code="stopping")
+        try:
+            scheduler = Scheduler(self._engine, self._max_queue)
+            while not self._stopping:
+                self._cycle(scheduler)
+        except Exception:
+            logger.exception("the engine failed: restart the server")
+            end = ApiError(500, "the engine failed: the server's log says why", code="engine_failed")
+            self._loop.call_soon_threadsafe(self.failed.set)
+        self._close(end)
+
+    def _cycle(self, scheduler: Scheduler) -> None:
+        for job in self._arrivals(wait=not scheduler.has_work):
+            self._admit(scheduler, job)
+        for id, (job, index) in self._live.items():
+            if index in job.cancelled:
+                scheduler.cancel(id)
+        updates = []
+        for event in scheduler.step():
+            job, index = self._live[event.id]
+            updates.append((job, index, event))
+            if isinstance(event, Finished):
+                del self._live[event.id]
+        self._post(updates)
+
+    def _arrivals(self, wait: bool) -> list[Job]:
+        jobs = [self._inbox.get()] if wait else []
+        while not self._inbox.empty():  # this thread is the only one that takes
+            jobs.append(self._inbox.get())
+        return [job for job in jobs if job is not None]
+
+    def _admit(self, scheduler: Scheduler, job: Job) -> None:
+        """Submits the choices of a job: all of them or none."""
+        try:
+            request = self._complete(job)
+            for index in range(job.call.n):
+                id = f"{job.id}-{index}"
+                scheduler.submit(replace(request, id=id, seed=(request.seed + index) % SEEDS))
+                self._live[id] = job, index
+            self._post([(job, 0, Accepted(request.prefix.length if request.prefix else 0))])
+        except ApiError as error:
+            self._reject(job, error)
+        except QueueFull as error:
+            self._reject(job, _queue_full(str(error)))
+        except ValueError as error:
+            self._reject(job, ApiError(400, str(error), "messages", "context_length_exceeded"))
+
+    def _complete(self, job: Job) -> Request:
+        call = job.call
+        try:
+            prefix = self._store.get(call.cartridge) if call.cartridge else None
+        except UnknownCartridge as error:  # it was there when the call was checked
+            raise ApiError(404, str(error), "cartridges", "cartridge_not_found") from error
+        except ValueError as error:
+            raise ApiError(400, f"cartridge {call.cartridge!r}: {error}", "cartridges", "cartridge_refused") from error
+        except Exception as error:
+            logger.exception("cartridge %r cannot be loaded", call.cartridge)
+            message = f"cartridge {call.cartridge!r} cannot be loaded: the server's log says why"
+            raise ApiError(500, message, "cartridges", "cartridge_broken") from error
+        room = self._engine.max_length - len(call.request.prompt) - (prefix.length if prefix else 0)
+        return replace(call.request, prefix=prefix, max_tokens=call.max_tokens or max(room, 1))
+
+    def _reject(self, job: Job, error: ApiError) -> None:
+        job.cancel()  # choices that were submitted before the one that failed
+        self._post([(job, 0, error)])
+
+    def _close(self, end: ApiError) -> None:
+        with self._closed:
+            self._end = end
+        waiting = self._arrivals(wait=False)
+        self._post([(job, 0, end) for job in [*waiting, *{job for job, _ in self._live.values()}]])
+
+    def _post(self, updates: list[tuple[Job, int, Any]]) -> None:
+        if updates:
+            self._loop.call_soon_threadsafe(_deliver, updates)
+
+
+def _deliver(updates: list[tuple[Job, int, Any]]) -> None:
+    for job, index, event in updates:
+        job.events.put_nowait((index, event))
+
+
+def _queue_full(message: str) -> ApiError:
+    return ApiError(429, message, code="queue_full")
