@@ -15,7 +15,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "num_held_out": 24,  # conversations that become the questions when there are none
-            "server": {"slots": 48, "max_length": 384},
+            "server": {"slots": 48, "max_length": 448},
             "synth": {
                 "output_dir": "runs/synth",
                 "num_conversations": 480,

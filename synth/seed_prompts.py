@@ -70,6 +70,7 @@ CLOZE_PROMPTS = (
 KINDS = (*SEED_PROMPTS, "cloze")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _FEWEST_WORDS = 5  # of a sentence that a cue is taken from: some to show, some to hide
+_LONGEST_CUE = 16  # words; a sentence, or a text without full stops, may be much longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,4 +91,4 @@ def draw(kinds: tuple[str, ...], chunk: str, rng: random.Random) -> SeedPrompt:
 def _cue(chunk: str, rng: random.Random) -> str:
     sentences = [s.split() for s in _SENTENCE_END.split(chunk)]
     words = rng.choice([s for s in sentences if len(s) >= _FEWEST_WORDS] or [chunk.split()])
-    return " ".join(words[: rng.randint(min(3, len(words)), max(3, len(words) - 2))])
+    return " ".join(words[: rng.randint(3, max(3, min(len(words) - 2, _LONGEST_CUE)))])
