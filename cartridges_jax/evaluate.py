@@ -8,7 +8,6 @@ full document's is computed once and shared, which changes nothing in what the m
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -28,7 +27,6 @@ from cartridges_jax.data import Example, PackedRows, exchanges
 from cartridges_jax.losses import Batch, loss_sum
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.models.transformer import Params
 from cartridges_jax.report import table, write_report
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids
@@ -222,14 +220,9 @@ def answer_nll(
     total = count = 0.0
     for i in range(len(rows)):
         batch = Batch(**{name: array[None] for name, array in rows[i].items()})
-        loss, targets = _loss(cartridge, model.params, batch, config=model.config)
+        loss, targets = loss_sum(cartridge, model.params, batch, config=model.config, tail="drop", reduction="token")
         total, count = total + float(loss), count + float(targets)
     return total / count
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _loss(cartridge: Cartridge, params: Params, batch: Batch, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    return loss_sum(cartridge, params, batch, config=config, tail="drop", reduction="token")
 
 
 def empty_cartridge(config: ModelConfig) -> Cartridge:

@@ -59,6 +59,7 @@ def distillation_loss(
     return total / jnp.maximum(count, 1)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "tail", "reduction", "remat"))
 def loss_sum(
     cartridge: Cartridge,
     params: Params,
@@ -72,7 +73,6 @@ def loss_sum(
     """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
     if tail not in ("drop", "bucket") or reduction not in ("token", "entry"):
         raise ValueError(f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token or entry")
-    batch = jax.tree.map(jnp.asarray, batch)  # outside of jit they may be numpy's
     hidden_btd = hidden_states(
         params, batch.tokens, batch.segment_ids, batch.positions, *cartridge.prefix, config=config, remat=remat
     )

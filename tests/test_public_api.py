@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import jax
@@ -75,6 +76,20 @@ def test_the_code_of_the_design_runs_as_written(tmp_path: Path, monkeypatch: pyt
 
     texts = cj.generate(model, ["The cat"], cartridge=cart, max_tokens=8, temperature=0.0)
     assert len(texts) == 1 and isinstance(texts[0], str)
+
+
+def test_the_code_of_the_readme_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    model = cj.load_model("smollm2-135m")
+    text = "<|im_start|>system\nThe station was founded by Agnes Thorne.<|im_end|>\n"
+    cj.Cartridge.from_text(model, text).save("cartridge.safetensors")
+    exec(compile(blocks[0], "README.md", "exec"), {})
+    assert "Agnes Thorne" in capsys.readouterr().out
 
 
 def test_a_target_mask_may_leave_out_j():
