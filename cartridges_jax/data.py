@@ -38,6 +38,24 @@ class Example:
     target_logprobs: np.ndarray  # [e] float32
 
 
+def read_corpus(path: str | Path) -> str:
+    """The text that a cartridge stands in for.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, an empty one, or one that is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected the text that the cartridge stands in for")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty: expected a text")
+    return text
+
+
 def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
     """Reads a dataset of `synth` and lays every conversation out.
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import Example, PackedRows, exchanges
+from cartridges_jax.data import Example, PackedRows, exchanges, read_corpus
 from cartridges_jax.losses import Batch, loss_sum
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
@@ -82,7 +82,7 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
       FileNotFoundError, ValueError: a missing or unusable input, or a cartridge of another model.
     """
     questions = read_questions(config)
-    corpus = Path(config.corpus).read_text(encoding="utf-8")
+    corpus = read_corpus(config.corpus)
     model = model or load_model(config.model, config.dtype)
     cartridge = Cartridge.load(config.cartridge, model=model)
     conditions = _conditions(config, model, corpus, cartridge)

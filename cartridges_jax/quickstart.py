@@ -24,7 +24,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cartridges_jax.data import split_dataset
+from cartridges_jax.data import read_corpus, split_dataset
 from cartridges_jax.evaluate import EvalConfig, evaluate, questions_of
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.report import samples, table
@@ -75,14 +75,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The document and the questions, checked before anything is installed or started."""
     document = Path(args.document or DOCUMENT)
     questions = args.questions or (QUESTIONS if args.document is None else None)
-    if not document.is_file():
-        raise FileNotFoundError(f"{document} does not exist: expected a UTF-8 text file")
-    try:
-        text = document.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{document} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
-    if not text.strip():
-        raise ValueError(f"{document} is empty: expected a text")
+    read_corpus(document)
     if questions is not None:
         questions_of(questions)
     return document, None if questions is None else Path(questions)
@@ -177,7 +170,7 @@ def _train(config: ConfigDict, model: LanguageModel, document: Path, dataset: Pa
     if cartridge.is_file():
         return cartridge
     settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(document), "output_dir": str(folder)}
-    tokens = len(model.tokenizer.encode(document.read_text(encoding="utf-8")))
+    tokens = len(model.tokenizer.encode(read_corpus(document)))
     settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
     return train(command_config.build(TrainConfig, settings, "config.train"), model)
 

@@ -23,7 +23,7 @@ import optax
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.checkpoint import Checkpoints
-from cartridges_jax.data import Example, PackedRows, batches, read_examples
+from cartridges_jax.data import Example, PackedRows, batches, read_corpus, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.losses import Batch, Reduction, Tail, loss_sum
 from cartridges_jax.metrics import MetricsLog
@@ -110,7 +110,7 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     Raises:
       FileNotFoundError, ValueError: a missing or unusable input, before anything is written.
     """
-    corpus = _read_corpus(Path(config.corpus))
+    corpus = read_corpus(config.corpus)
     if not Path(config.dataset).is_file():
         raise FileNotFoundError(f"{config.dataset} does not exist: make it with python -m synth --config=…")
     model = model or load_model(config.model, config.dtype)
@@ -215,18 +215,6 @@ def _stacked(rows: PackedRows, config: TrainConfig, first: int) -> Iterator[Batc
 @functools.cache  # one object for one set of arguments: it is a static argument of the jitted step
 def _optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.GradientTransformation:
     return optimizer(config, num_steps, num_frozen)
-
-
-def _read_corpus(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: config.corpus names the text that the cartridge stands in for")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty: expected a text")
-    return text
 
 
 def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:

@@ -361,7 +361,7 @@ REFUSED: dict[str, tuple[Callable[[Path, dict[str, Any]], dict[str, Any]], str]]
         },
         r"bad\.parquet (is damaged|is not a whole)",
     ),
-    "no corpus": (lambda f, s: {"corpus": str(f / "none.txt")}, r"none\.txt does not exist: config\.corpus names"),
+    "no corpus": (lambda f, s: {"corpus": str(f / "none.txt")}, r"none\.txt does not exist: expected the text"),
     "empty corpus": (lambda f, s: {"corpus": _file(f / "e.txt", b" \n\n")}, r"e\.txt is empty: expected a text"),
     "corpus that is no text": (lambda f, s: {"corpus": _file(f / "b.txt", b"ab\xff\xfe")}, r"b\.txt is not UTF-8"),
     "short corpus": (lambda f, s: {"corpus": _file(f / "s.txt", b"A cat.")}, r"fewer than init\.num_slots, 16"),
