@@ -6,7 +6,7 @@
 One stage alone: `python -m synth --config=configs/quickstart.py:synth`, and the like with `train` and `evaluate`.
 
 Hardware: 2 CPU cores, 4 GB of memory, about 10 minutes with the installation. Expected on examples/document.txt: gap
-closed 0.80 with 500 slots for 2,002 tokens (0.77 of it from attention matching, the rest from 25 steps of distillation),
+closed 0.80 with 500 slots for 2,002 tokens (0.77 from attention matching, the rest from 25 steps of distillation),
 and 23 % of the answers against 29 % with the full document.
 
 What was found while tuning it (benchmarks/teacher_gain.py measures the first):
