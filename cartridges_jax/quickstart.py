@@ -47,15 +47,19 @@ def main(argv: list[str]) -> int:
     document, questions = _inputs(args)
     directory = _run_directory(Path(args.runs), config, document, questions)
     print(f"run directory: {directory}", file=sys.stderr)
-    with stage(f"loading {config.train.model}"):
-        model = load_model(config.train.model, config.train.dtype)
-    dataset = _synthesize(args.config, args.overrides, config, document, directory)
-    held_out = None
-    if questions is None:
-        dataset, held_out = split_dataset(dataset, config.num_held_out, directory)
-    cartridge = _train(config, model, document, dataset, directory)
-    report = _evaluate(config, model, document, questions, held_out, cartridge, directory)
-    _show(report, cartridge, config, time.monotonic() - begun, directory)
+    cartridge, report = directory / "train" / "cartridge.safetensors", directory / "report.json"
+    if not report.is_file():
+        with stage(f"loading {config.train.model}"):
+            model = load_model(config.train.model, config.train.dtype)
+        dataset = _synthesize(args.config, args.overrides, config, document, directory)
+        held_out = None
+        if questions is None:
+            dataset, held_out = split_dataset(dataset, config.num_held_out, directory)
+        if not cartridge.is_file():
+            _train(config, model, document, dataset, cartridge.parent)
+        _evaluate(config, model, document, questions, held_out, cartridge, directory)
+    shown = json.loads(report.read_text(encoding="utf-8"))
+    _show(shown, cartridge, config, time.monotonic() - begun, directory)
     return 0
 
 
@@ -164,15 +168,11 @@ def _ready_url(process: subprocess.Popen[str], log: Path) -> str:
     raise ChildProcessError(f"the server did not start: {' '.join(tail) or 'it said nothing'} (log: {log})")
 
 
-def _train(config: ConfigDict, model: LanguageModel, document: Path, dataset: Path, directory: Path) -> Path:
-    folder = directory / "train"
-    cartridge = folder / "cartridge.safetensors"
-    if cartridge.is_file():
-        return cartridge
+def _train(config: ConfigDict, model: LanguageModel, document: Path, dataset: Path, folder: Path) -> None:
     settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(document), "output_dir": str(folder)}
     tokens = len(model.tokenizer.encode(read_corpus(document)))
     settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
-    return train(command_config.build(TrainConfig, settings, "config.train"), model)
+    train(command_config.build(TrainConfig, settings, "config.train"), model)
 
 
 def _evaluate(
@@ -183,10 +183,7 @@ def _evaluate(
     held_out: Path | None,
     cartridge: Path,
     directory: Path,
-) -> dict[str, Any]:
-    path = directory / "report.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+) -> None:
     settings = config.evaluate.to_dict() | {
         "cartridge": str(cartridge),
         "corpus": str(document),
@@ -196,7 +193,7 @@ def _evaluate(
     }
     if held_out is not None:  # what was asked then is asked again, word for word
         settings |= {"instruction": "{question}", "max_answer_tokens": config.synth.answer.max_tokens}
-    return evaluate(command_config.build(EvalConfig, settings, "config.evaluate"), model)
+    evaluate(command_config.build(EvalConfig, settings, "config.evaluate"), model)
 
 
 def _show(report: dict[str, Any], cartridge: Path, config: ConfigDict, seconds: float, directory: Path) -> None:

@@ -47,8 +47,7 @@ def samples(report: Mapping[str, Any], count: int) -> str:
 
 
 def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> None:
-    """Writes `report.json`, `report.png` and `report.md`; the training loss is drawn if `metrics` exists."""
-    files.write_text(directory / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    """Writes `report.png`, `report.md` and, last, `report.json`; the training loss is drawn if `metrics` exists."""
     _plot(directory / "report.png", report, metrics)
     provenance = report["provenance"]
     gap = report["gap_closed"]
@@ -64,6 +63,8 @@ def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> N
         "```\n" + samples(report, report["config"]["num_samples"]) + "\n```",
     ]
     files.write_text(directory / "report.md", "\n\n".join(text) + "\n")
+    # last: its presence says that the evaluation is whole
+    files.write_text(directory / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def _cell(row: Mapping[str, Any], key: str, style: str) -> str:
