@@ -154,6 +154,31 @@ def test_packed_rows_are_their_segments_alone(implementation: str) -> None:
     assert_close(sums, {name: packed[name] for name in sums}, 2e-6)
 
 
+def test_blocks_of_other_segments_are_not_visited() -> None:
+    """A packed row costs what its conversations cost alone: a poisoned block would spread wherever it is read."""
+    arrays, _, cotangent = inputs(Case(b=1, t=4 * BLOCK, n=2, k=1, h=8, p=5))
+    segment_ids = np.repeat([[1, 1, 2, 2]], BLOCK, axis=1).astype(np.int32)
+    for name in ("k", "v"):
+        arrays[name][:, 2 * BLOCK :] = np.nan
+    found = outputs(arrays, segment_ids, cotangent, "xla")
+    for name in ("o", "q", "k", "v"):
+        assert np.isfinite(found[name][:, : 2 * BLOCK]).all() and np.isnan(found[name][:, 2 * BLOCK :]).any()
+    for name in ("k", "v"):
+        arrays[name] = np.nan_to_num(arrays[name])
+        arrays[name][:, : 2 * BLOCK] = np.nan
+    found = outputs(arrays, segment_ids, cotangent, "xla")
+    assert np.isfinite(found["o"][:, 2 * BLOCK :]).all() and np.isnan(found["o"][:, : 2 * BLOCK]).any()
+
+
+def test_no_array_of_queries_times_keys() -> None:
+    t, p = 8 * BLOCK, 1000
+    arrays, segment_ids, cotangent = inputs(Case(b=1, t=t, n=2, k=1, h=8, p=p, bias=True))
+    given = {name: jnp.asarray(a) for name, a in arrays.items()}
+    compiled = _outputs.lower(given, segment_ids, cotangent, "xla").compile()
+    scores = 2 * t * (p + t) * 4  # bytes, of every head
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 3
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_causality_by_gradient(implementation: str) -> None:
     """A query moves with a key exactly if the key is its own or an earlier one of its segment; with a slot always."""

@@ -28,7 +28,7 @@ def prefix_attention(
     Args:
       q, k, v: of the rows, already rotated; n is a multiple of k (grouped queries).
       prefix_k, prefix_v: the cartridge's slots in this layer, shared by the whole batch; p may be 0.
-      segment_ids: which packed conversation a position belongs to; 0 is padding.
+      segment_ids: which packed conversation a position belongs to, those of one side by side; 0 is padding.
       bias: a log-weight added to each slot's score (arXiv 2602.16284); none means zero.
       implementation: "reference", "xla", or None for the fastest.
 

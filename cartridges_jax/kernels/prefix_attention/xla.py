@@ -1,19 +1,25 @@
-"""Blocks of queries in plain XLA: a good CPU citizen and the fallback everywhere.
+"""Online softmax over blocks in plain XLA: a good CPU citizen and the fallback everywhere.
 
-A block sees the slots and only those keys that come before its end, so the upper triangle is never computed and no
-array grows beyond a block of queries. The slots enter one matmul for all rows together: they are not copied per row,
-and their gradient is summed over the batch by that matmul. The backward pass recomputes a block's weights.
+A block of queries visits the slots, then the blocks of keys that hold its own segments; nothing larger than a block of
+scores exists. The backward pass computes a block's weights again from the saved maximum and sum (FlashAttention-2,
+arXiv 2307.08691, saves their log-sum-exp, whose rounding in float32 shifts all weights of a query). The slots are held
+once, in float32; so is their gradient, added up block after block in a fixed order.
+
+Axis letters beyond the README's: m the queries of a block times the g heads that share their keys, c blocks.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-BLOCK = 256  # queries; 256 x (p + keys) float32 scores of a head group stay near a CPU's caches
+BLOCK = 256  # queries, and own keys, of a block
+SLOT_BLOCK = 512  # slots: the float32 scores of a block are 256 x 3 x 512 for each kv head of SmolLM2, 1.5 MB
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
 
@@ -28,51 +34,172 @@ def xla_attention(
 ) -> Float[Array, "b t n h"]:
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
-    q_kbtgh = (q.reshape(b, t, kv_heads, n // kv_heads, h) * h**-0.5).transpose(2, 0, 1, 3, 4)
-    k_kbsh, v_kbsh = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3)
-    prefix_k_kph = prefix_k.transpose(1, 0, 2).astype(k.dtype)
-    prefix_v_kph = prefix_v.transpose(1, 0, 2).astype(v.dtype)
-    bias_kp = jnp.zeros(prefix_k_kph.shape[:2], jnp.float32) if bias is None else bias.T.astype(jnp.float32)
-    blocks = [
-        _block(
-            start,
-            q_kbtgh[:, :, start : start + BLOCK],
-            k_kbsh[:, :, : start + BLOCK],
-            v_kbsh[:, :, : start + BLOCK],
-            prefix_k_kph,
-            prefix_v_kph,
-            bias_kp,
-            segment_ids[:, : start + BLOCK],
-        )
-        for start in range(0, t, BLOCK)
-    ]
-    o_kbtgh = jnp.concatenate(blocks, axis=2)
-    return o_kbtgh.transpose(1, 2, 0, 3, 4).reshape(b, t, n, h)
+    c = -(-t // BLOCK)
+    size = -(-t // c)
+    padding = c * size - t
+    q, k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0), (0, 0))) for a in (q, k, v))
+    segment_ids_bt = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    g = n // kv_heads
+    q_bckmh = (q * h**-0.5).reshape(b, c, size, kv_heads, g, h).transpose(0, 1, 3, 2, 4, 5)
+    q_bckmh = q_bckmh.reshape(b, c, kv_heads, size * g, h)
+    k_bkth, v_bkth = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    slots = _slot_blocks(prefix_k, prefix_v, bias)
+    o_bckmh = _attention(q_bckmh, k_bkth, v_bkth, *slots, segment_ids_bt)
+    o = o_bckmh.reshape(b, c, kv_heads, size, g, h).transpose(0, 1, 3, 2, 4, 5).reshape(b, t + padding, n, h)
+    return o[:, :t]
 
 
-@functools.partial(jax.checkpoint, static_argnums=(0,))
-def _block(
-    start: int,
-    q: Float[Array, "k b q g h"],
-    k: Float[Array, "k b s h"],
-    v: Float[Array, "k b s h"],
-    prefix_k: Float[Array, "k p h"],
-    prefix_v: Float[Array, "k p h"],
-    bias: Float[Array, "k p"],
-    segment_ids: Int[Array, "b s"],
-) -> Float[Array, "k b q g h"]:
-    scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    slot_scores = scores("kbqgh,kph->kbqgp", q, prefix_k) + bias[:, None, None, None]
-    own_scores = scores("kbqgh,kbsh->kbqgs", q, k)
-    index_q = start + jnp.arange(q.shape[2])
-    visible_bqs = (index_q[:, None] >= jnp.arange(k.shape[2])) & (
-        segment_ids[:, start:, None] == segment_ids[:, None, :]
-    )
-    own_scores = jnp.where(visible_bqs[None, :, :, None], own_scores, MASKED)
-    top = jnp.maximum(jnp.max(own_scores, axis=-1), jnp.max(slot_scores, axis=-1, initial=MASKED))
-    top = jax.lax.stop_gradient(top)[..., None]  # it cancels: a shift of the exponent only
-    slot_weights, own_weights = jnp.exp(slot_scores - top), jnp.exp(own_scores - top)
-    total = jnp.sum(slot_weights, axis=-1, keepdims=True) + jnp.sum(own_weights, axis=-1, keepdims=True)
-    o = scores("kbqgp,kph->kbqgh", slot_weights.astype(v.dtype), prefix_v)
-    o = o + scores("kbqgs,kbsh->kbqgh", own_weights.astype(v.dtype), v)
-    return (o / total).astype(q.dtype)
+def _slot_blocks(
+    prefix_k: Float[Array, "p k h"], prefix_v: Float[Array, "p k h"], bias: Float[Array, "p k"] | None
+) -> tuple[Float[Array, "c k s h"], Float[Array, "c k s h"], Float[Array, "c k s"]]:
+    """The slots in equal blocks; those that fill up the last one get a bias that hides them."""
+    p, kv_heads, h = prefix_k.shape
+    blocks = -(-p // SLOT_BLOCK)
+    size = -(-p // max(blocks, 1))
+    padding = blocks * size - p
+    bias = jnp.zeros((p, kv_heads)) if bias is None else bias
+    bias_ck = jnp.pad(bias.astype(jnp.float32), ((0, padding), (0, 0)), constant_values=MASKED)
+    k, v = (jnp.pad(a, ((0, padding), (0, 0), (0, 0))) for a in (prefix_k, prefix_v))
+    k_cksh, v_cksh = (a.reshape(blocks, size, kv_heads, h).transpose(0, 2, 1, 3) for a in (k, v))
+    return k_cksh, v_cksh, bias_ck.reshape(blocks, size, kv_heads).transpose(0, 2, 1)
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array, slot_k: Array, slot_v: Array, bias: Array, segment_ids: Array) -> Array:
+    return _forward(q, k, v, slot_k, slot_v, bias, segment_ids)[0]
+
+
+def _forward(
+    q: Float[Array, "b c k m h"],
+    k: Float[Array, "b k t h"],
+    v: Float[Array, "b k t h"],
+    slot_k: Float[Array, "c k s h"],
+    slot_v: Float[Array, "c k s h"],
+    bias: Float[Array, "c k s"],
+    segment_ids: Int[Array, "b t"],
+) -> tuple[Float[Array, "b c k m h"], Any]:
+    size = k.shape[2] // q.shape[1]
+
+    def row(_: None, inputs: Any) -> tuple[None, Any]:
+        q_ckmh, k_kth, v_kth, segment_ids_t = inputs
+        first_c = _first_visible(segment_ids_t, size)
+
+        def block(_: None, inputs: Any) -> tuple[None, Any]:
+            q_kmh, i, first = inputs
+
+            def visit(carry: Any, k_ksh: Array, v_ksh: Array, mask: Any) -> Any:
+                """One block of keys: `mask` puts the bias, or what is hidden, into the scores."""
+                top_km, total_km, o_kmh = carry
+                scores_kms = mask(_multiply("kmh,ksh->kms", q_kmh, k_ksh))
+                new_top_km = jnp.maximum(top_km, scores_kms.max(-1, initial=MASKED))
+                weights_kms = jnp.exp(scores_kms - new_top_km[..., None])
+                old_km = jnp.exp(top_km - new_top_km)
+                o_kmh = o_kmh * old_km[..., None] + _multiply("kms,ksh->kmh", weights_kms.astype(v.dtype), v_ksh)
+                return new_top_km, total_km * old_km + weights_kms.sum(-1), o_kmh
+
+            def slots(carry: Any, block: Any) -> tuple[Any, None]:
+                slot_k_ksh, slot_v_ksh, bias_ks = block
+                slot_k_ksh, slot_v_ksh = slot_k_ksh.astype(k.dtype), slot_v_ksh.astype(v.dtype)
+                return visit(carry, slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[:, None]), None
+
+            def own(j: Array, carry: Any) -> Any:
+                hidden_ms = _hidden(segment_ids_t, i, j, size, q_kmh.shape[1])
+                k_ksh, v_ksh = _slice(k_kth, j, size), _slice(v_kth, j, size)
+                return visit(carry, k_ksh, v_ksh, lambda scores: jnp.where(hidden_ms, MASKED, scores))
+
+            zeros_km = jnp.zeros(q_kmh.shape[:2])
+            carry = (zeros_km + MASKED, zeros_km, jnp.zeros(q_kmh.shape))
+            carry, _ = jax.lax.scan(slots, carry, (slot_k, slot_v, bias))
+            top_km, total_km, o_kmh = jax.lax.fori_loop(first, i + 1, own, carry)
+            return None, ((o_kmh / total_km[..., None]).astype(q.dtype), top_km, total_km)
+
+        return None, jax.lax.scan(block, None, (q_ckmh, jnp.arange(q.shape[1]), first_c))[1]
+
+    results = jax.lax.scan(row, None, (q, k, v, segment_ids))[1]
+    o, top, total = (checkpoint_name(a, "attention") for a in results)
+    return o, (q, k, v, slot_k, slot_v, bias, segment_ids, o, top, total)
+
+
+def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, ...]:
+    q, k, v, slot_k, slot_v, bias, segment_ids, o, top, total = saved
+    size = k.shape[2] // q.shape[1]
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+
+    def row(d_slots: Any, inputs: Any) -> tuple[Any, Any]:
+        q_ckmh, k_kth, v_kth, segment_ids_t, *saved_c = inputs
+        first_c = _first_visible(segment_ids_t, size)
+
+        def block(carry: Any, inputs: Any) -> tuple[Any, Array]:
+            q_kmh, i, first, o_kmh, do_kmh, top_km, total_km = inputs
+            # the weights' common divisor is taken out of their sums, and put into what they are multiplied with
+            do_kmh = do_kmh.astype(jnp.float32) / total_km[..., None]
+            delta_km = (o_kmh.astype(jnp.float32) * do_kmh).sum(-1)
+            do_kmh = do_kmh.astype(do.dtype)
+
+            def visit(k_ksh: Array, v_ksh: Array, mask: Any) -> tuple[Array, Array, Array, Array]:
+                """Gradients of one block's keys and values, its part of the queries' and of the scores'."""
+                # scores lie as [s, m]: both gradients of the keys' side are then plain matrix products
+                scores_ksm = mask(_multiply("ksh,kmh->ksm", k_ksh, q_kmh))
+                weights_ksm = jnp.exp(scores_ksm - top_km[:, None])
+                d_scores_ksm = weights_ksm * (_multiply("ksh,kmh->ksm", v_ksh, do_kmh) - delta_km[:, None])
+                dv_ksh = _multiply("ksm,kmh->ksh", weights_ksm.astype(do.dtype), do_kmh)
+                dk_ksh = _multiply("ksm,kmh->ksh", d_scores_ksm.astype(q.dtype), q_kmh)
+                dq_khm = _multiply("khs,ksm->khm", k_ksh.transpose(0, 2, 1), d_scores_ksm.astype(k.dtype))
+                return dk_ksh, dv_ksh, dq_khm, d_scores_ksm
+
+            def slots(dq_khm: Array, block: Any) -> tuple[Array, Any]:
+                slot_k_ksh, slot_v_ksh, bias_ks, *sums = block
+                slot_k_ksh, slot_v_ksh = slot_k_ksh.astype(k.dtype), slot_v_ksh.astype(v.dtype)
+                dk, dv, dq, ds = visit(slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[..., None])
+                return dq_khm + dq, tuple(a + b for a, b in zip(sums, (dk, dv, ds.sum(-1)), strict=True))
+
+            def own(j: Array, carry: Any) -> Any:
+                dq_khm, dk_kth, dv_kth = carry
+                hidden_sm = _hidden(segment_ids_t, i, j, size, q_kmh.shape[1]).T
+                k_ksh, v_ksh = _slice(k_kth, j, size), _slice(v_kth, j, size)
+                dk, dv, dq, _ = visit(k_ksh, v_ksh, lambda scores: jnp.where(hidden_sm, MASKED, scores))
+                return dq_khm + dq, _add(dk_kth, dk, j, size), _add(dv_kth, dv, j, size)
+
+            dk_kth, dv_kth, *d_slots = carry
+            dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
+            dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (slot_k, slot_v, bias, *d_slots))
+            dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first, i + 1, own, (dq_khm, dk_kth, dv_kth))
+            return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
+
+        carry = (zeros(k_kth.shape), zeros(v_kth.shape), *d_slots)
+        steps = (q_ckmh, jnp.arange(q.shape[1]), first_c, *saved_c)
+        (dk_kth, dv_kth, *d_slots), dq_ckmh = jax.lax.scan(block, carry, steps)
+        return tuple(d_slots), (dq_ckmh, dk_kth.astype(k.dtype), dv_kth.astype(v.dtype))
+
+    d_slots = zeros(slot_k.shape), zeros(slot_v.shape), zeros(bias.shape)
+    d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, segment_ids, o, do, top, total))
+    return dq, dk, dv, d_slots[0].astype(slot_k.dtype), d_slots[1].astype(slot_v.dtype), d_slots[2], None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _multiply(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _first_visible(segment_ids: Int[Array, " t"], size: int) -> Int[Array, " c"]:
+    """Of each block of queries, the block where the segment of its first query begins: nothing before it is seen."""
+    index_t = jnp.arange(segment_ids.shape[0])
+    begins_t = jnp.concatenate([jnp.ones(1, bool), segment_ids[1:] != segment_ids[:-1]])
+    return jax.lax.cummax(jnp.where(begins_t, index_t, 0))[::size] // size
+
+
+def _hidden(segment_ids: Int[Array, " t"], i: Array, j: Array, size: int, m: int) -> Array:
+    """Which keys of block j the queries of block i do not see, as [m, s]."""
+    within = jnp.arange(size)
+    query_m, key_s = jnp.repeat(i * size + within, m // size), j * size + within
+    return (key_s > query_m[:, None]) | (segment_ids[query_m][:, None] != segment_ids[key_s])
+
+
+def _slice(a_kth: Array, j: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a_kth, j * size, size, axis=1)
+
+
+def _add(a_kth: Array, b_ksh: Array, j: Array, size: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(a_kth, _slice(a_kth, j, size) + b_ksh, j * size, axis=1)
