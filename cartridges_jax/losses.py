@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, head_weights, hidden_states
+from cartridges_jax.models.transformer import Params, Remat, head_weights, hidden_states, project
 
 if TYPE_CHECKING:
     from cartridges_jax.cartridge import Cartridge
@@ -68,7 +68,7 @@ def loss_sum(
     config: ModelConfig,
     tail: Tail,
     reduction: Reduction,
-    remat: bool = False,
+    remat: Remat = "layers",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
     if tail not in ("drop", "bucket") or reduction not in ("token", "entry"):
@@ -143,7 +143,7 @@ def _chunk_loss(
     hidden_cd: Array, head_vd: Array, ids_cj: Array, logprobs_cj: Array, mask_cj: Array, tail: Tail
 ) -> Array:
     dtype = jnp.promote_types(jnp.float32, hidden_cd.dtype)
-    logits_cv = jnp.einsum("cd,vd->cv", hidden_cd, head_vd, preferred_element_type=dtype)
+    logits_cv = project("cd,vd->cv", hidden_cd.astype(dtype), head_vd)
     normalizer_c = jax.nn.logsumexp(logits_cv, axis=-1)
     teacher_cj = jnp.where(mask_cj, jnp.exp(logprobs_cj.astype(dtype)), 0)
     student_cj = jnp.take_along_axis(logits_cv, ids_cj, axis=-1) - normalizer_c[:, None]

@@ -29,7 +29,7 @@ from cartridges_jax.losses import Batch, Reduction, Tail, loss_sum
 from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.models.transformer import Params
+from cartridges_jax.models.transformer import Params, Remat
 from cartridges_jax.optim import OptimConfig, optimizer, schedule
 from command_line import files
 from command_line.config import build, load, run
@@ -44,7 +44,7 @@ class TrainConfig:
     corpus: str  # the text file the cartridge stands in for
     output_dir: str
     model: str = "smollm2-135m"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the frozen weights; "auto" is what the hardware multiplies fastest
     seed: int = 0
     seq_len: int = 1024  # tokens of a packed row
     batch_size: int = 1  # rows whose gradients are computed together
@@ -52,7 +52,7 @@ class TrainConfig:
     num_epochs: int = 1
     num_steps: int | None = None  # stops earlier than the epochs would
     checkpoint_every: int = 50  # steps
-    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more time
+    remat: Remat = "layers"  # computed again in the backward pass; "elementwise" holds more memory
     tail: Tail = "drop"
     reduction: Reduction = "token"
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
@@ -83,7 +83,7 @@ def train_step(
     tx: optax.GradientTransformation,
     tail: Tail,
     reduction: Reduction,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. Sums are accumulated and divided once, so that accumulation equals one large batch."""
 
@@ -114,6 +114,7 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     if not Path(config.dataset).is_file():
         raise FileNotFoundError(f"{config.dataset} does not exist: make it with python -m synth --config=…")
     model = model or load_model(config.model, config.dtype)
+    config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
     if config.init.kind != "pretrained":  # of which the file decides
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)

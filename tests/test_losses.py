@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose
 import cartridges_jax as cj
 from cartridges_jax.losses import CHUNK, Reduction, Tail, loss_sum, top_k_cross_entropy
 from cartridges_jax.models.config import ModelConfig, rope_factors
-from cartridges_jax.models.transformer import init_params
+from cartridges_jax.models.transformer import Remat, init_params
 
 TAILS: tuple[Tail, ...] = ("drop", "bucket")
 REDUCTIONS: tuple[Reduction, ...] = ("token", "entry")
@@ -268,12 +268,12 @@ def test_the_model_gets_no_gradient(tiny_llama: cj.LanguageModel) -> None:
 def test_rematerialised_layers_give_the_same(tiny_llama: cj.LanguageModel) -> None:
     batch, cartridge = small_case()
 
-    def total(cartridge: cj.Cartridge, remat: bool) -> Any:
+    def total(cartridge: cj.Cartridge, remat: Remat) -> Any:
         given = {"config": tiny_llama.config, "tail": "drop", "reduction": "token"}
         return loss_sum(cartridge, tiny_llama.params, batch, remat=remat, **given)[0]
 
     run = jax.jit(jax.value_and_grad(total), static_argnums=1)
-    plain, again = (run(cartridge, remat) for remat in (False, True))
+    plain, again = (run(cartridge, remat) for remat in ("elementwise", "layers"))
     jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-5), again, plain)
 
 

@@ -29,6 +29,7 @@ from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import PackedRows, batches, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.metrics import MetricsLog
+from cartridges_jax.models.language_model import load_model
 from cartridges_jax.optim import OptimConfig
 from cartridges_jax.train import TrainConfig, TrainState, train, train_step
 from command_line.config import run
@@ -189,7 +190,13 @@ def test_accumulation_is_one_large_batch(inputs: Path):
         start = Cartridge.from_text(model, tiny.TEXT, 16)
         state = TrainState(start, tx.init(start), jnp.zeros((), jnp.int32))
         shaped = jax.tree.map(lambda a, n=accumulation: a.reshape(n, 4 // n, *a.shape[1:]), batch)
-        options = {"config": model.config, "tx": tx, "tail": "drop", "reduction": "token", "remat": accumulation == 2}
+        options = {
+            "config": model.config,
+            "tx": tx,
+            "tail": "drop",
+            "reduction": "token",
+            "remat": "elementwise" if accumulation == 2 else "layers",
+        }
         results.append(train_step(state, model.params, shaped, **options))
     start = Cartridge.from_text(model, tiny.TEXT, 16)
     (one, metrics), *others = results
@@ -416,6 +423,18 @@ def test_another_config_does_not_continue_a_run(settings: dict[str, Any], finish
     said = failing(write_config(settings, optim={"lr": 1e-3}, seed=7))
     assert_matches(said, "holds a run with another optim, seed: choose another config.output_dir or remove it")
     same_outcome(settings, finished)
+
+
+def test_a_run_keeps_the_dtype_that_auto_came_to(settings: dict[str, Any]):
+    """A run that moves to other hardware is refused there: its bytes would be others."""
+    config = config_of(settings, dtype="auto", num_steps=0)
+    train(config)
+    recorded = json.loads((Path(config.output_dir) / "config.json").read_text())["dtype"]
+    assert recorded == str(load_model(config.model, "auto").params["embed"].dtype)
+    train(config)
+    other = "float32" if recorded == "bfloat16" else "bfloat16"
+    with pytest.raises(ValueError, match="holds a run with another dtype"):
+        train(dataclasses.replace(config, dtype=other))
 
 
 def test_divergence_is_an_error_and_leaves_no_cartridge(settings: dict[str, Any], failing: Failing):

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
@@ -24,6 +25,8 @@ from cartridges_jax.models.config import ModelConfig
 Params = dict[str, Any]
 Rope = tuple[Float[Array, "b t h/2"], Float[Array, "b t h/2"]]  # cosine and sine
 # attend(q_btnh, k_btkh, v_btkh) -> (o_btnh, whatever the driver wants back from this layer)
+Remat = Literal["layers", "elementwise"]  # what the backward pass computes again
+SAVED = {"layers": ("attention",), "elementwise": ("attention", "projection")}  # what it finds, beside a layer's input
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
@@ -46,19 +49,19 @@ class Block(nnx.Module):
     def __call__(self, x_btd: Array, rope: Rope, attend: Attend) -> tuple[Array, Any]:
         eps = self.config.norm_eps
         y_btd = rms_norm(x_btd, self.attention_norm[...], eps)
-        q_btnh = jnp.einsum("btd,dnh->btnh", y_btd, self.q[...])
-        k_btkh = jnp.einsum("btd,dkh->btkh", y_btd, self.k[...])
-        v_btkh = jnp.einsum("btd,dkh->btkh", y_btd, self.v[...])
+        q_btnh = project("btd,dnh->btnh", y_btd, self.q[...])
+        k_btkh = project("btd,dkh->btkh", y_btd, self.k[...])
+        v_btkh = project("btd,dkh->btkh", y_btd, self.v[...])
         if self.config.qkv_bias:
             q_btnh, k_btkh = q_btnh + self.q_bias[...], k_btkh + self.k_bias[...]
             v_btkh = v_btkh + self.v_bias[...]
         if self.config.qk_norm:
             q_btnh, k_btkh = rms_norm(q_btnh, self.q_norm[...], eps), rms_norm(k_btkh, self.k_norm[...], eps)
         o_btnh, extra = attend(rotate(q_btnh, rope), rotate(k_btkh, rope), v_btkh)
-        x_btd = x_btd + jnp.einsum("btnh,nhd->btd", o_btnh, self.o[...])
+        x_btd = x_btd + project("btnh,nhd->btd", o_btnh, self.o[...])
         y_btd = rms_norm(x_btd, self.mlp_norm[...], eps)
-        y_btf = jax.nn.silu(y_btd @ self.gate[...]) * (y_btd @ self.up[...])
-        return x_btd + y_btf @ self.down[...], extra
+        y_btf = jax.nn.silu(project("btd,df->btf", y_btd, self.gate[...])) * project("btd,df->btf", y_btd, self.up[...])
+        return x_btd + project("btf,fd->btd", y_btf, self.down[...]), extra
 
 
 class Decoder(nnx.Module):
@@ -113,7 +116,7 @@ def hidden_states(
     *,
     config: ModelConfig,
     implementation: str | None = None,
-    remat: bool = False,
+    remat: Remat = "layers",
 ) -> Float[Array, "b t d"]:
     """The final, normed hidden states; token i of a segment is rotated at position p + i (design §3)."""
     rope = rope_tables(positions + prefix_k.shape[1], config)
@@ -126,7 +129,8 @@ def hidden_states(
 
         return block_of(config, layer_params)(x_btd, rope, attend)
 
-    body = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
+    body = jax.checkpoint(layer, prevent_cse=False, policy=policy)
     x_btd, _ = jax.lax.scan(body, params["embed"][tokens], (params["blocks"], prefix_k, prefix_v, prefix_bias))
     return rms_norm(x_btd, params["final_norm"], config.norm_eps)
 
@@ -147,6 +151,30 @@ def keys_and_values(
         return block_of(config, layer_params)(x_1td, rope, attend)
 
     return jax.lax.scan(layer, params["embed"][tokens_1t], params["blocks"])[1]
+
+
+def project(spec: str, x: Array, weight: Array) -> Array:
+    """`einsum(spec, x, weight)` with a frozen weight: multiplied in the weight's dtype, added up in float32.
+
+    The backward pass does the same with the gradient. Left to autodiff, it would multiply a float32 gradient by a
+    bfloat16 weight, which no hardware does at the speed of two bfloat16s. No gradient flows to the weight.
+    """
+    return checkpoint_name(_project(spec, x, weight), "projection")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(spec: str, x: Array, weight: Array) -> Array:
+    wide = jnp.promote_types(jnp.float32, weight.dtype)
+    return jnp.einsum(spec, x.astype(weight.dtype), weight, preferred_element_type=wide).astype(x.dtype)
+
+
+def _project_backward(spec: str, weight: Array, gradient: Array) -> tuple[Array, None]:
+    x, rest = spec.split(",")
+    w, y = rest.split("->")
+    return _project(f"{y},{w}->{x}", gradient, weight), None
+
+
+_project.defvjp(lambda spec, x, weight: (_project(spec, x, weight), weight), _project_backward)
 
 
 def head_weights(params: Params) -> Float[Array, "v d"]:

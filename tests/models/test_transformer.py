@@ -14,7 +14,7 @@ from make_golden import fixed_tokens
 from numpy.testing import assert_allclose, assert_array_equal
 
 import cartridges_jax as cj
-from cartridges_jax.models.transformer import head_weights, hidden_states, init_params, keys_and_values
+from cartridges_jax.models.transformer import head_weights, hidden_states, init_params, keys_and_values, project
 
 TOLERANCE = 3e-5  # float32 logits of size 1 to 40, added in another order; measured at most 1.5e-5
 
@@ -140,8 +140,40 @@ def test_implementations_and_remat_agree(tiny_model: cj.LanguageModel) -> None:
         *cartridge.prefix,
         config=tiny_model.config,
     )
-    for options in ({"implementation": "reference"}, {"remat": True}):
+    for options in ({"implementation": "reference"}, {"remat": "elementwise"}):
         assert_allclose(run(**options), run(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["btd,dnh->btnh", "btnh,nhd->btd", "btd,df->btf"])
+def test_project_is_einsum_with_a_frozen_weight(spec: str) -> None:
+    sizes = {"b": 2, "t": 3, "d": 8, "n": 2, "h": 4, "f": 16}
+    rng = np.random.default_rng(0)
+    x_axes, w_axes, y_axes = spec.replace("->", ",").split(",")
+    x, w, dy = (
+        jnp.asarray(rng.standard_normal([sizes[a] for a in axes]), jnp.float32) for axes in (x_axes, w_axes, y_axes)
+    )
+    y, pullback = jax.vjp(functools.partial(project, spec), x, w)
+    plain, plain_pullback = jax.vjp(functools.partial(jnp.einsum, spec), x, w)
+    assert_allclose(y, plain, rtol=1e-6)
+    dx, dw = pullback(dy)
+    assert_allclose(dx, plain_pullback(dy)[0], rtol=1e-5, atol=1e-6)
+    assert not np.asarray(dw).any()
+
+
+def test_project_multiplies_bfloat16_and_adds_up_in_float32() -> None:
+    """In both passes: a float32 gradient times a bfloat16 weight would be a float32 product, or a slow mixed one."""
+    weight = jnp.ones((8, 4), jnp.bfloat16)
+
+    def both_passes(x: jax.Array, dy: jax.Array) -> Any:
+        return jax.vjp(functools.partial(project, "btd,df->btf"), x, weight)[1](dy)
+
+    program = jax.make_jaxpr(both_passes)(jnp.ones((1, 2, 8)), jnp.ones((1, 2, 4)))
+    text = str(program)
+    products = [line for line in text.splitlines() if "dot_general[" in line]
+    assert len(products) == 2 and text.count("preferred_element_type=float32") == 2
+    assert text.count("new_dtype=bfloat16") == 2, "of the two inputs, x and dy"
+    assert "f32[8,4]" not in text, "the weight is never widened"
+    assert program.out_avals[0].dtype == jnp.float32
 
 
 def test_bfloat16_stays_near_float32(tiny_llama: cj.LanguageModel) -> None:
