@@ -64,6 +64,7 @@ class SamplingConfig:
     temperature: float = 0.6
     top_p: float = 1.0
     max_tokens: int = 512
+    stop: tuple[str, ...] = ()  # the message ends before any of these
 
     def check(self, name: str) -> None:
         _at_least(f"{name}.temperature", self.temperature, 0)
@@ -82,6 +83,7 @@ class SynthConfig:
     seed_prompts: tuple[str, ...] = tuple(seed_prompts.SEED_PROMPTS)  # one named twice is drawn twice as often
     conversations_per_chunk: int = 8  # they share a system prompt, so a server computes it once
     max_chunks_in_flight: int = 4
+    instructions: tuple[str, ...] = ("{question}",)  # how the first question is put to side B; one is drawn
     rounds: int = 1
     question: SamplingConfig = SamplingConfig()
     answer: SamplingConfig = SamplingConfig(temperature=0.0, max_tokens=1024)
@@ -99,6 +101,8 @@ class SynthConfig:
             raise ValueError(f"config.min_prob_mass is {self.min_prob_mass}, expected more than 0 and at most 1")
         if "{chunk}" not in self.system_prompt:
             raise ValueError("config.system_prompt has no {chunk}: the text of the chunk takes its place")
+        if not self.instructions or not all("{question}" in instruction for instruction in self.instructions):
+            raise ValueError("config.instructions needs at least one text, each with {question} in it")
         if not self.seed_prompts:
             raise ValueError(f"config.seed_prompts is empty, known types are {', '.join(seed_prompts.KINDS)}")
         for kind in self.seed_prompts:

@@ -3,8 +3,9 @@
 Five types are the paper's. Every prompt asks for one message only, and for names, so that the question can be
 understood by a reader who never saw the text.
 
-A sixth, `cloze`, is for models too small to ask: it needs no side A, since the prompt itself is the question. It gives
-the beginning of a sentence of the chunk and wants the rest, which even a model of 135M parameters can do.
+Two more are for models too small to find something worth asking in a whole chunk. `sentence` shows side A one sentence
+and wants a question about it. `cloze` needs no side A, since the prompt itself is the question: it gives the beginning
+of a sentence and wants the rest.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ SEED_PROMPTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Side A sees one sentence of the chunk in place of {sentence}.
+SENTENCE_PROMPTS = (
+    'Sentence: "{sentence}"\nWrite a question about this sentence. Use the names in it. Write only the question.',
+)
+
 
 # Asked as they stand, with the beginning of a sentence of the chunk in place of {cue}.
 CLOZE_PROMPTS = (
@@ -67,10 +73,11 @@ CLOZE_PROMPTS = (
     "{cue} ... what? Answer in a few words.",
     "How does this sentence end? {cue}",
 )
-KINDS = (*SEED_PROMPTS, "cloze")
+KINDS = (*SEED_PROMPTS, "sentence", "cloze")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-_FEWEST_WORDS = 5  # of a sentence that a cue is taken from: some to show, some to hide
+_FEWEST_WORDS = 5  # of a sentence to ask about: some to show, some to hide
 _LONGEST_CUE = 16  # words; a sentence, or a text without full stops, may be much longer
+_LONGEST_SENTENCE = 40  # words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +91,20 @@ def draw(kinds: tuple[str, ...], chunk: str, rng: random.Random) -> SeedPrompt:
     """A type (one that is named twice comes twice as often), and one of its prompts."""
     kind = rng.choice(kinds)
     if kind == "cloze":
-        return SeedPrompt(kind, rng.choice(CLOZE_PROMPTS).format(cue=_cue(chunk, rng)), is_question=True)
+        return SeedPrompt(
+            kind, rng.choice(CLOZE_PROMPTS).format(cue=_cue(_sentence(chunk, rng), rng)), is_question=True
+        )
+    if kind == "sentence":
+        sentence = " ".join(_sentence(chunk, rng)[:_LONGEST_SENTENCE])
+        return SeedPrompt(kind, rng.choice(SENTENCE_PROMPTS).format(sentence=sentence), is_question=False)
     return SeedPrompt(kind, rng.choice(SEED_PROMPTS[kind]), is_question=False)
 
 
-def _cue(chunk: str, rng: random.Random) -> str:
+def _sentence(chunk: str, rng: random.Random) -> list[str]:
+    """The words of a sentence that is long enough to ask about; of the whole chunk if there is none."""
     sentences = [s.split() for s in _SENTENCE_END.split(chunk)]
-    words = rng.choice([s for s in sentences if len(s) >= _FEWEST_WORDS] or [chunk.split()])
+    return rng.choice([s for s in sentences if len(s) >= _FEWEST_WORDS] or [chunk.split()])
+
+
+def _cue(words: list[str], rng: random.Random) -> str:
     return " ".join(words[: rng.randint(3, max(3, min(len(words) - 2, _LONGEST_CUE)))])

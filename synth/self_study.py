@@ -49,17 +49,23 @@ async def study(index: int, count: int, client: Client, chunker: TokenChunker, c
             "conversation_index": index * config.conversations_per_chunk + i,
             "model": config.client.model,
         }
-        conversations.append(_converse(client, config, system_prompt, prompt, metadata))
+        instruction = rng.choice(config.instructions)
+        conversations.append(_converse(client, config, system_prompt, prompt, instruction, metadata))
     results = await all_or_none(conversations)
     kept = [conversation for conversation in results if conversation is not None]
     return Batch(kept, len(results) - len(kept))
 
 
 async def _converse(
-    client: Client, config: SynthConfig, system_prompt: str, prompt: SeedPrompt, metadata: dict[str, Any]
+    client: Client,
+    config: SynthConfig,
+    system_prompt: str,
+    prompt: SeedPrompt,
+    instruction: str,
+    metadata: dict[str, Any],
 ) -> Conversation | None:
     system = {"role": "system", "content": system_prompt}
-    instruction = {"role": "user", "content": prompt.text}
+    task = {"role": "user", "content": prompt.text}
     messages: list[Message] = []
     turns: list[tuple[str, int]] = []  # of every message: why it ended and how many tokens were written
     for number in range(config.rounds):
@@ -69,11 +75,16 @@ async def _converse(
             messages.append(Message(prompt.text, "user"))
             turns.append(("given", 0))
         else:
-            seen = [system, instruction, *({"role": _other(m.role), "content": m.content} for m in messages)]
+            seen = [system, task, *({"role": _other(m.role), "content": m.content} for m in messages)]
             question = await _say_something(client, seen, config.question, f"{where}/question")
             if question is None:
                 return None
-            messages.append(Message(question.text, "user", question.token_ids))
+            text = question.text
+            if not messages and instruction != "{question}":
+                text = instruction.replace("{question}", text.strip())
+            # the ids that were sampled are the text's only if nothing was added and nothing cut off
+            is_whole = text == question.text and not config.question.stop
+            messages.append(Message(text, "user", question.token_ids if is_whole else None))
             turns.append((question.finish_reason, question.completion_tokens))
 
         seen = [system, *({"role": m.role, "content": m.content} for m in messages)]

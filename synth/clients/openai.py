@@ -81,6 +81,8 @@ class OpenAIClient:
             "seed": seed,
             "return_token_ids": True,
         }
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
         if top_logprobs:
             # Alternatives come as text otherwise, and text does not say which token it was.
             body |= {"logprobs": True, "top_logprobs": top_logprobs, "return_tokens_as_token_ids": True}

@@ -69,6 +69,27 @@ def test_what_each_side_sees(server: StubServer, make_config: MakeConfig):
     assert len({body["seed"] for body in server.requests}) == 4
 
 
+def test_an_instruction_is_put_around_the_first_question(server: StubServer, make_config: MakeConfig):
+    config = make_config(
+        num_conversations=1,
+        rounds=2,
+        instructions=("{question} Be brief.",),
+        question=SamplingConfig(stop=("\n",)),
+    )
+    (made,) = make(config)
+    asked, _, again, _ = (m.content for m in made.messages)
+    assert asked.endswith(" Be brief.") and not again.endswith(" Be brief.")
+    assert server.requests[1]["messages"][-1]["content"] == asked
+    # ids of a text that was changed or cut would be wrong ones
+    assert made.messages[0].token_ids is None and made.messages[2].token_ids is None
+    assert [body.get("stop") for body in server.requests] == [["\n"], None, ["\n"], None]
+
+
+def test_an_instruction_has_a_place_for_the_question(make_config: MakeConfig):
+    with pytest.raises(ValueError, match=r"config.instructions needs at least one text, each with \{question\}"):
+        make_config(instructions=("Be brief.",))
+
+
 def test_the_chunk_never_leaks_into_messages(server: StubServer, make_config: MakeConfig):
     config = make_config()
     lines = Path(config.resource.path).read_text(encoding="utf-8").splitlines()

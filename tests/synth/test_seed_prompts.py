@@ -23,6 +23,20 @@ def test_a_cue_begins_a_sentence_and_hides_its_end(seed: int):
     assert "tall" not in prompt.text and "leather" not in prompt.text
 
 
+@given(st.integers(0, 10**6))
+def test_side_a_is_shown_one_whole_sentence(seed: int):
+    prompt = seed_prompts.draw(("sentence",), TEXT, random.Random(seed))
+    assert not prompt.is_question and prompt.kind == "sentence"
+    shown = ["The lamp tower is 41 metres tall." in prompt.text, "Gus Hale polishes" in prompt.text]
+    assert sorted(shown) == [False, True], "one of the two that are long enough to ask about"
+
+
+@given(st.integers(0, 10**6), st.text(max_size=400))
+def test_a_sentence_of_any_text_is_short(seed: int, text: str):
+    prompt = seed_prompts.draw(("sentence",), "word " * 500 + text, random.Random(seed))
+    assert len(prompt.text.split()) < 90
+
+
 @given(st.integers(0, 10**6), st.text(max_size=400))
 def test_a_cue_of_any_text_is_short(seed: int, text: str):
     prompt = seed_prompts.draw(("cloze",), "word " * 500 + text, random.Random(seed))
