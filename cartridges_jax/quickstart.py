@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from cartridges_jax.data import read_corpus, split_dataset
 from cartridges_jax.evaluate import EvalConfig, evaluate, questions_of
+from cartridges_jax.models import hub
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.report import samples, table
 from cartridges_jax.train import TrainConfig, train
@@ -49,15 +50,15 @@ def main(argv: list[str]) -> int:
     print(f"run directory: {directory}", file=sys.stderr)
     cartridge, report = directory / "train" / "cartridge.safetensors", directory / "report.json"
     if not report.is_file():
-        with stage(f"loading {config.train.model}"):
-            model = load_model(config.train.model, config.train.dtype)
+        with stage(f"fetching {config.train.model}"):
+            hub.resolve(config.train.model)
         dataset = _synthesize(args.config, args.overrides, config, document, directory)
         held_out = None
         if questions is None:
             dataset, held_out = split_dataset(dataset, config.num_held_out, directory)
         if not cartridge.is_file():
-            _train(config, model, document, dataset, cartridge.parent)
-        _evaluate(config, model, document, questions, held_out, cartridge, directory)
+            _train(config, document, dataset, cartridge.parent)
+        _evaluate(config, document, questions, held_out, cartridge, directory)
     shown = json.loads(report.read_text(encoding="utf-8"))
     _show(shown, cartridge, config, time.monotonic() - begun, directory)
     return 0
@@ -126,7 +127,7 @@ def _server(config: ConfigDict, log: Path) -> Iterator[str]:
         f"--model={config.synth.client.model}",
     ]
     command += [f"--slots={config.server.slots}", f"--max-length={config.server.max_length}", "--max-queue=4096"]
-    command += [f"--dtype={config.train.dtype}", f"--cartridges={log.parent}"]
+    command += [f"--dtype={config.server.dtype}", f"--cartridges={log.parent}"]
     with log.open("w", encoding="utf-8") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
@@ -168,16 +169,21 @@ def _ready_url(process: subprocess.Popen[str], log: Path) -> str:
     raise ChildProcessError(f"the server did not start: {' '.join(tail) or 'it said nothing'} (log: {log})")
 
 
-def _train(config: ConfigDict, model: LanguageModel, document: Path, dataset: Path, folder: Path) -> None:
+def _train(config: ConfigDict, document: Path, dataset: Path, folder: Path) -> None:
+    model = _load(config, config.train.dtype)
     settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(document), "output_dir": str(folder)}
     tokens = len(model.tokenizer.encode(read_corpus(document)))
     settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
     train(command_config.build(TrainConfig, settings, "config.train"), model)
 
 
+def _load(config: ConfigDict, dtype: str) -> LanguageModel:
+    with stage(f"loading {config.train.model}"):
+        return load_model(config.train.model, dtype)
+
+
 def _evaluate(
     config: ConfigDict,
-    model: LanguageModel,
     document: Path,
     questions: Path | None,
     held_out: Path | None,
@@ -193,7 +199,7 @@ def _evaluate(
     }
     if held_out is not None:  # what was asked then is asked again, word for word
         settings |= {"instruction": "{question}", "max_answer_tokens": config.synth.answer.max_tokens}
-    evaluate(command_config.build(EvalConfig, settings, "config.evaluate"), model)
+    evaluate(command_config.build(EvalConfig, settings, "config.evaluate"), _load(config, config.evaluate.dtype))
 
 
 def _show(report: dict[str, Any], cartridge: Path, config: ConfigDict, seconds: float, directory: Path) -> None:

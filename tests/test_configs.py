@@ -1,0 +1,36 @@
+"""Every file of configs/ builds, stage by stage, and its stages name each other's files."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cartridges_jax.evaluate import EvalConfig
+from cartridges_jax.train import TrainConfig
+from command_line.config import build
+from synth.config import SynthConfig
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def stage(name: str, kind: type, part: str) -> Any:
+    return build(kind, importlib.import_module(f"configs.{name}").get_config(part).to_dict())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_stage_builds(name: str):
+    made = stage(name, SynthConfig, "synth")
+    trained, evaluated = stage(name, TrainConfig, "train"), stage(name, EvalConfig, "evaluate")
+    assert trained.dataset == f"{made.output_dir}/dataset.parquet"
+    assert evaluated.cartridge == f"{trained.output_dir}/cartridge.safetensors"
+    assert trained.corpus == evaluated.corpus == made.resource.path
+
+
+def test_longer_is_the_quickstart_with_more_of_it():
+    made, more = (stage(name, SynthConfig, "synth") for name in ("quickstart", "longer"))
+    trained, longer = (stage(name, TrainConfig, "train") for name in ("quickstart", "longer"))
+    assert more.num_conversations > made.num_conversations and longer.num_epochs > trained.num_epochs
+    assert more.seed_prompts == made.seed_prompts and longer.init == trained.init and longer.tail == trained.tail
