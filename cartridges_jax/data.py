@@ -18,6 +18,7 @@ import numpy as np
 
 from cartridges_jax.losses import Batch
 from cartridges_jax.tokenizer import Tokenizer
+from command_line import files
 from synth.conversation import Conversation, Message, iterate, read, write
 
 OPEN_ROWS = 64  # rows that packing may still add to; more of them fill better and cost more comparisons
@@ -44,16 +45,7 @@ def read_corpus(path: str | Path) -> str:
     Raises:
       FileNotFoundError, ValueError: no such file, an empty one, or one that is not UTF-8.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected the text that the cartridge stands in for")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty: expected a text")
-    return text
+    return files.read_text(path, "the text that the cartridge stands in for")
 
 
 def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:

@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed."""
+"""Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed.
+
+And texts that are texts: read with every complaint in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,24 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = os.fspath(target)  # "No space left on device" alone does not say where
         raise
+
+
+def read_text(path: str | os.PathLike[str], expected: str) -> str:
+    """A UTF-8 text that is not empty; `expected` says what a missing file should have been.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, an empty one, or one that is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected {expected}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty: expected a text")
+    return text
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
+from command_line import files
 from synth.config import ResourceConfig
 
 
@@ -19,13 +19,4 @@ class TextFile:
           FileNotFoundError: there is no such file.
           ValueError: it holds no text, or is not UTF-8.
         """
-        path = Path(self.config.path)
-        if not path.is_file():
-            raise FileNotFoundError(f"document {path} does not exist: set config.resource.path to a text file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"document {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-        if not text.strip():
-            raise ValueError(f"document {path} is empty: there is nothing to talk about")
-        return text
+        return files.read_text(self.config.path, "a text file: set config.resource.path")
