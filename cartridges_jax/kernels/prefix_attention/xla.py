@@ -79,6 +79,7 @@ def _forward(
     segment_ids: Int[Array, "b t"],
 ) -> tuple[Float[Array, "b c k m h"], Any]:
     size = k.shape[2] // q.shape[1]
+    as_read = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
 
     def row(_: None, inputs: Any) -> tuple[None, Any]:
         q_ckmh, k_kth, v_kth, segment_ids_t = inputs
@@ -99,7 +100,6 @@ def _forward(
 
             def slots(carry: Any, block: Any) -> tuple[Any, None]:
                 slot_k_ksh, slot_v_ksh, bias_ks = block
-                slot_k_ksh, slot_v_ksh = slot_k_ksh.astype(k.dtype), slot_v_ksh.astype(v.dtype)
                 return visit(carry, slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[:, None]), None
 
             def own(j: Array, carry: Any) -> Any:
@@ -109,7 +109,7 @@ def _forward(
 
             zeros_km = jnp.zeros(q_kmh.shape[:2])
             carry = (zeros_km + MASKED, zeros_km, jnp.zeros(q_kmh.shape))
-            carry, _ = jax.lax.scan(slots, carry, (slot_k, slot_v, bias))
+            carry, _ = jax.lax.scan(slots, carry, as_read)
             top_km, total_km, o_kmh = jax.lax.fori_loop(first, i + 1, own, carry)
             return None, ((o_kmh / total_km[..., None]).astype(q.dtype), top_km, total_km)
 
@@ -123,6 +123,7 @@ def _forward(
 def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, ...]:
     q, k, v, slot_k, slot_v, bias, segment_ids, o, top, total = saved
     size = k.shape[2] // q.shape[1]
+    as_read = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
 
     def row(d_slots: Any, inputs: Any) -> tuple[Any, Any]:
@@ -149,7 +150,6 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
 
             def slots(dq_khm: Array, block: Any) -> tuple[Array, Any]:
                 slot_k_ksh, slot_v_ksh, bias_ks, *sums = block
-                slot_k_ksh, slot_v_ksh = slot_k_ksh.astype(k.dtype), slot_v_ksh.astype(v.dtype)
                 dk, dv, dq, ds = visit(slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[..., None])
                 return dq_khm + dq, tuple(a + b for a, b in zip(sums, (dk, dv, ds.sum(-1)), strict=True))
 
@@ -162,7 +162,7 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
 
             dk_kth, dv_kth, *d_slots = carry
             dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
-            dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (slot_k, slot_v, bias, *d_slots))
+            dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (*as_read, *d_slots))
             dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first, i + 1, own, (dq_khm, dk_kth, dv_kth))
             return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
 
