@@ -4,14 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DOC ?=
 QUESTIONS ?=
-CONFIG ?= configs/quickstart.py
+CONFIG ?=
 # The environment is made anew for another Python, and updated when its pins change.
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 .PHONY: quickstart install test test-slow test-parity golden lint
 
 quickstart: install
-	$(BIN)/python -m cartridges_jax.quickstart --config=$(CONFIG) $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
+	$(BIN)/python -m cartridges_jax.quickstart $(if $(CONFIG),--config=$(CONFIG)) $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
 
 install: $(MADE)
 

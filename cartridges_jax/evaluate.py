@@ -19,14 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import Example, PackedRows, exchanges, read_corpus
 from cartridges_jax.losses import Batch, loss_sum
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.models.language_model import LanguageModel, load_model, no_prefix
 from cartridges_jax.report import table, write_report
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids
@@ -225,9 +224,8 @@ def answer_nll(
 
 
 def empty_cartridge(config: ModelConfig) -> Cartridge:
-    """p = 0: absence is a size-0 array."""
-    zeros_l0kh = np.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), np.float32)
-    return Cartridge(jax.numpy.asarray(zeros_l0kh), jax.numpy.asarray(zeros_l0kh), None, 0)
+    """p = 0."""
+    return Cartridge(*no_prefix(config), num_frozen=0)
 
 
 def _timing(

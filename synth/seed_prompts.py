@@ -64,7 +64,6 @@ SENTENCE_PROMPTS = (
     'Sentence: "{sentence}"\nWrite a question about this sentence. Use the names in it. Write only the question.',
 )
 
-
 # Asked as they stand, with the beginning of a sentence of the chunk in place of {cue}.
 CLOZE_PROMPTS = (
     "Fill in the rest: {cue} ...",
@@ -91,9 +90,8 @@ def draw(kinds: tuple[str, ...], chunk: str, rng: random.Random) -> SeedPrompt:
     """A type (one that is named twice comes twice as often), and one of its prompts."""
     kind = rng.choice(kinds)
     if kind == "cloze":
-        return SeedPrompt(
-            kind, rng.choice(CLOZE_PROMPTS).format(cue=_cue(_sentence(chunk, rng), rng)), is_question=True
-        )
+        template = rng.choice(CLOZE_PROMPTS)
+        return SeedPrompt(kind, template.format(cue=_cue(_sentence(chunk, rng), rng)), is_question=True)
     if kind == "sentence":
         sentence = " ".join(_sentence(chunk, rng)[:_LONGEST_SENTENCE])
         return SeedPrompt(kind, rng.choice(SENTENCE_PROMPTS).format(sentence=sentence), is_question=False)

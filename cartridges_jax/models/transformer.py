@@ -24,9 +24,9 @@ from cartridges_jax.models.config import ModelConfig
 
 Params = dict[str, Any]
 Rope = tuple[Float[Array, "b t h/2"], Float[Array, "b t h/2"]]  # cosine and sine
-# attend(q_btnh, k_btkh, v_btkh) -> (o_btnh, whatever the driver wants back from this layer)
 Remat = Literal["layers", "elementwise"]  # what the backward pass computes again
 SAVED = {"layers": ("attention",), "elementwise": ("attention", "projection")}  # what it finds, beside a layer's input
+# attend(q_btnh, k_btkh, v_btkh) -> (o_btnh, whatever the driver wants back from this layer)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
