@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_attention.visibility import MASKED
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 Range = tuple[Int[Array, "b c"], Int[Array, "b c"]]  # of each row's blocks, the first and the last block to visit
 Index = Callable[..., tuple[Any, ...]]  # from the grid's indices and the prefetched scalars
