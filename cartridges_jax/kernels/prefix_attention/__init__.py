@@ -75,8 +75,8 @@ def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype]) -> str:
         raise ValueError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     if implementation in KERNELS and not (implementation == platform and supported):
         raise ValueError(
-            f"implementation is {implementation!r}, which needs a {implementation}, head size 64, 128 or 256, and q, k and "
-            f"v all in bfloat16 or all in float32; here are {platform}, head size {h} and "
+            f"implementation is {implementation!r}, which needs a {implementation}, head size 64, 128 or 256, and rows "
+            f"that are all in bfloat16 or all in float32; here are {platform}, head size {h} and "
             f"{', '.join(sorted(map(str, dtypes)))}: expected None, for the fastest that can run here"
         )
     return implementation

@@ -82,7 +82,7 @@ def own_gradients(
 def slot_gradients(
     plan: Plan, inputs: Inputs, do: Array, top: Array, delta: Array
 ) -> tuple[Float[Array, "p k h"], Float[Array, "p k h"], Float[Array, "k p"]]:
-    """In float32. A program adds up some of the batch's rows, as many as leave enough programs; one sum adds the rest."""
+    """In float32. A program sums over as many rows of the batch as leave programs enough; one sum adds up the rest."""
     b, t, n, h = inputs.q.shape
     p, kv_heads, _ = inputs.slot_k.shape
     if not p:
@@ -118,7 +118,7 @@ def _over_keys(
     p, kv_heads, _ = inputs.slot_k.shape
     slots = (inputs.slot_k, inputs.slot_v, inputs.bias)
     if not p:  # no argument may be empty: a block that no loop visits
-        slot_pkh = jnp.zeros((plan.keys, kv_heads, h))
+        slot_pkh = jnp.zeros((plan.keys, kv_heads, h), inputs.k.dtype)
         slots = slot_pkh, slot_pkh, jnp.zeros((kv_heads, plan.keys))
     g = n // kv_heads
     of_q = pl.BlockSpec((None, plan.queries, None, h), lambda i, head, row: (row, i, head, 0))
@@ -127,6 +127,7 @@ def _over_keys(
     of_bias = pl.BlockSpec((None, max(p, plan.keys)), lambda i, head, row: (jax.lax.div(head, g), 0))
     of_first = pl.BlockSpec((None, plan.queries), lambda i, head, row: (row, i))
     of_stats = pl.BlockSpec((None, None, plan.queries), lambda i, head, row: (row, head, i))
+    per_query = [of_q, of_stats, of_stats]
     return pl.pallas_call(
         functools.partial(kernel, plan, p // plan.keys),
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs],
@@ -139,9 +140,9 @@ def _over_keys(
             of_slots,
             of_bias,
             of_first,
-            *[of_q, of_stats, of_stats][: len(of_queries)],
+            *per_query[: len(of_queries)],
         ],
-        out_specs=[of_q, of_stats, of_stats][: len(outputs)],
+        out_specs=per_query[: len(outputs)],
         **_how(plan),
     )(inputs.q, inputs.k, inputs.v, *slots, inputs.first, *of_queries)
 
