@@ -8,7 +8,7 @@ CONFIG ?=
 # The environment is made anew for another Python, and updated when its pins change.
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: quickstart install test test-slow test-parity golden lint
+.PHONY: quickstart install test test-slow test-parity test-aot golden lint
 
 quickstart: install
 	$(BIN)/python -m cartridges_jax.quickstart $(if $(CONFIG),--config=$(CONFIG)) $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
@@ -26,15 +26,23 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not parity'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not parity and not aot'
 
 test-slow: install
-	$(BIN)/python -m pytest -n 2 -m 'not parity'
+	$(BIN)/python -m pytest -n 2 -m 'not parity and not aot'
 
 # torch's CPU build is needed here and nowhere else
 test-parity: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'
 	$(BIN)/python -m pytest -m parity
+
+# Compilers for TPU and for CUDA, which need neither; their own environment, since JAX would look for the devices at
+# every start. libtpu asks for its machine's name and locks it unless told.
+test-aot:
+	@$(MAKE) install VENV=.venv-aot
+	@.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,aot]'
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 TPU_WORKER_HOSTNAMES=localhost ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
+		.venv-aot/bin/python -m pytest -m aot --durations=0
 
 golden: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'

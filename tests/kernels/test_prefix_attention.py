@@ -2,126 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from against_definition import BLOCK, assert_close, definition, jitted, outputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.kernels.prefix_attention.xla import BLOCK
+from cartridges_jax.kernels.prefix_attention.shapes import LARGE, SMALL, Shape
 
 IMPLEMENTATIONS = ["xla", "reference"]
+KERNELS = ["tpu", "gpu"]
+EVERYWHERE = [(name, shape) for name in IMPLEMENTATIONS for shape in SMALL + LARGE]
+INTERPRETED = [(name, shape) for name in KERNELS for shape in SMALL]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    b: int
-    t: int
-    n: int
-    k: int
-    h: int
-    p: int
-    segments: tuple[int, ...] = ()  # lengths in every row, padding after them; none means one whole segment
-    bias: bool = False
-
-    def __str__(self) -> str:
-        sizes = f"b{self.b}-t{self.t}-n{self.n}-k{self.k}-h{self.h}-p{self.p}"
-        return sizes + "".join(f"-{length}" for length in self.segments) + ("-bias" if self.bias else "")
+@pytest.mark.parametrize(("implementation", "shape"), EVERYWHERE + INTERPRETED, ids=str)
+def test_output_and_gradients(implementation: str, shape: Shape) -> None:
+    drawn = shape.draw()
+    assert_close(outputs(*drawn, implementation, shape.window), definition(*drawn, shape.window), 2e-6)
 
 
-CASES = [
-    Case(b=2, t=7, n=2, k=2, h=8, p=0),
-    Case(b=1, t=1, n=6, k=2, h=16, p=13),
-    Case(b=3, t=33, n=6, k=2, h=16, p=13, segments=(5, 1, 20), bias=True),
-    Case(b=2, t=64, n=8, k=1, h=8, p=1, segments=(64,)),
-    Case(b=2, t=50, n=8, k=1, h=64, p=129, segments=(11, 30), bias=True),
-    Case(b=1, t=BLOCK, n=3, k=1, h=8, p=37, bias=True),
-    Case(b=2, t=BLOCK + 1, n=2, k=2, h=8, p=5, segments=(250, 7)),
-    Case(b=1, t=2 * BLOCK, n=3, k=1, h=8, p=0, segments=(100, 300, 60)),
-    Case(b=2, t=2 * BLOCK + 31, n=6, k=2, h=8, p=70, segments=(200, 255, 60), bias=True),
-]
-
-
-def inputs(case: Case, seed: int = 0) -> tuple[dict[str, np.ndarray | None], np.ndarray, np.ndarray]:
-    """Arrays in float32, segment ids, and a cotangent."""
-    rng = np.random.default_rng(seed)
-
-    def draw(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32)
-
-    own, slots = (case.b, case.t, case.k, case.h), (case.p, case.k, case.h)
-    arrays: dict[str, np.ndarray | None] = {
-        "q": 2 * draw(case.b, case.t, case.n, case.h),
-        "k": draw(*own),
-        "v": draw(*own),
-    }
-    arrays |= {"prefix_k": draw(*slots), "prefix_v": draw(*slots)}
-    arrays["bias"] = draw(case.p, case.k) if case.bias else None
-    segment_ids = np.zeros((case.b, case.t), np.int32)
-    for row in segment_ids:
-        lengths = rng.permutation(case.segments or (case.t,))  # rows are cut in different places
-        row[: lengths.sum()] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    return arrays, segment_ids, draw(case.b, case.t, case.n, case.h)
-
-
-def outputs(
-    arrays: dict[str, Any], segment_ids: np.ndarray, cotangent: np.ndarray, implementation: str | None
-) -> dict[str, np.ndarray]:
-    """The output "o" and the gradient of each input."""
-    return {n: np.asarray(a) for n, a in _outputs(arrays, segment_ids, cotangent, implementation).items()}
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _outputs(arrays: dict[str, Any], segment_ids: Any, cotangent: Any, implementation: str | None) -> dict[str, Any]:
-    def attend(differentiated: dict[str, Any]) -> Any:
-        return prefix_attention(segment_ids=segment_ids, implementation=implementation, **differentiated)
-
-    o, pullback = jax.vjp(attend, {name: a for name, a in arrays.items() if a is not None})
-    return {"o": o, **pullback(cotangent.astype(o.dtype))[0]}
-
-
-def definition(
-    arrays: dict[str, np.ndarray | None], segment_ids: np.ndarray, cotangent: np.ndarray
-) -> dict[str, np.ndarray]:
-    with jax.enable_x64(True):
-        wide = {name: None if a is None else a.astype(np.float64) for name, a in arrays.items()}
-        found = outputs(wide, segment_ids, cotangent.astype(np.float64), "reference")
-    assert all(a.dtype == np.float64 for a in found.values())
-    return found
-
-
-def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
-    """Errors as a fraction of an array's largest value: gradients of slots are sums over all queries."""
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        scale = max(1.0, float(np.abs(array).max(initial=0)))
-        assert_allclose(found[name].astype(np.float64), array, rtol=0, atol=tolerance * scale, err_msg=name)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_gradients(case: Case, implementation: str) -> None:
-    arrays, segment_ids, cotangent = inputs(case)
-    assert_close(
-        outputs(arrays, segment_ids, cotangent, implementation), definition(arrays, segment_ids, cotangent), 2e-6
-    )
-
-
-@pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)
-def test_bfloat16(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "shape"), [("xla", SMALL[2]), ("xla", LARGE[4]), ("tpu", SMALL[2]), ("gpu", SMALL[2])], ids=str
+)
+def test_bfloat16(implementation: str, shape: Shape) -> None:
     # Rows in bfloat16, slots and bias in float32 as a cartridge holds them. The definition gets the rounded inputs, so
     # that what is left is rounding inside: weights, output and each gradient a few times, 2^-9 of relative error each.
-    arrays, segment_ids, cotangent = inputs(case)
+    arrays, segment_ids, cotangent = shape.draw()
     rounded = {n: a if a is None or n == "bias" else _to_bfloat16(a) for n, a in arrays.items()}
     given = {n: a.astype(jnp.bfloat16) if n in "qkv" else a for n, a in rounded.items() if a is not None}
-    found = outputs(given, segment_ids, _to_bfloat16(cotangent), "xla")
+    found = outputs(given, segment_ids, _to_bfloat16(cotangent), implementation, shape.window)
     assert {n: a.dtype for n, a in found.items()} == {n: given[n].dtype for n in given} | {"o": jnp.bfloat16}
-    assert_close(found, definition(rounded, segment_ids, _to_bfloat16(cotangent)), 3 * 2**-8)
+    assert_close(found, definition(rounded, segment_ids, _to_bfloat16(cotangent), shape.window), 3 * 2**-8)
 
 
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
@@ -129,7 +49,7 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 
 def test_none_is_the_fastest_that_runs_here() -> None:
-    arrays, segment_ids, cotangent = inputs(CASES[2])
+    arrays, segment_ids, cotangent = SMALL[2].draw()
     default, xla = (outputs(arrays, segment_ids, cotangent, name) for name in (None, "xla"))
     for name, array in xla.items():
         assert_array_equal(default[name], array)
@@ -138,8 +58,8 @@ def test_none_is_the_fastest_that_runs_here() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_packed_rows_are_their_segments_alone(implementation: str) -> None:
     """Outputs and row gradients place by place; the slots' gradients add up."""
-    case = Case(b=1, t=300, n=6, k=2, h=8, p=9, segments=(120, 1, 140), bias=True)
-    arrays, segment_ids, cotangent = inputs(case)
+    shape = Shape(b=1, t=300, n=6, k=2, h=8, p=9, segments=(120, 1, 140), bias=True)
+    arrays, segment_ids, cotangent = shape.draw()
     cotangent[segment_ids == 0] = 0
     packed = outputs(arrays, segment_ids, cotangent, implementation)
     sums = {name: np.zeros_like(packed[name]) for name in ("prefix_k", "prefix_v", "bias")}
@@ -154,27 +74,39 @@ def test_packed_rows_are_their_segments_alone(implementation: str) -> None:
     assert_close(sums, {name: packed[name] for name in sums}, 2e-6)
 
 
-def test_blocks_of_other_segments_are_not_visited() -> None:
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+def test_blocks_of_other_segments_are_not_visited(implementation: str) -> None:
     """A packed row costs what its conversations cost alone: a poisoned block would spread wherever it is read."""
-    arrays, _, cotangent = inputs(Case(b=1, t=4 * BLOCK, n=2, k=1, h=8, p=5))
-    segment_ids = np.repeat([[1, 1, 2, 2]], BLOCK, axis=1).astype(np.int32)
+    half = 2 * BLOCK[implementation]
+    arrays, _, cotangent = Shape(b=1, t=2 * half, n=2, k=1, h=8, p=5).draw()
+    segment_ids = np.repeat([[1, 2]], half, axis=1).astype(np.int32)
     for name in ("k", "v"):
-        arrays[name][:, 2 * BLOCK :] = np.nan
-    found = outputs(arrays, segment_ids, cotangent, "xla")
+        arrays[name][:, half:] = np.nan
+    found = outputs(arrays, segment_ids, cotangent, implementation)
     for name in ("o", "q", "k", "v"):
-        assert np.isfinite(found[name][:, : 2 * BLOCK]).all() and np.isnan(found[name][:, 2 * BLOCK :]).any()
+        assert np.isfinite(found[name][:, :half]).all() and np.isnan(found[name][:, half:]).any()
     for name in ("k", "v"):
         arrays[name] = np.nan_to_num(arrays[name])
-        arrays[name][:, : 2 * BLOCK] = np.nan
-    found = outputs(arrays, segment_ids, cotangent, "xla")
-    assert np.isfinite(found["o"][:, 2 * BLOCK :]).all() and np.isnan(found["o"][:, : 2 * BLOCK]).any()
+        arrays[name][:, :half] = np.nan
+    found = outputs(arrays, segment_ids, cotangent, implementation)
+    assert np.isfinite(found["o"][:, half:]).all() and np.isnan(found["o"][:, :half]).any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+def test_blocks_before_the_window_are_not_visited(implementation: str) -> None:
+    block = BLOCK[implementation]
+    arrays, segment_ids, cotangent = Shape(b=1, t=4 * block, n=2, k=1, h=8, p=5).draw()
+    for name in ("k", "v"):
+        arrays[name][:, :block] = np.nan
+    o = outputs(arrays, segment_ids, cotangent, implementation, block)["o"]
+    assert np.isnan(o[:, :block]).all() and np.isfinite(o[:, 2 * block :]).all()
 
 
 def test_no_array_of_queries_times_keys() -> None:
-    t, p = 8 * BLOCK, 1000
-    arrays, segment_ids, cotangent = inputs(Case(b=1, t=t, n=2, k=1, h=8, p=p, bias=True))
+    t, p = 8 * BLOCK["xla"], 1000
+    arrays, segment_ids, cotangent = Shape(b=1, t=t, n=2, k=1, h=8, p=p, bias=True).draw()
     given = {name: jnp.asarray(a) for name, a in arrays.items()}
-    compiled = _outputs.lower(given, segment_ids, cotangent, "xla").compile()
+    compiled = jitted.lower(given, segment_ids, cotangent, "xla").compile()
     scores = 2 * t * (p + t) * 4  # bytes, of every head
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 3
 
@@ -182,8 +114,8 @@ def test_no_array_of_queries_times_keys() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_causality_by_gradient(implementation: str) -> None:
     """A query moves with a key exactly if the key is its own or an earlier one of its segment; with a slot always."""
-    case = Case(b=2, t=24, n=3, k=1, h=4, p=3, segments=(9, 10))
-    arrays, segment_ids, cotangent = inputs(case)
+    shape = Shape(b=2, t=24, n=3, k=1, h=4, p=3, segments=(9, 10))
+    arrays, segment_ids, cotangent = shape.draw()
 
     def reach(name: str) -> np.ndarray:
         def pooled(array: jax.Array) -> jax.Array:
@@ -193,9 +125,9 @@ def test_causality_by_gradient(implementation: str) -> None:
 
         return np.asarray(jnp.abs(jax.jit(jax.jacrev(pooled))(jnp.asarray(arrays[name]))).sum((-2, -1)) > 0)
 
-    index = np.arange(case.t)
+    index = np.arange(shape.t)
     causal_bts = (segment_ids[:, :, None] == segment_ids[:, None]) & (index[:, None] >= index)
-    expected_btbs = causal_bts[:, :, None] & np.eye(case.b, dtype=bool)[:, None, :, None]
+    expected_btbs = causal_bts[:, :, None] & np.eye(shape.b, dtype=bool)[:, None, :, None]
     for name in ("k", "v"):
         assert_array_equal(reach(name), expected_btbs)
     for name in ("prefix_k", "prefix_v"):
@@ -204,8 +136,8 @@ def test_causality_by_gradient(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_slot_of_no_weight_is_no_slot(implementation: str) -> None:
-    case = Case(b=2, t=20, n=4, k=2, h=8, p=6, bias=True)
-    arrays, segment_ids, cotangent = inputs(case)
+    shape = Shape(b=2, t=20, n=4, k=2, h=8, p=6, bias=True)
+    arrays, segment_ids, cotangent = shape.draw()
     arrays["bias"][2] = -np.inf
     with_it = outputs(arrays, segment_ids, cotangent, implementation)
     fewer = {n: np.delete(a, 2, axis=0) if n in ("prefix_k", "prefix_v", "bias") else a for n, a in arrays.items()}
@@ -219,8 +151,8 @@ def test_a_slot_of_no_weight_is_no_slot(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bias_counts_as_copies(implementation: str) -> None:
     """log 3 on a slot is that slot three times, and bias zero is no bias (arXiv 2602.16284)."""
-    case = Case(b=2, t=20, n=4, k=2, h=8, p=4)
-    arrays, segment_ids, cotangent = inputs(case)
+    shape = Shape(b=2, t=20, n=4, k=2, h=8, p=4)
+    arrays, segment_ids, cotangent = shape.draw()
     plain = outputs(arrays, segment_ids, cotangent, implementation)
     zero = outputs({**arrays, "bias": np.zeros((4, 2), np.float32)}, segment_ids, cotangent, implementation)
     assert_close({n: a for n, a in zero.items() if n != "bias"}, plain, 2e-6)
@@ -232,7 +164,7 @@ def test_bias_counts_as_copies(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_scores_stay_finite(implementation: str) -> None:
-    arrays, segment_ids, cotangent = inputs(Case(b=1, t=40, n=2, k=1, h=8, p=5, segments=(20, 10), bias=True))
+    arrays, segment_ids, cotangent = Shape(b=1, t=40, n=2, k=1, h=8, p=5, segments=(20, 10), bias=True).draw()
     arrays["q"] *= 1e4
     arrays["bias"] *= 1e4
     found = outputs(arrays, segment_ids, cotangent, implementation)
@@ -258,7 +190,7 @@ def test_large_scores_stay_finite(implementation: str) -> None:
     ],
 )
 def test_shapes_that_do_not_belong_together(name: str, shape: tuple[int, ...]) -> None:
-    arrays, segment_ids, _ = inputs(Case(b=2, t=9, n=4, k=2, h=8, p=3, bias=True))
+    arrays, segment_ids, _ = Shape(b=2, t=9, n=4, k=2, h=8, p=3, bias=True).draw()
     given = {
         **arrays,
         "segment_ids": segment_ids,
@@ -269,6 +201,87 @@ def test_shapes_that_do_not_belong_together(name: str, shape: tuple[int, ...]) -
 
 
 def test_unknown_implementation() -> None:
-    arrays, segment_ids, _ = inputs(CASES[0])
-    with pytest.raises(ValueError, match="implementation is 'cuda', expected one of reference, xla"):
+    arrays, segment_ids, _ = SMALL[0].draw()
+    with pytest.raises(ValueError, match="implementation is 'cuda', expected one of reference, xla, tpu, gpu"):
         prefix_attention(segment_ids=segment_ids, implementation="cuda", **arrays)
+
+
+def test_a_window_holds_a_key() -> None:
+    arrays, segment_ids, _ = SMALL[0].draw()
+    with pytest.raises(ValueError, match="window is 0, expected at least 1 key"):
+        prefix_attention(segment_ids=segment_ids, window=0, **arrays)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_kernel_that_cannot_run_here(implementation: str) -> None:
+    arrays, segment_ids, _ = SMALL[4].draw()
+    with pytest.raises(ValueError, match=f"is '{implementation}', which needs a .* here are cpu, head size 64"):
+        prefix_attention(segment_ids=segment_ids, implementation=implementation, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("platform", "h", "dtype", "kernel"),
+    [
+        ("tpu", 128, jnp.bfloat16, True),
+        ("gpu", 64, jnp.float32, True),
+        ("tpu", 8, jnp.float32, False),
+        ("gpu", 64, jnp.float16, False),
+        ("cpu", 64, jnp.float32, False),
+    ],
+)
+def test_none_is_the_kernel_of_the_devices_that_are_compiled_for(
+    platform: str, h: int, dtype: Any, kernel: bool
+) -> None:
+    own = [jax.ShapeDtypeStruct((1, 16, n, h), dtype) for n in (4, 2, 2)]
+    slots = [jax.ShapeDtypeStruct((5, 2, h), jnp.float32)] * 2
+    device = AbstractDevice(device_kind="some", num_cores=1, platform=platform)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        jaxpr = jax.make_jaxpr(prefix_attention)(*own, *slots, jax.ShapeDtypeStruct((1, 16), jnp.int32))
+    assert ("pallas_call" in str(jaxpr)) == kernel
+
+
+HEADS_SLOTS_WINDOW = [(2, 2, 0, None), (6, 2, 13, None), (4, 1, 1, 5), (3, 3, 16, 1), (3, 1, 40, 17), (4, 2, 0, 30)]
+
+
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(choice=st.sampled_from(HEADS_SLOTS_WINDOW[1:3]), cuts=st.sets(st.integers(1, 40)), seed=st.integers(0, 99))
+def test_any_layout_of_segments(implementation: str, choice: Any, cuts: set[int], seed: int) -> None:
+    """Heads, slots and windows are few, since each is a compilation; the slow test takes more of them."""
+    _check_layout(implementation, choice, 41, cuts, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+@settings(max_examples=60, deadline=None)
+@given(
+    choice=st.sampled_from(HEADS_SLOTS_WINDOW),
+    t=st.sampled_from([1, 15, 48]),
+    cuts=st.sets(st.integers(1, 47)),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_and_layout(implementation: str, choice: Any, t: int, cuts: set[int], seed: int) -> None:
+    _check_layout(implementation, choice, t, cuts, seed)
+
+
+def _check_layout(implementation: str, choice: Any, t: int, cuts: set[int], seed: int) -> None:
+    n, k, p, window = choice
+    arrays, _, cotangent = Shape(b=2, t=t, n=n, k=k, h=8, p=p, bias=True).draw(seed)
+    bounds = sorted(cut for cut in cuts if cut < t)
+    ids = np.searchsorted(bounds, np.arange(t), side="right") + 1
+    ids[bounds[-1] if seed % 2 and bounds else t :] = 0  # sometimes the last one is padding
+    segment_ids = np.stack([ids, np.ones(t, int)]).astype(np.int32)
+    given = arrays, segment_ids, cotangent
+    assert_close(outputs(*given, implementation, window), definition(*given, window), 2e-6)
+
+
+@pytest.mark.slow
+def test_no_race_nor_unwritten_memory_on_tpu() -> None:
+    """The TPU's memories and their transfers are simulated: slow, so a small shape."""
+    drawn = SMALL[2].draw()
+    # where the interpreter keeps what it found has no public name
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    assert_close(outputs(*drawn, "tpu", None, simulated), definition(*drawn), 2e-6)
+    assert not interpret_pallas_call.races.races_found

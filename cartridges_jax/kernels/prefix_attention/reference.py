@@ -15,6 +15,7 @@ def reference_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
+    window: int | None,
 ) -> Float[Array, "b t n h"]:
     b, t, n, h = q.shape
     p, kv_heads, _ = prefix_k.shape
@@ -26,6 +27,8 @@ def reference_attention(
     q_btkgh = q.reshape(b, t, kv_heads, n // kv_heads, h)
     scores_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, keys_bskh) * h**-0.5 + bias_ks[None, :, None, None]
     causal_bts = (segment_ids[:, :, None] == segment_ids[:, None]) & jnp.tril(jnp.ones((t, t), bool))
+    if window is not None:
+        causal_bts &= jnp.triu(jnp.ones((t, t), bool), 1 - window)
     mask_bts = jnp.concatenate([jnp.ones((b, t, p), bool), causal_bts], axis=-1)
     weights_bkgts = jax.nn.softmax(jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf), axis=-1)
     return jnp.einsum("bkgts,bskh->btkgh", weights_bkgts, values_bskh).reshape(b, t, n, h)

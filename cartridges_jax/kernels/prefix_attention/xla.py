@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_seen
+
 BLOCK = 256  # queries, and own keys, of a block
 SLOT_BLOCK = 512  # slots: the float32 scores of a block are 256 x 3 x 512 for each kv head of SmolLM2, 1.5 MB
-MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 
 
 def xla_attention(
@@ -31,6 +32,7 @@ def xla_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
+    window: int | None,
 ) -> Float[Array, "b t n h"]:
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
@@ -38,13 +40,13 @@ def xla_attention(
     size = -(-t // c)
     padding = c * size - t
     q, k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0), (0, 0))) for a in (q, k, v))
-    segment_ids_bt = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    first_bt = first_seen(jnp.pad(segment_ids, ((0, 0), (0, padding))), window)
     g = n // kv_heads
     q_bckmh = (q * h**-0.5).reshape(b, c, size, kv_heads, g, h).transpose(0, 1, 3, 2, 4, 5)
     q_bckmh = q_bckmh.reshape(b, c, kv_heads, size * g, h)
     k_bkth, v_bkth = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     slots = _slot_blocks(prefix_k, prefix_v, bias)
-    o_bckmh = _attention(q_bckmh, k_bkth, v_bkth, *slots, segment_ids_bt)
+    o_bckmh = _attention(q_bckmh, k_bkth, v_bkth, *slots, first_bt)
     o = o_bckmh.reshape(b, c, kv_heads, size, g, h).transpose(0, 1, 3, 2, 4, 5).reshape(b, t + padding, n, h)
     return o[:, :t]
 
@@ -65,8 +67,8 @@ def _slot_blocks(
 
 
 @jax.custom_vjp
-def _attention(q: Array, k: Array, v: Array, slot_k: Array, slot_v: Array, bias: Array, segment_ids: Array) -> Array:
-    return _forward(q, k, v, slot_k, slot_v, bias, segment_ids)[0]
+def _attention(q: Array, k: Array, v: Array, slot_k: Array, slot_v: Array, bias: Array, first: Array) -> Array:
+    return _forward(q, k, v, slot_k, slot_v, bias, first)[0]
 
 
 def _forward(
@@ -76,17 +78,16 @@ def _forward(
     slot_k: Float[Array, "c k s h"],
     slot_v: Float[Array, "c k s h"],
     bias: Float[Array, "c k s"],
-    segment_ids: Int[Array, "b t"],
+    first: Int[Array, "b t"],
 ) -> tuple[Float[Array, "b c k m h"], Any]:
     size = k.shape[2] // q.shape[1]
     as_read = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
 
     def row(_: None, inputs: Any) -> tuple[None, Any]:
-        q_ckmh, k_kth, v_kth, segment_ids_t = inputs
-        first_c = _first_visible(segment_ids_t, size)
+        q_ckmh, k_kth, v_kth, first_t = inputs
 
         def block(_: None, inputs: Any) -> tuple[None, Any]:
-            q_kmh, i, first = inputs
+            q_kmh, i = inputs
 
             def visit(carry: Any, k_ksh: Array, v_ksh: Array, mask: Any) -> Any:
                 """One block of keys: `mask` puts the bias, or what is hidden, into the scores."""
@@ -103,35 +104,34 @@ def _forward(
                 return visit(carry, slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[:, None]), None
 
             def own(j: Array, carry: Any) -> Any:
-                hidden_ms = _hidden(segment_ids_t, i, j, size, q_kmh.shape[1])
+                hidden_ms = _hidden(first_t, i, j, size, q_kmh.shape[1])
                 k_ksh, v_ksh = _slice(k_kth, j, size), _slice(v_kth, j, size)
                 return visit(carry, k_ksh, v_ksh, lambda scores: jnp.where(hidden_ms, MASKED, scores))
 
             zeros_km = jnp.zeros(q_kmh.shape[:2])
             carry = (zeros_km + MASKED, zeros_km, jnp.zeros(q_kmh.shape))
             carry, _ = jax.lax.scan(slots, carry, as_read)
-            top_km, total_km, o_kmh = jax.lax.fori_loop(first, i + 1, own, carry)
+            top_km, total_km, o_kmh = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, carry)
             return None, ((o_kmh / total_km[..., None]).astype(q.dtype), top_km, total_km)
 
-        return None, jax.lax.scan(block, None, (q_ckmh, jnp.arange(q.shape[1]), first_c))[1]
+        return None, jax.lax.scan(block, None, (q_ckmh, jnp.arange(q.shape[1])))[1]
 
-    results = jax.lax.scan(row, None, (q, k, v, segment_ids))[1]
+    results = jax.lax.scan(row, None, (q, k, v, first))[1]
     o, top, total = (checkpoint_name(a, "attention") for a in results)
-    return o, (q, k, v, slot_k, slot_v, bias, segment_ids, o, top, total)
+    return o, (q, k, v, slot_k, slot_v, bias, first, o, top, total)
 
 
 def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, ...]:
-    q, k, v, slot_k, slot_v, bias, segment_ids, o, top, total = saved
+    q, k, v, slot_k, slot_v, bias, first, o, top, total = saved
     size = k.shape[2] // q.shape[1]
     as_read = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
 
     def row(d_slots: Any, inputs: Any) -> tuple[Any, Any]:
-        q_ckmh, k_kth, v_kth, segment_ids_t, *saved_c = inputs
-        first_c = _first_visible(segment_ids_t, size)
+        q_ckmh, k_kth, v_kth, first_t, *saved_c = inputs
 
         def block(carry: Any, inputs: Any) -> tuple[Any, Array]:
-            q_kmh, i, first, o_kmh, do_kmh, top_km, total_km = inputs
+            q_kmh, i, o_kmh, do_kmh, top_km, total_km = inputs
             # the weights' common divisor is taken out of their sums, and put into what they are multiplied with
             do_kmh = do_kmh.astype(jnp.float32) / total_km[..., None]
             delta_km = (o_kmh.astype(jnp.float32) * do_kmh).sum(-1)
@@ -155,7 +155,7 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
 
             def own(j: Array, carry: Any) -> Any:
                 dq_khm, dk_kth, dv_kth = carry
-                hidden_sm = _hidden(segment_ids_t, i, j, size, q_kmh.shape[1]).T
+                hidden_sm = _hidden(first_t, i, j, size, q_kmh.shape[1]).T
                 k_ksh, v_ksh = _slice(k_kth, j, size), _slice(v_kth, j, size)
                 dk, dv, dq, _ = visit(k_ksh, v_ksh, lambda scores: jnp.where(hidden_sm, MASKED, scores))
                 return dq_khm + dq, _add(dk_kth, dk, j, size), _add(dv_kth, dv, j, size)
@@ -163,16 +163,16 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
             dk_kth, dv_kth, *d_slots = carry
             dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
             dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (*as_read, *d_slots))
-            dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first, i + 1, own, (dq_khm, dk_kth, dv_kth))
+            dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, (dq_khm, dk_kth, dv_kth))
             return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
 
         carry = (zeros(k_kth.shape), zeros(v_kth.shape), *d_slots)
-        steps = (q_ckmh, jnp.arange(q.shape[1]), first_c, *saved_c)
+        steps = (q_ckmh, jnp.arange(q.shape[1]), *saved_c)
         (dk_kth, dv_kth, *d_slots), dq_ckmh = jax.lax.scan(block, carry, steps)
         return tuple(d_slots), (dq_ckmh, dk_kth.astype(k.dtype), dv_kth.astype(v.dtype))
 
     d_slots = zeros(slot_k.shape), zeros(slot_v.shape), zeros(bias.shape)
-    d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, segment_ids, o, do, top, total))
+    d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, first, o, do, top, total))
     return dq, dk, dv, d_slots[0].astype(slot_k.dtype), d_slots[1].astype(slot_v.dtype), d_slots[2], None
 
 
@@ -183,18 +183,11 @@ def _multiply(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _first_visible(segment_ids: Int[Array, " t"], size: int) -> Int[Array, " c"]:
-    """Of each block of queries, the block where the segment of its first query begins: nothing before it is seen."""
-    index_t = jnp.arange(segment_ids.shape[0])
-    begins_t = jnp.concatenate([jnp.ones(1, bool), segment_ids[1:] != segment_ids[:-1]])
-    return jax.lax.cummax(jnp.where(begins_t, index_t, 0))[::size] // size
-
-
-def _hidden(segment_ids: Int[Array, " t"], i: Array, j: Array, size: int, m: int) -> Array:
+def _hidden(first: Int[Array, " t"], i: Array, j: Array, size: int, m: int) -> Array:
     """Which keys of block j the queries of block i do not see, as [m, s]."""
     within = jnp.arange(size)
     query_m, key_s = jnp.repeat(i * size + within, m // size), j * size + within
-    return (key_s > query_m[:, None]) | (segment_ids[query_m][:, None] != segment_ids[key_s])
+    return (key_s > query_m[:, None]) | (key_s < first[query_m][:, None])
 
 
 def _slice(a_kth: Array, j: Array, size: int) -> Array:

@@ -1,0 +1,69 @@
+"""The shapes that every implementation is held to, and those it is timed at: tests and benchmarks share this table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    b: int
+    t: int
+    n: int
+    k: int
+    h: int
+    p: int
+    segments: tuple[int, ...] = ()  # lengths in every row, padding after them; none means one whole segment
+    bias: bool = False
+    window: int | None = None
+
+    def __str__(self) -> str:
+        sizes = f"b{self.b}-t{self.t}-n{self.n}-k{self.k}-h{self.h}-p{self.p}"
+        parts = [sizes, *map(str, self.segments), *["bias"] * self.bias]
+        return "-".join(parts) + (f"-w{self.window}" if self.window else "")
+
+    def draw(self, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """Normal float32 arguments (no bias: None), segment ids, and a cotangent; each row is cut in other places."""
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape).astype(np.float32)
+
+        own, slots = (self.b, self.t, self.k, self.h), (self.p, self.k, self.h)
+        arrays = {"q": 2 * normal(self.b, self.t, self.n, self.h), "k": normal(*own), "v": normal(*own)}
+        arrays |= {"prefix_k": normal(*slots), "prefix_v": normal(*slots)}
+        arrays["bias"] = normal(self.p, self.k) if self.bias else None
+        segment_ids = np.zeros((self.b, self.t), np.int32)
+        for row in segment_ids:
+            lengths = rng.permutation(self.segments or (self.t,))
+            row[: lengths.sum()] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        return arrays, segment_ids, normal(self.b, self.t, self.n, self.h)
+
+
+# one block or a few of a kernel interpreted in small blocks
+SMALL = (
+    Shape(b=2, t=7, n=2, k=2, h=8, p=0),
+    Shape(b=1, t=1, n=6, k=2, h=16, p=13, window=1),
+    Shape(b=3, t=33, n=6, k=2, h=16, p=13, segments=(5, 1, 20), bias=True),
+    Shape(b=2, t=64, n=4, k=2, h=8, p=16, segments=(64,), bias=True, window=9),
+    Shape(b=2, t=50, n=4, k=1, h=64, p=37, segments=(11, 30), bias=True, window=40),
+)
+# around the blocks of `xla.py`
+LARGE = (
+    Shape(b=2, t=64, n=8, k=1, h=8, p=1, segments=(64,)),
+    Shape(b=1, t=256, n=3, k=1, h=8, p=37, bias=True),
+    Shape(b=2, t=257, n=2, k=2, h=8, p=5, segments=(250, 7)),
+    Shape(b=1, t=512, n=3, k=1, h=8, p=0, segments=(100, 300, 60), window=256),
+    Shape(b=2, t=543, n=6, k=2, h=8, p=70, segments=(200, 255, 60), bias=True, window=100),
+    Shape(b=1, t=30, n=2, k=1, h=8, p=600, bias=True),
+)
+# one layer of a model in training; head sizes 64, 128 and 256
+MODELS = {
+    "smollm2-135m": Shape(b=1, t=2048, n=9, k=3, h=64, p=500, bias=True),
+    "llama-3.2-1b": Shape(b=8, t=2048, n=32, k=8, h=64, p=1000, bias=True),
+    "llama-3.1-8b": Shape(b=8, t=4096, n=32, k=8, h=128, p=2048, bias=True),
+    "gemma-3-4b": Shape(b=8, t=4096, n=8, k=4, h=256, p=2048, bias=True, window=1024),
+}
