@@ -5,12 +5,15 @@ One file per implementation; `None` picks the fastest that supports the call, a 
 
 from __future__ import annotations
 
+import importlib
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_attention.reference import reference_attention
-from cartridges_jax.kernels.prefix_attention.xla import xla_attention
-
-IMPLEMENTATIONS = {"reference": reference_attention, "xla": xla_attention}
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
+KERNELS = ("tpu", "gpu")  # in Pallas, each for the platform of its name
+HEAD_SIZES = (64, 128, 256)  # of the kernels
 
 
 def prefix_attention(
@@ -22,18 +25,24 @@ def prefix_attention(
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None = None,
     implementation: str | None = None,
+    window: int | None = None,
 ) -> Float[Array, "b t n h"]:
     """Each query attends to all p slots and, causally, to the keys of its own segment (arXiv 2506.06266 §3).
+
+    Scores, softmax and sums are in float32, whatever the dtype of q, k and v; a kernel multiplies float32 arrays as
+    precisely as the platform's own products do (`jax.default_matmul_precision`).
 
     Args:
       q, k, v: of the rows, already rotated; n is a multiple of k (grouped queries).
       prefix_k, prefix_v: the cartridge's slots in this layer, shared by the whole batch; p may be 0.
       segment_ids: which packed conversation a position belongs to, those of one side by side; 0 is padding.
       bias: a log-weight added to each slot's score (arXiv 2602.16284); none means zero.
-      implementation: "reference", "xla", or None for the fastest.
+      implementation: "reference", "xla", "tpu", "gpu", or None for the fastest that supports the call here.
+      window: how many keys of its segment a query sees, its own included; none means all. Slots are always seen.
 
     Raises:
-      ValueError: an unknown implementation, or shapes that do not belong together.
+      ValueError: an unknown implementation or one that cannot run here, a window below 1, or shapes that do not belong
+        together.
     """
     b, t, n, h = q.shape
     kv_heads, p = k.shape[2], prefix_k.shape[0]
@@ -46,7 +55,28 @@ def prefix_attention(
             f"segment ids {segment_ids.shape} and bias {None if bias is None else bias.shape} do not belong together: "
             "expected [b,t,n,h], twice [b,t,k,h], twice [p,k,h], [b,t] and [p,k] with n a multiple of k"
         )
-    name = implementation or "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](q, k, v, prefix_k, prefix_v, segment_ids, bias)
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, expected at least 1 key, or None for all of the segment")
+    name = _choice(implementation, h, {q.dtype, k.dtype, v.dtype})
+    # imported when used: Pallas takes a while, and only one platform's is ever needed
+    module = importlib.import_module(f"{__name__}.{name}")
+    return getattr(module, f"{name}_attention")(q, k, v, prefix_k, prefix_v, segment_ids, bias, window)
+
+
+def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype]) -> str:
+    """The implementation's name: the one asked for if it can run here, or the fastest that can."""
+    # a mesh knows the devices that are compiled for, which may be elsewhere
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device else jax.default_backend()
+    supported = h in HEAD_SIZES and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
+    if implementation is None:
+        return platform if platform in KERNELS and supported else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation in KERNELS and not (implementation == platform and supported):
+        raise ValueError(
+            f"implementation is {implementation!r}, which needs a {implementation}, head size 64, 128 or 256, and rows "
+            f"that are all in bfloat16 or all in float32; here are {platform}, head size {h} and "
+            f"{', '.join(sorted(map(str, dtypes)))}: expected None, for the fastest that can run here"
+        )
+    return implementation

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, as_read, first_seen, last_seer, padded
 from cartridges_jax.kernels.prefix_attention.tpu_kernels import (
     Inputs,
     Plan,
@@ -25,9 +26,6 @@ from cartridges_jax.kernels.prefix_attention.tpu_kernels import (
     query_gradient,
     slot_gradients,
 )
-from cartridges_jax.kernels.prefix_attention.visibility import MASKED, first_seen, last_seer, padded
-
-HEAD_SIZES = (64, 128, 256)
 
 
 def default_plan(t: int, g: int, p: int) -> Plan:
@@ -88,7 +86,7 @@ def _attention(plan: Plan, inputs: Inputs, own: Range, seers: Range) -> Float[Ar
 
 
 def _forward(plan: Plan, inputs: Inputs, own: Range, seers: Range) -> tuple[Float[Array, "b k m h"], Any]:
-    o, stats = (checkpoint_name(a, "attention") for a in attend(plan, own, _as_read(inputs)))
+    o, stats = (checkpoint_name(a, "attention") for a in attend(plan, own, as_read(inputs)))
     return o, (inputs, own, seers, o, stats)
 
 
@@ -98,17 +96,11 @@ def _backward(plan: Plan, saved: Any, do: Float[Array, "b k m h"]) -> tuple[Inpu
     top_bkm, total_bkm = stats[:, :, 0], stats[:, :, 1]
     do = do.astype(jnp.float32) / total_bkm[..., None]
     stats = jnp.stack([top_bkm, (o.astype(jnp.float32) * do).sum(-1)], axis=2)
-    given = _as_read(inputs), do.astype(o.dtype), stats
+    given = as_read(inputs), do.astype(o.dtype), stats
     dk, dv = own_gradients(plan, seers, *given)
     d_slot_k, d_slot_v, d_bias = slot_gradients(plan, *given)
     d_slots = d_slot_k.astype(inputs.slot_k.dtype), d_slot_v.astype(inputs.slot_v.dtype), d_bias
     return Inputs(query_gradient(plan, own, *given), dk, dv, *d_slots, None), None, None
-
-
-def _as_read(inputs: Inputs) -> Inputs:
-    """Slots in the rows' dtype; their gradients stay in float32."""
-    k, v = inputs.slot_k.astype(inputs.k.dtype), inputs.slot_v.astype(inputs.v.dtype)
-    return inputs._replace(slot_k=k, slot_v=v)
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
 """The four kernels of `tpu.py`: output, and the gradients of queries, of own keys and values, and of slots.
 
-For a block of queries the grid walks the slots' blocks and then the own ones from the first that it sees; for a block of
+For a block of queries the grid walks the slots' blocks, then the own ones from the first that it sees; for a block of
 own keys, the queries' blocks that see it; for one of slots, all queries of all rows. The ranges are prefetched as
 scalars, and the grid is only as long as the widest of them, so that a packed row costs what its conversations cost.
 Every sum stays in VMEM, in float32, from the first step of the last grid axis to its last, hence in a fixed order.
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_attention.visibility import MASKED
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 Range = tuple[Int[Array, "b c"], Int[Array, "b c"]]  # of each row's blocks, the first and the last block to visit
 Index = Callable[..., tuple[Any, ...]]  # from the grid's indices and the prefetched scalars
@@ -65,7 +65,7 @@ def attend(plan: Plan, own: Range, inputs: Inputs) -> tuple[Float[Array, "b k m 
 def query_gradient(
     plan: Plan, own: Range, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
 ) -> Float[Array, "b k m h"]:
-    """Here and below `do` is divided by the sums of weights; `stats` are the queries' maxima and products of o and do."""
+    """From here on `do` is divided by the sums of weights; `stats` are the maxima and the products of o and do."""
     scratch = [(inputs.q.shape[3], plan.m)]
     return _over_keys(_query_gradient_kernel, plan, own, inputs, (do, stats), [inputs.q], scratch)[0]
 
@@ -107,12 +107,12 @@ def slot_gradients(
     def query(head: Any, j: Any, step: Any) -> tuple[Any, ...]:
         return jax.lax.div(step, blocks), head, jax.lax.rem(step, blocks)
 
+    sums = jax.ShapeDtypeStruct(slot_k.shape, jnp.float32)
+    if not p:
+        return jnp.zeros_like(sums), jnp.zeros_like(sums), jnp.zeros_like(bias)
     queries, _, of_stats = _query_specs(plan, h, query)
     slots = pl.BlockSpec((None, plan.slots, h), lambda head, j, _: (head, j, 0))
     of_bias = pl.BlockSpec((None, 1, plan.slots), lambda head, j, _: (head, 0, j))
-    sums = jax.ShapeDtypeStruct(slot_k.shape, jnp.float32)
-    if not p:
-        return jnp.zeros(slot_k.shape), jnp.zeros(slot_v.shape), jnp.zeros(bias.shape)
     return _call(
         _slot_gradients_kernel,
         plan,
@@ -138,7 +138,8 @@ def _over_keys(
     b, kv_heads, m, h = q.shape
     slot_blocks = slot_k.shape[1] // plan.slots
     if not slot_blocks:  # no step visits them, but a block must be there
-        slot_k, slot_v, bias = (jnp.zeros((kv_heads, *shape)) for shape in [(plan.slots, h)] * 2 + [(1, plan.slots)])
+        slot_k = slot_v = jnp.zeros((kv_heads, plan.slots, h), k.dtype)
+        bias = jnp.zeros((kv_heads, 1, plan.slots))
 
     def key(row: Any, head: Any, i: Any, step: Any, first: Any, last: Any) -> tuple[Any, ...]:
         # during the slots' steps the first block waits; past the last one nothing more is fetched

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_attention.visibility import MASKED, first_seen
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_seen
 
 BLOCK = 256  # queries, and own keys, of a block
 SLOT_BLOCK = 512  # slots: the float32 scores of a block are 256 x 3 x 512 for each kv head of SmolLM2, 1.5 MB

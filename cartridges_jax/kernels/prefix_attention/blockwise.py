@@ -1,6 +1,7 @@
-"""Which keys of its own row a query sees: a range, since segments lie side by side and the window only cuts its start.
+"""What the implementations that go block by block share.
 
-All implementations but the definition mask by these ranges and skip blocks by them; no mask of queries times keys exists.
+Which keys of its row a query sees is a range, since segments lie side by side and a window only cuts its start. They
+mask by these ranges and skip blocks by them; no mask of queries times keys exists.
 """
 
 from __future__ import annotations
@@ -30,3 +31,9 @@ def last_seer(segment_ids: Int[Array, "b t"], window: int | None) -> Int[Array, 
 def padded(a: Array, axis: int, multiple: int, **how: Any) -> Array:
     """The array with its axis filled up to a multiple, as `jnp.pad` does it."""
     return jnp.pad(a, [(0, -size % multiple if i == axis else 0) for i, size in enumerate(a.shape)], **how)
+
+
+def as_read(inputs: Any) -> Any:
+    """With the slots in the rows' dtype, cast once for all kernels; their gradients stay in float32."""
+    slot_k, slot_v = inputs.slot_k.astype(inputs.k.dtype), inputs.slot_v.astype(inputs.v.dtype)
+    return inputs._replace(slot_k=slot_k, slot_v=slot_v)
