@@ -137,48 +137,43 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
             delta_km = (o_kmh.astype(jnp.float32) * do_kmh).sum(-1)
             do_kmh = do_kmh.astype(do.dtype)
 
-            q_khm, do_khm = q_kmh.transpose(0, 2, 1), do_kmh.transpose(0, 2, 1)
-
             def visit(k_ksh: Array, v_ksh: Array, mask: Any) -> tuple[Array, Array, Array, Array]:
                 """Gradients of one block's keys and values, its part of the queries' and of the scores'."""
-                scores_kms = mask(_multiply("kmh,ksh->kms", q_kmh, k_ksh))
-                weights_kms = jnp.exp(scores_kms - top_km[..., None])
-                d_scores_kms = weights_kms * (_multiply("kmh,ksh->kms", do_kmh, v_ksh) - delta_km[..., None])
-                # the keys' side lies as [h, s], with which none of the products needs its scores transposed
-                dv_khs = _multiply("khm,kms->khs", do_khm, weights_kms.astype(do.dtype))
-                dk_khs = _multiply("khm,kms->khs", q_khm, d_scores_kms.astype(q.dtype))
-                dq_kmh = _multiply("kms,ksh->kmh", d_scores_kms.astype(k.dtype), k_ksh)
-                return dk_khs, dv_khs, dq_kmh, d_scores_kms
+                # scores lie as [s, m]: both gradients of the keys' side are then plain matrix products
+                scores_ksm = mask(_multiply("ksh,kmh->ksm", k_ksh, q_kmh))
+                weights_ksm = jnp.exp(scores_ksm - top_km[:, None])
+                d_scores_ksm = weights_ksm * (_multiply("ksh,kmh->ksm", v_ksh, do_kmh) - delta_km[:, None])
+                dv_ksh = _multiply("ksm,kmh->ksh", weights_ksm.astype(do.dtype), do_kmh)
+                dk_ksh = _multiply("ksm,kmh->ksh", d_scores_ksm.astype(q.dtype), q_kmh)
+                dq_khm = _multiply("khs,ksm->khm", k_ksh.transpose(0, 2, 1), d_scores_ksm.astype(k.dtype))
+                return dk_ksh, dv_ksh, dq_khm, d_scores_ksm
 
-            def slots(dq_kmh: Array, block: Any) -> tuple[Array, Any]:
+            def slots(dq_khm: Array, block: Any) -> tuple[Array, Any]:
                 slot_k_ksh, slot_v_ksh, bias_ks, *sums = block
-                dk, dv, dq, ds = visit(slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[:, None])
-                return dq_kmh + dq, tuple(a + b for a, b in zip(sums, (dk, dv, ds.sum(1)), strict=True))
+                dk, dv, dq, ds = visit(slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[..., None])
+                return dq_khm + dq, tuple(a + b for a, b in zip(sums, (dk, dv, ds.sum(-1)), strict=True))
 
             def own(j: Array, carry: Any) -> Any:
-                dq_kmh, dk_kht, dv_kht = carry
-                hidden_ms = _hidden(first_t, i, j, size, q_kmh.shape[1])
+                dq_khm, dk_kth, dv_kth = carry
+                hidden_sm = _hidden(first_t, i, j, size, q_kmh.shape[1]).T
                 k_ksh, v_ksh = _slice(k_kth, j, size), _slice(v_kth, j, size)
-                dk, dv, dq, _ = visit(k_ksh, v_ksh, lambda scores: jnp.where(hidden_ms, MASKED, scores))
-                return dq_kmh + dq, _add(dk_kht, dk, j, size), _add(dv_kht, dv, j, size)
+                dk, dv, dq, _ = visit(k_ksh, v_ksh, lambda scores: jnp.where(hidden_sm, MASKED, scores))
+                return dq_khm + dq, _add(dk_kth, dk, j, size), _add(dv_kth, dv, j, size)
 
-            dk_kht, dv_kht, *d_slots = carry
-            dq_kmh, d_slots = jax.lax.scan(slots, zeros(q_kmh.shape), (*as_read, *d_slots))
-            dq_kmh, dk_kht, dv_kht = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, (dq_kmh, dk_kht, dv_kht))
-            return (dk_kht, dv_kht, *d_slots), dq_kmh.astype(q.dtype)
+            dk_kth, dv_kth, *d_slots = carry
+            dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
+            dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (*as_read, *d_slots))
+            dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, (dq_khm, dk_kth, dv_kth))
+            return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
 
-        nothing_kht = zeros(k_kth.transpose(0, 2, 1).shape)
-        carry = (nothing_kht, nothing_kht, *d_slots)
+        carry = (zeros(k_kth.shape), zeros(v_kth.shape), *d_slots)
         steps = (q_ckmh, jnp.arange(q.shape[1]), *saved_c)
-        (dk_kht, dv_kht, *d_slots), dq_ckmh = jax.lax.scan(block, carry, steps)
-        dk_kth, dv_kth = dk_kht.transpose(0, 2, 1), dv_kht.transpose(0, 2, 1)
+        (dk_kth, dv_kth, *d_slots), dq_ckmh = jax.lax.scan(block, carry, steps)
         return tuple(d_slots), (dq_ckmh, dk_kth.astype(k.dtype), dv_kth.astype(v.dtype))
 
-    nothing_ckhs = zeros(slot_k.transpose(0, 1, 3, 2).shape)
-    d_slots = nothing_ckhs, nothing_ckhs, zeros(bias.shape)
-    (d_slot_k, d_slot_v, d_bias), d_rows = jax.lax.scan(row, d_slots, (q, k, v, first, o, do, top, total))
-    d_slot_k, d_slot_v = d_slot_k.transpose(0, 1, 3, 2), d_slot_v.transpose(0, 1, 3, 2)
-    return *d_rows, d_slot_k.astype(slot_k.dtype), d_slot_v.astype(slot_v.dtype), d_bias, None
+    d_slots = zeros(slot_k.shape), zeros(slot_v.shape), zeros(bias.shape)
+    d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, first, o, do, top, total))
+    return dq, dk, dv, d_slots[0].astype(slot_k.dtype), d_slots[1].astype(slot_v.dtype), d_slots[2], None
 
 
 _attention.defvjp(_forward, _backward)
@@ -199,6 +194,5 @@ def _slice(a_kth: Array, j: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a_kth, j * size, size, axis=1)
 
 
-def _add(a_kht: Array, b_khs: Array, j: Array, size: int) -> Array:
-    old_khs = jax.lax.dynamic_slice_in_dim(a_kht, j * size, size, axis=2)
-    return jax.lax.dynamic_update_slice_in_dim(a_kht, old_khs + b_khs, j * size, axis=2)
+def _add(a_kth: Array, b_ksh: Array, j: Array, size: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(a_kth, _slice(a_kth, j, size) + b_ksh, j * size, axis=1)
