@@ -35,7 +35,7 @@ def make_model(directory: Path, vocabulary: int) -> None:
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=8192,
-        rope_theta=1e5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
     )
