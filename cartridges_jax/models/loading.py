@@ -80,7 +80,11 @@ def load_params(config: ModelConfig, names: Iterable[str], read: ReadTensor, dty
     if problems:
         shown = "; ".join(problems[:12]) + ("" if len(problems) <= 12 else f"; and {len(problems) - 12} more")
         raise ValueError(f"these weights do not fit a {config.family} of {config.num_layers} layers: {shown}")
-    return jax.tree.map(jnp.asarray, filled), digest.hexdigest()
+    leaves, structure = jax.tree.flatten(filled)
+    del filled, target
+    for i in range(len(leaves)):  # one by one, so that a model is never held twice
+        leaves[i] = jnp.asarray(leaves[i]).block_until_ready()
+    return jax.tree.unflatten(structure, leaves), digest.hexdigest()
 
 
 def _expected(config: ModelConfig, tree: Params) -> dict[str, tuple[tuple[str, ...], int | None, str]]:
