@@ -20,7 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from cartridges_jax import collectives, sharding
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.checkpoint import Checkpoints
 from cartridges_jax.data import Example, PackedRows, batches, read_corpus, read_examples
@@ -73,7 +76,7 @@ class TrainState:
     step: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tx", "tail", "reduction", "remat"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("config", "tx", "tail", "reduction", "remat", "mesh"), donate_argnums=0)
 def train_step(
     state: TrainState,
     params: Params,
@@ -84,19 +87,31 @@ def train_step(
     tail: Tail,
     reduction: Reduction,
     remat: Remat,
+    mesh: Mesh | None = None,  # None: one device
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. Sums are accumulated and divided once, so that accumulation equals one large batch."""
 
-    def loss(cartridge: Cartridge, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sum(cartridge, params, micro, config=config, tail=tail, reduction=reduction, remat=remat)
+    def sums(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Cartridge]:
+        """Of loss, targets and gradients, over every row of the batch."""
 
-    def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-        (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(state.cartridge, micro)
-        return jax.tree.map(jnp.add, carry, (total, count, gradient)), None
+        def loss(cartridge: Cartridge, micro: Batch) -> tuple[jax.Array, jax.Array]:
+            return loss_sum(cartridge, params, micro, config=config, tail=tail, reduction=reduction, remat=remat)
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree.map(jnp.zeros_like, state.cartridge))
-    (total, count, gradient), _ = jax.lax.scan(accumulate, start, batch)
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(cartridge, micro)
+            return jax.tree.map(jnp.add, carry, (total, count, gradient)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = (zero, zero, jax.tree.map(jnp.zeros_like, cartridge))
+        (total, count, gradient), _ = jax.lax.scan(accumulate, start, batch)
+        return *collectives.over_rows((total, count)), collectives.gradient_over_rows(gradient, config)
+
+    if mesh is not None:
+        shapes = state.cartridge, params, batch
+        tables = sharding.CARTRIDGE, sharding.WEIGHTS, sharding.BATCH
+        specs = tuple(sharding.fitted(*pair, mesh) for pair in zip(shapes, tables, strict=True))
+        sums = sharding.on_mesh(sums, mesh, specs, (P(), P(), specs[0]))
+    total, count, gradient = sums(state.cartridge, params, batch)
     gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.cartridge)
     cartridge = optax.apply_updates(state.cartridge, updates)
