@@ -158,7 +158,7 @@ def placed(tree: Any, table: Specs, mesh: Mesh) -> Any:
 def gathered(tree: Any) -> Any:
     """The arrays in full, as numpy, on every process: all of them have to ask."""
     def gather(leaf: Any) -> np.ndarray:
-        if isinstance(leaf.sharding, NamedSharding) and not leaf.is_fully_addressable:
+        if not getattr(leaf, "is_fully_addressable", True):
             leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf)
         return np.asarray(leaf)
 
