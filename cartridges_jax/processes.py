@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
+
+from command_line.config import USER_ERRORS
 
 HEARTBEAT_SECONDS = 100  # of silence, after which a process counts as lost
 
@@ -42,8 +45,11 @@ def joined_job(several: bool) -> Iterator[None]:
             f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}): run the same command "
             "again on every host, it goes on from the last checkpoint"
         )
-    except Exception as error:
+    except USER_ERRORS as error:
         _leave(" ".join(str(error).split()) or type(error).__name__)
+    except BaseException:
+        traceback.print_exc()
+        _leave("the job ends")
     jax.distributed.shutdown()
 
 
