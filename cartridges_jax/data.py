@@ -189,10 +189,8 @@ class _Share:
         return self.rows[step * self.batch_size + self.chosen[i]]
 
 
-def batches(
-    rows: PackedRows, batch_size: int, first_step: int, chosen: Sequence[int] | None = None
-) -> Iterator[Batch]:
-    """Batches from `first_step` on, prepared by threads ahead of the device; of each batch the `chosen` rows, or all."""
+def batches(rows: PackedRows, batch_size: int, first_step: int, chosen: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Batches from `first_step` on, prepared by threads ahead of the device; of each the `chosen` rows, or all."""
     chosen = range(batch_size) if chosen is None else chosen
     dataset = grain.MapDataset.source(_Share(rows, batch_size, chosen))[first_step * len(chosen) :].batch(len(chosen))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

@@ -5,8 +5,9 @@ width of the frozen weights, `tensor` shares heads, MLP and vocabulary. The step
 program on every device's own parts (`on_mesh`); what such a program communicates is in `collectives.py`.
 
 Sizes: `fsdp` must divide the model's width, `tensor` the query heads, the MLP's width and the vocabulary, and both
-with `data` the rows of a batch; anything else is refused (`check`). Kv heads that `tensor` does not divide, and the
-cartridge with them, are held whole by every device, which picks those that its query heads read (`collectives.own_heads`).
+with `data` the rows of a batch; anything else is refused (`check`). Kv heads that `tensor` does not divide are held
+whole by every device, the cartridge with them, and a device picks those that its query heads read
+(`collectives.own_heads`).
 """
 
 from __future__ import annotations
@@ -54,8 +55,7 @@ WEIGHTS: dict[str, Any] = {
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
 BATCH = P(None, ROWS)  # accumulation b …
 CACHE = P(ROWS, "tensor")  # b k s, with h for keys and values
-SLOTS = P(ROWS)  # b: what a decode step takes and gives for each slot of the cache
-LOGITS = P(ROWS, None, "tensor")  # b t v
+LOGITS = P(None, None, "tensor")  # b t v: of small inputs, which every device has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,7 @@ def placed(tree: Any, table: Specs, mesh: Mesh) -> Any:
 
 def gathered(tree: Any) -> Any:
     """The arrays in full, as numpy, on every process: all of them have to ask."""
+
     def gather(leaf: Any) -> np.ndarray:
         if not getattr(leaf, "is_fully_addressable", True):
             leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf)

@@ -18,7 +18,6 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params
 
-
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

@@ -83,7 +83,7 @@ def _logits(params: Params, inputs: Any, prefix: Any, *, config: ModelConfig, me
         return jnp.einsum("btd,vd->btv", hidden_btd, head_weights(params), preferred_element_type=jnp.float32)
 
     specs = sharding.fitted(params, sharding.WEIGHTS, mesh), P(), sharding.fitted(prefix, sharding.CARTRIDGE, mesh)
-    return sharding.on_mesh(logits, mesh, specs, P(None, None, "tensor"))(params, inputs, prefix)
+    return sharding.on_mesh(logits, mesh, specs, sharding.LOGITS)(params, inputs, prefix)
 
 
 def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
