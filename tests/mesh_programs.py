@@ -68,8 +68,9 @@ def step_and_logits(config: ModelConfig, shape: tuple[int, int, int]) -> dict[st
     params, cartridge, batch = (
         sharding.placed(a, t, mesh) for a, t in zip((params, cartridge, batch), tables, strict=True)
     )
+    params, cartridge = jax.tree.map(jnp.asarray, (params, cartridge))
     model = LanguageModel("tiny", config, params, None, "")  # type: ignore[arg-type]
-    logits = model.logits(batch.tokens[0, :2], cartridge=cartridge)
+    logits = model.logits(np.asarray(batch.tokens)[0, :2], cartridge=cartridge)
     state = TrainState(cartridge, SGD.init(cartridge), jnp.zeros((), jnp.int32))
     options: dict[str, Any] = {"config": config, "tx": SGD, "tail": "bucket", "reduction": "token", "remat": "layers"}
     before = jax.tree.map(lambda a: a.sharding, cartridge)

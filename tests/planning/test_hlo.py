@@ -26,7 +26,7 @@ PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[
 
 ENTRY %main.1 (a: f32[8,4]) -> f32[8,4] {
   %a = f32[8,4]{1,0} parameter(0)
-  %while.1 = (s32[], f32[8,4]{1,0}) while(%t), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %while.1 = (s32[], f32[8,4]{1,0}) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"},"x":"y"}
   ROOT %both = (f32[], f32[3]{0}) all-reduce(%b, %c), channel_id=3, to_apply=%add
 }
 """
