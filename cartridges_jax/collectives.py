@@ -122,12 +122,6 @@ def vocabulary(part: int) -> int:
     return part * _size("tensor")
 
 
-def whole_vocabulary(logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-    if _size("tensor") == 1:
-        return logits
-    return jax.lax.all_gather(logits, "tensor", axis=logits.ndim - 1, tiled=True)
-
-
 def most(count: Int[Array, ""]) -> Int[Array, ""]:
     """The largest of the devices' counts: a loop that communicates must turn equally often on all of them."""
     axes = tuple(axis for axis in AXES if _size(axis) > 1)

@@ -18,8 +18,6 @@ import numpy as np
 
 from command_line.config import USER_ERRORS
 
-HEARTBEAT_SECONDS = 100  # of silence, after which a process counts as lost
-
 
 @contextmanager
 def joined_job(several: bool) -> Iterator[None]:
@@ -31,7 +29,7 @@ def joined_job(several: bool) -> Iterator[None]:
 
     Raises:
       ValueError: nothing says who the others are.
-      ConnectionError: they cannot be reached, or one of them was lost.
+      ConnectionError: they cannot be reached.
     """
     if not several:
         yield
@@ -42,8 +40,8 @@ def joined_job(several: bool) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         _leave(
-            f"process {jax.process_index()} of {jax.process_count()} lost the others ({reason}): run the same command "
-            "again on every host, it goes on from the last checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on ({reason}): if another was lost, run "
+            "the same command again on every host, it goes on from the last checkpoint"
         )
     except USER_ERRORS as error:
         _leave(" ".join(str(error).split()) or type(error).__name__)
@@ -85,7 +83,6 @@ def _join() -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
             process_id=int(index) if index else None,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             **bind,
         )
     except (ValueError, TypeError) as error:

@@ -1,8 +1,8 @@
 """How every array lies on the devices: a mesh that always exists and one table (design §7).
 
 The mesh has three axes, all of size 1 on a laptop: `data` and `fsdp` share the rows of a batch, `fsdp` also shares the
-width of the frozen weights, `tensor` shares heads, MLP and vocabulary. The steps of training and decoding run as one
-program on every device's own parts (`on_mesh`); what such a program communicates is in `collectives.py`.
+width of the frozen weights, `tensor` shares heads, MLP and vocabulary. The step of training runs as one program on
+every device's own parts (`on_mesh`); what such a program communicates is in `collectives.py`.
 
 Sizes: `fsdp` must divide the model's width, `tensor` the query heads, the MLP's width and the vocabulary, and both
 with `data` the rows of a batch; anything else is refused (`check`). Kv heads that `tensor` does not divide are held
@@ -54,7 +54,6 @@ WEIGHTS: dict[str, Any] = {
 }
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
 BATCH = P(None, ROWS)  # accumulation b …
-CACHE = P(ROWS, "tensor")  # b k s, with h for keys and values
 LOGITS = P(None, None, "tensor")  # b t v: of small inputs, which every device has
 
 
