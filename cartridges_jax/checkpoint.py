@@ -74,5 +74,7 @@ class Checkpoints:
         except Exception as error:
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # another process was lost, which is not the disk's fault
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(f"cannot write a checkpoint in {self._directory}: {reason}") from error
