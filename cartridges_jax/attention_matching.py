@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax import sharding
 from cartridges_jax.cartridge import Cartridge, Provenance
 from cartridges_jax.data import Example, PackedRows
 from cartridges_jax.kernels.prefix_attention import prefix_attention
@@ -61,6 +62,8 @@ def attention_matching(
         *(np.stack([row[name] for row in batch]) for name in names),
         config=model.config,
         num_slots=num_slots,
+        # left to XLA to lay on a mesh, which it cannot do with a kernel
+        implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
     )
     provenance = Provenance.of(model, corpus, f"attention matching on {len(batch) * ROW} reference tokens")
     return Cartridge(keys, values, bias, num_frozen, provenance).checked(model.config)
@@ -83,7 +86,7 @@ def _repetitions(model: LanguageModel, corpus: str) -> list[Example]:
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_slots"))
+@functools.partial(jax.jit, static_argnames=("config", "num_slots", "implementation"))
 def _match(
     params: Params,
     document_k: Float[Array, "l s k h"],
@@ -94,6 +97,7 @@ def _match(
     *,
     config: ModelConfig,
     num_slots: int,
+    implementation: str | None,
 ) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
     length = document_k.shape[1]
     rope = rope_tables(positions + length, config)
@@ -113,7 +117,8 @@ def _match(
                 lambda a: fit(*a), (q_kmh, keys_skh.transpose(1, 0, 2), values_skh.transpose(1, 0, 2))
             )
             slots = keys_kph.transpose(1, 0, 2), values_kph.transpose(1, 0, 2), bias_kp.T
-            return prefix_attention(q_btnh, k_btkh, v_btkh, slots[0], slots[1], segment_ids, slots[2]), slots
+            o_btnh = prefix_attention(q_btnh, k_btkh, v_btkh, *slots[:2], segment_ids, slots[2], implementation)
+            return o_btnh, slots
 
         return block_of(config, layer_params)(x_btd, rope, attend)
 

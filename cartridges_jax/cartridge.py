@@ -20,10 +20,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cartridges_jax import sharding
 from command_line import files
 
 if TYPE_CHECKING:
@@ -130,7 +133,9 @@ class Cartridge:
         # padded on the right to a multiple, which causality hides, so that similar lengths share one compiled program
         padded_t = np.zeros(math.ceil(len(tokens) / 64) * 64, np.int32)
         padded_t[: len(tokens)] = tokens
-        keys_lpkh, values_lpkh = (a[:, : len(tokens)] for a in _keys_and_values(model.config)(model.params, padded_t))
+        mesh = sharding.mesh_of(model.params)
+        keys_and_values = _keys_and_values(model.config, mesh)(model.params, padded_t)
+        keys_lpkh, values_lpkh = (a[:, : len(tokens)] for a in keys_and_values)
         provenance = provenance or Provenance.of(model, "", "tokens")
         cartridge = cls(
             keys_lpkh.astype(jnp.float32),
@@ -147,7 +152,7 @@ class Cartridge:
         header = {"format_version": FORMAT_VERSION, "num_frozen": self.num_frozen}
         header |= dataclasses.asdict(self.provenance)
         with files.atomic(path) as temporary:
-            tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            tensors = {name: np.ascontiguousarray(array) for name, array in sharding.gathered(arrays).items()}
             try:
                 save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})
             except SafetensorError as error:  # a full disk is not an OSError there
@@ -189,10 +194,14 @@ class Cartridge:
 
 
 @functools.cache
-def _keys_and_values(config: ModelConfig) -> Any:
-    from cartridges_jax.models.transformer import keys_and_values
+def _keys_and_values(config: ModelConfig, mesh: Mesh) -> Any:
+    from cartridges_jax.models.transformer import abstract_params, keys_and_values
 
-    return jax.jit(functools.partial(keys_and_values, config=config))
+    weights = sharding.fitted(abstract_params(config), sharding.WEIGHTS, mesh)
+    slots = jax.ShapeDtypeStruct((config.num_layers, 1, config.num_kv_heads, config.head_dim), jnp.float32)
+    out = sharding.fitted(slots, sharding.CARTRIDGE, mesh)
+    function = functools.partial(keys_and_values, config=config)
+    return jax.jit(sharding.on_mesh(function, mesh, (weights, P()), (out, out)))
 
 
 def _check_provenance(found: Provenance, model: LanguageModel, path: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from cartridges_jax import processes
+
 KEEP = 2
 OVERHEAD_BYTES = 1 << 20  # of a checkpoint beside its arrays
 
@@ -41,7 +43,7 @@ class Checkpoints:
         with self._one_sentence():
             self._manager.wait_until_finished()
         free = shutil.disk_usage(self._directory).free
-        if free < needed:
+        if processes.agreed(free < needed):
             raise OSError(
                 f"{self._directory} has {free} bytes free and a checkpoint needs {needed}: free some space and run the "
                 "same command again"
@@ -50,7 +52,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of `step`, with the shapes, dtypes and placement of `like`."""
+        """The state of `step`, with the shapes, dtypes and placement of `like`: the mesh may be another."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
@@ -72,5 +74,7 @@ class Checkpoints:
         except Exception as error:
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # another process was lost, which is not the disk's fault
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(f"cannot write a checkpoint in {self._directory}: {reason}") from error

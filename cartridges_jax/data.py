@@ -142,6 +142,9 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def num_tokens(self, row: int) -> int:
+        return sum(min(len(self._examples[i].tokens), self._seq_len) for i in self._rows[row])
+
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         t, j = self._seq_len, self._width
         out = {
@@ -170,9 +173,26 @@ class PackedRows:
         return out
 
 
-def batches(rows: PackedRows, batch_size: int, first_step: int) -> Iterator[Batch]:
-    """Batches from `first_step` on, prepared by threads ahead of the device."""
-    dataset = grain.MapDataset.source(rows)[first_step * batch_size :].batch(batch_size)
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Of every `batch_size` rows, the `chosen` ones: a process reads what its devices hold."""
+
+    rows: PackedRows
+    batch_size: int
+    chosen: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch_size * len(self.chosen)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, i = divmod(index, len(self.chosen))
+        return self.rows[step * self.batch_size + self.chosen[i]]
+
+
+def batches(rows: PackedRows, batch_size: int, first_step: int, chosen: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Batches from `first_step` on, prepared by threads ahead of the device; of each the `chosen` rows, or all."""
+    chosen = range(batch_size) if chosen is None else chosen
+    dataset = grain.MapDataset.source(_Share(rows, batch_size, chosen))[first_step * len(chosen) :].batch(len(chosen))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     for batch in dataset.to_iter_dataset(options):
         yield Batch(**batch)

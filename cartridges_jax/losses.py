@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from cartridges_jax import collectives
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, Remat, head_weights, hidden_states, project
 
@@ -134,7 +135,7 @@ def _over_chunks(
         loss, gradient_cd = jax.value_and_grad(_chunk_loss)(hidden_cd, head, ids_cj, logprobs_cj, mask_cj, tail)
         return total + loss, gradient_td.at[rows_c].set(gradient_cd, mode="drop")
 
-    chunks = -(-is_target_t.sum() // chunk)
+    chunks = collectives.most(-(-is_target_t.sum() // chunk))
     dtype = jnp.promote_types(jnp.float32, hidden.dtype)
     return jax.lax.fori_loop(0, chunks, body, (jnp.zeros((), dtype), jnp.zeros_like(hidden)))
 
@@ -143,16 +144,18 @@ def _chunk_loss(
     hidden_cd: Array, head_vd: Array, ids_cj: Array, logprobs_cj: Array, mask_cj: Array, tail: Tail
 ) -> Array:
     dtype = jnp.promote_types(jnp.float32, hidden_cd.dtype)
-    logits_cv = project("cd,vd->cv", hidden_cd.astype(dtype), head_vd)
-    normalizer_c = jax.nn.logsumexp(logits_cv, axis=-1)
+    logits_cv = project("cd,vd->cv", collectives.split(hidden_cd.astype(dtype)), head_vd)
+    normalizer_c = collectives.log_sum_exp(logits_cv)
     teacher_cj = jnp.where(mask_cj, jnp.exp(logprobs_cj.astype(dtype)), 0)
-    student_cj = jnp.take_along_axis(logits_cv, ids_cj, axis=-1) - normalizer_c[:, None]
+    student_cj = collectives.picked(logits_cv, ids_cj) - normalizer_c[:, None]
     loss = -jnp.sum(teacher_cj * student_cj)
     if tail == "bucket":
         # the student's remaining mass from the remaining logits: 1 - sum(q) would cancel when q is close to one
-        outside_cj = jnp.where(mask_cj, ids_cj, head_vd.shape[0])  # out of range: dropped
+        own_cj, here_cj = collectives.own_ids(ids_cj, head_vd.shape[0])
+        outside_cj = jnp.where(mask_cj & here_cj, own_cj, head_vd.shape[0])  # out of range: dropped
         rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], outside_cj].set(NOTHING, mode="drop")
         entries_c = mask_cj.sum(-1)  # none: no target; the whole vocabulary: nothing remains
-        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * ((entries_c > 0) & (entries_c < head_vd.shape[0]))
-        loss -= jnp.sum(rest_c * (jax.nn.logsumexp(rest_cv, axis=-1) - normalizer_c))
+        whole = collectives.vocabulary(head_vd.shape[0])
+        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * ((entries_c > 0) & (entries_c < whole))
+        loss -= jnp.sum(rest_c * (collectives.log_sum_exp(rest_cv) - normalizer_c))
     return loss

@@ -1,7 +1,6 @@
 """Distils self-study conversations into a cartridge: `python -m cartridges_jax.train --config=configs/….py`.
 
-The base model is frozen: what trains is the first argument of the loss, everything else is an argument beside it. A run
-that is killed and started again continues from its last checkpoint and ends with the same bytes.
+A run that is killed and started again continues from its last checkpoint and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -15,22 +14,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
 
+from cartridges_jax import processes, sharding
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.checkpoint import Checkpoints
 from cartridges_jax.data import Example, PackedRows, batches, read_corpus, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
-from cartridges_jax.losses import Batch, Reduction, Tail, loss_sum
+from cartridges_jax.losses import Batch, Reduction, Tail
 from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.models.transformer import Params, Remat
+from cartridges_jax.models.transformer import Remat
 from cartridges_jax.optim import OptimConfig, optimizer, schedule
+from cartridges_jax.sharding import MeshConfig
+from cartridges_jax.step import TrainState, train_step
 from command_line import files
 from command_line.config import build, load, run
 from command_line.progress import Progress, stage
@@ -55,6 +57,8 @@ class TrainConfig:
     remat: Remat = "layers"  # computed again in the backward pass; "elementwise" holds more memory
     tail: Tail = "drop"
     reduction: Reduction = "token"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how many devices share rows, weights, heads
+    distributed: bool = False  # one of several processes, on one host or many: see `processes.joined_job`
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
@@ -66,46 +70,13 @@ class TrainConfig:
             raise ValueError(f"num_steps is {self.num_steps}, expected at least 0")
 
 
-@flax.struct.dataclass
-class TrainState:
-    cartridge: Cartridge
-    opt_state: Any
-    step: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames=("config", "tx", "tail", "reduction", "remat"), donate_argnums=0)
-def train_step(
-    state: TrainState,
-    params: Params,
-    batch: Batch,  # leaves are [accumulation, b, …]
-    *,
-    config: ModelConfig,
-    tx: optax.GradientTransformation,
-    tail: Tail,
-    reduction: Reduction,
-    remat: Remat,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Sums are accumulated and divided once, so that accumulation equals one large batch."""
-
-    def loss(cartridge: Cartridge, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        return loss_sum(cartridge, params, micro, config=config, tail=tail, reduction=reduction, remat=remat)
-
-    def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-        (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(state.cartridge, micro)
-        return jax.tree.map(jnp.add, carry, (total, count, gradient)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree.map(jnp.zeros_like, state.cartridge))
-    (total, count, gradient), _ = jax.lax.scan(accumulate, start, batch)
-    gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradient)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.cartridge)
-    cartridge = optax.apply_updates(state.cartridge, updates)
-    metrics = {"loss": total / jnp.maximum(count, 1), "targets": count, "grad_norm": optax.tree.norm(gradient)}
-    return TrainState(cartridge, opt_state, state.step + 1), metrics
-
-
 def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     """Runs or resumes a training run and returns the path of its `cartridge.safetensors`.
+
+    On several hosts `output_dir` has to be a folder that all of them see; the first process writes there.
+
+    Args:
+      model: by default `config.model`, laid on the devices as `config.mesh` says; a given one stays where it is.
 
     Raises:
       FileNotFoundError, ValueError: a missing or unusable input, before anything is written.
@@ -113,7 +84,9 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     corpus = read_corpus(config.corpus)
     if not Path(config.dataset).is_file():
         raise FileNotFoundError(f"{config.dataset} does not exist: make it with python -m synth --config=…")
-    model = model or load_model(config.model, config.dtype)
+    mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
+    sharding.check_rows(config.batch_size, mesh)
+    model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
     config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
     if config.init.kind != "pretrained":  # of which the file decides
         _check_window(config.init.num_slots, config, model)
@@ -131,19 +104,22 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
     _begin(directory, config, cartridge)
     state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    state = sharding.placed(state, sharding.CARTRIDGE, mesh)
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
         latest = checkpoints.latest_step()
         if latest is not None:
             state = checkpoints.restore(latest, state)
-        state, tokens = _loop(config, model, rows, tx, num_steps, state, checkpoints, directory / "metrics.jsonl")
+        state, tokens = _loop(config, model, rows, tx, num_steps, state, checkpoints, directory / "metrics.jsonl", mesh)
     finally:
         checkpoints.close()
     path = directory / "cartridge.safetensors"
-    trained = _with_training(state.cartridge, config, model.config, num_steps, tokens)
+    trained = _with_training(sharding.gathered(state.cartridge), config, model.config, num_steps, tokens)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained)):
         raise ValueError("the trained slots are not finite: training diverged, lower config.optim.lr")
-    trained.save(path)
+    if processes.is_first():
+        trained.save(path)
+    processes.wait_for_all("the cartridge is saved")
     return path
 
 
@@ -156,12 +132,14 @@ def _loop(
     state: TrainState,
     checkpoints: Checkpoints,
     metrics_path: Path,
+    mesh: Mesh,
 ) -> tuple[TrainState, int]:
     first = int(state.step)
     step_rows = config.batch_size * config.accumulation
-    tokens_before = sum(int((rows[i]["segment_ids"] > 0).sum()) for i in range(first * step_rows))
-    log, learning_rate = MetricsLog(metrics_path, first), schedule(config.optim, num_steps)
-    progress = Progress("training", num_steps, "steps", done=first)
+    tokens_before = sum(rows.num_tokens(i) for i in range(first * step_rows))
+    log = MetricsLog(metrics_path, first) if processes.is_first() else None
+    learning_rate = schedule(config.optim, num_steps)
+    progress = Progress("training", num_steps, "steps", done=first) if log else None
     tokens, pending = tokens_before, None
     start = time.monotonic()
 
@@ -173,14 +151,15 @@ def _loop(
                     f"the {name} of step {step} is {values[name]}: training diverged, lower config.optim.lr"
                 )
         rate = (seen - tokens_before) / (time.monotonic() - start)
-        log.write(
-            step, {**values, "lr": float(learning_rate(step)), "tokens": seen, "tokens_per_second": round(rate, 1)}
-        )
-        progress.advance(note=f"loss {values['loss']:.3f}, {rate:.0f} tokens/s")
+        if log and progress:
+            log.write(
+                step, {**values, "lr": float(learning_rate(step)), "tokens": seen, "tokens_per_second": round(rate, 1)}
+            )
+            progress.advance(note=f"loss {values['loss']:.3f}, {rate:.0f} tokens/s")
 
     try:
-        for step, batch in zip(range(first, num_steps), _stacked(rows, config, first), strict=False):
-            tokens += int((batch.segment_ids > 0).sum())
+        for step, batch in zip(range(first, num_steps), _stacked(rows, config, first, mesh), strict=False):
+            tokens += sum(rows.num_tokens(i) for i in range(step * step_rows, (step + 1) * step_rows))
             state, metrics = train_step(
                 state,
                 model.params,
@@ -190,6 +169,7 @@ def _loop(
                 tail=config.tail,
                 reduction=config.reduction,
                 remat=config.remat,
+                mesh=mesh,
             )
             if pending:  # one step late, so that the host prepares the next batch while the device computes
                 report(*pending)
@@ -203,14 +183,30 @@ def _loop(
         if num_steps > 0:
             checkpoints.save(num_steps, state)
     finally:
-        progress.close()
-        log.close()
+        if log and progress:
+            progress.close()
+            log.close()
     return state, tokens
 
 
-def _stacked(rows: PackedRows, config: TrainConfig, first: int) -> Iterator[Batch]:
-    for batch in batches(rows, config.batch_size * config.accumulation, first):
-        yield jax.tree.map(lambda a: a.reshape(config.accumulation, config.batch_size, *a.shape[1:]), batch)
+def _stacked(rows: PackedRows, config: TrainConfig, first: int, mesh: Mesh) -> Iterator[Batch]:
+    """The batches of a run, on the devices; each process reads the rows that its own devices hold."""
+    shape = (config.accumulation, config.batch_size)
+    placement = NamedSharding(mesh, sharding.BATCH)
+    held = np.zeros(shape, bool)
+    for index in placement.addressable_devices_indices_map(shape).values():
+        held[index] = True
+    place_in_share = np.cumsum(held[0]) - 1  # of a row of a micro-batch, among those that are read here
+
+    def place(share: np.ndarray) -> Any:
+        share = share.reshape(config.accumulation, -1, *share.shape[1:])
+        if mesh.size == 1:
+            return share
+        whole = (*shape, *share.shape[2:])
+        return jax.make_array_from_callback(whole, placement, lambda index: share[:, place_in_share[index[1]]])
+
+    for batch in batches(rows, held.size, first, np.flatnonzero(held).tolist()):
+        yield jax.tree.map(place, batch)
 
 
 @functools.cache  # one object for one set of arguments: it is a static argument of the jitted step
@@ -229,14 +225,15 @@ def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> 
 def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: list[Example]) -> Cartridge:
     """The initial state, which a resumed run finds in its directory."""
     saved = Path(config.output_dir) / INITIAL
-    if saved.is_file():
+    if processes.agreed(saved.is_file()):
         return Cartridge.load(saved, model=model)
     with stage(f"initial state: {config.init.kind}"):
         return jax.block_until_ready(initial_cartridge(config.init, model, corpus, examples, config.seed))
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config) | {"output_dir": ""}  # a run may be moved
+    """What a run is made of: it may be moved, to another folder or other devices."""
+    return dataclasses.asdict(dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False))
 
 
 def _refuse_other_config(directory: Path, config: TrainConfig) -> None:
@@ -254,9 +251,12 @@ def _refuse_other_config(directory: Path, config: TrainConfig) -> None:
 
 def _begin(directory: Path, config: TrainConfig, cartridge: Cartridge) -> None:
     """Records what the run starts from: its config and its initial state."""
-    files.write_text(directory / "config.json", json.dumps(_settings(config), indent=2, sort_keys=True) + "\n")
-    if not (directory / INITIAL).is_file():
-        cartridge.save(directory / INITIAL)
+    whole = sharding.gathered(cartridge)
+    if processes.is_first():
+        files.write_text(directory / "config.json", json.dumps(_settings(config), indent=2, sort_keys=True) + "\n")
+        if not (directory / INITIAL).is_file():
+            whole.save(directory / INITIAL)
+    processes.wait_for_all("the run has begun")
 
 
 def _with_training(
@@ -279,7 +279,11 @@ def _with_training(
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in one sentence
-    print(f"cartridge: {train(build(TrainConfig, load(argv)))}")
+    config = build(TrainConfig, load(argv))
+    with processes.joined_job(config.distributed):
+        path = train(config)
+        if processes.is_first():
+            print(f"cartridge: {path}", flush=True)
     return 0
 
 

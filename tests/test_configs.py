@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cartridges_jax.evaluate import EvalConfig
 from cartridges_jax.train import TrainConfig
 from command_line.config import build
 from synth.config import SynthConfig
 
-CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 def stage(name: str, kind: type, part: str) -> Any:
@@ -34,3 +37,16 @@ def test_longer_is_the_quickstart_with_more_of_it():
     trained, longer = (stage(name, TrainConfig, "train") for name in ("quickstart", "longer"))
     assert more.num_conversations > made.num_conversations and longer.num_epochs > trained.num_epochs
     assert more.seed_prompts == made.seed_prompts and longer.init == trained.init and longer.tail == trained.tail
+
+
+def test_the_manifest_gives_every_host_a_process_and_the_mesh_its_devices():
+    manifest = yaml.safe_load((FOLDER / "deploy" / "jobset.yaml").read_text())
+    assert manifest["kind"] == "JobSet" and manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    container = pod["containers"][0]
+    chips = container["resources"]["limits"]["google.com/tpu"] * job["completions"]
+    sides = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    assert job["parallelism"] == job["completions"] and math.prod(map(int, sides)) == chips
+    assert f"--config.mesh.fsdp={chips}" in container["command"]
+    assert "--config.distributed=True" in container["command"]

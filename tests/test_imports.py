@@ -18,13 +18,9 @@ MODULES = sorted(
     for path in (ROOT / package).rglob("*.py")
 )
 ARRAYS = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy")
-# Everything in cartridges_jax that is neither models nor kernels nor the tokenizer.
-TRAINING_AND_SERVING = [
-    m
-    for m in MODULES
-    if m.startswith("cartridges_jax.")
-    and not m.startswith(("cartridges_jax.models", "cartridges_jax.kernels", "cartridges_jax.tokenizer"))
-]
+# Everything in cartridges_jax that is neither models nor kernels nor the tokenizer nor where arrays lie.
+BENEATH = ("models", "kernels", "tokenizer", "sharding", "collectives")
+TRAINING_AND_SERVING = [m for m in MODULES if m.startswith("cartridges_jax.") and m.split(".")[1] not in BENEATH]
 
 
 def source(module: str) -> Path:

@@ -1,4 +1,4 @@
-"""Weights from a GGUF file (llama.cpp's format), dequantised tensor by tensor by the `gguf` package.
+"""Weights from a GGUF file (llama.cpp's format), dequantised by the `gguf` package where they are read.
 
 Converters to GGUF permute the rows of Llama's q and k so that RoPE acts on neighbouring pairs; `unpermute` undoes it.
 Qwen files are not permuted.
@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jax.sharding import Mesh
 
 from cartridges_jax.models.config import FAMILIES, ModelConfig, rope_factors
 from cartridges_jax.models.loading import load_params
@@ -37,7 +38,7 @@ KEYS = ("embedding_length", "block_count", "feed_forward_length", "context_lengt
 KEYS += ("attention.head_count", "attention.layer_norm_rms_epsilon")
 
 
-def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
+def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
     """Loads config, parameters and their fingerprint.
 
     Raises:
@@ -54,15 +55,26 @@ def load_gguf(path: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
     factors = tensors.pop(ROPE_FACTORS, None)
     config = _config(reader, tensors, () if factors is None else tuple(map(float, factors.data)))
 
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        array = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if config.family == "llama" and re.search(r"\.[qk]_proj\.", name):
-            array = unpermute(array, config.head_dim)
-        return array
+    def read(name: str) -> Dequantized:
+        permuted = config.family == "llama" and re.search(r"\.[qk]_proj\.", name)
+        return Dequantized(tensors[name], config.head_dim if permuted else None)
 
-    params, fingerprint = load_params(config, tensors, read, dtype)
+    params, fingerprint = load_params(config, tensors, read, dtype, mesh)
     return config, params, fingerprint
+
+
+class Dequantized:
+    """A tensor of the file as float32 rows, in the order of Hugging Face."""
+
+    def __init__(self, tensor: gguf.ReaderTensor, permuted_head_dim: int | None):
+        self._tensor = tensor
+        self.shape = tuple(map(int, reversed(tensor.shape)))
+        rows = np.arange(self.shape[0])
+        self._rows = None if permuted_head_dim is None else unpermute(rows, permuted_head_dim)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        chosen = rows if self._rows is None else self._rows[rows]
+        return gguf.dequantize(self._tensor.data[chosen], self._tensor.tensor_type)
 
 
 def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:

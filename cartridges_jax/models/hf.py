@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params
 
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-def load_hf(directory: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
+
+def load_hf(directory: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
     """Loads config, parameters and their fingerprint.
 
     Raises:
@@ -28,12 +34,15 @@ def load_hf(directory: Path, dtype: Any) -> tuple[ModelConfig, Params, str]:
     config = ModelConfig.from_hf(_read_json(config_file))
     files = _tensor_files(directory)
 
-    def read(name: str) -> Any:
-        # bfloat16 comes as ml_dtypes' type: numpy knows it because jax has imported ml_dtypes
-        with _open(files[name]) as reader:
-            return reader.get_tensor(name)
+    mapped = functools.cache(_mapped)
 
-    params, fingerprint = load_params(config, files, read, dtype)
+    def read(name: str) -> np.ndarray:
+        tensors = mapped(files[name])
+        if name not in tensors:
+            raise ValueError(f"{files[name]} is not a whole safetensors file (it lacks {name}): download it again")
+        return tensors[name]
+
+    params, fingerprint = load_params(config, files, read, dtype, mesh)
     return config, params, fingerprint
 
 
@@ -44,6 +53,24 @@ def _open(path: Path) -> Iterator[Any]:
             yield reader
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from error
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """A file's tensors, of which only what is indexed is read from the disk."""
+    with _open(path):  # safetensors itself complains about a damaged file
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    if other := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
+        raise ValueError(f"{path} holds tensors of {', '.join(other)}, expected {', '.join(DTYPES)}")
+    data = np.memmap(path, np.uint8, "r", offset=8 + length)
+
+    def tensor(entry: dict[str, Any]) -> np.ndarray:
+        return data[slice(*entry["data_offsets"])].view(jnp.dtype(DTYPES[entry["dtype"]])).reshape(entry["shape"])
+
+    return {name: tensor(entry) for name, entry in header.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax import sharding
 from cartridges_jax.models import hub
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.gguf import load_gguf
@@ -63,7 +66,8 @@ class LanguageModel:
                 "shorten the text or use a smaller cartridge"
             )
         prefix = no_prefix(self.config) if cartridge is None else cartridge.checked(self.config).prefix
-        return _logits(self.params, tokens, segment_ids, jnp.asarray(positions, jnp.int32), *prefix, config=self.config)
+        inputs = tokens, segment_ids, jnp.asarray(positions, jnp.int32)
+        return _logits(self.params, inputs, prefix, config=self.config, mesh=sharding.mesh_of(self.params))
 
 
 def no_prefix(config: ModelConfig) -> tuple[Array, Array, None]:
@@ -72,17 +76,22 @@ def no_prefix(config: ModelConfig) -> tuple[Array, Array, None]:
     return empty_lpkh, empty_lpkh, None
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(params: Params, *inputs: Any, config: ModelConfig) -> Array:
-    hidden_btd = hidden_states(params, *inputs, config=config)
-    return jnp.einsum("btd,vd->btv", hidden_btd, head_weights(params), preferred_element_type=jnp.float32)
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _logits(params: Params, inputs: Any, prefix: Any, *, config: ModelConfig, mesh: Mesh) -> Array:
+    def logits(params: Params, inputs: Any, prefix: Any) -> Array:
+        hidden_btd = hidden_states(params, *inputs, *prefix, config=config)
+        return jnp.einsum("btd,vd->btv", hidden_btd, head_weights(params), preferred_element_type=jnp.float32)
+
+    specs = sharding.fitted(params, sharding.WEIGHTS, mesh), P(), sharding.fitted(prefix, sharding.CARTRIDGE, mesh)
+    return sharding.on_mesh(logits, mesh, specs, sharding.LOGITS)(params, inputs, prefix)
 
 
-def load_model(name: str, dtype: str = "float32") -> LanguageModel:
+def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:
     """Loads "smollm2-135m", a Hub id, a Hugging Face directory or a `.gguf` file, without torch.
 
     Args:
       dtype: of the weights. "auto" is bfloat16 where the hardware multiplies matrices of it faster, float32 elsewhere.
+      mesh: over whose devices the weights are spread (`sharding.make_mesh`); by default they come to one.
 
     Raises:
       ValueError: an unknown name or dtype, an unsupported family, weights that do not fit.
@@ -93,10 +102,10 @@ def load_model(name: str, dtype: str = "float32") -> LanguageModel:
     dtype = _fastest_dtype() if dtype == "auto" else dtype
     files = hub.resolve(name)
     if files.gguf is not None:
-        config, params, fingerprint = load_gguf(files.gguf, jnp.dtype(dtype))
+        config, params, fingerprint = load_gguf(files.gguf, jnp.dtype(dtype), mesh)
     else:
         assert files.directory is not None
-        config, params, fingerprint = load_hf(files.directory, jnp.dtype(dtype))
+        config, params, fingerprint = load_hf(files.directory, jnp.dtype(dtype), mesh)
     return LanguageModel(files.name, config, params, load_tokenizer(files), fingerprint)
 
 

@@ -1,23 +1,41 @@
 """Fills the parameter tree from named tensors: one table of names, every problem reported together.
 
-Both loaders (`hf.py`, `gguf.py`) speak Hugging Face names; a tensor is read, checked and placed one at a time.
+Both loaders (`hf.py`, `gguf.py`) speak Hugging Face names. A parameter is read, checked and placed before the next:
+of each tensor only the rows and columns that this process's devices hold, so that no host ever holds a large model.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
+from cartridges_jax import sharding
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, abstract_params
 
-ReadTensor = Callable[[str], np.ndarray]
+
+class Tensor(Protocol):
+    """A tensor in a file, of one or two axes: like a numpy array, but read only where it is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: Any) -> np.ndarray: ...
+
+
+ReadTensor = Callable[[str], Tensor]
+Bounds = tuple[tuple[int, int], ...]  # first and last index of a part of an array, for each axis
+SAMPLES = 256  # values of a tensor that go into the fingerprint
 
 # Hugging Face name inside a layer -> our name and the einops pattern from theirs to ours.
 LAYER = {
@@ -43,48 +61,96 @@ TOP = {
 }
 
 
-def load_params(config: ModelConfig, names: Iterable[str], read: ReadTensor, dtype: Any) -> tuple[Params, str]:
-    """Reads every parameter of `config` through `read`, casts it to `dtype` and stacks layers on axis 0.
+def load_params(
+    config: ModelConfig, names: Iterable[str], read: ReadTensor, dtype: Any, mesh: Mesh | None = None
+) -> tuple[Params, str]:
+    """Reads the parameters of `config` through `read`, casts them to `dtype` and stacks layers on axis 0.
+
+    Args:
+      mesh: on which they are laid as `sharding.WEIGHTS` says; by default they come to one device.
 
     Returns:
       The parameters and a fingerprint: SHA-256 over each tensor's name, shape and 256 evenly spaced values as float32.
 
     Raises:
-      ValueError: the missing, unknown and misshapen tensors, all in one sentence.
+      ValueError: the missing, unknown and misshapen tensors, all in one sentence; or a mesh that does not fit.
     """
     tree = abstract_params(config)
+    placements = None
+    if mesh is not None:
+        sharding.check(config, mesh)
+        placements = sharding.shardings(sharding.fitted(tree, sharding.WEIGHTS, mesh), mesh)
     expected = _expected(config, tree)
     available = {n for n in names if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         available.discard("lm_head.weight")  # a tied checkpoint may repeat the embedding
     problems = [f"{n} is missing" for n in sorted(expected.keys() - available)]
     problems += [f"{n} is unknown" for n in sorted(available - expected.keys())]
-    filled = jax.tree.map(lambda leaf: np.empty(leaf.shape, jnp.dtype(dtype)), tree)
-    digest = hashlib.sha256()
-    for name, (place, layer, pattern) in expected.items():
-        if name not in available:
-            continue
-        tensor = read(name)
-        target = _leaf(filled, place) if layer is None else _leaf(filled, place)[layer]
-        try:
-            ours = einops.rearrange(tensor, pattern, **({"h": config.head_dim} if "h" in pattern else {}))
-        except einops.EinopsError:
-            ours = tensor
-        if ours.shape != target.shape:
-            problems.append(f"{name} is {tensor.shape}, expected {target.shape} as {pattern!r}")
-            continue
-        target[...] = ours
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.size // 256)].astype(np.float32)
-        digest.update(f"{name}{tensor.shape}".encode() + sample.tobytes())
+    samples: dict[str, bytes] = {}
+
+    def load(path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
+        place = tuple(key.key for key in path)
+        placement = None if placements is None else _leaf(placements, place)
+        parts = {bounds: _empty(bounds, dtype) for bounds in _parts_here(leaf.shape, placement)}
+        for name, (home, layer, pattern) in expected.items():
+            if home != place or name not in available:
+                continue
+            tensor, ours = read(name), leaf.shape if layer is None else leaf.shape[1:]
+            if tuple(tensor.shape) != _theirs(pattern, ours, config.head_dim):
+                problems.append(f"{name} is {tuple(tensor.shape)}, expected {ours} as {pattern!r}")
+                continue
+            if placement is None:
+                tensor = tensor[:]  # read once, for its fingerprint too
+            for bounds, part in parts.items():
+                target, bounds = (part, bounds) if layer is None else (part[layer], bounds[1:])
+                ends = [_theirs(pattern, [bound[i] for bound in bounds], config.head_dim) for i in (0, 1)]
+                rows, *columns = (slice(*end) for end in zip(*ends, strict=True))
+                piece = tensor[rows][(slice(None), *columns)]
+                target[...] = einops.rearrange(piece, pattern, **({"h": config.head_dim} if "h" in pattern else {}))
+            samples[name] = f"{name}{tuple(tensor.shape)}".encode() + _sample(tensor).tobytes()
+        if placement is None:
+            return jnp.asarray(*parts.values())
+        return jax.make_array_from_callback(leaf.shape, placement, lambda index: parts[_bounds(index, leaf.shape)])
+
+    params = jax.tree.map_with_path(load, tree)
     if problems:
         shown = "; ".join(problems[:12]) + ("" if len(problems) <= 12 else f"; and {len(problems) - 12} more")
         raise ValueError(f"these weights do not fit a {config.family} of {config.num_layers} layers: {shown}")
-    leaves, structure = jax.tree.flatten(filled)
-    del filled, target
-    for i in range(len(leaves)):  # one by one, so that a model is never held twice
-        leaves[i] = jnp.asarray(leaves[i]).block_until_ready()
-    return jax.tree.unflatten(structure, leaves), digest.hexdigest()
+    digest = hashlib.sha256(b"".join(samples[name] for name in expected))
+    return params, digest.hexdigest()
+
+
+def _bounds(index: Sequence[slice], shape: tuple[int, ...]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _parts_here(shape: tuple[int, ...], placement: NamedSharding | None) -> list[Bounds]:
+    """The different parts of an array that this process's devices hold."""
+    if placement is None:
+        return [_bounds([slice(None)] * len(shape), shape)]
+    indices = placement.addressable_devices_indices_map(shape).values()
+    return sorted({_bounds(index, shape) for index in indices if index is not None})
+
+
+def _empty(bounds: Bounds, dtype: Any) -> np.ndarray:
+    return np.empty([stop - start for start, stop in bounds], jnp.dtype(dtype))
+
+
+def _theirs(pattern: str, ours: Sequence[int], head_dim: int) -> tuple[int, ...]:
+    """Sizes of our axes as sizes of theirs: "(n h) d -> d n h" takes (d, n, h) to (n * h, d). Ends of parts, too."""
+    left, right = pattern.split(" -> ")
+    sizes = dict(zip(right.split(), ours, strict=True))
+    axes = re.findall(r"\(\w h\)|\w", left)
+    return tuple(sizes[axis[1]] * head_dim if axis.startswith("(") else sizes[axis] for axis in axes)
+
+
+def _sample(tensor: Tensor) -> np.ndarray:
+    """Evenly spaced values in row-major order; only the rows that hold them are read."""
+    size = math.prod(tensor.shape)
+    index = np.arange(0, size, max(1, size // SAMPLES))
+    width = size // tensor.shape[0]
+    rows, where = np.unique(index // width, return_inverse=True)
+    return tensor[rows].reshape(len(rows), width)[where, index % width].astype(np.float32)
 
 
 def _expected(config: ModelConfig, tree: Params) -> dict[str, tuple[tuple[str, ...], int | None, str]]:

@@ -19,8 +19,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax import collectives
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.sharding import WEIGHTS
 
 Params = dict[str, Any]
 Rope = tuple[Float[Array, "b t h/2"], Float[Array, "b t h/2"]]  # cosine and sine
@@ -48,7 +50,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_btd: Array, rope: Rope, attend: Attend) -> tuple[Array, Any]:
         eps = self.config.norm_eps
-        y_btd = rms_norm(x_btd, self.attention_norm[...], eps)
+        y_btd = collectives.split(rms_norm(x_btd, self.attention_norm[...], eps))
         q_btnh = project("btd,dnh->btnh", y_btd, self.q[...])
         k_btkh = project("btd,dkh->btkh", y_btd, self.k[...])
         v_btkh = project("btd,dkh->btkh", y_btd, self.v[...])
@@ -58,10 +60,10 @@ class Block(nnx.Module):
         if self.config.qk_norm:
             q_btnh, k_btkh = rms_norm(q_btnh, self.q_norm[...], eps), rms_norm(k_btkh, self.k_norm[...], eps)
         o_btnh, extra = attend(rotate(q_btnh, rope), rotate(k_btkh, rope), v_btkh)
-        x_btd = x_btd + project("btnh,nhd->btd", o_btnh, self.o[...])
-        y_btd = rms_norm(x_btd, self.mlp_norm[...], eps)
+        x_btd = x_btd + collectives.joined(project("btnh,nhd->btd", o_btnh, self.o[...]))
+        y_btd = collectives.split(rms_norm(x_btd, self.mlp_norm[...], eps))
         y_btf = jax.nn.silu(project("btd,df->btf", y_btd, self.gate[...])) * project("btd,df->btf", y_btd, self.up[...])
-        return x_btd + project("btf,fd->btd", y_btf, self.down[...]), extra
+        return x_btd + collectives.joined(project("btf,fd->btd", y_btf, self.down[...])), extra
 
 
 class Decoder(nnx.Module):
@@ -89,7 +91,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def block_of(config: ModelConfig, layer_params: Params) -> Block:
     """A block over one layer's arrays: for `jax.lax.scan` bodies and for unrolled decoding."""
-    return nnx.merge(_split(config)[2], layer_params)
+    return nnx.merge(_split(config)[2], collectives.whole_layer(layer_params))
 
 
 def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
@@ -125,13 +127,15 @@ def hidden_states(
         layer_params, prefix_k_pkh, prefix_v_pkh, bias_pk = scanned
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            return prefix_attention(q, k, v, prefix_k_pkh, prefix_v_pkh, segment_ids, bias_pk, implementation), None
+            k, v = collectives.own_heads((k, v), config, axis=2)
+            *slots, bias = collectives.own_heads((prefix_k_pkh, prefix_v_pkh, bias_pk), config, axis=1)
+            return prefix_attention(q, k, v, *slots, segment_ids, bias, implementation), None
 
         return block_of(config, layer_params)(x_btd, rope, attend)
 
     policy = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
     body = jax.checkpoint(layer, prevent_cse=False, policy=policy)
-    x_btd, _ = jax.lax.scan(body, params["embed"][tokens], (params["blocks"], prefix_k, prefix_v, prefix_bias))
+    x_btd, _ = jax.lax.scan(body, embedded(params, tokens), (params["blocks"], prefix_k, prefix_v, prefix_bias))
     return rms_norm(x_btd, params["final_norm"], config.norm_eps)
 
 
@@ -145,12 +149,13 @@ def keys_and_values(
 
     def layer(x_1td: Array, layer_params: Params) -> tuple[Array, tuple[Array, Array]]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            none_pkh = jnp.zeros((0, *k.shape[2:]), k.dtype)
-            return prefix_attention(q, k, v, none_pkh, none_pkh, segment_ids_1t), (k[0], v[0])
+            own_k, own_v = collectives.own_heads((k, v), config, axis=2)
+            none_pkh = jnp.zeros((0, *own_k.shape[2:]), k.dtype)
+            return prefix_attention(q, own_k, own_v, none_pkh, none_pkh, segment_ids_1t), (k[0], v[0])
 
         return block_of(config, layer_params)(x_1td, rope, attend)
 
-    return jax.lax.scan(layer, params["embed"][tokens_1t], params["blocks"])[1]
+    return jax.lax.scan(layer, embedded(params, tokens_1t), params["blocks"])[1]
 
 
 def project(spec: str, x: Array, weight: Array) -> Array:
@@ -177,8 +182,12 @@ def _project_backward(spec: str, weight: Array, gradient: Array) -> tuple[Array,
 _project.defvjp(lambda spec, x, weight: (_project(spec, x, weight), weight), _project_backward)
 
 
+def embedded(params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    return collectives.lookup(collectives.whole(params["embed"], WEIGHTS["embed"]), tokens)
+
+
 def head_weights(params: Params) -> Float[Array, "v d"]:
-    return params.get("head", params["embed"])
+    return collectives.whole(params.get("head", params["embed"]), WEIGHTS["head"])
 
 
 def rope_tables(positions: Int[Array, "b t"], config: ModelConfig) -> Rope:

@@ -1,0 +1,144 @@
+"""Run by tests in a process of its own, with as many virtual CPU devices as the mesh needs: `PROGRAM OUTPUT`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import load_file
+
+from cartridges_jax import processes, sharding
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.losses import Batch
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.loading import load_params
+from cartridges_jax.models.transformer import Params, init_params
+from cartridges_jax.sharding import MeshConfig
+from cartridges_jax.step import TrainState, train_step
+
+CONFIG = ModelConfig("llama", 64, 2, 32, 8, 4, 8, 48, 1e-5, 1e4, 512, tie_embeddings=False)
+UNEVEN = dataclasses.replace(CONFIG, num_heads=6, num_kv_heads=3, qkv_bias=True, qk_norm=True, tie_embeddings=True)
+MESHES = {"8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "1x1x8": (1, 1, 8)}
+ACCUMULATION, ROWS, T, J, SLOTS = 2, 8, 16, 3, 12
+SGD = optax.sgd(1.0)
+
+
+def inputs(config: ModelConfig, rows: int = ROWS) -> tuple[Params, Cartridge, Batch]:
+    params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    slots = (config.num_layers, SLOTS, config.num_kv_heads, config.head_dim)
+    cartridge = Cartridge(draw(*slots), draw(*slots), draw(*slots[:3]))
+    shape = (ACCUMULATION, rows, T)
+    segments = np.sort(rng.integers(1, 4, shape), axis=-1).astype(np.int32)
+    first = np.argmax(segments[..., None] == segments[..., None, :], axis=-1)
+    batch = Batch(
+        rng.integers(0, config.vocab_size, shape).astype(np.int32),
+        segments,
+        (np.arange(T) - first).astype(np.int32),
+        rng.integers(0, config.vocab_size, (*shape, J)).astype(np.int32),
+        np.log(rng.random((*shape, J)) / J).astype(np.float32),
+        rng.random((*shape, J)) < 0.5,
+    )
+    return params, cartridge, batch
+
+
+def mesh_of(shape: tuple[int, int, int]) -> Any:
+    return sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+
+
+def step_and_logits(config: ModelConfig, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """What one step of plain gradient descent makes of the cartridge, its metrics, and the model's logits."""
+    mesh = mesh_of(shape)
+    sharding.check(config, mesh)
+    params, cartridge, batch = inputs(config)
+    tables = sharding.WEIGHTS, sharding.CARTRIDGE, sharding.BATCH
+    params, cartridge, batch = (
+        sharding.placed(a, t, mesh) for a, t in zip((params, cartridge, batch), tables, strict=True)
+    )
+    params, cartridge = jax.tree.map(jnp.asarray, (params, cartridge))
+    model = LanguageModel("tiny", config, params, None, "")  # type: ignore[arg-type]
+    logits = model.logits(np.asarray(batch.tokens)[0, :2], cartridge=cartridge)
+    state = TrainState(cartridge, SGD.init(cartridge), jnp.zeros((), jnp.int32))
+    options: dict[str, Any] = {"config": config, "tx": SGD, "tail": "bucket", "reduction": "token", "remat": "layers"}
+    before = jax.tree.map(lambda a: a.sharding, cartridge)
+    state, metrics = train_step(state, params, batch, mesh=mesh, **options)
+    if mesh.size > 1:
+        assert jax.tree.map(lambda a: a.sharding, state.cartridge) == before, "the cartridge stays where it was"
+    return {"logits": np.asarray(logits), **{k: np.asarray(v) for k, v in metrics.items()}} | {
+        name: np.asarray(getattr(state.cartridge, name)) for name in ("keys", "values", "bias")
+    }
+
+
+def equality(output: Path) -> None:
+    results = {"1x1x1": step_and_logits(CONFIG, (1, 1, 1)), "uneven 1x1x1": step_and_logits(UNEVEN, (1, 1, 1))}
+    results |= {name: step_and_logits(CONFIG, shape) for name, shape in MESHES.items()}
+    results["uneven 1x1x2"] = step_and_logits(UNEVEN, (1, 1, 2))
+    np.savez(output, **{f"{name}/{what}": a for name, values in results.items() for what, a in values.items()})
+
+
+def compiled(output: Path) -> None:
+    """The text of the step for a mesh of 4 by 4 by 2, and that of one device."""
+    config = dataclasses.replace(CONFIG, num_layers=3)
+    options: dict[str, Any] = {"config": config, "tx": SGD, "tail": "drop", "reduction": "token", "remat": "layers"}
+    params, cartridge, batch = inputs(config, rows=16)
+    state = TrainState(cartridge, SGD.init(cartridge), np.zeros((), np.int32))
+    for name, shape in (("4x4x2", (4, 4, 2)), ("1x1x1", (1, 1, 1))):
+        mesh = mesh_of(shape)
+        trees = (state, sharding.CARTRIDGE), (params, sharding.WEIGHTS), (batch, sharding.BATCH)
+        arguments = [abstract(tree, table, mesh) for tree, table in trees]
+        (output / f"{name}.txt").write_text(train_step.lower(*arguments, mesh=mesh, **options).compile().as_text())
+
+
+def abstract(tree: Any, table: Any, mesh: Any) -> Any:
+    placements = sharding.shardings(sharding.fitted(tree, table, mesh), mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placements)
+
+
+class Traced:
+    """A tensor that counts the bytes that are read of it, those for the fingerprint apart."""
+
+    def __init__(self, array: np.ndarray, counts: dict[str, int]):
+        self._array, self._counts, self.shape = array, counts, array.shape
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Traced(self._array[index], self._counts)
+        found = self._array[index]
+        self._counts["fingerprint" if isinstance(index, np.ndarray) else "parts"] += found.nbytes
+        return found
+
+
+def loading(output: Path) -> None:
+    """One of two processes loads its half of a model: what it read, what it holds, and the fingerprint."""
+    folder = output / "model"
+    with processes.joined_job(True):
+        counts = {"parts": 0, "fingerprint": 0}
+        config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+        tensors = load_file(folder / "model.safetensors")
+        read = {name: Traced(array, counts) for name, array in tensors.items()}
+        mesh = sharding.make_mesh(MeshConfig(fsdp=2))
+        params, fingerprint = load_params(config, read, read.__getitem__, np.float32, mesh)
+        held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+        whole = sharding.gathered(params)
+        expected, alone = load_params(config, tensors, tensors.__getitem__, np.float32)
+        same = jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, expected))
+        result = {**counts, "held": held, "whole": sum(a.nbytes for a in tensors.values()), "same": same}
+        result["fingerprints"] = [fingerprint, alone]
+        (output / f"{jax.process_index()}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    {"equality": equality, "compiled": compiled, "loading": loading}[sys.argv[1]](Path(sys.argv[2]))
