@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from typing import Literal
 
 from synth import seed_prompts
 
@@ -29,19 +30,25 @@ class ResourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ClientConfig:
-    base_url: str  # ends in /v1
+    base_url: str | tuple[str, ...]  # of an OpenAI-compatible server it ends in /v1; or those of several equal servers
     model: str
+    kind: Literal["openai"] = "openai"
     api_key: str | None = None
-    timeout_seconds: float = 120.0
+    timeout_seconds: float = 120.0  # for a whole request and its reply
     max_retries: int = 5
 
     def __post_init__(self):
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"config.client.base_url is {self.base_url!r}, expected something like http://127.0.0.1:8000/v1"
-            )
+        if not self.urls:
+            raise ValueError("config.client.base_url names no server, expected something like http://127.0.0.1:8000/v1")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"config.client.base_url is {url!r}, expected something like http://127.0.0.1:8000/v1")
         _at_least("client.timeout_seconds", self.timeout_seconds, 0.001)
         _at_least("client.max_retries", self.max_retries, 0)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +85,7 @@ class SynthConfig:
     output_dir: str
     num_conversations: int
     resource: ResourceConfig
-    client: ClientConfig
+    client: ClientConfig  # the model that answers, the teacher
     chunker: ChunkerConfig = ChunkerConfig()
     seed_prompts: tuple[str, ...] = tuple(seed_prompts.SEED_PROMPTS)  # one named twice is drawn twice as often
     conversations_per_chunk: int = 8  # they share a system prompt, so a server computes it once
@@ -91,6 +98,7 @@ class SynthConfig:
     min_prob_mass: float = 0.99
     system_prompt: str = SYSTEM_PROMPT
     seed: int = 0
+    question_client: ClientConfig | None = None  # the model that asks; None: the one that answers
 
     def __post_init__(self):
         for name in ("num_conversations", "conversations_per_chunk", "max_chunks_in_flight", "rounds", "top_logprobs"):

@@ -6,6 +6,7 @@ whole or absent. So those files are all that a killed run has to leave behind; t
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import hashlib
@@ -13,20 +14,25 @@ import json
 import logging
 import random
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from command_line import files
 from command_line.progress import Progress
-from synth import conversation
+from synth import conversation, tools
 from synth.chunkers import LocalTokenizer, TokenChunker
-from synth.clients.base import Unavailable
-from synth.clients.openai import OpenAIClient
-from synth.config import SynthConfig
+from synth.clients import connect
+from synth.clients.base import Busy, ChatMessages, Client, Completion, Unavailable
+from synth.config import ClientConfig, SamplingConfig, SynthConfig
 from synth.resources.text import TextFile
 from synth.self_study import all_or_none, study
+from synth.tools.base import Tool
 
+FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
 GIVE_UP_AFTER = 8  # batches that failed in a row
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +42,11 @@ FREE_KEYS = (
     "num_conversations",
     "max_chunks_in_flight",
     "resource.path",
-    "client.base_url",
-    "client.timeout_seconds",
-    "client.max_retries",
+    *(
+        f"{client}.{key}"
+        for client in ("client", "question_client")
+        for key in ("base_url", "timeout_seconds", "max_retries")
+    ),
 )
 
 
@@ -64,11 +72,18 @@ async def synthesize(config: SynthConfig) -> Path:
         finished = sum(sizes[index] for index in done)
         if finished:
             print(f"{output} holds {finished} of {config.num_conversations} conversations, going on from there")
-        async with OpenAIClient(config.client, random.Random(f"{config.seed}/retries")) as client:
+        answers, questions = config.client, config.question_client or config.client
+        async with (
+            _Retrying(connect(answers, answers.urls[0]), answers, config.seed) as client,
+            _Retrying(connect(questions, questions.urls[0]), questions, config.seed) as question_client,
+            tools.opened(config, text) as toolbox,
+        ):
             await client.check()
+            if config.question_client:
+                await question_client.check()
             tokenizer = LocalTokenizer(config.chunker.tokenizer) if config.chunker.tokenizer else client
             chunker = await TokenChunker.create(config.chunker, tokenizer, text)
-            await _work(missing, sizes, client, chunker, config)
+            await _work(missing, sizes, client, question_client, chunker, config, toolbox)
 
     parts = [_part(output, index) for index in range(len(sizes))]
     dropped = sum(int(conversation.read_notes(part)[1]["dropped"]) for part in parts)
@@ -83,8 +98,64 @@ async def synthesize(config: SynthConfig) -> Path:
     return dataset
 
 
+class _Retrying:
+    """A client that tries a call again, after growing waits, and counts the tokens that pass."""
+
+    def __init__(self, client: Client, config: ClientConfig, seed: int):
+        self._client, self._attempts = client, config.max_retries + 1
+        self._rng = random.Random(f"{seed}/retries")
+        self.prompt_tokens = self.completion_tokens = 0
+
+    async def __aenter__(self) -> Self:
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._client.__aexit__(*error)
+
+    async def check(self) -> None:
+        await self._client.check()
+
+    async def complete(
+        self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
+    ) -> Completion:
+        return self._count(await self._try(lambda: self._client.complete(messages, sampling, seed, top_logprobs)))
+
+    async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
+        return self._count(await self._try(lambda: self._client.score(messages, top_logprobs)))
+
+    async def tokenize(self, text: str) -> list[int]:
+        return await self._try(lambda: self._client.tokenize(text))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await self._try(lambda: self._client.detokenize(token_ids))
+
+    def _count(self, completion: Completion) -> Completion:
+        self.prompt_tokens += completion.prompt_tokens
+        self.completion_tokens += completion.completion_tokens
+        return completion
+
+    async def _try(self, call: Callable[[], Awaitable[T]]) -> T:
+        for attempt in range(1, self._attempts):
+            try:
+                return await call()
+            except Unavailable as error:
+                backoff = min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
+                asked = error.retry_after if isinstance(error, Busy) else 0.0
+                wait = max(asked, backoff * self._rng.uniform(0.5, 1.0))
+                log.warning("%s; retry %d of %d in %.1f s", error, attempt, self._attempts - 1, wait)
+                await asyncio.sleep(wait)
+        return await call()
+
+
 async def _work(
-    missing: list[int], sizes: list[int], client: OpenAIClient, chunker: TokenChunker, config: SynthConfig
+    missing: list[int],
+    sizes: list[int],
+    client: _Retrying,
+    question_client: _Retrying,
+    chunker: TokenChunker,
+    config: SynthConfig,
+    toolbox: Sequence[Tool],
 ) -> None:
     output = Path(config.output_dir)
     total, to_do = sum(sizes), sum(sizes[index] for index in missing)
@@ -96,7 +167,9 @@ async def _work(
 
     def note() -> str:
         seconds = max(time.monotonic() - start, 1e-9)
-        return f"tokens/s {client.prompt_tokens / seconds:.0f} in, {client.completion_tokens / seconds:.0f} out"
+        tokens_in = client.prompt_tokens + question_client.prompt_tokens
+        tokens_out = client.completion_tokens + question_client.completion_tokens
+        return f"tokens/s {tokens_in / seconds:.0f} in, {tokens_out / seconds:.0f} out"
 
     async def worker() -> None:
         nonlocal failed_in_a_row
@@ -104,7 +177,7 @@ async def _work(
         while queue and failed_in_a_row < GIVE_UP_AFTER:
             index = queue.popleft()
             try:
-                batch = await study(index, sizes[index], client, chunker, config)
+                batch = await study(index, sizes[index], client, question_client, chunker, config, toolbox)
             except Unavailable as error:
                 failed_in_a_row += 1
                 failures[index] = str(error)
@@ -168,7 +241,8 @@ def _is_complete(dataset: Path, config: SynthConfig) -> bool:
 def _claim(output: Path, config: SynthConfig, text: str) -> None:
     """Ties the folder to its config once it holds data, and refuses any other config then: parts of two would mix."""
     ours = dataclasses.asdict(config) | {"document_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    del ours["client"]["api_key"]
+    for client in filter(None, (ours["client"], ours["question_client"])):
+        del client["api_key"]
     ours = json.loads(json.dumps(ours))
     path = output / "config.json"
     if (output / "dataset.parquet").exists() or any((output / "parts").glob("*.parquet")):

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import math
 import random
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from synth import seed_prompts
@@ -19,6 +19,7 @@ from synth.clients.base import Client, Completion
 from synth.config import SamplingConfig, SynthConfig
 from synth.conversation import Conversation, Message, flatten
 from synth.seed_prompts import SeedPrompt
+from synth.tools.base import Tool
 
 ATTEMPTS = 3  # at a question or an answer that is not empty
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -32,7 +33,15 @@ class Batch:
     dropped: int  # left out, because a question or an answer stayed empty
 
 
-async def study(index: int, count: int, client: Client, chunker: TokenChunker, config: SynthConfig) -> Batch:
+async def study(
+    index: int,
+    count: int,
+    answer_client: Client,
+    question_client: Client,
+    chunker: TokenChunker,
+    config: SynthConfig,
+    tools: Sequence[Tool] = (),
+) -> Batch:
     """Batch `index`: `count` conversations about one chunk. It depends on its index alone, so any order will do."""
     rng = random.Random(f"{config.seed}/{index}")
     # Steps of the golden ratio spread any number of batches evenly over the document; uniform draws would leave holes.
@@ -50,14 +59,17 @@ async def study(index: int, count: int, client: Client, chunker: TokenChunker, c
             "model": config.client.model,
         }
         instruction = rng.choice(config.instructions)
-        conversations.append(_converse(client, config, system_prompt, prompt, instruction, metadata))
+        conversations.append(
+            _converse(answer_client, question_client, config, system_prompt, prompt, instruction, metadata)
+        )
     results = await all_or_none(conversations)
     kept = [conversation for conversation in results if conversation is not None]
     return Batch(kept, len(results) - len(kept))
 
 
 async def _converse(
-    client: Client,
+    answer_client: Client,
+    question_client: Client,
     config: SynthConfig,
     system_prompt: str,
     prompt: SeedPrompt,
@@ -76,7 +88,7 @@ async def _converse(
             turns.append(("given", 0))
         else:
             seen = [system, task, *({"role": _other(m.role), "content": m.content} for m in messages)]
-            question = await _say_something(client, seen, config.question, f"{where}/question")
+            question = await _say_something(question_client, seen, config.question, f"{where}/question")
             if question is None:
                 return None
             text = question.text
@@ -88,7 +100,7 @@ async def _converse(
             turns.append((question.finish_reason, question.completion_tokens))
 
         seen = [system, *({"role": m.role, "content": m.content} for m in messages)]
-        answer = await _say_something(client, seen, config.answer, f"{where}/answer", config.top_logprobs)
+        answer = await _say_something(answer_client, seen, config.answer, f"{where}/answer", config.top_logprobs)
         if answer is None:
             return None
         top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)

@@ -2,64 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
-import email.utils
-import json
-import logging
 import math
-import random
-import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-import aiohttp
-
-from synth.clients.base import Completion, Refused, Unavailable
+from synth.clients.base import ChatMessages, Completion, Refused, Unavailable
+from synth.clients.http import Http
 from synth.config import ClientConfig, SamplingConfig
-
-FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
-RETRIED_STATUSES = (408, 429)  # and every 5xx
-
-log = logging.getLogger(__name__)
 
 
 class OpenAIClient:
-    """An async context manager: `async with OpenAIClient(config, rng) as client`. Counts the tokens that pass."""
-
-    def __init__(self, config: ClientConfig, rng: random.Random):
-        self._config, self._rng = config, rng
-        self._url = config.base_url.rstrip("/")
+    def __init__(self, config: ClientConfig, url: str):
+        self._config = config
+        self._url = url.rstrip("/")
         self._root = self._url.removesuffix("/v1")  # where /tokenize lives
-        self.prompt_tokens = self.completion_tokens = 0
+        self._http = Http(config.timeout_seconds, config.api_key)
 
-    async def __aenter__(self) -> OpenAIClient:
-        key = self._config.api_key
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # the pipeline bounds the requests in flight
-            timeout=aiohttp.ClientTimeout(total=self._config.timeout_seconds),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._http.__aexit__()
 
     async def check(self) -> None:
-        """Raises a sentence unless a server answers and serves the model: better now than after a document was read."""
+        """Raises a sentence unless a server answers and serves the model."""
         url = f"{self._url}/models"
         try:
-            async with self._session.get(url) as response:
-                status, text = response.status, await response.text()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(
-                f"no inference server answers at {self._url}: start one with python -m cartridges_jax.serve "
-                "or change config.client.base_url"
-            ) from error
-        if status >= 400:
-            raise (Unavailable if _retried(status) else Refused)(
-                f"GET {url} gave HTTP {status}, expected a list of models: {_server_words(text)}"
-            )
-        models = _parse(text, url).get("data")
+            reply = await self._http.get(url)
+        except Unavailable as error:
+            if error.kind in ("connection", "timeout"):
+                raise Unavailable(
+                    f"no inference server answers at {self._url}: start one with python -m cartridges_jax.serve "
+                    "or change config.client.base_url",
+                    error.kind,
+                ) from error
+            raise
+        models = reply.get("data") if isinstance(reply, dict) else None
         if not isinstance(models, list):
             raise Refused(f"GET {url} gave no list of models: config.client.base_url should end in /v1")
         served = [str(model.get("id")) for model in models if isinstance(model, dict)]
@@ -70,7 +49,7 @@ class OpenAIClient:
             )
 
     async def complete(
-        self, messages: Sequence[dict[str, str]], sampling: SamplingConfig, seed: int, top_logprobs: int = 0
+        self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
     ) -> Completion:
         body: dict[str, Any] = {
             "model": self._config.model,
@@ -87,14 +66,17 @@ class OpenAIClient:
             # Alternatives come as text otherwise, and text does not say which token it was.
             body |= {"logprobs": True, "top_logprobs": top_logprobs, "return_tokens_as_token_ids": True}
         url = f"{self._url}/chat/completions"
-        reply = await self._post(url, body)
+        reply = await self._http.post(url, body)
         try:
             completion = _completion(reply, bool(top_logprobs))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Refused(f"{url} gave a reply that is not a chat completion ({error!r})") from error
-        self.prompt_tokens += completion.prompt_tokens
-        self.completion_tokens += completion.completion_tokens
+            raise Unavailable(
+                f"{url} gave a reply that is not a chat completion ({error!r})", "broken reply"
+            ) from error
         return completion
+
+    async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
+        raise NotImplementedError
 
     async def tokenize(self, text: str) -> list[int]:
         vllm = {"model": self._config.model, "prompt": text, "add_special_tokens": False}
@@ -110,7 +92,7 @@ class OpenAIClient:
         problem = f"{url} gave no {' or '.join(keys)}"
         for body in bodies:
             try:
-                reply = await self._post(url, body)
+                reply = await self._http.post(url, body)
             except Refused as refusal:
                 problem = str(refusal)
                 continue
@@ -120,69 +102,6 @@ class OpenAIClient:
         raise Refused(
             f"{problem}: set config.chunker.tokenizer to a tokenizer.json, a folder that holds one, or a Hub id"
         )
-
-    async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        attempts = self._config.max_retries + 1
-        for attempt in range(1, attempts + 1):
-            wait = 0.0
-            try:
-                async with self._session.post(url, json=body) as response:
-                    text = await response.text()
-                    if response.status < 400:
-                        return _parse(text, url)
-                    problem = f"HTTP {response.status}: {_server_words(text)}"
-                    if not _retried(response.status):
-                        raise Refused(f"{url} refused a request, {problem}")
-                    wait = _retry_after(response.headers.get("Retry-After"))
-            except TimeoutError:
-                problem = f"no answer in {self._config.timeout_seconds:g} s"
-            except aiohttp.ClientError as error:
-                problem = str(error) or type(error).__name__
-            if attempt == attempts:
-                break
-            backoff = min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
-            wait = max(wait, backoff * self._rng.uniform(0.5, 1.0))
-            log.warning("%s: %s; retry %d of %d in %.1f s", url, problem, attempt, attempts - 1, wait)
-            await asyncio.sleep(wait)
-        raise Unavailable(f"{url} failed {attempts} times, at last with {problem}")
-
-
-def _retried(status: int) -> bool:
-    return status in RETRIED_STATUSES or status >= 500
-
-
-def _parse(text: str, url: str) -> dict[str, Any]:
-    try:
-        reply = json.loads(text)
-    except ValueError as error:
-        raise Refused(f"{url} gave a reply that is not JSON: {text[:100]!r}") from error
-    if not isinstance(reply, dict):
-        raise Refused(f"{url} gave a reply that is not a JSON object: {text[:100]!r}")
-    return reply
-
-
-def _server_words(text: str) -> str:
-    """The message inside an error reply, in OpenAI's shape or another."""
-    try:
-        reply = json.loads(text)
-        error = reply.get("error", reply)
-        return str(error.get("message") or error.get("detail") or text) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError):
-        return " ".join(text.split())[:300] or "no message"
-
-
-def _retry_after(header: str | None) -> float:
-    """Seconds, from either form that HTTP allows."""
-    if not header:
-        return 0.0
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return 0.0
 
 
 def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
@@ -197,7 +116,9 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
         rows = tuple(tuple(map(_pair, entry["top_logprobs"])) for entry in entries)
         token_ids = [_token_id(entry) for entry in entries] if token_ids is None else token_ids
         if len(token_ids) - len(rows) not in (0, 1):  # some servers count the end-of-turn token, but give no logprobs
-            raise Refused(f"the server gave {len(token_ids)} token ids with logprobs of {len(rows)} tokens")
+            raise Unavailable(
+                f"the server gave {len(token_ids)} token ids with logprobs of {len(rows)} tokens", "wrong tokens"
+            )
     usage = reply.get("usage") or {}
     return Completion(
         text=text,
@@ -213,7 +134,7 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
 def _pair(entry: dict[str, Any]) -> tuple[int, float]:
     logprob = float(entry["logprob"])
     if math.isnan(logprob):
-        raise Refused(f"the server gave a logprob that is not a number: {entry}")
+        raise Unavailable(f"the server gave a logprob that is not a number: {entry}", "broken reply")
     return _token_id(entry), logprob
 
 

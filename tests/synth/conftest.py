@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer
 
-from synth.clients import openai
+from synth import pipeline
 from synth.config import ChunkerConfig, ClientConfig, ResourceConfig, SynthConfig
 
 TEXT = "".join(
@@ -24,7 +24,7 @@ def server() -> Iterator[StubServer]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(pipeline, "FIRST_BACKOFF_SECONDS", 0.02)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ MODEL = "stub"
 
 
 class StubServer:
-    """`faults` are used up one a chat request: a status, (status, headers), "drop" or "hang"."""
+    """`faults` are used up one a chat request: a status, (status, headers), or the name of one in `_chat`."""
 
     def __init__(self):
         self.requests: list[dict[str, Any]] = []
@@ -93,6 +93,17 @@ class StubServer:
                 request.transport.abort()
             elif fault == "hang":
                 await asyncio.sleep(3)
+            elif fault == "broken":
+                return web.Response(text='{"choices": [', content_type="application/json")
+            elif fault == "empty":
+                return web.json_response({"choices": []})
+            elif fault == "short":
+                response = web.StreamResponse(headers={"Content-Length": "1000"})
+                await response.prepare(request)
+                await response.write(b'{"choices": [')
+                assert request.transport
+                request.transport.close()
+                return response
             elif fault is not None:
                 status, headers = fault if isinstance(fault, tuple) else (fault, {})
                 return web.json_response({"error": {"message": "no thanks"}}, status=status, headers=headers)

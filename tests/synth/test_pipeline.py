@@ -288,3 +288,9 @@ def test_no_jax_behind_synth():
     code = "import json, sys, synth.__main__; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert not {"jax", "jaxlib", "flax", "torch", "cartridges_jax"} & set(json.loads(found.stdout))
+
+
+def test_passing_faults_are_tried_again(server: StubServer, make_config: MakeConfig, caplog: pytest.LogCaptureFixture):
+    server.faults.extend([503, "drop", "broken"])
+    assert len(make(make_config(max_chunks_in_flight=1))) == 10
+    assert len([record for record in caplog.records if "retry 1 of 3" in record.message]) == 3
