@@ -177,15 +177,17 @@ async def _work(
         while queue and failed_in_a_row < GIVE_UP_AFTER:
             index = queue.popleft()
             try:
-                batch = await study(index, sizes[index], client, question_client, chunker, config, toolbox)
+                talks = await study(index, sizes[index], client, question_client, chunker, config, toolbox)
+                held = await all_or_none(talk.hold() for talk in talks)
             except Unavailable as error:
                 failed_in_a_row += 1
                 failures[index] = str(error)
                 log.error("batch %d (%d conversations) failed: %s", index, sizes[index], error)
                 continue
             failed_in_a_row = 0
-            notes = {"requested": str(sizes[index]), "dropped": str(batch.dropped)}
-            conversation.write(_part(output, index), batch.conversations, notes)
+            kept = [one for one in held if one is not None]
+            notes = {"requested": str(sizes[index]), "dropped": str(len(held) - len(kept))}
+            conversation.write(_part(output, index), kept, notes)
             progress.advance(sizes[index], note())
 
     try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import math
 import random
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from synth import seed_prompts
@@ -28,9 +29,13 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    conversations: list[Conversation]
-    dropped: int  # left out, because a question or an answer stayed empty
+class Talk:
+    """One conversation that may be held: how it begins, and what holds it (None: a message stayed empty)."""
+
+    index: int
+    system_prompt: str
+    prompt: SeedPrompt
+    hold: Callable[[], Coroutine[Any, Any, Conversation | None]]
 
 
 async def study(
@@ -41,30 +46,33 @@ async def study(
     chunker: TokenChunker,
     config: SynthConfig,
     tools: Sequence[Tool] = (),
-) -> Batch:
-    """Batch `index`: `count` conversations about one chunk. It depends on its index alone, so any order will do."""
+) -> list[Talk]:
+    """Batch `index`: `count` conversations about one chunk, none of them begun.
+
+    Each depends on its own index alone, so any of them may be held, in any order.
+    """
     rng = random.Random(f"{config.seed}/{index}")
     # Steps of the golden ratio spread any number of batches evenly over the document; uniform draws would leave holes.
     position = (random.Random(f"{config.seed}/position").random() + index * GOLDEN_RATIO) % 1.0
     chunk = await chunker.chunk(rng, position)
     system_prompt = config.system_prompt.replace("{chunk}", chunk.text)
-    conversations = []
+    talks = []
     for i in range(count):
         prompt = seed_prompts.draw(config.seed_prompts, chunk.text, rng)
+        number = index * config.conversations_per_chunk + i
         metadata = {
             "seed_prompt": prompt.text,
             "seed_prompt_type": prompt.kind,
             "chunk_span": [chunk.start, chunk.end],
-            "conversation_index": index * config.conversations_per_chunk + i,
+            "conversation_index": number,
             "model": config.client.model,
         }
         instruction = rng.choice(config.instructions)
-        conversations.append(
-            _converse(answer_client, question_client, config, system_prompt, prompt, instruction, metadata)
+        hold = functools.partial(
+            _converse, answer_client, question_client, config, system_prompt, prompt, instruction, metadata
         )
-    results = await all_or_none(conversations)
-    kept = [conversation for conversation in results if conversation is not None]
-    return Batch(kept, len(results) - len(kept))
+        talks.append(Talk(number, system_prompt, prompt, hold))
+    return talks
 
 
 async def _converse(
