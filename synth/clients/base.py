@@ -5,13 +5,16 @@ A client makes one attempt per call, at one server. Whoever holds several server
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol, Self
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Self
 
 from synth.config import SamplingConfig
 
 ChatMessages = Sequence[dict[str, str]]
+OWN_TOKENIZER = "set config.chunker.tokenizer to a tokenizer.json, a folder that holds one, or a Hub id"
 TopRows = tuple[tuple[tuple[int, float], ...], ...]  # per token: (token id, log-probability) pairs
 
 
@@ -44,6 +47,37 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+
+
+@contextlib.contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Around code that takes a reply apart: what it trips over is the reply's fault, and passes."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Unavailable(f"{url} gave a reply with a part missing or wrong ({error!r})", "broken reply") from error
+
+
+def finite(logprob: Any) -> float:
+    """A log-probability; a server in trouble gives NaN, which no JSON parser minds."""
+    value = float(logprob)
+    if math.isnan(value):
+        raise Unavailable("the server gave a logprob that is not a number", "broken reply")
+    return value
+
+
+def answer_span(opened: list[int], empty: list[int], whole: list[int]) -> slice:
+    """Where an answer's tokens stand in those of the conversation that it ends, its end-of-turn token included.
+
+    Told from the same conversation up to the point where the answer begins, and with an empty answer. Raises: Refused.
+    """
+    first, tail = len(opened), empty[len(opened) :]
+    end = len(whole) - len(tail)
+    if not tail or end <= first or not empty[:first] == whole[:first] == opened or whole[end:] != tail:
+        raise Refused("the model's chat template alters what stands around an answer, so its tokens cannot be told")
+    return slice(first, end + 1)
 
 
 class Client(Protocol):

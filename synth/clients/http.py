@@ -42,6 +42,31 @@ class Http:
     async def post_for_bytes(self, url: str, body: dict[str, Any]) -> bytes:
         return await self._bytes("POST", url, body)
 
+    async def models(self, url: str) -> list[str]:
+        """The models that the server at `url` serves, from OpenAI's list of them or Together's bare one."""
+        try:
+            reply = await self.get(f"{url}/models")
+        except Unavailable as error:
+            if error.kind not in ("connection", "timeout"):
+                raise
+            raise Unavailable(
+                f"no inference server answers at {url}: start one with python -m cartridges_jax.serve "
+                "or change config.client.base_url",
+                error.kind,
+            ) from error
+        models = reply.get("data") if isinstance(reply, dict) else reply
+        if not isinstance(models, list):
+            raise Refused(f"GET {url}/models gave no list of models: config.client.base_url should end in /v1")
+        return [str(model.get("id")) for model in models if isinstance(model, dict)]
+
+    async def check_model(self, url: str, model: str) -> None:
+        served = await self.models(url)
+        if model not in served:
+            raise Refused(
+                f"{url} does not serve {model!r}, it serves {', '.join(served) or 'nothing'}: "
+                "change config.client.model"
+            )
+
     async def _bytes(self, method: str, url: str, body: dict[str, Any] | None) -> bytes:
         try:
             async with self._session.request(method, url, json=body) as response:

@@ -1,13 +1,29 @@
-"""Any OpenAI-compatible server: vLLM, llama-server, `python -m cartridges_jax.serve`."""
+"""An OpenAI-compatible server that gives token ids: vLLM, llama-server, `python -m cartridges_jax.serve`.
+
+Their dialects: vLLM and ours tell the sampled ids when `return_token_ids` asks for them and those of alternatives as
+`token_id:N` when `return_tokens_as_token_ids` does; llama-server puts an `id` into every entry, asked or not. All three
+give log-probabilities of the model itself, before temperature and truncation (vLLM: unless started with another
+`--logprobs-mode`). vLLM: docs.vllm.ai, OpenAI-compatible server; llama-server: tools/server/README.md of llama.cpp.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Self
 
-from synth.clients.base import ChatMessages, Completion, Refused, Unavailable
+from synth.clients.alignment import Alignment
+from synth.clients.base import (
+    OWN_TOKENIZER,
+    ChatMessages,
+    Completion,
+    Refused,
+    Unavailable,
+    answer_span,
+    finite,
+    reading,
+)
 from synth.clients.http import Http
+from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
 
 
@@ -17,6 +33,8 @@ class OpenAIClient:
         self._url = url.rstrip("/")
         self._root = self._url.removesuffix("/v1")  # where /tokenize lives
         self._http = Http(config.timeout_seconds, config.api_key)
+        own = ChatTokenizer(config.tokenizer) if config.tokenizer else None
+        self._alignment = Alignment(own.decode if own else self.detokenize)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()
@@ -26,27 +44,7 @@ class OpenAIClient:
         await self._http.__aexit__()
 
     async def check(self) -> None:
-        """Raises a sentence unless a server answers and serves the model."""
-        url = f"{self._url}/models"
-        try:
-            reply = await self._http.get(url)
-        except Unavailable as error:
-            if error.kind in ("connection", "timeout"):
-                raise Unavailable(
-                    f"no inference server answers at {self._url}: start one with python -m cartridges_jax.serve "
-                    "or change config.client.base_url",
-                    error.kind,
-                ) from error
-            raise
-        models = reply.get("data") if isinstance(reply, dict) else None
-        if not isinstance(models, list):
-            raise Refused(f"GET {url} gave no list of models: config.client.base_url should end in /v1")
-        served = [str(model.get("id")) for model in models if isinstance(model, dict)]
-        if self._config.model not in served:
-            raise Refused(
-                f"{self._url} does not serve {self._config.model!r}, it serves {', '.join(served) or 'nothing'}: "
-                "change config.client.model"
-            )
+        await self._http.check_model(self._url, self._config.model)
 
     async def complete(
         self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
@@ -56,27 +54,63 @@ class OpenAIClient:
             "messages": list(messages),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            # llama-server's defaults, and vLLM's for some models, would leave most tokens out
+            "top_k": 0,
+            "min_p": 0.0,
             "max_tokens": sampling.max_tokens,
             "seed": seed,
             "return_token_ids": True,
         }
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if sampling.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": sampling.thinking > 0}
         if top_logprobs:
             # Alternatives come as text otherwise, and text does not say which token it was.
             body |= {"logprobs": True, "top_logprobs": top_logprobs, "return_tokens_as_token_ids": True}
         url = f"{self._url}/chat/completions"
         reply = await self._http.post(url, body)
-        try:
+        with reading(url):
             completion = _completion(reply, bool(top_logprobs))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Unavailable(
-                f"{url} gave a reply that is not a chat completion ({error!r})", "broken reply"
-            ) from error
+        if completion.top_logprobs:
+            await self._alignment.check(completion, sampling.stop)
         return completion
 
     async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
-        raise NotImplementedError
+        before = list(messages[:-1])
+        opened = await self._chat_ids(before, add_generation_prompt=True)
+        empty = await self._chat_ids([*before, {"role": "assistant", "content": ""}], add_generation_prompt=False)
+        url = f"{self._url}/chat/completions"
+        body = self._conversation(messages, add_generation_prompt=False) | {
+            "max_tokens": 1,
+            "prompt_logprobs": top_logprobs,
+            "return_token_ids": True,
+        }
+        reply = await self._http.post(url, body)
+        if not reply.get("prompt_logprobs"):
+            raise Refused(f"{url} gives no prompt_logprobs: vLLM and cartridges_jax.serve do")
+        with reading(url):
+            whole = list(map(int, reply["prompt_token_ids"]))
+            rows = [_best(row, top_logprobs) for row in reply["prompt_logprobs"]]
+            prompt_tokens = int(reply["usage"]["prompt_tokens"])
+        if len(rows) != len(whole):
+            raise Unavailable(f"{url} gave {len(whole)} prompt ids with logprobs of {len(rows)}", "wrong tokens")
+        part = answer_span(opened, empty, whole)
+        ids = tuple(whole[part])
+        return Completion(messages[-1]["content"], ids, tuple(rows[part]), "given", prompt_tokens, 0, 0)
+
+    async def _chat_ids(self, messages: ChatMessages, *, add_generation_prompt: bool) -> list[int]:
+        body = self._conversation(messages, add_generation_prompt=add_generation_prompt)
+        return await self._ask_tokenizer("tokenize", (body,), ("tokens",))
+
+    def _conversation(self, messages: ChatMessages, *, add_generation_prompt: bool) -> dict[str, Any]:
+        return {
+            "model": self._config.model,
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+            # an answer that is given was not thought over
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
 
     async def tokenize(self, text: str) -> list[int]:
         vllm = {"model": self._config.model, "prompt": text, "add_special_tokens": False}
@@ -99,14 +133,15 @@ class OpenAIClient:
             for key in keys:
                 if reply.get(key):
                     return reply[key]
-        raise Refused(
-            f"{problem}: set config.chunker.tokenizer to a tokenizer.json, a folder that holds one, or a Hub id"
-        )
+        raise Refused(f"{problem}: {OWN_TOKENIZER}")
 
 
 def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
     choice = reply["choices"][0]
-    text = choice["message"].get("content") or ""
+    message = choice["message"]
+    text = message.get("content") or ""
+    if message.get("reasoning_content") or message.get("reasoning"):
+        raise Refused("the server sets the model's thinking apart from its answer: start it without a reasoning parser")
     entries = (choice.get("logprobs") or {}).get("content") or []
     token_ids = choice.get("token_ids")
     rows = None
@@ -122,7 +157,7 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
     usage = reply.get("usage") or {}
     return Completion(
         text=text,
-        token_ids=None if token_ids is None else tuple(token_ids),
+        token_ids=None if token_ids is None else tuple(map(int, token_ids)),
         top_logprobs=rows,
         finish_reason=choice.get("finish_reason") or "unknown",
         prompt_tokens=usage.get("prompt_tokens") or 0,
@@ -132,10 +167,7 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
 
 
 def _pair(entry: dict[str, Any]) -> tuple[int, float]:
-    logprob = float(entry["logprob"])
-    if math.isnan(logprob):
-        raise Unavailable(f"the server gave a logprob that is not a number: {entry}", "broken reply")
-    return _token_id(entry), logprob
+    return _token_id(entry), finite(entry["logprob"])
 
 
 def _token_id(entry: dict[str, Any]) -> int:
@@ -149,3 +181,9 @@ def _token_id(entry: dict[str, Any]) -> int:
         f"the server gives no token ids with its logprobs (token {token!r}): vLLM, llama-server and "
         "cartridges_jax.serve do"
     )
+
+
+def _best(row: dict[str, dict[str, Any]] | None, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` best of a prompt position; the prompt's own token comes along however unlikely it is."""
+    pairs = [(int(token_id), finite(entry["logprob"])) for token_id, entry in (row or {}).items()]
+    return tuple(sorted(pairs, key=lambda pair: -pair[1])[:count])
