@@ -36,6 +36,7 @@ class ClientConfig:
     api_key: str | None = None
     timeout_seconds: float = 120.0  # for a whole request and its reply
     max_retries: int = 5
+    deadline_seconds: float = 1800.0  # for a call, all its attempts together
 
     def __post_init__(self):
         if not self.urls:
@@ -45,6 +46,7 @@ class ClientConfig:
                 raise ValueError(f"config.client.base_url is {url!r}, expected something like http://127.0.0.1:8000/v1")
         _at_least("client.timeout_seconds", self.timeout_seconds, 0.001)
         _at_least("client.max_retries", self.max_retries, 0)
+        _at_least("client.deadline_seconds", self.deadline_seconds, 0.001)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -81,6 +83,18 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """What leaves the dataset. All of it stays in the run's parts and is counted, so any switch may change later."""
+
+    empty: bool = True  # a message without words
+    truncated: bool = False  # a message that reached its token limit
+    repetition: bool = False  # an answer that says the same again and again
+    text_talk: bool = False  # an answer that talks about "the text" or "the context"
+    refusal: bool = False  # an answer that begins by declining
+    near_duplicate: bool = False  # a first question much like that of an earlier conversation
+
+
+@dataclasses.dataclass(frozen=True)
 class SynthConfig:
     output_dir: str
     num_conversations: int
@@ -97,7 +111,9 @@ class SynthConfig:
     top_logprobs: int = 20
     min_prob_mass: float = 0.99
     system_prompt: str = SYSTEM_PROMPT
+    filters: FilterConfig = FilterConfig()
     seed: int = 0
+    dry_run: bool = False  # show sample prompts and an estimate, and call nobody
     question_client: ClientConfig | None = None  # the model that asks; None: the one that answers
 
     def __post_init__(self):

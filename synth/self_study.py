@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import itertools
 import math
 import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -30,12 +31,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """One conversation that may be held: how it begins, and what holds it (None: a message stayed empty)."""
+    """One conversation that may be held: how it begins, and what holds it."""
 
     index: int
     system_prompt: str
     prompt: SeedPrompt
-    hold: Callable[[], Coroutine[Any, Any, Conversation | None]]
+    hold: Callable[[], Coroutine[Any, Any, Conversation]]
 
 
 async def study(
@@ -83,7 +84,8 @@ async def _converse(
     prompt: SeedPrompt,
     instruction: str,
     metadata: dict[str, Any],
-) -> Conversation | None:
+) -> Conversation:
+    """One that ends early, with an empty message, is one for the filters."""
     system = {"role": "system", "content": system_prompt}
     task = {"role": "user", "content": prompt.text}
     messages: list[Message] = []
@@ -97,23 +99,23 @@ async def _converse(
         else:
             seen = [system, task, *({"role": _other(m.role), "content": m.content} for m in messages)]
             question = await _say_something(question_client, seen, config.question, f"{where}/question")
-            if question is None:
-                return None
             text = question.text
-            if not messages and instruction != "{question}":
+            if text.strip() and not messages and instruction != "{question}":
                 text = instruction.replace("{question}", text.strip())
             # the ids that were sampled are the text's only if nothing was added and nothing cut off
             is_whole = text == question.text and not config.question.stop
             messages.append(Message(text, "user", question.token_ids if is_whole else None))
             turns.append((question.finish_reason, question.completion_tokens))
+            if not text.strip():
+                break
 
         seen = [system, *({"role": m.role, "content": m.content} for m in messages)]
         answer = await _say_something(answer_client, seen, config.answer, f"{where}/answer", config.top_logprobs)
-        if answer is None:
-            return None
         top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)
         messages.append(Message(answer.text, "assistant", answer.token_ids, top_logprobs))
         turns.append((answer.finish_reason, answer.completion_tokens))
+        if not answer.text.strip():
+            break
     metadata |= {
         "finish_reasons": [reason for reason, _ in turns],
         "completion_tokens": [tokens for _, tokens in turns],
@@ -123,13 +125,14 @@ async def _converse(
 
 async def _say_something(
     client: Client, messages: list[dict[str, str]], sampling: SamplingConfig, where: str, top_logprobs: int = 0
-) -> Completion | None:
-    for attempt in range(ATTEMPTS):
-        seed = random.Random(f"{where}/{attempt}").getrandbits(31)
+) -> Completion:
+    """Asks again, with another seed, while nothing comes; empty at last."""
+    for attempt in itertools.count(1):
+        seed = random.Random(f"{where}/{attempt - 1}").getrandbits(31)
         completion = await client.complete(messages, sampling, seed, top_logprobs)
-        if completion.text.strip():
+        if completion.text.strip() or attempt == ATTEMPTS:
             return completion
-    return None
+    raise AssertionError("unreachable")
 
 
 def _other(role: str) -> str:
