@@ -135,6 +135,7 @@ def write_tables(
         with files.atomic(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
             for tables_of_group in _groups(tables):
                 writer.write_table(pa.concat_tables(tables_of_group))
+                pa.default_memory_pool().release_unused()  # else what was freed piles up
             writer.add_key_value_metadata(dict(notes()))
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}") from error
@@ -210,7 +211,7 @@ def read_table(path: Path) -> pa.Table:
     with _open(path) as file:
         _check_columns(path, file.schema_arrow)
         try:
-            return file.read()
+            return file.read(use_threads=False)  # each would keep memory of its own
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged, delete it and run again: {_first_line(error)}") from error
 

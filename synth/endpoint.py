@@ -12,12 +12,15 @@ import collections
 import dataclasses
 import logging
 import random
+from typing import Literal
 
 FIRST_LIMIT = 16.0
 SLOWEST = 2.0  # times the best pace: beyond, more calls at once would only wait for each other
 FORGET = 1.02  # a window: what was the best pace once may not be for what is asked now
 SHUT_AFTER = 5  # failures in a row
 FIRST_SHUT_SECONDS, LONGEST_SHUT_SECONDS = 1.0, 30.0
+
+Failure = Literal["busy", "silence", "fault"]  # it asked for fewer calls, or did not answer in time, or anything else
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class Endpoint:
         self._is_probed = False
         self._shut_until = self._shut_at = self._paused_until = self._halved_at = 0.0
         self._is_doubling, self._best_pace = True, float("inf")
-        self._start_window()
+        self._start_window(0.0)
 
     def is_ready(self, now: float) -> bool:
         return self._failures < SHUT_AFTER and now >= self._paused_until
@@ -59,9 +62,10 @@ class Endpoint:
         return max(self._paused_until, self._shut_until)
 
     @property
-    def load(self) -> float:
-        """What there is to do when one more call comes, against what it can take."""
-        return (self.in_flight + len(self._line) + 1) / self.limit
+    def load(self) -> tuple[bool, float]:
+        """Lower is better for one more call: first who has room, by what is done there; then the shortest line."""
+        calls = self.in_flight + len(self._line)
+        return (False, calls) if calls < int(self.limit) else (True, calls / self.limit)
 
     def has_room(self, now: float, called: bool) -> bool:
         """Whether a call may begin; `called`: it comes from the head of the line, nobody else overtakes those in it."""
@@ -94,22 +98,23 @@ class Endpoint:
         if self._failures >= SHUT_AFTER:
             log.warning("%s answers again", self.name)
         self._failures = 0
-        if tokens:
+        if tokens and ticket.begun >= self._window_start:
             self._window_seconds += now - ticket.begun
             self._window_tokens += tokens
             self._window_calls += 1
             if self._window_calls >= self.limit:
-                self._end_window()
+                self._end_window(now)
         self.left(ticket)
 
-    def failed(self, ticket: Ticket, now: float, is_too_much: bool, retry_after: float = 0.0) -> None:
-        """`is_too_much`: it asked for fewer calls, or fell silent. What began before the last change is no news."""
+    def failed(self, ticket: Ticket, now: float, how: Failure, retry_after: float = 0.0) -> None:
+        """What began before the last change is no news: it cannot have known better."""
         self._paused_until = max(self._paused_until, now + retry_after)
-        if is_too_much and ticket.begun >= self._halved_at:
+        is_news = ticket.begun >= self._halved_at
+        if how != "fault" and is_news:
             self.limit = max(1.0, self.limit / 2)
             self._halved_at, self._is_doubling = now, False
-            self._start_window()
-        if ticket.begun >= self._shut_at:
+            self._start_window(now)
+        if ticket.begun >= self._shut_at and (how != "busy" or is_news):
             self._failures += 1
             if self._failures >= SHUT_AFTER:
                 self.shut(now)
@@ -131,7 +136,7 @@ class Endpoint:
         self._shut_at, self._shut_until = now, now + seconds
         # It may come back as another machine.
         self.limit, self._is_doubling, self._best_pace = min(self.limit, FIRST_LIMIT), True, float("inf")
-        self._start_window()
+        self._start_window(now)
 
     def _call(self, count: int) -> None:
         while count > 0 and self._line:
@@ -140,16 +145,17 @@ class Endpoint:
                 turn.set_result(None)
                 count -= 1
 
-    def _start_window(self) -> None:
+    def _start_window(self, now: float) -> None:
+        self._window_start = now
         self._window_seconds, self._window_tokens, self._window_calls = 0.0, 0, 0
         self._was_full = False
 
-    def _end_window(self) -> None:
-        """As many replies as calls fit in: time for one decision."""
+    def _end_window(self, now: float) -> None:
+        """As many replies as calls fit in, to calls that began under this limit: time for one decision."""
         pace = self._window_seconds / self._window_tokens
         self._best_pace = min(pace, self._best_pace * FORGET)
         if pace > SLOWEST * self._best_pace:
             self._is_doubling = False
         elif self._was_full:  # else nobody knows how it would do with more
             self.limit += self.limit if self._is_doubling else 1
-        self._start_window()
+        self._start_window(now)

@@ -28,7 +28,8 @@ _TEXT_TALK = re.compile(
 _REFUSAL = re.compile(
     r"\s*(?:(?:i['\u2019]m|i am)\s+(?:very\s+|really\s+)?(?:sorry|afraid|unable)"
     r"|(?:sorry|unfortunately),?\s+(?:but\s+)?i\b"
-    r"|i\s+(?:apologi[sz]e|can(?:no|['\u2019])t|could\s+not|do\s+not\s+have|don['\u2019]t\s+have|won['\u2019]t)\b|as an ai\b)",
+    r"|i\s+(?:apologi[sz]e|can(?:no|['\u2019])t|could\s+not|do\s+not\s+have|don['\u2019]t\s+have|won['\u2019]t)\b"
+    r"|as an ai\b)",
     re.IGNORECASE,
 )
 

@@ -98,8 +98,10 @@ class Fleet:
                 raise Unavailable(text, "timeout") from error
         except Unavailable as error:
             self.errors[error.kind] += 1
-            is_busy = isinstance(error, Busy)
-            endpoint.failed(ticket, _now(), is_busy or error.kind == "timeout", error.retry_after if is_busy else 0.0)
+            if isinstance(error, Busy):
+                endpoint.failed(ticket, _now(), "busy", error.retry_after)
+            else:
+                endpoint.failed(ticket, _now(), "silence" if error.kind == "timeout" else "fault")
             raise
         except BaseException:
             endpoint.left(ticket)

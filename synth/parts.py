@@ -20,7 +20,7 @@ from synth import conversation
 from synth.conversation import ROWS_PER_GROUP, Conversation
 
 FEW_ROWS, MANY_PARTS = 64, 32  # that many parts with fewer rows each become one
-PARTS_IN_MEMORY = 8
+PARTS_IN_MEMORY = 4
 
 _NAME = re.compile(r"part-(\d+)\.parquet")
 

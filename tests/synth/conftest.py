@@ -26,6 +26,7 @@ def server() -> Iterator[StubServer]:
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "FIRST_BACKOFF_SECONDS", 0.02)
     monkeypatch.setattr(endpoint, "FIRST_SHUT_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint, "LONGEST_SHUT_SECONDS", 0.2)
 
 
 @pytest.fixture

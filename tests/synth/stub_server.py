@@ -22,6 +22,7 @@ class StubServer:
     def __init__(self):
         self.requests: list[dict[str, Any]] = []
         self.faults: collections.deque[Any] = collections.deque()
+        self.next_fault: Callable[[], Any] = lambda: self.faults.popleft() if self.faults else None
         self.in_flight = self.most_in_flight = 0
         self.latency = 0.0
         self.ids = "token_id:N"  # how alternatives carry their ids: "token_id:N", "id", "token_id" or "none"
@@ -87,7 +88,7 @@ class StubServer:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await asyncio.sleep(self.latency)
-            fault = self.faults.popleft() if self.faults else None
+            fault = self.next_fault()
             if fault == "drop":
                 assert request.transport
                 request.transport.abort()
@@ -104,6 +105,10 @@ class StubServer:
                 assert request.transport
                 request.transport.close()
                 return response
+            elif fault == "wrong tokens":
+                answer = self._answer(body)
+                answer["choices"][0]["token_ids"] = [1] * 99
+                return web.json_response(answer)
             elif fault is not None:
                 status, headers = fault if isinstance(fault, tuple) else (fault, {})
                 return web.json_response({"error": {"message": "no thanks"}}, status=status, headers=headers)
