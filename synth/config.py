@@ -52,6 +52,7 @@ class ClientConfig:
     tokenizer: str | None = None  # folder or Hub id: sglang needs it, others check their texts by it
     raw_logprobs: bool | None = None  # whether they are those before temperature; None: as the kind has it by default
     batch_size: int = 1  # tokasaurus: calls that go into one synchronous batch
+    deadline_seconds: float = 1800.0  # for a call, all its attempts together
 
     def __post_init__(self):
         if not self.urls:
@@ -69,6 +70,7 @@ class ClientConfig:
             )
         if self.batch_size > 1 and self.kind != "tokasaurus":
             raise ValueError(f"config.client.batch_size is {self.batch_size}, but only kind='tokasaurus' knows batches")
+        _at_least("client.deadline_seconds", self.deadline_seconds, 0.001)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -170,6 +172,18 @@ class ExistingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """What leaves the dataset. All of it stays in the run's parts and is counted, so any switch may change later."""
+
+    empty: bool = True  # a message without words
+    truncated: bool = False  # a message that reached its token limit
+    repetition: bool = False  # an answer that says the same again and again
+    text_talk: bool = False  # an answer that talks about "the text" or "the context"
+    refusal: bool = False  # an answer that begins by declining
+    near_duplicate: bool = False  # a first question much like that of an earlier conversation
+
+
+@dataclasses.dataclass(frozen=True)
 class SynthConfig:
     output_dir: str
     num_conversations: int
@@ -186,7 +200,9 @@ class SynthConfig:
     top_logprobs: int = 20
     min_prob_mass: float = 0.99
     system_prompt: str = SYSTEM_PROMPT
+    filters: FilterConfig = FilterConfig()
     seed: int = 0
+    dry_run: bool = False  # show sample prompts and an estimate, and call nobody
     question_client: ClientConfig | None = None  # the model that asks; None: the one that answers
     description: str = ""  # one sentence that stands before each chunk: what the whole text is
     chunks_per_context: int = 1

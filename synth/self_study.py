@@ -33,12 +33,12 @@ ChatMessage = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """One conversation that may be held: how it begins, and what holds it (None: a message stayed empty)."""
+    """One conversation that may be held: how it begins, and what holds it."""
 
     index: int
     system_prompt: str
     prompt: SeedPrompt
-    hold: Callable[[], Coroutine[Any, Any, Conversation | None]]
+    hold: Callable[[], Coroutine[Any, Any, Conversation]]
 
 
 async def study(
@@ -107,19 +107,20 @@ class _Sides:
 
     async def say(
         self, side: Side, seen: list[ChatMessage], where: str, top_logprobs: int = 0, scale: int = 1
-    ) -> Completion | None:
-        """A message that is not empty; `scale` times as long as the config allows one to be."""
+    ) -> Completion:
+        """A message, asked for again while it is empty; `scale` times as long as the config allows one to be."""
         client, sampling = self._of(side)
         thinking = sampling.thinking and float(random.Random(f"{where}/thinking").random() < sampling.thinking)
         sampling = dataclasses.replace(sampling, thinking=thinking, max_tokens=sampling.max_tokens * scale)
         if thinking and sampling.thinking_instruction:
             last = seen[-1]
             seen = [*seen[:-1], {**last, "content": f"{last['content']}\n\n{sampling.thinking_instruction}"}]
-        for attempt in range(ATTEMPTS):
-            completion = await client.complete(seen, sampling, _seed(f"{where}/{attempt}"), top_logprobs)
+        completion = await client.complete(seen, sampling, _seed(f"{where}/0"), top_logprobs)
+        for attempt in range(1, ATTEMPTS):
             if completion.text.strip():
-                return completion
-        return None
+                break
+            completion = await client.complete(seen, sampling, _seed(f"{where}/{attempt}"), top_logprobs)
+        return completion
 
     async def consult(self, side: Side, seen: list[ChatMessage], where: str) -> list[dict[str, Any]]:
         """What the side's calls of tools gave."""
@@ -156,12 +157,12 @@ class _FirstQuestions:
         self._joined += 1
         return self._joined - 1
 
-    async def question(self, place: int, sides: _Sides, system: ChatMessage) -> str | None:
-        """Whoever comes first asks for all, so the list is the same whoever that is."""
+    async def question(self, place: int, sides: _Sides, system: ChatMessage) -> str:
+        """Whoever comes first asks for all, and the list is the same whoever that is; empty past its end."""
         async with self._lock:
             if self._questions is None:
                 self._questions = await self._ask(sides, system)
-        return self._questions[place] if place < len(self._questions) else None
+        return self._questions[place] if place < len(self._questions) else ""
 
     async def _ask(self, sides: _Sides, system: ChatMessage) -> list[str]:
         task = f"{self.prompt.text}\n\nDo this {self._size} times, each time about something else."
@@ -171,7 +172,7 @@ class _FirstQuestions:
             where = f"{sides.config.seed}/questions/{self._first}/{attempt}"
             seen = [system, {"role": "user", "content": task}]
             said = await sides.say("question", seen, where, scale=self._size)
-            best = max(best, _listed(spoken(said.text)) if said else [], key=len)
+            best = max(best, _listed(spoken(said.text)), key=len)
             if len(best) >= self._size:
                 break
         return best
@@ -184,7 +185,8 @@ async def _converse(
     place: int,
     instruction: str,
     metadata: dict[str, Any],
-) -> Conversation | None:
+) -> Conversation:
+    """One that ends early, with an empty message, is one for the filters."""
     config = sides.config
     system = {"role": "system", "content": system_prompt}
     task = {"role": "user", "content": asked.prompt.text}
@@ -208,34 +210,32 @@ async def _converse(
             messages.append(Message(asked.prompt.text, "user"))
             turns.append(("given", 0))
         elif asked.is_shared and not messages:
-            listed = await asked.question(place, sides, system)
-            if listed is None:
-                return None
-            messages.append(Message(instruction.replace("{question}", listed), "user"))
+            text = await asked.question(place, sides, system)
+            messages.append(Message(text and instruction.replace("{question}", text), "user"))
             turns.append(("listed", 0))
         else:
             seen = [system, task, *({"role": _other(m.role), "content": spoken(m.content)} for m in messages)]
             seen = await look_up("question", seen, f"{where}/question")
             question = await sides.say("question", seen, f"{where}/question")
-            text = spoken(question.text) if question else ""
-            if question is None or not text.strip():
-                return None
-            if not messages and instruction != "{question}":
+            text = spoken(question.text)
+            if text.strip() and not messages and instruction != "{question}":
                 text = instruction.replace("{question}", text.strip())
             # the ids that were sampled are the text's only if nothing was added and nothing cut off
             is_whole = text == question.text and not config.question.stop
             is_ours = config.question_client is None  # another model's ids mean nothing here
             messages.append(Message(text, "user", question.token_ids if is_whole and is_ours else None))
             turns.append((question.finish_reason, question.completion_tokens))
+        if not messages[-1].content.strip():
+            break
 
         seen = [system, *({"role": m.role, "content": spoken(m.content)} for m in messages)]
         seen = await look_up("answer", seen, f"{where}/answer")
         answer = await sides.say("answer", seen, f"{where}/answer", config.top_logprobs)
-        if answer is None:
-            return None
         top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)
         messages.append(Message(answer.text, "assistant", answer.token_ids, top_logprobs))
         turns.append((answer.finish_reason, answer.completion_tokens))
+        if not answer.text.strip():
+            break
     metadata |= {
         "finish_reasons": [reason for reason, _ in turns],
         "completion_tokens": [tokens for _, tokens in turns],

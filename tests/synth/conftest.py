@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer
 
-from synth import pipeline
+from synth import endpoint, fleet
 from synth.config import ChunkerConfig, ClientConfig, ResourceConfig, SynthConfig
 
 TEXT = "".join(
@@ -24,7 +24,9 @@ def server() -> Iterator[StubServer]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(fleet, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(endpoint, "FIRST_SHUT_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint, "LONGEST_SHUT_SECONDS", 0.2)
 
 
 @pytest.fixture

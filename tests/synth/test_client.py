@@ -7,7 +7,7 @@ from email.utils import formatdate
 from typing import Any
 
 import pytest
-from stub_server import MODEL, StubServer
+from stub_server import MODEL, WORDS, StubServer
 
 from synth.clients.base import Busy, Completion, Refused, Unavailable
 from synth.clients.openai import OpenAIClient
@@ -33,7 +33,7 @@ def ask(server: StubServer, top_logprobs: int = 3, **settings: Any) -> Completio
 def test_token_ids_in_every_dialect(server: StubServer, ids: str):
     server.ids = ids
     completion = ask(server)
-    assert completion.token_ids == tuple(int(word[1:]) for word in completion.text.split())
+    assert completion.token_ids == tuple(WORDS + int(word[1:]) for word in completion.text.split())
     assert completion.top_logprobs is not None and len(completion.top_logprobs) == len(completion.token_ids)
     assert completion.top_logprobs[0][:2] == ((completion.token_ids[0], -0.5), (completion.token_ids[0] + 1, -1.5))
     assert (completion.finish_reason, completion.prompt_tokens) == ("stop", 7)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer
 
-from synth import conversation
+from synth import conversation, pipeline
 from synth.clients.base import Unavailable
-from synth.config import ChunkerConfig, ClientConfig, SamplingConfig, SynthConfig
+from synth.config import ChunkerConfig, ClientConfig, FilterConfig, SamplingConfig, SynthConfig
 from synth.pipeline import synthesize
 
 MakeConfig = Callable[..., SynthConfig]
@@ -50,7 +50,7 @@ def test_conversations(server: StubServer, make_config: MakeConfig, capsys: pyte
     assert len({m.system_prompt for m in made[:4]}) == 1, "a batch shares its chunk"
     assert len({m.system_prompt for m in made}) == 3
     printed = capsys.readouterr().out
-    assert "10 conversations" in printed and "dropped as empty: 0; duplicates: 0" in printed
+    assert "10 of 10 conversations" in printed and "found: empty 0, truncated 0, repetition 0" in printed
 
 
 def test_what_each_side_sees(server: StubServer, make_config: MakeConfig):
@@ -125,9 +125,12 @@ def test_empty_answers_are_sampled_again_then_dropped(
     made = make(config)
     assert 20 < len(made) < 40, "one in eight stays empty three times, twice a conversation"
     assert all(message.content for one in made for message in one.messages)
-    assert f"dropped as empty: {40 - len(made)}" in capsys.readouterr().out
+    assert f"empty {40 - len(made)} (dropped)" in capsys.readouterr().out
+    asked = len(server.requests)
+    assert len(make(dataclasses.replace(config, filters=FilterConfig(empty=False)))) == 40
+    assert len(server.requests) == asked, "another choice of filters asks for nothing"
     server.empty = lambda body: True
-    with pytest.raises(ValueError, match="all 10 conversations came out empty"):
+    with pytest.raises(ValueError, match=r"the filters leave none of 10 conversations \(empty 10 \(dropped\)"):
         make(make_config(output_dir=config.output_dir + "2"))
 
 
@@ -144,7 +147,7 @@ def test_more_conversations_go_on_from_there(server: StubServer, make_config: Ma
     asked = len(server.requests)
     more = make(make_config(num_conversations=18))
     assert more[:10] == few and len(more) == 18
-    assert len(server.requests) - asked == 20, "the last batch was short: it is made again, the whole ones are not"
+    assert len(server.requests) - asked == 16, "two calls for each that was not there"
     assert more == make(make_config(num_conversations=18, output_dir=str(tmp_path / "fresh")))
     with pytest.raises(ValueError, match=r"num_conversations is 4, but .* was made for 18"):
         make(make_config(num_conversations=4))
@@ -171,7 +174,10 @@ def test_a_folder_without_data_belongs_to_nobody(server: StubServer, make_config
         make(config)
 
 
-def test_truncated_part_is_made_again(server: StubServer, make_config: MakeConfig, caplog: pytest.LogCaptureFixture):
+def test_truncated_part_is_made_again(
+    server: StubServer, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(pipeline, "ROWS_PER_PART", 4)
     config = make_config()
     made = make(config)
     (Path(config.output_dir) / "dataset.parquet").unlink()
@@ -183,14 +189,16 @@ def test_truncated_part_is_made_again(server: StubServer, make_config: MakeConfi
     assert "part-00001.parquet is not a whole Parquet file" in caplog.text
 
 
-def test_failed_batches_are_counted_and_made_by_the_next_run(server: StubServer, make_config: MakeConfig):
+def test_failed_conversations_are_counted_and_made_by_the_next_run(server: StubServer, make_config: MakeConfig):
     config = make_config(max_chunks_in_flight=1, client=ClientConfig(server.url, MODEL, max_retries=0))
     server.faults.append(503)
-    with pytest.raises(Unavailable, match=r"4 of 10 conversations are missing, 1 batches failed and 0 were not tried"):
+    with pytest.raises(Unavailable, match=r"1 of 10 conversations are missing, 1 failed and 0 were not finished"):
         make(config)
-    assert len(parts(config)) == 2
+    assert len(parts(config)) == 1
     assert not (Path(config.output_dir) / "dataset.parquet").exists()
+    asked = len(server.requests)
     assert len(make(config)) == 10
+    assert len(server.requests) - asked == 2
 
 
 def test_a_server_that_went_away_is_not_waited_for(server: StubServer, make_config: MakeConfig):
