@@ -63,7 +63,10 @@ def test_passing_faults_are_tried_again_counted_and_logged(
     assert "retry 1 of 3" in caplog.text
 
 
-def test_a_thousand_failures_are_a_few_lines(servers: list[StubServer], caplog: pytest.LogCaptureFixture):
+def test_a_thousand_failures_are_a_few_lines(
+    servers: list[StubServer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(endpoint, "SHUT_AFTER", 10_000)
     for server in servers:
         server.next_fault = lambda: 500
 

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -226,27 +225,6 @@ def command(make_config: MakeConfig, tmp_path: Path) -> Callable[..., list[str]]
         return [sys.executable, "-m", "synth", f"--config={tmp_path / 'config.py'}"]
 
     return make_command
-
-
-def test_killed_at_any_moment(server: StubServer, make_config: MakeConfig, command: Callable[..., list[str]]):
-    server.latency = 0.03
-    config = make_config(num_conversations=48)
-    rng = random.Random(0)
-    for _ in range(3):
-        goal = len(server.requests) + rng.randint(8, 24)
-        process = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(server.requests) < goal and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert 0 < len(parts(config)) < 12
-    finished = subprocess.run(command(), capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "going on from there" in finished.stdout
-    server.latency = 0.0
-    resumed = conversation.read(Path(config.output_dir) / "dataset.parquet")
-    assert resumed == make(make_config(num_conversations=48, output_dir=config.output_dir + "-uninterrupted"))
 
 
 def test_ctrl_c_stops_cleanly(server: StubServer, command: Callable[..., list[str]]):
