@@ -18,12 +18,12 @@ from typing import Any
 
 from command_line import files
 from command_line.progress import Progress
-from synth import conversation
-from synth.chunkers import LocalTokenizer, TokenChunker
+from synth import chunkers, conversation
+from synth.chunkers import Chunker, LocalTokenizer
 from synth.clients.base import Unavailable
 from synth.clients.openai import OpenAIClient
 from synth.config import SynthConfig
-from synth.resources.text import TextFile
+from synth.resources import reading
 from synth.self_study import all_or_none, study
 
 GIVE_UP_AFTER = 8  # batches that failed in a row
@@ -36,6 +36,7 @@ FREE_KEYS = (
     "num_conversations",
     "max_chunks_in_flight",
     "resource.path",
+    "resource.api_url",
     "client.base_url",
     "client.timeout_seconds",
     "client.max_retries",
@@ -51,8 +52,9 @@ async def synthesize(config: SynthConfig) -> Path:
     """
     output = Path(config.output_dir)
     dataset = output / "dataset.parquet"
-    text = TextFile(config.resource).read()
-    _claim(output, config, text)
+    corpus = reading.read(config.resource, output)
+    _claim(output, config, corpus.to_string())
+    reading.keep(config.resource, corpus, output)
     if _is_complete(dataset, config):
         print(f"{dataset} is complete")
         return dataset
@@ -67,7 +69,7 @@ async def synthesize(config: SynthConfig) -> Path:
         async with OpenAIClient(config.client, random.Random(f"{config.seed}/retries")) as client:
             await client.check()
             tokenizer = LocalTokenizer(config.chunker.tokenizer) if config.chunker.tokenizer else client
-            chunker = await TokenChunker.create(config.chunker, tokenizer, text)
+            chunker = await chunkers.create(config.chunker, tokenizer, corpus)
             await _work(missing, sizes, client, chunker, config)
 
     parts = [_part(output, index) for index in range(len(sizes))]
@@ -84,7 +86,7 @@ async def synthesize(config: SynthConfig) -> Path:
 
 
 async def _work(
-    missing: list[int], sizes: list[int], client: OpenAIClient, chunker: TokenChunker, config: SynthConfig
+    missing: list[int], sizes: list[int], client: OpenAIClient, chunker: Chunker, config: SynthConfig
 ) -> None:
     output = Path(config.output_dir)
     total, to_do = sum(sizes), sum(sizes[index] for index in missing)

@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from synth import seed_prompts
-from synth.chunkers import TokenChunker
+from synth.chunkers import Chunker
 from synth.clients.base import Client, Completion
 from synth.config import SamplingConfig, SynthConfig
 from synth.conversation import Conversation, Message, flatten
@@ -32,7 +32,7 @@ class Batch:
     dropped: int  # left out, because a question or an answer stayed empty
 
 
-async def study(index: int, count: int, client: Client, chunker: TokenChunker, config: SynthConfig) -> Batch:
+async def study(index: int, count: int, client: Client, chunker: Chunker, config: SynthConfig) -> Batch:
     """Batch `index`: `count` conversations about one chunk. It depends on its index alone, so any order will do."""
     rng = random.Random(f"{config.seed}/{index}")
     # Steps of the golden ratio spread any number of batches evenly over the document; uniform draws would leave holes.
@@ -46,6 +46,7 @@ async def study(index: int, count: int, client: Client, chunker: TokenChunker, c
             "seed_prompt": prompt.text,
             "seed_prompt_type": prompt.kind,
             "chunk_span": [chunk.start, chunk.end],
+            "resource": chunk.resource,
             "conversation_index": index * config.conversations_per_chunk + i,
             "model": config.client.model,
         }
