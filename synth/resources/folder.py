@@ -34,9 +34,8 @@ def read(path: str, include: Sequence[str] = ()) -> list[Section]:
         if wanted is None or wanted.match_file(name):
             sections += _read_file(file, name)
     if not sections:
-        raise ValueError(
-            f"{path} holds no text" + (f" that fits config.resource.include, {include}" if include else "")
-        )
+        fitting = f" that fits config.resource.include, {include}" if include else ""
+        raise ValueError(f"{path} holds no text{fitting}")
     return sections
 
 

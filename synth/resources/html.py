@@ -11,43 +11,10 @@ from synth.resources.sections import Heading, Section, at_headings
 from synth.resources.text import read as read_whole
 
 LEFT_OUT = ("head", "script", "style", "noscript", "template", "svg", "nav", "iframe", "button")
-BLOCKS = [
-    "address",
-    "article",
-    "aside",
-    "blockquote",
-    "body",
-    "br",
-    "dd",
-    "details",
-    "div",
-    "dl",
-    "dt",
-    "figcaption",
-    "figure",
-    "footer",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "header",
-    "hr",
-    "li",
-    "main",
-    "ol",
-    "p",
-    "pre",
-    "section",
-    "summary",
-    "table",
-    "tbody",
-    "tfoot",
-    "thead",
-    "tr",
-    "ul",
-]
+BLOCK = re.compile(
+    "address|article|aside|blockquote|body|br|dd|details|div|dl|dt|figcaption|figure|footer|h[1-6]|header|hr|li|main|ol"
+    "|p|pre|section|summary|table|tbody|tfoot|thead|tr|ul"
+)
 CELLS = ("td", "th")
 HEADING = re.compile(r"h([1-6])")
 
@@ -106,7 +73,7 @@ class _Text:
                 waiting += [(child, False) for child in reversed(node.contents)]
 
     def _enter(self, node: Any) -> None:
-        if node.name in BLOCKS:
+        if BLOCK.fullmatch(node.name):
             self._end_line()
         self._verbatim += node.name == "pre"
         if found := HEADING.fullmatch(node.name):
@@ -120,7 +87,7 @@ class _Text:
 
     def _leave(self, node: Any) -> None:
         self._verbatim -= node.name == "pre"
-        if node.name in BLOCKS:
+        if BLOCK.fullmatch(node.name):
             self._end_line()
 
     def _write(self, text: str) -> None:

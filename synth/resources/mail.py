@@ -51,9 +51,7 @@ def read_gmail(address: str, api_url: str | None = None) -> list[Section]:
     """
     token = os.environ.get(GMAIL_TOKEN)
     if not token:
-        raise ValueError(
-            f"{address} needs an OAuth access token that may read mail, in the environment's {GMAIL_TOKEN}"
-        )
+        raise ValueError(f"{address} needs an OAuth token that may read mail, in the environment's {GMAIL_TOKEN}")
     query = address.removeprefix("gmail:")
     api = Api(api_url or GMAIL_URL, token)
     threads: dict[str, list[tuple[int, Section]]] = {}

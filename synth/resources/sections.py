@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
 SEPARATOR = " > "  # between a heading and the one below it
 
 _DEFINITION = re.compile(
-    r"""^(?:(?:export|default|public|private|protected|internal|static|abstract|final|async|unsafe|pub(?:\([^)]*\))?)[ ]+)*
+    r"""^(?:(?:export|default|public|private|protected|internal|static|abstract|final|async|unsafe|pub(?:\([^)]*\))?)
+            [ ]+)*
         (?:def|class|func|function\*?|fn|struct|enum|trait|impl|interface|module|type|namespace|record)\b
         (?:<[^>]*>)? [ ]+ (?:\([^)]*\)[ ]*)? (?P<name>(?:[\w.$]|::)+)
       | ^\w[\w\s*&:<>,]*? \b(?P<function>\w+)\([^;=]*\)\s*\{[^;}]*$  # C and its kin
@@ -64,7 +66,7 @@ def at_definitions(code: str, name: str) -> list[Section]:
 def _cut(lines: Sequence[str], begins: Sequence[tuple[int, str]], name: str) -> list[Section]:
     sections = []
     edges = [(0, ""), *begins, (len(lines), "")]
-    for (start, title), (end, _) in zip(edges, edges[1:], strict=False):
+    for (start, title), (end, _) in itertools.pairwise(edges):
         if text := "".join(lines[start:end]):
             sections.append(Section(f"{name}{SEPARATOR}{title}" if title else name, text))
     return sections

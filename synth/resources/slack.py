@@ -147,10 +147,8 @@ def _line(message: Message, users: Mapping[str, str], is_reply: bool) -> str:
     text = _LINK.sub(lambda found: f"{found[2]} ({found[1]})" if found[2] else found[1], text)
     for entity, character in _ENTITIES:
         text = text.replace(entity, character)
-    names = [
-        str(file.get("title") or file.get("name")) for file in message.get("files") or () if isinstance(file, dict)
-    ]
-    text = " ".join([text, *(f"[file: {name}]" for name in names)]).strip()
+    files = [file for file in message.get("files") or () if isinstance(file, dict)]
+    text = " ".join([text, *(f"[file: {file.get('title') or file.get('name')}]" for file in files)]).strip()
     if not text:
         return ""
     who = users.get(str(message.get("user"))) or message.get("username") or message.get("user") or "someone"

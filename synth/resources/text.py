@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def markdown_headings(text: str) -> list[Heading]:
     tokens = extras.load("markdown_it", "a Markdown file").MarkdownIt().parse(text)
     return [
         Heading(starts[token.map[0]], int(token.tag[1]), inside.content)
-        for token, inside in zip(tokens, tokens[1:], strict=False)
+        for token, inside in itertools.pairwise(tokens)
         if token.type == "heading_open" and token.level == 0
     ]
 

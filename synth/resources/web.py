@@ -50,10 +50,9 @@ class Api:
         for attempt in range(1, ATTEMPTS + 1):
             wait = min(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS)
             try:
-                with self._opener.open(
-                    urllib.request.Request(url, headers=self._headers), timeout=TIMEOUT_SECONDS
-                ) as r:
-                    body = r.read(largest + 1)
+                request = urllib.request.Request(url, headers=self._headers)
+                with self._opener.open(request, timeout=TIMEOUT_SECONDS) as reply:
+                    body = reply.read(largest + 1)
                 if len(body) > largest:
                     raise ValueError(f"{url} gave more than {largest} bytes: refused")
                 return body

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_characters_repeat_the_end_of_the_chunk_before(total: int, size: int, da
     assert found[0].start == 0 and found[-1].end == total
     for chunk in found:
         assert chunk.text == text[chunk.start : chunk.end] and len(chunk.text) == min(size, total)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         assert before.end - after.start >= overlap and after.end > before.end
         assert not overlap or before.text[-overlap:] == after.text[before.end - overlap - after.start :][:overlap]
 
@@ -151,7 +152,7 @@ def test_structure_keeps_sections_whole(overlap: int):
     config = ChunkerConfig(1, 400, kind="structure", overlap=overlap)
     found = pieces(config, corpus_of(SECTIONS))
     whole = "".join(text for _, text in SECTIONS)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         shared = before.end - after.start
         assert shared == overlap
         body = after.text.partition("\n\n")[2]
@@ -184,8 +185,12 @@ def test_structure_loses_nothing(text: str, room: int):
 
 def test_resources_have_shares_by_weight_each_covered_evenly():
     corpus = corpus_of([("a", "x" * 1000)], [("b", "y" * 1000)], weights=(3.0, 1.0))
-    cut = asyncio.run(chunkers.create(ChunkerConfig(10, 10), Bytes(), corpus))
-    found = [asyncio.run(cut.chunk(random.Random(i), i / 4000)) for i in range(4000)]
+
+    async def draw() -> list[Chunk]:
+        cut = await chunkers.create(ChunkerConfig(10, 10), Bytes(), corpus)
+        return [await cut.chunk(random.Random(i), i / 4000) for i in range(4000)]
+
+    found = asyncio.run(draw())
     first = [chunk for chunk in found if chunk.resource == "r0"]
     assert len(first) == 3000 and all(set(chunk.text) == {"x"} for chunk in first)
     for part in (first, found[3000:]):

@@ -70,7 +70,7 @@ def test_a_paper_that_is_not_there(tmp_path: Path):
 def test_no_other_host_is_asked(tmp_path: Path):
     moved = web.Response(status=302, headers={"Location": "http://localhost:9/src/2506.06266"})
     with WebStub({"GET /src/2506.06266": answers(moved)}) as server:
-        with pytest.raises(ValueError, match="leads to another host, http://localhost:9/src/2506.06266: refused"):
+        with pytest.raises(ValueError, match="leads to another host, http://localhost:9/src/2506"):
             text_of(tmp_path, "arxiv:2506.06266", server.url)
         own = web.Response(status=302, headers={"Location": "/other"})
     with WebStub({"GET /src/2506.06266": answers(own), "GET /other": answers(web.Response(body=paper()))}) as server:
@@ -79,9 +79,9 @@ def test_no_other_host_is_asked(tmp_path: Path):
 
 def test_a_reply_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("synth.resources.arxiv.LARGEST_DOWNLOAD", 10)
-    with WebStub({"GET /src/2506.06266": answers(web.Response(body=paper()))}) as server:
-        with pytest.raises(ValueError, match="gave more than 10 bytes: refused"):
-            text_of(tmp_path, "arxiv:2506.06266", server.url)
+    routes = {"GET /src/2506.06266": answers(web.Response(body=paper()))}
+    with WebStub(routes) as server, pytest.raises(ValueError, match="gave more than 10 bytes: refused"):
+        text_of(tmp_path, "arxiv:2506.06266", server.url)
 
 
 def test_a_host_that_is_not_there(tmp_path: Path):
@@ -119,16 +119,17 @@ def test_slack_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLACK_BOT_TOKEN", "xoxb")
     with WebStub(slack_routes("xoxb")) as server:
         assert text_of(tmp_path, "slack:#general", server.url) == (
-            "#general, 2024-01-01\n10:00 ada: question\n  > 10:01 bob: answer\n\n#general, 2024-01-02\n10:00 bob: last\n\n"
+            "#general, 2024-01-01\n10:00 ada: question\n  > 10:01 bob: answer\n\n"
+            "#general, 2024-01-02\n10:00 bob: last\n\n"
         )
         assert text_of(tmp_path, "slack:", server.url).startswith("#general, 2024")
         with pytest.raises(ValueError, match="Slack shows no channel 'secret' to this token"):
             text_of(tmp_path, "slack:secret", server.url)
         monkeypatch.setenv("SLACK_BOT_TOKEN", "wrong")
-        with pytest.raises(ValueError, match="Slack refused conversations.list: invalid_auth"):
+        with pytest.raises(ValueError, match=r"Slack refused conversations\.list: invalid_auth"):
             text_of(tmp_path, "slack:general", server.url)
         monkeypatch.delenv("SLACK_BOT_TOKEN")
-        with pytest.raises(ValueError, match="needs a token .* in the environment's SLACK_BOT_TOKEN"):
+        with pytest.raises(ValueError, match=r"needs a token .* in the environment's SLACK_BOT_TOKEN"):
             text_of(tmp_path, "slack:general", server.url)
 
 

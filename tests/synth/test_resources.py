@@ -340,7 +340,7 @@ def test_what_is_not_there_is_one_sentence(tmp_path: Path):
         read(tmp_path / "none", tmp_path, kind="directory")
     with pytest.raises(ValueError, match="is empty"):
         read(write(tmp_path / "blank.md", " \n"), tmp_path)
-    with pytest.raises(ValueError, match="weight is 0.0, expected a number above 0"):
+    with pytest.raises(ValueError, match=r"weight is 0\.0, expected a number above 0"):
         ResourceConfig("a", weight=0.0)
     with pytest.raises(
         ImportError, match=r"a PDF needs the package no_such: pip install 'cartridges-jax\[documents\]'"
