@@ -1,4 +1,4 @@
-"""A dataset seen as a whole: a file, or a run's folder; its conversations without their probabilities, and as a table."""
+"""A dataset seen as a whole, a file or a run's folder: its conversations without their probabilities, and as a table."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def heads(files: Sequence[Path]) -> Iterator[Head]:
             try:
                 for batch in file.iter_batches(ROWS_AT_ONCE, columns=light_columns(file)):
                     for row in batch.to_pylist():
-                        yield _head(row)
+                        yield head_of(row)
             except (OSError, KeyError, TypeError, ValueError) as error:  # pyarrow's own errors are ValueErrors too
                 raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -80,8 +80,8 @@ def light_columns(file: pq.ParquetFile) -> list[str]:
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """One row a conversation: `messages` (a list of {role, content}), `seed_prompt_type`, `resource`, how many tokens the
-    questions and the answers have, `system_prompt`, `metadata`.
+    """One row a conversation: `messages` (a list of {role, content}), `seed_prompt_type`, `resource`, `question_tokens`
+    and `answer_tokens` (of all rounds), `system_prompt` and `metadata`.
 
     Raises:
       FileNotFoundError, ValueError: `path` holds no dataset, or a damaged one.
@@ -106,7 +106,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _head(row: dict[str, Any]) -> Head:
+def head_of(row: dict[str, Any]) -> Head:
     messages = row["messages"] or ()
     found = row["metadata"]
     metadata = json.loads(found) if isinstance(found, str) else found or {}
