@@ -118,9 +118,7 @@ class _View:
             "type": self._index.kind_of[place],
             "system_prompt": made.system_prompt,
             "metadata": made.metadata,
-            "messages": [
-                {"role": m.role, "content": m.content} | _tokens(m, self._vocabulary) for m in made.messages
-            ],
+            "messages": [{"role": m.role, "content": m.content} | _tokens(m, self._vocabulary) for m in made.messages],
         }
 
     def _summarize(self) -> dict[str, Any]:

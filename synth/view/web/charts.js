@@ -1,5 +1,5 @@
 // The summary: figures, counts and histograms, drawn as tables and SVG.
-import { element, filterBy, percent } from "./view.js";
+import { element, fill, filterBy, percent } from "./view.js";
 
 const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [400, 150, 44, 20, 8];
 
@@ -13,7 +13,7 @@ export function drawSummary(place, summary) {
     ["model", summary.models.map(([name]) => name).join(", ") || "unknown"],
   ];
   const probabilities = summary.probabilities;
-  place.replaceChildren(
+  fill(place,
     element("dl", { class: "figures" }, ...figures.map(([what, value]) =>
       element("div", {}, element("dt", {}, what), element("dd", {}, String(value))))),
     element("div", { class: "charts" },

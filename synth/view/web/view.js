@@ -18,6 +18,10 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
+export function fill(place, ...children) {
+  place.replaceChildren(...children.filter((child) => child != null));
+}
+
 async function ask(path) {
   const reply = await fetch(path);
   if (!reply.ok) throw new Error((await reply.text()) || reply.statusText);
@@ -78,12 +82,12 @@ async function showConversation(place) {
     button.addEventListener("click", () => { location.hash = `#/${target}`; });
     return button;
   };
-  $("conversation").replaceChildren(
+  fill($("conversation"),
     element("div", { class: "top" },
       element("a", { class: "back", href: "#/" }, "← All"),
       element("h2", {}, `Conversation ${made.place}`),
       element("span", { class: "kind" }, made.type),
-      element("span", { class: "spacer" }), go(-1, "Previous"), go(1, "Next")),
+      element("span", { class: "steps" }, go(-1, "Previous"), go(1, "Next"))),
     folded("Context", element("div", { class: "text context" }, made.system_prompt || "none")),
     seed_prompt ? folded("Seed prompt", element("div", { class: "text context" }, String(seed_prompt))) : null,
     folded("Metadata", element("div", {}, element("dl", {}, ...Object.entries(rest).flatMap(([key, value]) => [
@@ -134,7 +138,7 @@ function showTip(where, token) {
     element("td", { title: id }, shown(text)), element("td", {}, percent(p)),
     element("td", {}, element("span", { class: "bar", "--p": p }))));
   const unlikely = token.top && !token.top.some(([, id]) => id === token.id);
-  $("tip").replaceChildren(
+  fill($("tip"),
     rows.length ? element("table", {}, element("tbody", {}, ...rows)) : element("span", {}, "no probabilities were given"),
     unlikely ? element("p", { class: "note" }, `${shown(token.text)} was sampled from the rest`) : null,
     element("p", { class: "note" }, `token ${token.id}`));
