@@ -26,7 +26,7 @@ def test_a_run_is_its_dataset_or_its_parts(tmp_path: Path):
         conversation.write(tmp_path / "parts" / f"part-{i}.parquet", [sample(i)] * 2)
     parts = dataset.files_of(tmp_path)
     assert [part.name for part in parts] == ["part-0.parquet", "part-1.parquet"]
-    conversation.merge(parts, tmp_path / "dataset.parquet", {})
+    conversation.write_tables(tmp_path / "dataset.parquet", map(conversation.read_table, parts), dict)
     assert dataset.files_of(tmp_path) == dataset.files_of(tmp_path / "dataset.parquet")
 
 
@@ -35,7 +35,9 @@ def test_load(tmp_path: Path, whole: bool):
     for i in range(3):
         conversation.write(tmp_path / "parts" / f"part-{i}.parquet", [sample(i)])
     if whole:
-        conversation.merge(dataset.files_of(tmp_path), tmp_path / "dataset.parquet", {})
+        conversation.write_tables(
+            tmp_path / "dataset.parquet", map(conversation.read_table, dataset.files_of(tmp_path)), dict
+        )
     table = synth.load(tmp_path)
     assert list(table.seed_prompt_type) == ["question", "cloze", "question"]
     assert list(table.question_tokens) == [4] * 3, "what metadata says, where there are no ids"

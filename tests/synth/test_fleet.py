@@ -73,7 +73,9 @@ def test_a_thousand_failures_are_a_few_lines(
     async def action(fleet: Fleet) -> list[Any]:
         return await asyncio.gather(*(ask(fleet.route(), i) for i in range(100)), return_exceptions=True)
 
-    assert all(isinstance(failure, Unavailable) for failure in use(servers, action, max_retries=2, timeout_seconds=60.0))
+    assert all(
+        isinstance(failure, Unavailable) for failure in use(servers, action, max_retries=2, timeout_seconds=60.0)
+    )
     assert sum("retry" in record.message for record in caplog.records) <= len(servers)
 
 
