@@ -35,9 +35,8 @@ def test_load(tmp_path: Path, whole: bool):
     for i in range(3):
         conversation.write(tmp_path / "parts" / f"part-{i}.parquet", [sample(i)])
     if whole:
-        conversation.write_tables(
-            tmp_path / "dataset.parquet", map(conversation.read_table, dataset.files_of(tmp_path)), dict
-        )
+        parts = map(conversation.read_table, dataset.files_of(tmp_path))
+        conversation.write_tables(tmp_path / "dataset.parquet", parts, dict)
     table = synth.load(tmp_path)
     assert list(table.seed_prompt_type) == ["question", "cloze", "question"]
     assert list(table.question_tokens) == [4] * 3, "what metadata says, where there are no ids"
