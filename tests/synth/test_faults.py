@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,6 @@ def deny(event, args):
 
 sys.addaudithook(deny)
 """
-
-
-@pytest.fixture
-def servers() -> Iterator[list[StubServer]]:
-    stubs = [StubServer().start() for _ in range(3)]
-    yield stubs
-    for stub in stubs:
-        stub.stop()
 
 
 def settings(folder: Path, name: str, servers: list[StubServer], **changes: Any) -> SynthConfig:

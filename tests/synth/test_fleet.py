@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -15,14 +15,6 @@ from synth import endpoint
 from synth.clients.base import Completion, Refused, Unavailable
 from synth.config import ClientConfig, SamplingConfig
 from synth.fleet import Fleet, Route
-
-
-@pytest.fixture
-def servers() -> Iterator[list[StubServer]]:
-    stubs = [StubServer().start() for _ in range(3)]
-    yield stubs
-    for stub in stubs:
-        stub.stop()
 
 
 def use(servers: list[StubServer], action: Callable[[Fleet], Awaitable[Any]], **settings: Any) -> Any:
