@@ -1,4 +1,4 @@
-"""Reads a pickle without running it.
+"""Reads a pickle of protocol 3 or later, which is what Python 3 writes, without running it.
 
 A pickle is a program for a small stack machine that may call anything. The machine here has the instructions that build
 plain values and, of all callables, a handful that it carries out itself, NumPy's constructors of arrays above all.
@@ -21,8 +21,14 @@ import numpy as np
 
 LARGEST_FILE = 2**36  # bytes
 
+_VALUES = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
 _NUMBERS = re.compile(r"[iufb]\d{1,2}")
 _MARK = object()
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError)
 
 
 class Refused(ValueError):
@@ -109,18 +115,12 @@ class _Machine:
                 return _plain(self._pop())
             step = self._steps.get(opcode.name)
             if step is None:
-                raise Refused(
-                    f"{self._path} holds the pickle instruction {opcode.name}, which no dataset needs: refused"
-                )
+                raise Refused(f"{self._path} has the instruction {opcode.name}, which no dataset needs: it was not run")
             step(argument)
         raise ValueError("it has no end")
 
     def _instructions(self) -> dict[str, Callable[[Any], None]]:
         push = self._stack.append
-        values = (
-            "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
-            "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8"
-        )
         constants: dict[str, Callable[[], Any]] = {
             "NONE": lambda: None,
             "NEWTRUE": lambda: True,
@@ -131,7 +131,7 @@ class _Machine:
             "EMPTY_SET": set,
             "MARK": lambda: _MARK,
         }
-        steps: dict[str, Callable[[Any], None]] = dict.fromkeys(values.split(), push)
+        steps: dict[str, Callable[[Any], None]] = dict.fromkeys(_VALUES, push)
         steps |= {name: (lambda _, make=make: push(make())) for name, make in constants.items()}
         steps |= dict.fromkeys(("PROTO", "FRAME"), lambda _: None)
         steps |= dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda i: self._memo.update({i: self._stack[-1]}))
@@ -151,13 +151,13 @@ class _Machine:
             "APPEND": lambda _: self._extend([self._pop()]),
             "APPENDS": lambda _: self._extend(self._marked()),
             "ADDITEMS": lambda _: self._add(self._marked()),
-            "SETITEM": lambda _: self._set([self._pop(), self._pop()][::-1]),
+            "SETITEM": lambda _: self._set(self._popped(2)),
             "SETITEMS": lambda _: self._set(self._marked()),
             "GLOBAL": lambda text: push(self._name(*text.split(" ", 1))),
-            "STACK_GLOBAL": lambda _: push(self._name(*[self._pop(), self._pop()][::-1])),
-            "REDUCE": lambda _: push(self._call(*[self._pop(), self._pop()][::-1])),
-            "NEWOBJ": lambda _: push(self._new(*[self._pop(), self._pop()][::-1])),
-            "NEWOBJ_EX": lambda _: push(self._new(*[self._pop(), self._pop(), self._pop()][::-1][:2])),
+            "STACK_GLOBAL": lambda _: push(self._name(*self._popped(2))),
+            "REDUCE": lambda _: push(self._call(*self._popped(2))),
+            "NEWOBJ": lambda _: push(self._new(*self._popped(2))),
+            "NEWOBJ_EX": lambda _: push(self._new(*self._popped(3)[:2])),
             "BUILD": lambda _: self._build(self._pop()),
         }
 
@@ -166,6 +166,10 @@ class _Machine:
         if value is _MARK:
             raise ValueError("a value is missing")
         return value
+
+    def _popped(self, count: int) -> list[Any]:
+        """The uppermost values, the last one last."""
+        return [self._pop() for _ in range(count)][::-1]
 
     def _marked(self) -> list[Any]:
         """What stands above the last mark, which goes with it."""
@@ -205,8 +209,6 @@ class _Machine:
     def _call(self, name: Any, arguments: Any) -> Any:
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("something is called that is no function")
-        if str(name) == "copyreg._reconstructor":
-            return self._new(arguments[0], ())
         call = _CALLS.get(str(name))
         return call(*map(_plain, arguments)) if call else self._new(name, arguments)
 
@@ -268,20 +270,12 @@ def _scalar(kind: Any, data: Any) -> Any:
     return _from_bytes(data, kind, ()).item()
 
 
-def _encoded(text: Any, encoding: Any) -> bytes:
-    """How protocols before 3 write bytes."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes in an unknown encoding")
-    return text.encode("latin-1")
-
-
 def _path(*parts: Any) -> str:
     return os.path.join("", *map(str, parts))
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _type,
-    "_codecs.encode": _encoded,
     "collections.OrderedDict": lambda: {},
     "pathlib.PosixPath": _path,
     "pathlib.PurePosixPath": _path,
@@ -292,4 +286,4 @@ for _core in ("core", "_core"):  # of NumPy 1 and 2
         f"numpy.{_core}.multiarray.scalar": _scalar,
         f"numpy.{_core}.numeric._frombuffer": _from_bytes,
     }
-_MARKERS = ("numpy.ndarray", "builtins.object", "copyreg._reconstructor")  # stand as arguments, or for instructions
+_MARKERS = ("numpy.ndarray",)  # stands as an argument only

@@ -25,13 +25,13 @@ PACKAGES = ("cartridges", "capsules")  # upstream, under its present and its for
 MOST_EXPANSION = 200  # how much more the conversations may hold than the file, which writes what they share once
 SMALLEST_ROOM = 2**20
 # The ids of a turn's header, by role, and of its end, for the two tokenizers that upstream's rows were made with.
-TURNS = (
-    (
-        {role: (128006, name, 128007, 271) for role, name in (("user", 882), ("assistant", 78191), ("system", 9125))},
-        128009,
-    ),
-    ({role: (151644, name, 198) for role, name in (("user", 872), ("assistant", 77091), ("system", 8948))}, 151645),
-)
+LLAMA = {
+    "system": (128006, 9125, 128007, 271),
+    "user": (128006, 882, 128007, 271),
+    "assistant": (128006, 78191, 128007, 271),
+}
+QWEN = {"system": (151644, 8948, 198), "user": (151644, 872, 198), "assistant": (151644, 77091, 198)}
+TURNS = ((LLAMA, 128009), (QWEN, 151645))
 
 
 def read(path: Path) -> Iterator[Conversation]:
@@ -107,10 +107,7 @@ def _conversation(row: dict[str, Any], room: _Room) -> Conversation:
     if row.get("token_ids") is not None:
         made = _cut(messages, row, room)
     else:
-        made = [
-            _message(message, message.get("token_ids"), _flat(message.get("top_logprobs")), room)
-            for message in messages
-        ]
+        made = [_message(m, m.get("token_ids"), _flat(m.get("top_logprobs")), room) for m in messages]
     return Conversation(tuple(made), str(row.get("system_prompt") or ""), metadata, row.get("type"))
 
 

@@ -44,9 +44,7 @@ class TrainingExample:
 
     messages: list[Any]
     system_prompt: str = "Context: é"
-    metadata: Any = dataclasses.field(
-        default_factory=lambda: {"seed_prompt": "ask", "tool_calls": [], "n": np.float32(2)}
-    )
+    metadata: Any = dataclasses.field(default_factory=lambda: {"seed_prompt": "ask", "n": np.float32(2)})
     type: str = "todo"
 
 
@@ -95,11 +93,11 @@ def older_row(cut: bool = False) -> TrainingExample:
     return row
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [4, 5])
 def test_the_older_kind_is_cut_into_turns(tmp_path: Path, protocol: int):
     value = {"rows": [older_row(), older_row(cut=True)], "context": Pydantic(title="t", path=pathlib.PosixPath("a/b"))}
     whole, cut = legacy.read(dumped(tmp_path, value, protocol))
-    assert whole.system_prompt == "Context: é" and whole.metadata == {"seed_prompt": "ask", "tool_calls": [], "n": 2.0}
+    assert whole.system_prompt == "Context: é" and whole.metadata == {"seed_prompt": "ask", "n": 2.0}
     user, answer = whole.messages
     assert (user.content, user.token_ids, user.top_logprobs) == ("who", (11, 12, QWEN[1]), None)
     assert (answer.content, answer.token_ids) == ("Ada L.", (21, 22, 23, QWEN[1]))
@@ -119,7 +117,7 @@ def test_an_unknown_layout_keeps_the_words(tmp_path: Path):
     assert made.messages == (Message("who", "user"), Message("Ada L.", "assistant"))
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("arrays", [True, False])
 def test_the_newer_kind(tmp_path: Path, protocol: int, arrays: bool):
     make = np.asarray if arrays else list
@@ -147,7 +145,7 @@ def test_pydantic_and_ordered_dicts(tmp_path: Path):
 def test_arrays_of_every_kind(tmp_path: Path, kind: str):
     for order in ("C", "F"):
         array = np.array([[1, 0, 1], [0, 1, 1]], kind, order=order)
-        for protocol in range(6):
+        for protocol in (3, 4, 5):
             found = inert_pickle.load(dumped(tmp_path, [array, array[0, 0]], protocol), ())
             np.testing.assert_array_equal(found[0], array)
             assert found[1] == array[0, 0]
@@ -200,7 +198,7 @@ def test_a_hostile_pickle_is_refused_and_never_run(tmp_path: Path, number: int, 
 def test_the_sentence_names_what_was_asked_for(tmp_path: Path):
     with pytest.raises(Refused, match=r"names posix\.system, which no dataset needs: it was not run"):
         list(legacy.read(dumped(tmp_path, Call(os.system, "true"))))
-    with pytest.raises(Refused, match="holds the pickle instruction PERSID, which no dataset needs: refused"):
+    with pytest.raises(Refused, match="has the instruction PERSID, which no dataset needs: it was not run"):
         (tmp_path / "p.pkl").write_bytes(b"Pid\n.")
         inert_pickle.load(tmp_path / "p.pkl", ())
 
@@ -219,7 +217,7 @@ def test_names_of_theirs_are_not_imported(tmp_path: Path, monkeypatch: pytest.Mo
         b"\x80\x04",
         b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # bytes of 2^63
         b"\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",  # a bytearray of as many
-        b"]r\xff\xff\xff\x7f.",  # the memo's place 2^31
+        b"Nr\xff\xff\xff\x7f.",  # the memo's place 2^31
         b"(" * 1000 + b".",
         b")" + b"\x85" * 1_000_000 + b"}" + b"\x8c\x01aR.",  # a tuple a million deep
         b"}" + b")" + b"\x85" * 1_000_000 + b"Ns.",  # and as a key
@@ -244,7 +242,7 @@ def test_what_unfolds_without_measure(tmp_path: Path):
     rows = [TrainingExample([message] * 1000)] * 1000
     with pytest.raises(ValueError, match="unfolds to more than 200 times its size: refused"):
         list(legacy.read(dumped(tmp_path, [TrainingExample([], metadata={"a": deep})])))
-    with pytest.raises(ValueError, match="unfolds to more than|is no conversation of upstream's"):
+    with pytest.raises(ValueError, match=r"unfolds to more than|is no conversation of upstream's"):
         list(legacy.read(dumped(tmp_path, [TrainingExample([], metadata={"a": circle})])))
     with pytest.raises(ValueError, match="unfolds to more than"):
         list(legacy.read(dumped(tmp_path, rows)))
@@ -263,7 +261,7 @@ def test_what_is_no_dataset(tmp_path: Path):
 INSTRUCTIONS = sorted(opcode.code.encode("latin-1") for opcode in pickletools.opcodes)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_no_bytes_do_anything_but_a_sentence(tmp_path: Path, data: st.DataObject):
     """Pickles that were damaged anywhere, and programs at random, give conversations or a ValueError."""
@@ -273,9 +271,8 @@ def test_no_bytes_do_anything_but_a_sentence(tmp_path: Path, data: st.DataObject
         noise = data.draw(st.binary(max_size=8))
         program = whole[:place] + noise + whole[place + len(noise) :]
     else:
-        piece = st.sampled_from(INSTRUCTIONS) | st.sampled_from(
-            [b"K\x01", b"\x8c\x01a", b"cposix\nsystem\n", b"cnumpy\ndtype\n"]
-        )
+        names = [b"K\x01", b"\x8c\x01a", b"cposix\nsystem\n", b"cnumpy\ndtype\n", b"ccartridges\nA\n"]
+        piece = st.sampled_from(INSTRUCTIONS) | st.sampled_from(names)
         program = b"".join(data.draw(st.lists(piece, max_size=40))) + b"."
     path = tmp_path / "dataset.pkl"
     path.write_bytes(program)
