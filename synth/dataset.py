@@ -1,4 +1,4 @@
-"""A dataset seen as a whole, a file or a run's folder: its conversations without probabilities, and as a table."""
+"""A dataset as a whole, a file or a run's folder: its conversations without their probabilities, and as a table."""
 
 from __future__ import annotations
 

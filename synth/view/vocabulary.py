@@ -102,7 +102,7 @@ def _vocabulary(names: Iterable[tuple[int, str]], literal: dict[int, str], is_by
 
 
 def _byte_level(name: str) -> bytes:
-    """GPT-2 writes bytes as characters that can be printed: 33 to 126, 161 to 172 and 174 to 255 as themselves."""
+    """GPT-2 writes every byte as a character that can be printed, most as themselves."""
     try:
         return bytes(_BYTES[character] for character in name)
     except KeyError:
