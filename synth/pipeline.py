@@ -50,8 +50,8 @@ async def synthesize(config: SynthConfig) -> Path:
     """
     output = Path(config.output_dir)
     dataset = output / "dataset.parquet"
+    corpus = reading.read(config.resource, output)
     with locked(output):
-        corpus = reading.read(config.resource, output)
         claim(output, config, corpus.to_string())
         reading.keep(config.resource, corpus, output)
         if _is_complete(dataset, config):
