@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+from typing import Literal
 
 from synth import seed_prompts
+from synth.resources.config import ResourceConfig
 
 SYSTEM_PROMPT = """You know this text well:
 
@@ -17,31 +18,75 @@ Talk about what it says. Use full sentences that stand alone: name the people, t
 since the other side cannot see the text. Do not write "the text" or "the passage"."""
 
 
+ClientKind = Literal["openai", "sglang", "tokasaurus", "openai_api", "together"]
+TEXT_ONLY = ("openai_api", "together")
+AFTER_TEMPERATURE = ("sglang", "tokasaurus")
+
+Side = Literal["question", "answer"]
+
+
 def _at_least(name: str, value: float, low: float) -> None:
     if value < low:
         raise ValueError(f"config.{name} is {value}, expected at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ResourceConfig:
-    path: str
-
-
-@dataclasses.dataclass(frozen=True)
 class ClientConfig:
-    base_url: str  # ends in /v1
+    """Which server, or which several equal ones, and how it is spoken to.
+
+    Kinds: `openai`, any OpenAI-compatible server that gives token ids (vLLM, llama-server, cartridges_jax.serve);
+    `sglang`, its native /generate; `tokasaurus`; `openai_api` and `together`, hosts that give texts only and can ask
+    questions, but not be the teacher.
+    """
+
+    base_url: str | tuple[str, ...]  # ends in /v1
     model: str
+    kind: ClientKind = "openai"
     api_key: str | None = None
-    timeout_seconds: float = 120.0
+    timeout_seconds: float = 120.0  # for a whole request and its reply
     max_retries: int = 5
+    tokenizer: str | None = None  # folder or Hub id: sglang needs it, others check their texts by it
+    raw_logprobs: bool | None = None  # whether they are those before temperature; None: as the kind has it by default
+    batch_size: int = 1  # tokasaurus: calls that go into one synchronous batch
+    deadline_seconds: float = 1800.0  # for a call, all its attempts together
 
     def __post_init__(self):
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"config.client.base_url is {self.base_url!r}, expected something like http://127.0.0.1:8000/v1"
-            )
+        if not self.urls:
+            raise ValueError("config.client.base_url names no server, expected something like http://127.0.0.1:8000/v1")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"config.client.base_url is {url!r}, expected something like http://127.0.0.1:8000/v1")
         _at_least("client.timeout_seconds", self.timeout_seconds, 0.001)
         _at_least("client.max_retries", self.max_retries, 0)
+        _at_least("client.batch_size", self.batch_size, 1)
+        if self.kind == "sglang" and not self.tokenizer:
+            raise ValueError(
+                "config.client.tokenizer is missing: SGLang's /generate takes token ids, so name the folder or the Hub "
+                "id of the model's tokenizer"
+            )
+        if self.batch_size > 1 and self.kind != "tokasaurus":
+            raise ValueError(f"config.client.batch_size is {self.batch_size}, but only kind='tokasaurus' knows batches")
+        _at_least("client.deadline_seconds", self.deadline_seconds, 0.001)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url)
+
+    def check_teacher(self, answer: SamplingConfig) -> None:
+        """Refuses to learn from log-probabilities that are not there, or not the model's own."""
+        if self.kind in TEXT_ONLY:
+            raise ValueError(
+                f"config.client.kind is {self.kind!r}, which gives no token ids with its log-probabilities: use it as "
+                "config.question_client and let another server answer"
+            )
+        is_raw = self.kind not in AFTER_TEMPERATURE if self.raw_logprobs is None else self.raw_logprobs
+        # both that divide by a temperature take 0, the best token, for 1
+        if not is_raw and answer.temperature not in (0.0, 1.0):
+            raise ValueError(
+                f"config.answer.temperature is {answer.temperature}, but this server's log-probabilities are those "
+                "after temperature, from which the model's own cannot be recovered: set it to 0 or 1 (or, if SGLang "
+                "was started with SGLANG_RETURN_ORIGINAL_LOGPROB=1, set config.client.raw_logprobs)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +94,25 @@ class ChunkerConfig:
     min_tokens: int = 512
     max_tokens: int = 1024
     tokenizer: str | None = None  # None asks the server; else a tokenizer.json, a folder that holds one, or a Hub id
+    # Windows at random places; or cut where sections, functions, messages begin; or windows of so many characters.
+    kind: Literal["tokens", "structure", "characters"] = "tokens"
+    characters: int = 4000  # of a chunk of that kind
+    overlap: int = 0  # tokens, or characters, that a chunk repeats of the one before; windows at random places overlap
 
     def __post_init__(self):
         _at_least("chunker.min_tokens", self.min_tokens, 1)
+        _at_least("chunker.characters", self.characters, 1)
+        _at_least("chunker.overlap", self.overlap, 0)
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"config.chunker.min_tokens is {self.min_tokens}, "
                 f"more than config.chunker.max_tokens, {self.max_tokens}"
+            )
+        longest = {"tokens": 0, "structure": self.max_tokens // 2, "characters": self.characters // 2}[self.kind]
+        if self.overlap > longest:
+            raise ValueError(
+                f"config.chunker.overlap is {self.overlap}, expected at most {longest}"
+                + (": windows at random places overlap as they fall" if self.kind == "tokens" else ", half a chunk")
             )
 
 
@@ -65,12 +122,73 @@ class SamplingConfig:
     top_p: float = 1.0
     max_tokens: int = 512
     stop: tuple[str, ...] = ()  # the message ends before any of these
+    thinking: float | None = None  # how likely a message is thought over first; None: as the chat template does
+
+    thinking_instruction: str = ""  # added to the last message that such a one answers, if the template has no switch
 
     def check(self, name: str) -> None:
         _at_least(f"{name}.temperature", self.temperature, 0)
         _at_least(f"{name}.max_tokens", self.max_tokens, 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"config.{name}.top_p is {self.top_p}, expected more than 0 and at most 1")
+        if self.thinking is not None and not 0 <= self.thinking <= 1:
+            raise ValueError(f"config.{name}.thinking is {self.thinking}, expected a probability from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class McpConfig:
+    """An MCP server that is started for the run and spoken to over stdio."""
+
+    command: str
+    args: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()  # NAME=value, beside the few variables that such servers inherit
+
+    def __post_init__(self):
+        for entry in self.env:
+            if "=" not in entry:
+                raise ValueError(f"config.tools.mcp[].env has {entry!r}, expected NAME=value")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolsConfig:
+    mcp: tuple[McpConfig, ...] = ()
+    search: bool = False  # a BM25 search over the whole resource
+    sides: tuple[Side, ...] = ("answer",)  # who may use them
+    max_tokens: int = 128  # of the message that calls them
+    timeout_seconds: float = 30.0  # of one call
+
+    def __post_init__(self):
+        _at_least("tools.max_tokens", self.max_tokens, 1)
+        _at_least("tools.timeout_seconds", self.timeout_seconds, 0.001)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExistingConfig:
+    """Conversations that exist already: the teacher only scores their answers.
+
+    With a `share` of 1 they are the whole dataset; with one of 0.02, say, they are mixed into self-study. `context`
+    says whether the teacher sees the resource, or answers as it would without.
+    """
+
+    path: str  # JSONL: {"messages": [{"role", "content"}, ...]}, and "context" where a line brings its own
+    share: float = 1.0
+    context: bool = True
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ValueError(f"config.distill_existing.share is {self.share}, expected more than 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """What leaves the dataset. All of it stays in the run's parts and is counted, so any switch may change later."""
+
+    empty: bool = True  # a message without words
+    truncated: bool = False  # a message that reached its token limit
+    repetition: bool = False  # an answer that says the same again and again
+    text_talk: bool = False  # an answer that talks about "the text" or "the context"
+    refusal: bool = False  # an answer that begins by declining
+    near_duplicate: bool = False  # a first question much like that of an earlier conversation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +196,7 @@ class SynthConfig:
     output_dir: str
     num_conversations: int
     resource: ResourceConfig
-    client: ClientConfig
+    client: ClientConfig  # the model that answers, the teacher
     chunker: ChunkerConfig = ChunkerConfig()
     seed_prompts: tuple[str, ...] = tuple(seed_prompts.SEED_PROMPTS)  # one named twice is drawn twice as often
     conversations_per_chunk: int = 8  # they share a system prompt, so a server computes it once
@@ -90,11 +208,22 @@ class SynthConfig:
     top_logprobs: int = 20
     min_prob_mass: float = 0.99
     system_prompt: str = SYSTEM_PROMPT
+    filters: FilterConfig = FilterConfig()
     seed: int = 0
+    dry_run: bool = False  # show sample prompts and an estimate, and call nobody
+    question_client: ClientConfig | None = None  # the model that asks; None: the one that answers
+    description: str = ""  # one sentence that stands before each chunk: what the whole text is
+    chunks_per_context: int = 1
+    questions_per_call: int = 1  # so many conversations begin with questions of one list that side A writes
+    seed_prompt_weights: tuple[float, ...] = ()  # one for each of seed_prompts; none: all alike
+    tools: ToolsConfig = ToolsConfig()
+    distill_existing: ExistingConfig | None = None
 
     def __post_init__(self):
         for name in ("num_conversations", "conversations_per_chunk", "max_chunks_in_flight", "rounds", "top_logprobs"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("chunks_per_context", self.chunks_per_context, 1)
+        _at_least("questions_per_call", self.questions_per_call, 1)
         self.question.check("question")
         self.answer.check("answer")
         if not 0 < self.min_prob_mass <= 1:
@@ -103,10 +232,9 @@ class SynthConfig:
             raise ValueError("config.system_prompt has no {chunk}: the text of the chunk takes its place")
         if not self.instructions or not all("{question}" in instruction for instruction in self.instructions):
             raise ValueError("config.instructions needs at least one text, each with {question} in it")
-        if not self.seed_prompts:
-            raise ValueError(f"config.seed_prompts is empty, known types are {', '.join(seed_prompts.KINDS)}")
-        for kind in self.seed_prompts:
-            if kind not in seed_prompts.KINDS:
-                near = difflib.get_close_matches(kind, list(seed_prompts.KINDS), n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(seed_prompts.KINDS)}"
-                raise ValueError(f"config.seed_prompts names an unknown type {kind!r}: {hint}")
+        self.client.check_teacher(self.answer)
+        if self.questions_per_call > 1 and any("\n" in stop for stop in self.question.stop):
+            raise ValueError(
+                "config.question.stop ends a message at a line break, but config.questions_per_call asks for a list"
+            )
+        seed_prompts.check(self.seed_prompts, self.seed_prompt_weights)

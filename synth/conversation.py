@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,21 +127,30 @@ def write(
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def merge(parts: Iterable[Path], path: Path, notes: Mapping[str, str]) -> None:
-    """Concatenates `parts` in the order given into `path`, in row groups of a useful size and with little memory."""
-    schema = SCHEMA.with_metadata(dict(notes))
+def write_tables(
+    path: str | os.PathLike[str], tables: Iterable[pa.Table], notes: Callable[[], Mapping[str, str]]
+) -> None:
+    """Like `write`, from tables of the schema, with the memory of one row group; `notes` are asked for at the end."""
     try:
-        with files.atomic(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-            waiting: list[pa.Table] = []
-            for part in parts:
-                waiting.append(_read_table(part).replace_schema_metadata(schema.metadata))
-                if sum(table.num_rows for table in waiting) >= ROWS_PER_GROUP:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting = []
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting))
+        with files.atomic(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+            for tables_of_group in _groups(tables):
+                writer.write_table(pa.concat_tables(tables_of_group))
+                pa.default_memory_pool().release_unused()  # else what was freed piles up
+            writer.add_key_value_metadata(dict(notes()))
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+    """Small tables together, up to a row group of a useful size."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table.replace_schema_metadata(None))
+        if sum(table.num_rows for table in waiting) >= ROWS_PER_GROUP:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
 
 
 def read(path: str | os.PathLike[str]) -> list[Conversation]:
@@ -154,43 +163,63 @@ def iterate(path: str | os.PathLike[str]) -> Iterator[Conversation]:
     Raises:
       ValueError: the file is cut short, damaged, or not a conversation dataset; the sentence names what is missing.
     """
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow)
+    with open_file(path) as file:
         try:
             for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
-                columns = [batch.column(name) for name in COLUMNS]
-                for i in range(batch.num_rows):
-                    yield _from_row(*(column[i] for column in columns))
+                yield from from_batch(batch)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
 
 
+def outlines(table: pa.Table) -> Iterator[Conversation]:
+    """The conversations of a table without system prompts, token ids and log-probabilities, and so quickly."""
+    messages = table["messages"].combine_chunks()
+    fields = messages.flatten()
+    contents, roles = (fields.field(name).to_pylist() for name in ("content", "role"))
+    starts = [0, *np.cumsum(messages.value_lengths().to_numpy())]
+    for i, metadata in enumerate(table["metadata"].to_pylist()):
+        inside = slice(starts[i], starts[i + 1])
+        yield Conversation(tuple(map(Message, contents[inside], roles[inside])), "", json.loads(metadata))
+
+
+def from_batch(batch: pa.RecordBatch | pa.Table) -> Iterator[Conversation]:
+    columns = [batch.column(name) for name in COLUMNS]
+    for i in range(batch.num_rows):
+        yield _from_row(*(column[i] for column in columns))
+
+
 def read_notes(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]:
     """The number of conversations and the notes, from the footer alone."""
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow)
-        notes = file.schema_arrow.metadata or {}
+    with open_file(path) as file:
+        notes = file.metadata.metadata or {}
         return file.metadata.num_rows, {k.decode(): v.decode() for k, v in notes.items()}
 
 
-def _open(path: str | os.PathLike[str]) -> pq.ParquetFile:
+def open_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
+    """A Parquet file whose columns are those of conversations.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is cut short, damaged, or holds something else.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"dataset {path} does not exist")
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(
             f"{path} is not a whole Parquet file, its footer is missing or damaged: {_first_line(error)}"
         ) from error
+    _check_columns(path, file.schema_arrow)
+    return file
 
 
-def _read_table(path: Path) -> pa.Table:
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow)
+def read_table(path: Path) -> pa.Table:
+    """Raises: ValueError as `iterate` does."""
+    with open_file(path) as file:
         try:
-            return file.read()
+            return file.read(use_threads=False)  # each would keep memory of its own
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} is damaged, delete it and run again: {_first_line(error)}") from error
 

@@ -1,45 +1,44 @@
 """From a config to `dataset.parquet`: bounded, and resumable at any moment.
 
-A batch (the conversations about one chunk) depends on the config and on its index alone, and is one file in `parts/`,
-whole or absent. So those files are all that a killed run has to leave behind; the next run makes the others.
+chunk → question → answer → record: one task cuts chunks and lays out the conversations about them, a fixed number of
+others hold them, each from its first question to its last answer, and what they finish is on disk within seconds. A
+conversation depends on the config and on its index alone, so a run may end and go on anywhere.
 """
 
 from __future__ import annotations
 
-import collections
+import asyncio
+import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
-import random
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from command_line import files
+import pyarrow as pa
+
 from command_line.progress import Progress
-from synth import conversation
-from synth.chunkers import LocalTokenizer, TokenChunker
+from synth import chunkers, conversation, tools
+from synth.chunkers import Chunker, LocalTokenizer
 from synth.clients.base import Unavailable
-from synth.clients.openai import OpenAIClient
 from synth.config import SynthConfig
-from synth.resources.text import TextFile
-from synth.self_study import all_or_none, study
+from synth.conversation import Conversation
+from synth.filters import Judge
+from synth.fleet import Fleet
+from synth.folder import claim, locked
+from synth.parts import Parts
+from synth.resources import reading
+from synth.resources.reading import Corpus
+from synth.self_study import Talk, all_or_none, study
+from synth.summary import Summary
+from synth.tools.base import Tool
 
-GIVE_UP_AFTER = 8  # batches that failed in a row
+GIVE_UP_AFTER = 8  # conversations that failed in a row
+SECONDS_TO_DISK, ROWS_PER_PART = 2.0, 256  # a part is written after the one or with the other
 
 log = logging.getLogger(__name__)
-
-# What may change between a run and its continuation: where things are and how fast they go, not what comes out.
-FREE_KEYS = (
-    "output_dir",
-    "num_conversations",
-    "max_chunks_in_flight",
-    "resource.path",
-    "client.base_url",
-    "client.timeout_seconds",
-    "client.max_retries",
-)
 
 
 async def synthesize(config: SynthConfig) -> Path:
@@ -47,185 +46,189 @@ async def synthesize(config: SynthConfig) -> Path:
 
     Raises:
       ValueError: the document, the server's model or the output folder does not fit the config.
-      Unavailable: some batches failed after all retries; calling again goes on from there.
+      Unavailable: some conversations failed after all retries; calling again goes on from there.
     """
     output = Path(config.output_dir)
     dataset = output / "dataset.parquet"
-    text = TextFile(config.resource).read()
-    _claim(output, config, text)
-    if _is_complete(dataset, config):
-        print(f"{dataset} is complete")
-        return dataset
-
-    sizes = _batch_sizes(config)
-    done = {index for index, size in enumerate(sizes) if _is_done(_part(output, index), size)}
-    missing = [index for index in range(len(sizes)) if index not in done]
-    if missing:
-        finished = sum(sizes[index] for index in done)
-        if finished:
-            print(f"{output} holds {finished} of {config.num_conversations} conversations, going on from there")
-        async with OpenAIClient(config.client, random.Random(f"{config.seed}/retries")) as client:
-            await client.check()
-            tokenizer = LocalTokenizer(config.chunker.tokenizer) if config.chunker.tokenizer else client
-            chunker = await TokenChunker.create(config.chunker, tokenizer, text)
-            await _work(missing, sizes, client, chunker, config)
-
-    parts = [_part(output, index) for index in range(len(sizes))]
-    dropped = sum(int(conversation.read_notes(part)[1]["dropped"]) for part in parts)
-    if dropped == config.num_conversations:
-        raise ValueError(
-            f"all {dropped} conversations came out empty: try another model or config.system_prompt, "
-            "with another config.output_dir"
-        )
-    notes = {"requested": str(config.num_conversations), "dropped": str(dropped)}
-    conversation.merge(parts, dataset, notes)
-    print(_summary(dataset, dropped))
+    corpus = reading.read(config.resource, output)
+    with locked(output):
+        claim(output, config, corpus.to_string())
+        reading.keep(config.resource, corpus, output)
+        if _is_complete(dataset, config):
+            print(f"{dataset} is complete")
+            return dataset
+        parts = Parts(output / "parts", config.num_conversations)
+        if parts.finished < parts.count:
+            await _make(parts, corpus, config)
+        print(f"{dataset}: {_finish(parts, dataset, config)}")
     return dataset
 
 
-async def _work(
-    missing: list[int], sizes: list[int], client: OpenAIClient, chunker: TokenChunker, config: SynthConfig
-) -> None:
-    output = Path(config.output_dir)
-    total, to_do = sum(sizes), sum(sizes[index] for index in missing)
-    progress = Progress("synth", total, "conversations", done=total - to_do)
-    queue = collections.deque(missing)
-    failures: dict[int, str] = {}
-    failed_in_a_row = 0
-    start = time.monotonic()
-
-    def note() -> str:
-        seconds = max(time.monotonic() - start, 1e-9)
-        return f"tokens/s {client.prompt_tokens / seconds:.0f} in, {client.completion_tokens / seconds:.0f} out"
-
-    async def worker() -> None:
-        nonlocal failed_in_a_row
-        # Then the server is gone, and waiting in vain for every batch that is left would take hours.
-        while queue and failed_in_a_row < GIVE_UP_AFTER:
-            index = queue.popleft()
-            try:
-                batch = await study(index, sizes[index], client, chunker, config)
-            except Unavailable as error:
-                failed_in_a_row += 1
-                failures[index] = str(error)
-                log.error("batch %d (%d conversations) failed: %s", index, sizes[index], error)
-                continue
-            failed_in_a_row = 0
-            notes = {"requested": str(sizes[index]), "dropped": str(batch.dropped)}
-            conversation.write(_part(output, index), batch.conversations, notes)
-            progress.advance(sizes[index], note())
-
-    try:
-        await all_or_none(worker() for _ in range(config.max_chunks_in_flight))
-    finally:
-        progress.close(note())
-    absent = sum(sizes[index] for index in [*failures, *queue])
-    if absent:
-        raise Unavailable(
-            f"{absent} of {total} conversations are missing, {len(failures)} batches failed and {len(queue)} were not "
-            f"tried: the same command makes only those (last failure: {list(failures.values())[-1]})"
-        )
+async def _make(parts: Parts, corpus: Corpus, config: SynthConfig) -> None:
+    if parts.finished:
+        print(f"{config.output_dir} holds {parts.finished} of {parts.count} conversations, going on from there")
+    async with contextlib.AsyncExitStack() as stack:
+        answers = questions = await stack.enter_async_context(Fleet(config.client, config.seed))
+        await answers.check()
+        if config.question_client:
+            questions = await stack.enter_async_context(Fleet(config.question_client, config.seed))
+            await questions.check()
+        toolbox = await stack.enter_async_context(tools.opened(config, corpus.to_string()))
+        route = answers.route()
+        tokenizer = LocalTokenizer(config.chunker.tokenizer) if config.chunker.tokenizer else route
+        chunker = await chunkers.create(config.chunker, tokenizer, corpus)
+        await _Run(parts, answers, questions, chunker, config, toolbox).run()
 
 
-def _batch_sizes(config: SynthConfig) -> list[int]:
-    whole, rest = divmod(config.num_conversations, config.conversations_per_chunk)
-    return [config.conversations_per_chunk] * whole + [rest] * (rest > 0)
+class _Run:
+    def __init__(
+        self,
+        parts: Parts,
+        answers: Fleet,
+        questions: Fleet,
+        chunker: Chunker,
+        config: SynthConfig,
+        toolbox: Sequence[Tool],
+    ):
+        self._parts, self._answers, self._questions = parts, answers, questions
+        self._chunker, self._config, self._toolbox = chunker, config, toolbox
+        self._talks: asyncio.Queue[Talk | None] = asyncio.Queue(config.conversations_per_chunk)
+        self._finished: list[tuple[int, Conversation]] = []
+        self._failures, self._failed_in_a_row, self._last_failure = 0, 0, ""
+        self._is_over = asyncio.Event()
+        self._start = time.monotonic()
+        self._progress = Progress("synth", parts.count, "conversations", done=parts.finished)
 
-
-def _part(output: Path, index: int) -> Path:
-    return output / "parts" / f"part-{index:05d}.parquet"
-
-
-def _is_done(part: Path, size: int) -> bool:
-    """Whether a part is whole and holds its batch; the last batch of an earlier, smaller run may be too small."""
-    if not part.exists():
-        return False
-    try:
-        rows, notes = conversation.read_notes(part)
-        if rows + int(notes["dropped"]) != int(notes["requested"]):
-            raise ValueError(
-                f"{part} holds {rows} conversations and {notes['dropped']} dropped of {notes['requested']}"
+    async def run(self) -> None:
+        """Raises: Unavailable, with what is missing."""
+        try:
+            await all_or_none([self._talk(), self._record_regularly()])
+        except _GivenUp:
+            pass
+        finally:
+            self._record()
+            self._progress.close(self._note())
+        missing = self._parts.count - self._parts.finished
+        if missing:
+            raise Unavailable(
+                f"{missing} of {self._parts.count} conversations are missing, {self._failures} failed and "
+                f"{missing - self._failures} were not finished: the same command makes only those "
+                f"(last failure: {self._last_failure})"
             )
-    except KeyError as error:
-        log.warning("%s was not written by this command, it has no %s: making it again", part, error)
-        return False
-    except ValueError as error:
-        log.warning("%s: making it again", error)
-        return False
-    return int(notes["requested"]) >= size
+
+    async def _talk(self) -> None:
+        number = self._config.max_chunks_in_flight * self._config.conversations_per_chunk
+        await all_or_none([self._plan(number), *(self._hold() for _ in range(number))])
+        self._is_over.set()
+
+    async def _plan(self, holders: int) -> None:
+        size = self._config.conversations_per_chunk
+        for first in range(0, self._parts.count, size):
+            missing = {i for i in range(first, min(first + size, self._parts.count)) if not self._parts.has(i)}
+            if not missing:
+                continue
+            answers = self._answers.route()
+            questions = answers if self._questions is self._answers else self._questions.route()
+            try:
+                talks = await study(
+                    first // size,
+                    max(missing) - first + 1,
+                    answers,
+                    questions,
+                    self._chunker,
+                    self._config,
+                    self._toolbox,
+                )
+            except Unavailable as error:
+                self._fail(error, len(missing), f"the chunk of conversations {first} to {max(missing)}")
+                continue
+            for talk in talks:
+                if talk.index in missing:
+                    await self._talks.put(talk)
+        for _ in range(holders):
+            await self._talks.put(None)
+
+    async def _hold(self) -> None:
+        while talk := await self._talks.get():
+            try:
+                held = await talk.hold()
+            except Unavailable as error:
+                self._fail(error, 1, f"conversation {talk.index}")
+                continue
+            self._failed_in_a_row = 0
+            self._finished.append((talk.index, held))
+            if len(self._finished) >= ROWS_PER_PART:
+                self._record()
+            self._progress.advance(1, self._note())
+
+    def _fail(self, error: Unavailable, count: int, what: str) -> None:
+        log.error("%s failed: %s", what, error)
+        self._failures += count
+        self._failed_in_a_row += 1
+        self._last_failure = str(error)
+        if self._failed_in_a_row >= GIVE_UP_AFTER:
+            raise _GivenUp  # the servers are gone, and waiting in vain for everything that is left would take hours
+
+    async def _record_regularly(self) -> None:
+        while not self._is_over.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_over.wait(), SECONDS_TO_DISK)
+            self._record()
+
+    def _record(self) -> None:
+        finished, self._finished = self._finished, []
+        if finished:
+            self._parts.add(finished)
+
+    def _note(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        fleets = {self._answers, self._questions}
+        tokens_in, tokens_out = sum(f.prompt_tokens for f in fleets), sum(f.completion_tokens for f in fleets)
+        errors = sum((fleet.errors for fleet in fleets), Counter())
+        failed = "".join(f", {kind} {count}" for kind, count in errors.most_common())
+        return f"tokens/s {tokens_in / seconds:.0f} in, {tokens_out / seconds:.0f} out{failed}"
+
+
+class _GivenUp(Exception):
+    pass
+
+
+def _finish(parts: Parts, dataset: Path, config: SynthConfig) -> Summary:
+    """Writes what the filters leave, in the order of indices.
+
+    Raises:
+      ValueError: they leave nothing.
+    """
+    judge, summary = Judge(config.filters), Summary(config.filters)
+
+    def kept() -> Iterator[pa.Table]:
+        for table in parts.tables():
+            stay = []
+            for outline in conversation.outlines(table):
+                found, stays = judge.look(outline)
+                summary.add(outline, found, stays)
+                stay.append(stays)
+            yield table.filter(pa.array(stay))
+        if not summary.kept:
+            raise ValueError(
+                f"the filters leave none of {summary.total} conversations ({summary.findings}): switch one off, or "
+                "try another model or config.system_prompt with another config.output_dir"
+            )
+
+    conversation.write_tables(dataset, kept(), lambda: _notes(config))
+    return summary
+
+
+def _notes(config: SynthConfig) -> Mapping[str, str]:
+    return {"requested": str(config.num_conversations), "filters": json.dumps(dataclasses.asdict(config.filters))}
 
 
 def _is_complete(dataset: Path, config: SynthConfig) -> bool:
     if not dataset.exists():
         return False
     try:
-        return conversation.read_notes(dataset)[1].get("requested") == str(config.num_conversations)
+        notes = conversation.read_notes(dataset)[1]
     except ValueError as error:
         log.warning("%s: making it again", error)
         return False
-
-
-def _claim(output: Path, config: SynthConfig, text: str) -> None:
-    """Ties the folder to its config once it holds data, and refuses any other config then: parts of two would mix."""
-    ours = dataclasses.asdict(config) | {"document_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    del ours["client"]["api_key"]
-    ours = json.loads(json.dumps(ours))
-    path = output / "config.json"
-    if (output / "dataset.parquet").exists() or any((output / "parts").glob("*.parquet")):
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            made = theirs["num_conversations"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{output} holds data, but {path} does not say how it was made: choose another config.output_dir"
-            ) from error
-        before, now = _leaves(theirs), _leaves(ours)
-        for key in sorted(before.keys() | now.keys()):
-            if key not in FREE_KEYS and before.get(key) != now.get(key):
-                if key == "document_sha256":
-                    raise ValueError(
-                        f"{config.resource.path} is not the text that {output} was made from: "
-                        "bring that text back or choose another config.output_dir"
-                    )
-                raise ValueError(
-                    f"config.{key} is {now.get(key)!r}, but {output} was made with {before.get(key)!r}: go back to "
-                    "that value or choose another config.output_dir"
-                )
-        if config.num_conversations < made:
-            raise ValueError(
-                f"config.num_conversations is {config.num_conversations}, but {output} was made for {made}: "
-                "it may grow, not shrink; choose another config.output_dir"
-            )
-    files.write_text(path, json.dumps(ours, indent=2) + "\n")
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
-
-
-def _summary(dataset: Path, dropped: int) -> str:
-    kinds: collections.Counter[str] = collections.Counter()
-    questions, answers, truncated, duplicates = [], [], 0, 0
-    seen: set[bytes] = set()
-    for made in conversation.iterate(dataset):
-        kinds[made.metadata["seed_prompt_type"]] += 1
-        lengths, reasons = made.metadata["completion_tokens"], made.metadata["finish_reasons"]
-        questions += lengths[0::2]
-        answers += lengths[1::2]
-        truncated += reasons[1::2].count("length")
-        words = hashlib.sha256("\0".join(message.content for message in made.messages).encode()).digest()
-        duplicates += words in seen
-        seen.add(words)
-    return (
-        f"{dataset}: {sum(kinds.values())} conversations "
-        f"({', '.join(f'{kind} {count}' for kind, count in sorted(kinds.items()))})\n"
-        f"mean tokens: question {_mean(questions):.1f}, answer {_mean(answers):.1f}; truncated answers: {truncated}; "
-        f"dropped as empty: {dropped}; duplicates: {duplicates}"
-    )
-
-
-def _mean(values: list[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return all(notes.get(key) == value for key, value in _notes(config).items())

@@ -3,16 +3,26 @@
 Five types are the paper's. Every prompt asks for one message only, and for names, so that the question can be
 understood by a reader who never saw the text.
 
-Two more are for models too small to find something worth asking in a whole chunk. `sentence` shows side A one sentence
-and wants a question about it. `cloze` needs no side A, since the prompt itself is the question: it gives the beginning
-of a sentence and wants the rest.
+`generic` and `qa` are upstream's looser two. Two more are for models too small to find something worth asking in a
+whole chunk. `sentence` shows side A one sentence and wants a question about it. `cloze` needs no side A, since the
+prompt itself is the question: it gives the beginning of a sentence and wants the rest.
+
+A type may also be the user's own: a text file of prompts with blank lines between them, or a function as
+`package.module:function`, which is given the chunk and a `random.Random` and returns a prompt's text or a `SeedPrompt`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import importlib
 import random
 import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from command_line import files
 
 FORMATS = ("JSON", "YAML", "TOML", "INI", "XML", "plain text")
 
@@ -59,6 +69,18 @@ SEED_PROMPTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Not drawn unless named.
+MORE_PROMPTS: dict[str, tuple[str, ...]] = {
+    "generic": (
+        "Write the first message of a conversation with an assistant about something in the text. Ask for something, "
+        "or ask about something, and name it. Write only the message.",
+    ),
+    "qa": (
+        "Write one question about something in the text, to be answered in a few sentences. Name what it is about. "
+        "Write only the question.",
+    ),
+}
+
 # Side A sees one sentence of the chunk in place of {sentence}.
 SENTENCE_PROMPTS = (
     'Sentence: "{sentence}"\nWrite a question about this sentence. Use the names in it. Write only the question.',
@@ -72,7 +94,7 @@ CLOZE_PROMPTS = (
     "{cue} ... what? Answer in a few words.",
     "How does this sentence end? {cue}",
 )
-KINDS = (*SEED_PROMPTS, "sentence", "cloze")
+KINDS = (*SEED_PROMPTS, *MORE_PROMPTS, "sentence", "cloze")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _FEWEST_WORDS = 5  # of a sentence to ask about: some to show, some to hide
 _LONGEST_CUE = 16  # words; a sentence, or a text without full stops, may be much longer
@@ -86,16 +108,51 @@ class SeedPrompt:
     is_question: bool  # the prompt itself opens the conversation, nobody rephrases it
 
 
-def draw(kinds: tuple[str, ...], chunk: str, rng: random.Random) -> SeedPrompt:
-    """A type (one that is named twice comes twice as often), and one of its prompts."""
-    kind = rng.choice(kinds)
+def check(kinds: Sequence[str], weights: Sequence[float]) -> None:
+    """Raises a sentence unless every type is known or can be loaded, and the weights fit the types."""
+    if not kinds:
+        raise ValueError(f"config.seed_prompts is empty, known types are {', '.join(KINDS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            _own(kind)
+    if weights and (len(weights) != len(kinds) or min(weights) < 0 or not sum(weights) > 0):
+        raise ValueError(
+            f"config.seed_prompt_weights is {tuple(weights)}, expected {len(kinds)} numbers, one for each of "
+            "config.seed_prompts, none below 0 and not all 0"
+        )
+
+
+def draw(kinds: Sequence[str], chunk: str, rng: random.Random, weights: Sequence[float] = ()) -> SeedPrompt:
+    """A type (by its weight, and one that is named twice comes twice as often), and one of its prompts."""
+    kind = rng.choices(kinds, weights)[0] if weights else rng.choice(kinds)
     if kind == "cloze":
         template = rng.choice(CLOZE_PROMPTS)
         return SeedPrompt(kind, template.format(cue=_cue(_sentence(chunk, rng), rng)), is_question=True)
     if kind == "sentence":
         sentence = " ".join(_sentence(chunk, rng)[:_LONGEST_SENTENCE])
         return SeedPrompt(kind, rng.choice(SENTENCE_PROMPTS).format(sentence=sentence), is_question=False)
-    return SeedPrompt(kind, rng.choice(SEED_PROMPTS[kind]), is_question=False)
+    if kind in KINDS:
+        return SeedPrompt(kind, rng.choice((SEED_PROMPTS | MORE_PROMPTS)[kind]), is_question=False)
+    prompt = _own(kind)(chunk, rng)
+    return prompt if isinstance(prompt, SeedPrompt) else SeedPrompt(kind, prompt, is_question=False)
+
+
+@functools.cache
+def _own(kind: str) -> Callable[[str, random.Random], SeedPrompt | str]:
+    """The user's prompts: a function's, or those of a file."""
+    module, colon, name = kind.partition(":")
+    if colon and all(part.isidentifier() for part in (*module.split("."), name)):
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"config.seed_prompts names {kind!r}, which cannot be imported: {error}") from error
+    if not Path(kind).suffix:
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KINDS)}, a file and module:function"
+        raise ValueError(f"config.seed_prompts names an unknown type {kind!r}: {hint}")
+    text = files.read_text(kind, "the seed prompts that config.seed_prompts names, with blank lines between them")
+    prompts = [prompt.strip() for prompt in re.split(r"\n\s*\n", text) if prompt.strip()]
+    return lambda _, rng: SeedPrompt(Path(kind).stem, rng.choice(prompts), is_question=False)
 
 
 def _sentence(chunk: str, rng: random.Random) -> list[str]:

@@ -1,115 +1,265 @@
-"""Two sides of one model talk about a chunk: A asks as a seed prompt says, B answers, and its logprobs are the lesson.
+"""Two sides talk about a chunk: A asks as a seed prompt says, B answers, and B's log-probabilities are the lesson.
 
 The chunk stands in the system prompt that both see, and never in the messages: what is distilled is how the model
-answers *because* it sees the chunk. The recipe is the paper's (arXiv 2506.06266).
+answers *because* it sees the chunk. The recipe is the paper's (arXiv 2506.06266). A and B may be two models.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import math
 import random
-from collections.abc import Coroutine, Iterable
+import re
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from synth import seed_prompts
-from synth.chunkers import TokenChunker
+from synth import existing, seed_prompts
+from synth.chunkers import Chunk, Chunker
 from synth.clients.base import Client, Completion
-from synth.config import SamplingConfig, SynthConfig
+from synth.config import SamplingConfig, Side, SynthConfig
 from synth.conversation import Conversation, Message, flatten
 from synth.seed_prompts import SeedPrompt
+from synth.tools.base import Tool
+from synth.tools.use import consult, shown
 
 ATTEMPTS = 3  # at a question or an answer that is not empty
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 T = TypeVar("T")
+ChatMessage = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    conversations: list[Conversation]
-    dropped: int  # left out, because a question or an answer stayed empty
+class Talk:
+    """One conversation that may be held: how it begins, and what holds it."""
+
+    index: int
+    system_prompt: str
+    prompt: SeedPrompt
+    hold: Callable[[], Coroutine[Any, Any, Conversation]]
 
 
-async def study(index: int, count: int, client: Client, chunker: TokenChunker, config: SynthConfig) -> Batch:
-    """Batch `index`: `count` conversations about one chunk. It depends on its index alone, so any order will do."""
+async def study(
+    index: int,
+    count: int,
+    answer_client: Client,
+    question_client: Client,
+    chunker: Chunker,
+    config: SynthConfig,
+    tools: Sequence[Tool] = (),
+) -> list[Talk]:
+    """Batch `index`: `count` conversations about one chunk, none of them begun.
+
+    Each depends on its own index alone, so any of them may be held, in any order.
+    """
+    existing.check(config)
     rng = random.Random(f"{config.seed}/{index}")
-    # Steps of the golden ratio spread any number of batches evenly over the document; uniform draws would leave holes.
-    position = (random.Random(f"{config.seed}/position").random() + index * GOLDEN_RATIO) % 1.0
-    chunk = await chunker.chunk(rng, position)
-    system_prompt = config.system_prompt.replace("{chunk}", chunk.text)
-    conversations = []
-    for i in range(count):
-        prompt = seed_prompts.draw(config.seed_prompts, chunk.text, rng)
+    chunks = await _chunks(index, rng, chunker, config)
+    text = "\n\n".join(chunk.text for chunk in chunks)
+    context = "\n\n".join(f"{config.description}\n\n{c.text}" if config.description else c.text for c in chunks)
+    sides = _Sides(answer_client, question_client, tools, config)
+    talks: list[Talk] = []
+    asked: _FirstQuestions | None = None
+    first = index * config.conversations_per_chunk
+    for number in range(first, first + count):
+        if asked is None or asked.is_full:
+            prompt = seed_prompts.draw(config.seed_prompts, text, rng, config.seed_prompt_weights)
+            asked = _FirstQuestions(prompt, 1 if prompt.is_question else config.questions_per_call, number)
+        instruction = rng.choice(config.instructions)
+        given = existing.conversation_of(number, config)
+        if given is not None:
+            hold = functools.partial(existing.score, answer_client, given, context, config, number)
+            opening = SeedPrompt("existing", given.messages[0]["content"], is_question=True)
+            talks.append(Talk(number, existing.system_prompt(given, context, config), opening, hold))
+            continue
         metadata = {
-            "seed_prompt": prompt.text,
-            "seed_prompt_type": prompt.kind,
-            "chunk_span": [chunk.start, chunk.end],
-            "conversation_index": index * config.conversations_per_chunk + i,
+            "seed_prompt": asked.prompt.text,
+            "seed_prompt_type": asked.prompt.kind,
+            "chunk_span": [chunks[0].start, chunks[0].end],
+            "resource": chunks[0].resource,
+            "conversation_index": number,
             "model": config.client.model,
         }
-        instruction = rng.choice(config.instructions)
-        conversations.append(_converse(client, config, system_prompt, prompt, instruction, metadata))
-    results = await all_or_none(conversations)
-    kept = [conversation for conversation in results if conversation is not None]
-    return Batch(kept, len(results) - len(kept))
+        if len(chunks) > 1:
+            metadata["chunk_spans"] = [[chunk.start, chunk.end] for chunk in chunks]
+        if config.question_client:
+            metadata["question_model"] = config.question_client.model
+        system_prompt = config.system_prompt.replace("{chunk}", context)
+        hold = functools.partial(_converse, sides, system_prompt, asked, asked.join(), instruction, metadata)
+        talks.append(Talk(number, system_prompt, asked.prompt, hold))
+    return talks
+
+
+async def _chunks(index: int, rng: random.Random, chunker: Chunker, config: SynthConfig) -> list[Chunk]:
+    # Steps of the golden ratio spread any number of batches evenly over the document; uniform draws would leave holes.
+    position = (random.Random(f"{config.seed}/position").random() + index * GOLDEN_RATIO) % 1.0
+    share = 1 / config.chunks_per_context
+    return [await chunker.chunk(rng, (position + i * share) % 1.0) for i in range(config.chunks_per_context)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sides:
+    answer_client: Client
+    question_client: Client
+    tools: Sequence[Tool]
+    config: SynthConfig
+
+    async def say(
+        self, side: Side, seen: list[ChatMessage], where: str, top_logprobs: int = 0, scale: int = 1
+    ) -> Completion:
+        """A message, asked for again while it is empty; `scale` times as long as the config allows one to be."""
+        client, sampling = self._of(side)
+        thinking = sampling.thinking and float(random.Random(f"{where}/thinking").random() < sampling.thinking)
+        sampling = dataclasses.replace(sampling, thinking=thinking, max_tokens=sampling.max_tokens * scale)
+        if thinking and sampling.thinking_instruction:
+            last = seen[-1]
+            seen = [*seen[:-1], {**last, "content": f"{last['content']}\n\n{sampling.thinking_instruction}"}]
+        completion = await client.complete(seen, sampling, _seed(f"{where}/0"), top_logprobs)
+        for attempt in range(1, ATTEMPTS):
+            if completion.text.strip():
+                break
+            completion = await client.complete(seen, sampling, _seed(f"{where}/{attempt}"), top_logprobs)
+        return completion
+
+    async def consult(self, side: Side, seen: list[ChatMessage], where: str) -> list[dict[str, Any]]:
+        """What the side's calls of tools gave."""
+        if not self.tools or side not in self.config.tools.sides:
+            return []
+        client, sampling = self._of(side)
+        return await consult(client, self.tools, seen, self.config.tools, sampling, _seed(f"{where}/tools"))
+
+    def _of(self, side: Side) -> tuple[Client, SamplingConfig]:
+        if side == "question":
+            return self.question_client, self.config.question
+        return self.answer_client, self.config.answer
+
+
+class _FirstQuestions:
+    """The first questions of `size` conversations, written by side A as one list; of one, as a message of its own."""
+
+    def __init__(self, prompt: SeedPrompt, size: int, first: int):
+        self.prompt, self._size, self._first = prompt, size, first
+        self._joined = 0
+        self._lock = asyncio.Lock()
+        self._questions: list[str] | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return self._joined >= self._size
+
+    @property
+    def is_shared(self) -> bool:
+        return self._size > 1
+
+    def join(self) -> int:
+        """The caller's place in the list."""
+        self._joined += 1
+        return self._joined - 1
+
+    async def question(self, place: int, sides: _Sides, system: ChatMessage) -> str:
+        """Whoever comes first asks for all, and the list is the same whoever that is; empty past its end."""
+        async with self._lock:
+            if self._questions is None:
+                self._questions = await self._ask(sides, system)
+        return self._questions[place] if place < len(self._questions) else ""
+
+    async def _ask(self, sides: _Sides, system: ChatMessage) -> list[str]:
+        task = f"{self.prompt.text}\n\nDo this {self._size} times, each time about something else."
+        task += " Number the results from 1, each on one line of its own, and write nothing else."
+        best: list[str] = []
+        for attempt in range(ATTEMPTS):
+            where = f"{sides.config.seed}/questions/{self._first}/{attempt}"
+            seen = [system, {"role": "user", "content": task}]
+            said = await sides.say("question", seen, where, scale=self._size)
+            best = max(best, _listed(spoken(said.text)), key=len)
+            if len(best) >= self._size:
+                break
+        return best
 
 
 async def _converse(
-    client: Client,
-    config: SynthConfig,
+    sides: _Sides,
     system_prompt: str,
-    prompt: SeedPrompt,
+    asked: _FirstQuestions,
+    place: int,
     instruction: str,
     metadata: dict[str, Any],
-) -> Conversation | None:
+) -> Conversation:
+    """One that ends early, with an empty message, is one for the filters."""
+    config = sides.config
     system = {"role": "system", "content": system_prompt}
-    task = {"role": "user", "content": prompt.text}
+    task = {"role": "user", "content": asked.prompt.text}
     messages: list[Message] = []
     turns: list[tuple[str, int]] = []  # of every message: why it ended and how many tokens were written
+    calls: list[dict[str, Any]] = []
+
+    async def look_up(side: Side, seen: list[ChatMessage], where: str) -> list[ChatMessage]:
+        """Puts what the side's tools say into the context that both see from here on."""
+        nonlocal system
+        made = await sides.consult(side, seen, where)
+        calls.extend(made)
+        if text := shown(made):
+            system = {"role": "system", "content": f"{system['content']}\n\n{text}"}
+        return [system, *seen[1:]]
+
     for number in range(config.rounds):
         where = f"{config.seed}/conversation/{metadata['conversation_index']}/{number}"
 
-        if prompt.is_question and not messages:
-            messages.append(Message(prompt.text, "user"))
+        if asked.prompt.is_question and not messages:
+            messages.append(Message(asked.prompt.text, "user"))
             turns.append(("given", 0))
+        elif asked.is_shared and not messages:
+            text = await asked.question(place, sides, system)
+            messages.append(Message(text and instruction.replace("{question}", text), "user"))
+            turns.append(("listed", 0))
         else:
-            seen = [system, task, *({"role": _other(m.role), "content": m.content} for m in messages)]
-            question = await _say_something(client, seen, config.question, f"{where}/question")
-            if question is None:
-                return None
-            text = question.text
-            if not messages and instruction != "{question}":
+            seen = [system, task, *({"role": _other(m.role), "content": spoken(m.content)} for m in messages)]
+            seen = await look_up("question", seen, f"{where}/question")
+            question = await sides.say("question", seen, f"{where}/question")
+            text = spoken(question.text)
+            if text.strip() and not messages and instruction != "{question}":
                 text = instruction.replace("{question}", text.strip())
             # the ids that were sampled are the text's only if nothing was added and nothing cut off
             is_whole = text == question.text and not config.question.stop
-            messages.append(Message(text, "user", question.token_ids if is_whole else None))
+            is_ours = config.question_client is None  # another model's ids mean nothing here
+            messages.append(Message(text, "user", question.token_ids if is_whole and is_ours else None))
             turns.append((question.finish_reason, question.completion_tokens))
+        if not messages[-1].content.strip():
+            break
 
-        seen = [system, *({"role": m.role, "content": m.content} for m in messages)]
-        answer = await _say_something(client, seen, config.answer, f"{where}/answer", config.top_logprobs)
-        if answer is None:
-            return None
+        seen = [system, *({"role": m.role, "content": spoken(m.content)} for m in messages)]
+        seen = await look_up("answer", seen, f"{where}/answer")
+        answer = await sides.say("answer", seen, f"{where}/answer", config.top_logprobs)
         top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)
         messages.append(Message(answer.text, "assistant", answer.token_ids, top_logprobs))
         turns.append((answer.finish_reason, answer.completion_tokens))
+        if not answer.text.strip():
+            break
     metadata |= {
         "finish_reasons": [reason for reason, _ in turns],
         "completion_tokens": [tokens for _, tokens in turns],
     }
-    return Conversation(tuple(messages), system_prompt, metadata, type="self_study")
+    if sides.tools:
+        metadata["tool_calls"] = calls
+    return Conversation(tuple(messages), system["content"], metadata, type="self_study")
 
 
-async def _say_something(
-    client: Client, messages: list[dict[str, str]], sampling: SamplingConfig, where: str, top_logprobs: int = 0
-) -> Completion | None:
-    for attempt in range(ATTEMPTS):
-        seed = random.Random(f"{where}/{attempt}").getrandbits(31)
-        completion = await client.complete(messages, sampling, seed, top_logprobs)
-        if completion.text.strip():
-            return completion
-    return None
+def spoken(text: str) -> str:
+    """A message without the thinking before it; nothing, if it was cut before an end of that."""
+    _, end, said = text.rpartition("</think>")
+    if end:
+        return said.lstrip("\n")
+    return "" if text.lstrip().startswith("<think>") else text
+
+
+def _listed(text: str) -> list[str]:
+    return [found.strip() for found in re.findall(r"^\W{0,3}\d+\W{1,3}(.*\w.*)$", text, re.MULTILINE)]
+
+
+def _seed(where: str) -> int:
+    return random.Random(where).getrandbits(31)
 
 
 def _other(role: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cartridges_jax.serving.engine_thread import Accepted, Job
 from cartridges_jax.serving.protocol import ApiError, Call
-from cartridges_jax.serving.scheduler import Event, Sampled, Started, Token
+from cartridges_jax.serving.scheduler import Event, Sampled, Scored, Started, Token
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -108,10 +108,10 @@ class Choice:
 class Answer:
     """The choices of one job, and the JSON that they make."""
 
-    def __init__(self, job: Job, cartridge_tokens: int, tokenizer: Tokenizer, token_text: Callable[[int], str]):
+    def __init__(self, job: Job, accepted: Accepted, tokenizer: Tokenizer, token_text: Callable[[int], str]):
         self.call = job.call
         self.choices = [Choice(self.call, tokenizer, token_text) for _ in range(self.call.n)]
-        self._job, self._cartridge_tokens = job, cartridge_tokens
+        self._job, self._accepted, self._token_text = job, accepted, token_text
         self._id, self._created = f"chatcmpl-{job.id}", int(time.time())
 
     @property
@@ -137,7 +137,8 @@ class Answer:
             {"index": i, "message": {"role": "assistant", "content": delta.text}, **self._details(delta)}
             for i, delta in enumerate(deltas)
         ]
-        return self._envelope("chat.completion", choices) | self._prompt_ids() | {"usage": self._usage()}
+        about_prompt = self._prompt_ids() | self._prompt_logprobs()
+        return self._envelope("chat.completion", choices) | about_prompt | {"usage": self._usage()}
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, **self._details(Delta())}
@@ -175,6 +176,21 @@ class Answer:
     def _prompt_ids(self) -> dict[str, Any]:
         return {"prompt_token_ids": list(self.call.request.prompt)} if self.call.return_token_ids else {}
 
+    def _prompt_logprobs(self) -> dict[str, Any]:
+        """vLLM's shape: for each token of the prompt, itself and the best ones by their ids; nothing for the first."""
+        if self._accepted.prompt is None:
+            return {}
+        return {"prompt_logprobs": [None, *map(self._prompt_entry, self._accepted.prompt)]}
+
+    def _prompt_entry(self, scored: Scored) -> dict[str, Any]:
+        own = scored.sampled
+        best = enumerate(zip(own.top_ids, own.top_logprobs, strict=True), start=1)
+        found = {own.token: (own.logprob, scored.rank)} | {token: (logprob, rank) for rank, (token, logprob) in best}
+        return {
+            str(token): {"logprob": logprob, "rank": rank, "decoded_token": self._token_text(token)}
+            for token, (logprob, rank) in found.items()
+        }
+
     def _usage(self) -> dict[str, Any]:
         prompt, answer = len(self.call.request.prompt), sum(choice.num_tokens for choice in self.choices)
         return {
@@ -183,5 +199,5 @@ class Answer:
             "total_tokens": prompt + answer,
             # The choices share their prompt: what the first of them found is what earlier requests had left.
             "prompt_tokens_details": {"cached_tokens": self.choices[0].cached_tokens},
-            "cartridge_tokens": self._cartridge_tokens,
+            "cartridge_tokens": self._accepted.cartridge_tokens,
         }

@@ -20,10 +20,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.language_model import LanguageModel, no_prefix
 from cartridges_jax.models.transformer import Params, block_of, head_weights, rms_norm, rope_tables
+from cartridges_jax.serving import scoring
 from cartridges_jax.serving.sampling import Sampling, sample
-from cartridges_jax.serving.scheduler import Prefix, Sampled, SlotInput
+from cartridges_jax.serving.scheduler import Prefix, Sampled, Scored, SlotInput
 
 PREFILL_SIZES = (
     16,
@@ -120,6 +121,12 @@ class Engine:
             Sampled(tokens[i.slot], logprobs[i.slot], tuple(top_ids[i.slot]), tuple(top_logprobs[i.slot]))
             for i in inputs
         ]
+
+    def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
+        """Every token but the first, as the model would have sampled it; no slot is touched."""
+        cartridge: Any = prefix and prefix.cartridge
+        slots = cartridge.checked(self._config).prefix if cartridge else no_prefix(self._config)
+        return scoring.score(self._top, self._blocks, slots, tokens, num_top, self._config)
 
     def warmup(self) -> None:
         """Compiles every program but those that depend on a cartridge's size; slot 0 holds rubbish afterwards."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cartridges_jax.serving.protocol import SEEDS, ApiError, Call
-from cartridges_jax.serving.scheduler import Engine, Event, Finished, QueueFull, Request, Scheduler
+from cartridges_jax.serving.scheduler import Engine, Event, Finished, QueueFull, Request, Scheduler, Scored
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Accepted:
-    """All choices of a job are queued; they see a cartridge of so many slots."""
+    """All choices of a job are queued; they see a cartridge of so many slots. `prompt` is its score, if asked for."""
 
     cartridge_tokens: int
+    prompt: list[Scored] | None = None
 
 
 class Job:
@@ -121,7 +122,10 @@ class EngineThread:
                 id = f"{job.id}-{index}"
                 scheduler.submit(replace(request, id=id, seed=(request.seed + index) % SEEDS))
                 self._live[id] = job, index
-            self._post([(job, 0, Accepted(request.prefix.length if request.prefix else 0))])
+            count, prompt = job.call.prompt_logprobs, None
+            if count is not None:
+                prompt = self._engine.score(request.prompt, request.prefix, count)
+            self._post([(job, 0, Accepted(request.prefix.length if request.prefix else 0, prompt))])
         except ApiError as error:
             self._reject(job, error)
         except QueueFull as error:

@@ -1,6 +1,7 @@
 """Requests and errors of the API, as checked Python values; no socket, no thread, no array.
 
-API shapes: OpenAI's chat completions, with vLLM's `return_token_ids` and `return_tokens_as_token_ids`.
+API shapes: OpenAI's chat completions, with vLLM's `return_token_ids`, `return_tokens_as_token_ids` and
+`prompt_logprobs`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ UNSUPPORTED: dict[str, Any] = {
     "response_format": {"type": "text"},
     "continue_final_message": False,
     "echo": False,
-    "prompt_logprobs": 0,
 }
 
 
@@ -68,6 +68,7 @@ class Call:
     logprobs: bool = False
     return_token_ids: bool = False
     tokens_as_ids: bool = False
+    prompt_logprobs: int | None = None  # so many alternatives at each token of the prompt; None: nothing about it
 
 
 class Fields:

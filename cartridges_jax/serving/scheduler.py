@@ -44,6 +44,14 @@ class Sampled:
     top_logprobs: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A token that was given, not sampled; `rank` counts from 1, the token that the model liked best."""
+
+    sampled: Sampled
+    rank: int
+
+
 class Engine(Protocol):
     """What the scheduler needs of a device; `max_length` counts cartridge slots, prompt and answer of one slot."""
 
@@ -65,6 +73,10 @@ class Engine(Protocol):
 
     def decode(self, inputs: Sequence[SlotInput]) -> list[Sampled]:
         """Writes each input's token at its position and samples the one that follows."""
+        ...
+
+    def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
+        """Every token but the first, as the model would have sampled it; no slot is touched."""
         ...
 
 

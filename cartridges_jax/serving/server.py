@@ -145,7 +145,7 @@ class Server:
             if isinstance(first, ApiError):
                 raise first
             assert isinstance(first, Accepted)
-            answer = Answer(job, first.cartridge_tokens, self._tokenizer, self._token_text)
+            answer = Answer(job, first, self._tokenizer, self._token_text)
             return await (_stream(request, answer) if job.call.stream else _respond(answer))
         finally:
             job.cancel()
@@ -159,6 +159,9 @@ class Server:
         top_logprobs = fields.integer("top_logprobs", 0, 0, self._engine.max_top_logprobs)
         if top_logprobs and not logprobs:
             refuse("top_logprobs", top_logprobs, "logprobs to be true as well")
+        prompt_logprobs = fields.integer("prompt_logprobs", None, 0, self._engine.max_top_logprobs)
+        if prompt_logprobs is not None and fields.flag("stream"):
+            refuse("prompt_logprobs", prompt_logprobs, "stream to be false")
         request = Request(
             id="",
             prompt=tuple(self._chat_ids(fields, self._tokenizer.turn_ids if cartridge else self._tokenizer.chat_ids)),
@@ -184,6 +187,7 @@ class Server:
             logprobs=logprobs,
             return_token_ids=fields.flag("return_token_ids"),
             tokens_as_ids=fields.flag("return_tokens_as_token_ids"),
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _chat_ids(self, fields: Fields, encode: Callable[..., list[int]]) -> list[int]:

@@ -1,100 +1,116 @@
-"""Any OpenAI-compatible server: vLLM, llama-server, `python -m cartridges_jax.serve`."""
+"""An OpenAI-compatible server that gives token ids: vLLM, llama-server, `python -m cartridges_jax.serve`.
+
+Their dialects: vLLM and ours tell the sampled ids when `return_token_ids` asks for them and those of alternatives as
+`token_id:N` when `return_tokens_as_token_ids` does; llama-server puts an `id` into every entry, asked or not. All three
+give log-probabilities of the model itself, before temperature and truncation (vLLM: unless started with another
+`--logprobs-mode`). vLLM: docs.vllm.ai, OpenAI-compatible server; llama-server: tools/server/README.md of llama.cpp.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import email.utils
-import json
-import logging
-import math
-import random
-import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
-import aiohttp
-
-from synth.clients.base import Completion, Refused, Unavailable
+from synth.clients.alignment import Alignment
+from synth.clients.base import (
+    OWN_TOKENIZER,
+    ChatMessages,
+    Completion,
+    Refused,
+    Unavailable,
+    answer_span,
+    finite,
+    reading,
+)
+from synth.clients.http import Http
+from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
-
-FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
-RETRIED_STATUSES = (408, 429)  # and every 5xx
-
-log = logging.getLogger(__name__)
 
 
 class OpenAIClient:
-    """An async context manager: `async with OpenAIClient(config, rng) as client`. Counts the tokens that pass."""
-
-    def __init__(self, config: ClientConfig, rng: random.Random):
-        self._config, self._rng = config, rng
-        self._url = config.base_url.rstrip("/")
+    def __init__(self, config: ClientConfig, url: str):
+        self._config = config
+        self._url = url.rstrip("/")
         self._root = self._url.removesuffix("/v1")  # where /tokenize lives
-        self.prompt_tokens = self.completion_tokens = 0
+        self._http = Http(config.timeout_seconds, config.api_key)
+        own = ChatTokenizer(config.tokenizer) if config.tokenizer else None
+        self._alignment = Alignment(own.decode if own else self.detokenize)
 
-    async def __aenter__(self) -> OpenAIClient:
-        key = self._config.api_key
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # the pipeline bounds the requests in flight
-            timeout=aiohttp.ClientTimeout(total=self._config.timeout_seconds),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._http.__aexit__()
 
     async def check(self) -> None:
-        """Raises a sentence unless a server answers and serves the model: better now than after a document was read."""
-        url = f"{self._url}/models"
-        try:
-            async with self._session.get(url) as response:
-                status, text = response.status, await response.text()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(
-                f"no inference server answers at {self._url}: start one with python -m cartridges_jax.serve "
-                "or change config.client.base_url"
-            ) from error
-        if status >= 400:
-            raise (Unavailable if _retried(status) else Refused)(
-                f"GET {url} gave HTTP {status}, expected a list of models: {_server_words(text)}"
-            )
-        models = _parse(text, url).get("data")
-        if not isinstance(models, list):
-            raise Refused(f"GET {url} gave no list of models: config.client.base_url should end in /v1")
-        served = [str(model.get("id")) for model in models if isinstance(model, dict)]
-        if self._config.model not in served:
-            raise Refused(
-                f"{self._url} does not serve {self._config.model!r}, it serves {', '.join(served) or 'nothing'}: "
-                "change config.client.model"
-            )
+        await self._http.check_model(self._url, self._config.model)
 
     async def complete(
-        self, messages: Sequence[dict[str, str]], sampling: SamplingConfig, seed: int, top_logprobs: int = 0
+        self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
     ) -> Completion:
         body: dict[str, Any] = {
             "model": self._config.model,
             "messages": list(messages),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            # llama-server's defaults, and vLLM's for some models, would leave most tokens out
+            "top_k": 0,
+            "min_p": 0.0,
             "max_tokens": sampling.max_tokens,
             "seed": seed,
             "return_token_ids": True,
         }
         if sampling.stop:
             body["stop"] = list(sampling.stop)
+        if sampling.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": sampling.thinking > 0}
         if top_logprobs:
             # Alternatives come as text otherwise, and text does not say which token it was.
             body |= {"logprobs": True, "top_logprobs": top_logprobs, "return_tokens_as_token_ids": True}
         url = f"{self._url}/chat/completions"
-        reply = await self._post(url, body)
-        try:
+        reply = await self._http.post(url, body)
+        with reading(url):
             completion = _completion(reply, bool(top_logprobs))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Refused(f"{url} gave a reply that is not a chat completion ({error!r})") from error
-        self.prompt_tokens += completion.prompt_tokens
-        self.completion_tokens += completion.completion_tokens
+        if completion.top_logprobs:
+            await self._alignment.check(completion, sampling.stop)
         return completion
+
+    async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
+        before = list(messages[:-1])
+        opened = await self._chat_ids(before, add_generation_prompt=True)
+        empty = await self._chat_ids([*before, {"role": "assistant", "content": ""}], add_generation_prompt=False)
+        url = f"{self._url}/chat/completions"
+        body = self._conversation(messages, add_generation_prompt=False) | {
+            "max_tokens": 1,
+            "prompt_logprobs": top_logprobs,
+            "return_token_ids": True,
+        }
+        reply = await self._http.post(url, body)
+        if not reply.get("prompt_logprobs"):
+            raise Refused(f"{url} gives no prompt_logprobs: vLLM and cartridges_jax.serve do")
+        with reading(url):
+            whole = list(map(int, reply["prompt_token_ids"]))
+            rows = [_best(row, top_logprobs) for row in reply["prompt_logprobs"]]
+            prompt_tokens = int(reply["usage"]["prompt_tokens"])
+        if len(rows) != len(whole):
+            raise Unavailable(f"{url} gave {len(whole)} prompt ids with logprobs of {len(rows)}", "wrong tokens")
+        part = answer_span(opened, empty, whole)
+        ids = tuple(whole[part])
+        return Completion(messages[-1]["content"], ids, tuple(rows[part]), "given", prompt_tokens, 0, 0)
+
+    async def _chat_ids(self, messages: ChatMessages, *, add_generation_prompt: bool) -> list[int]:
+        body = self._conversation(messages, add_generation_prompt=add_generation_prompt)
+        return await self._ask_tokenizer("tokenize", (body,), ("tokens",))
+
+    def _conversation(self, messages: ChatMessages, *, add_generation_prompt: bool) -> dict[str, Any]:
+        return {
+            "model": self._config.model,
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+            # an answer that is given was not thought over
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
 
     async def tokenize(self, text: str) -> list[int]:
         vllm = {"model": self._config.model, "prompt": text, "add_special_tokens": False}
@@ -110,86 +126,28 @@ class OpenAIClient:
         problem = f"{url} gave no {' or '.join(keys)}"
         for body in bodies:
             try:
-                reply = await self._post(url, body)
+                reply = await self._http.post(url, body)
             except Refused as refusal:
                 problem = str(refusal)
                 continue
             for key in keys:
                 if reply.get(key):
                     return reply[key]
-        raise Refused(
-            f"{problem}: set config.chunker.tokenizer to a tokenizer.json, a folder that holds one, or a Hub id"
-        )
-
-    async def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        attempts = self._config.max_retries + 1
-        for attempt in range(1, attempts + 1):
-            wait = 0.0
-            try:
-                async with self._session.post(url, json=body) as response:
-                    text = await response.text()
-                    if response.status < 400:
-                        return _parse(text, url)
-                    problem = f"HTTP {response.status}: {_server_words(text)}"
-                    if not _retried(response.status):
-                        raise Refused(f"{url} refused a request, {problem}")
-                    wait = _retry_after(response.headers.get("Retry-After"))
-            except TimeoutError:
-                problem = f"no answer in {self._config.timeout_seconds:g} s"
-            except aiohttp.ClientError as error:
-                problem = str(error) or type(error).__name__
-            if attempt == attempts:
-                break
-            backoff = min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
-            wait = max(wait, backoff * self._rng.uniform(0.5, 1.0))
-            log.warning("%s: %s; retry %d of %d in %.1f s", url, problem, attempt, attempts - 1, wait)
-            await asyncio.sleep(wait)
-        raise Unavailable(f"{url} failed {attempts} times, at last with {problem}")
-
-
-def _retried(status: int) -> bool:
-    return status in RETRIED_STATUSES or status >= 500
-
-
-def _parse(text: str, url: str) -> dict[str, Any]:
-    try:
-        reply = json.loads(text)
-    except ValueError as error:
-        raise Refused(f"{url} gave a reply that is not JSON: {text[:100]!r}") from error
-    if not isinstance(reply, dict):
-        raise Refused(f"{url} gave a reply that is not a JSON object: {text[:100]!r}")
-    return reply
-
-
-def _server_words(text: str) -> str:
-    """The message inside an error reply, in OpenAI's shape or another."""
-    try:
-        reply = json.loads(text)
-        error = reply.get("error", reply)
-        return str(error.get("message") or error.get("detail") or text) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError):
-        return " ".join(text.split())[:300] or "no message"
-
-
-def _retry_after(header: str | None) -> float:
-    """Seconds, from either form that HTTP allows."""
-    if not header:
-        return 0.0
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+        raise Refused(f"{problem}: {OWN_TOKENIZER}")
 
 
 def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
     choice = reply["choices"][0]
-    text = choice["message"].get("content") or ""
+    message = choice["message"]
+    text = message.get("content") or ""
+    if message.get("reasoning_content") or message.get("reasoning"):
+        raise Refused("the server sets the model's thinking apart from its answer: start it without a reasoning parser")
     entries = (choice.get("logprobs") or {}).get("content") or []
     token_ids = choice.get("token_ids")
+    usage = reply.get("usage") or {}
+    written = usage.get("completion_tokens")
+    if token_ids and written and abs(len(token_ids) - written) > 1:  # some count the end-of-turn token, others do not
+        raise Unavailable(f"the server gave {len(token_ids)} token ids and counts {written}", "wrong tokens")
     rows = None
     if wants_logprobs and text.strip():
         if not entries:
@@ -197,24 +155,22 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
         rows = tuple(tuple(map(_pair, entry["top_logprobs"])) for entry in entries)
         token_ids = [_token_id(entry) for entry in entries] if token_ids is None else token_ids
         if len(token_ids) - len(rows) not in (0, 1):  # some servers count the end-of-turn token, but give no logprobs
-            raise Refused(f"the server gave {len(token_ids)} token ids with logprobs of {len(rows)} tokens")
-    usage = reply.get("usage") or {}
+            raise Unavailable(
+                f"the server gave {len(token_ids)} token ids with logprobs of {len(rows)} tokens", "wrong tokens"
+            )
     return Completion(
         text=text,
-        token_ids=None if token_ids is None else tuple(token_ids),
+        token_ids=None if token_ids is None else tuple(map(int, token_ids)),
         top_logprobs=rows,
         finish_reason=choice.get("finish_reason") or "unknown",
         prompt_tokens=usage.get("prompt_tokens") or 0,
-        completion_tokens=usage.get("completion_tokens") or 0,
+        completion_tokens=written or 0,
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
     )
 
 
 def _pair(entry: dict[str, Any]) -> tuple[int, float]:
-    logprob = float(entry["logprob"])
-    if math.isnan(logprob):
-        raise Refused(f"the server gave a logprob that is not a number: {entry}")
-    return _token_id(entry), logprob
+    return _token_id(entry), finite(entry["logprob"])
 
 
 def _token_id(entry: dict[str, Any]) -> int:
@@ -228,3 +184,9 @@ def _token_id(entry: dict[str, Any]) -> int:
         f"the server gives no token ids with its logprobs (token {token!r}): vLLM, llama-server and "
         "cartridges_jax.serve do"
     )
+
+
+def _best(row: dict[str, dict[str, Any]] | None, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` best of a prompt position; the prompt's own token comes along however unlikely it is."""
+    pairs = [(int(token_id), finite(entry["logprob"])) for token_id, entry in (row or {}).items()]
+    return tuple(sorted(pairs, key=lambda pair: -pair[1])[:count])

@@ -326,3 +326,25 @@ def test_a_seed_is_a_sample():
 def test_a_short_top_p_is_greedy():
     model, prompts = tiny.model(), [TOKENS[:10], TOKENS[5:30]]
     assert generate_ids(model, prompts, temperature=1.0, top_p=1e-6) == generate_ids(model, prompts)
+
+
+@pytest.mark.parametrize("length", [2, 64, 65, 150])
+@pytest.mark.parametrize("name", ["none", "a", "biased"])
+def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: str, length: int):
+    prompt = TOKENS[:length]
+    scored = engine.score(prompt, prefix_of(name), 5)
+    wanted_tv = expected(prompt, name)
+    assert [s.sampled.token for s in scored] == list(prompt[1:])
+    for row_v, found in zip(wanted_tv, scored, strict=False):
+        own = row_v[found.sampled.token]
+        assert abs(found.sampled.logprob - own) < TOLERANCE
+        assert (row_v > own + TOLERANCE).sum() < found.rank <= 1 + (row_v > own - TOLERANCE).sum()
+        np.testing.assert_allclose(found.sampled.top_logprobs, np.sort(row_v)[::-1][:5], atol=TOLERANCE)
+        np.testing.assert_allclose(row_v[list(found.sampled.top_ids)], found.sampled.top_logprobs, atol=TOLERANCE)
+
+
+def test_scoring_touches_no_slot(engine: Engine):
+    fill(engine, 0, "a", TOKENS[:20])
+    before = jax.tree.map(np.asarray, engine._cache)
+    engine.score(TOKENS[30:60], prefix_of("b"), 3)
+    jax.tree.map(np.testing.assert_array_equal, before, engine._cache)

@@ -20,6 +20,7 @@ from cartridges_jax.serving.scheduler import (
     Request,
     Sampled,
     Scheduler,
+    Scored,
     SlotInput,
     Started,
     Token,
@@ -78,6 +79,11 @@ class FakeEngine:
             assert i.position < self.max_length
             self.cells[i.slot][i.position] = i.token
         return [next_token(self.cells[i.slot][: i.position + 1], i.seed, i.step, self.vocab) for i in inputs]
+
+    def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
+        return [
+            Scored(Sampled(token, -0.5, tuple(range(num_top)), (-1.0,) * num_top), num_top + 1) for token in tokens[1:]
+        ]
 
 
 def alone(request: Request) -> list[int]:

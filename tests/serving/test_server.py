@@ -686,3 +686,22 @@ def test_ctrl_c_stops_an_answer_and_keeps_it():
     chat.talk(talker, lambda: next(lines), write)
     assert "".join(told) == "abca [stopped]\n" and talker.messages[-1]["content"] == "abca"
     assert "".join(talker.answer("y"))[:4] == "abca"
+
+
+def test_prompt_logprobs_are_vllms():
+    async def test(client: Client) -> None:
+        status, reply = await client.chat(
+            max_tokens=1, prompt_logprobs=2, return_token_ids=True, add_generation_prompt=False
+        )
+        first, *others = reply["prompt_logprobs"]
+        assert status == 200 and first is None
+        assert reply["prompt_token_ids"] == list(b"u:hello\n")
+        for token, entry in zip(b":hello\n", others, strict=True):
+            assert entry[str(token)] == {"logprob": -0.5, "rank": 3, "decoded_token": chr(token)}
+            assert [entry[best]["rank"] for best in ("0", "1")] == [1, 2] and len(entry) == 3
+        assert "prompt_logprobs" not in (await client.chat(max_tokens=1))[1]
+        for fields, name in (({"prompt_logprobs": 99}, "from 0 to"), ({"stream": True}, "stream to be false")):
+            status, reply = await client.chat(**{"prompt_logprobs": 1, "max_tokens": 1, **fields})
+            assert status == 400 and name in reply["error"]["message"]
+
+    serving(ScriptEngine(b"hi"), test)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer
 
-from synth.clients import openai
+from synth import endpoint, fleet
 from synth.config import ChunkerConfig, ClientConfig, ResourceConfig, SynthConfig
 
 TEXT = "".join(
@@ -22,9 +22,19 @@ def server() -> Iterator[StubServer]:
     stub.stop()
 
 
+@pytest.fixture
+def servers() -> Iterator[list[StubServer]]:
+    stubs = [StubServer().start() for _ in range(3)]
+    yield stubs
+    for stub in stubs:
+        stub.stop()
+
+
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(fleet, "FIRST_BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(endpoint, "FIRST_SHUT_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint, "LONGEST_SHUT_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -14,14 +14,16 @@ from typing import Any
 from aiohttp import web
 
 MODEL = "stub"
+WORDS, END = 256, 1000  # token ids: of the word "w0", and of the end of a turn
 
 
 class StubServer:
-    """`faults` are used up one a chat request: a status, (status, headers), "drop" or "hang"."""
+    """`faults` are used up one a chat request: a status, (status, headers), or the name of one in `_chat`."""
 
     def __init__(self):
         self.requests: list[dict[str, Any]] = []
         self.faults: collections.deque[Any] = collections.deque()
+        self.next_fault: Callable[[], Any] = lambda: self.faults.popleft() if self.faults else None
         self.in_flight = self.most_in_flight = 0
         self.latency = 0.0
         self.ids = "token_id:N"  # how alternatives carry their ids: "token_id:N", "id", "token_id" or "none"
@@ -71,13 +73,15 @@ class StubServer:
         return web.json_response({"data": [{"id": MODEL}, {"id": "other"}]})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        """One token a byte."""
+        """One token a byte, and one for each of the words that answers are made of."""
         body = await request.json()
         text = body.get("content" if self.llama_cpp else "prompt", "")
         return web.json_response({"tokens": list(text.encode())})
 
     async def _detokenize(self, request: web.Request) -> web.Response:
-        text = bytes((await request.json())["tokens"]).decode(errors="replace")
+        ids = (await request.json())["tokens"]
+        pieces = (bytes([i]) if i < WORDS else b"<|end|>" if i == END else f" w{i - WORDS}".encode() for i in ids)
+        text = b"".join(pieces).decode(errors="replace")
         return web.json_response({"content" if self.llama_cpp else "prompt": text})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -87,12 +91,27 @@ class StubServer:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await asyncio.sleep(self.latency)
-            fault = self.faults.popleft() if self.faults else None
+            fault = self.next_fault()
             if fault == "drop":
                 assert request.transport
                 request.transport.abort()
             elif fault == "hang":
                 await asyncio.sleep(3)
+            elif fault == "broken":
+                return web.Response(text='{"choices": [', content_type="application/json")
+            elif fault == "empty":
+                return web.json_response({"choices": []})
+            elif fault == "short":
+                response = web.StreamResponse(headers={"Content-Length": "1000"})
+                await response.prepare(request)
+                await response.write(b'{"choices": [')
+                assert request.transport
+                request.transport.close()
+                return response
+            elif fault == "wrong tokens":
+                answer = self._answer(body)
+                answer["choices"][0]["token_ids"] = [1] * 99
+                return web.json_response(answer)
             elif fault is not None:
                 status, headers = fault if isinstance(fault, tuple) else (fault, {})
                 return web.json_response({"error": {"message": "no thanks"}}, status=status, headers=headers)
@@ -105,14 +124,14 @@ class StubServer:
         words = [] if self.empty(body) else [f"w{byte}" for byte in digest[: 3 + digest[0] % 8]]
         entries = []
         for place, word in enumerate(words):
-            token = int(word[1:])
+            token = WORDS + int(word[1:])
             top = [self._entry(token + j, -0.5 - j - place) for j in range(body.get("top_logprobs", 0))]
             entries.append({**self._entry(token, -0.5 - place), "top_logprobs": top})
         choice: dict[str, Any] = {"message": {"content": " ".join(words)}, "finish_reason": "stop", "index": 0}
         if body.get("logprobs"):
             choice["logprobs"] = {"content": entries}
         if body.get("return_token_ids") and self.ids == "token_id:N":
-            choice["token_ids"] = [int(word[1:]) for word in words] + [2] * self.end_of_turn
+            choice["token_ids"] = [WORDS + int(word[1:]) for word in words] + [END] * self.end_of_turn
         usage = {"prompt_tokens": 7, "completion_tokens": len(words)}
         return {"choices": [choice], "usage": usage}
 

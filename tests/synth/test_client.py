@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from typing import Any
 
 import pytest
-from stub_server import MODEL, StubServer
+from stub_server import MODEL, WORDS, StubServer
 
-from synth.clients.base import Completion, Refused, Unavailable
+from synth.clients.base import Busy, Completion, Refused, Unavailable
 from synth.clients.openai import OpenAIClient
 from synth.config import ClientConfig, SamplingConfig
 
@@ -20,8 +18,8 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 
 def use(url: str, action: Callable[[OpenAIClient], Awaitable[Any]], **settings: Any) -> Any:
     async def run() -> Any:
-        config = ClientConfig(url, **{"model": MODEL, "timeout_seconds": 0.5, "max_retries": 3} | settings)
-        async with OpenAIClient(config, random.Random(0)) as client:
+        config = ClientConfig(url, **{"model": MODEL, "timeout_seconds": 0.5} | settings)
+        async with OpenAIClient(config, url) as client:
             return await action(client)
 
     return asyncio.run(run())
@@ -35,7 +33,7 @@ def ask(server: StubServer, top_logprobs: int = 3, **settings: Any) -> Completio
 def test_token_ids_in_every_dialect(server: StubServer, ids: str):
     server.ids = ids
     completion = ask(server)
-    assert completion.token_ids == tuple(int(word[1:]) for word in completion.text.split())
+    assert completion.token_ids == tuple(WORDS + int(word[1:]) for word in completion.text.split())
     assert completion.top_logprobs is not None and len(completion.top_logprobs) == len(completion.token_ids)
     assert completion.top_logprobs[0][:2] == ((completion.token_ids[0], -0.5), (completion.token_ids[0] + 1, -1.5))
     assert (completion.finish_reason, completion.prompt_tokens) == ("stop", 7)
@@ -59,28 +57,39 @@ def test_questions_ask_for_no_logprobs(server: StubServer):
     assert "logprobs" not in server.requests[0]
 
 
-@pytest.mark.parametrize("fault", [408, 429, 500, 503, "drop", "hang"])
-def test_passing_faults_are_retried_and_logged(server: StubServer, fault: Any, caplog: pytest.LogCaptureFixture):
-    server.faults.extend([fault, fault])
-    with caplog.at_level(logging.WARNING, "synth"):
-        assert ask(server).text
-    assert len(server.requests) == 3
-    assert len([r for r in caplog.records if "retry" in r.message]) == 2
-
-
-def test_retries_end(server: StubServer):
-    server.faults.extend([503] * 10)
-    with pytest.raises(Unavailable, match="failed 3 times, at last with HTTP 503: no thanks"):
-        ask(server, max_retries=2)
-    assert len(server.requests) == 3
-
-
-@pytest.mark.parametrize("date", [False, True])
-def test_retry_after_is_honoured(server: StubServer, date: bool):
-    server.faults.append((429, {"Retry-After": formatdate(time.time() + 2, usegmt=True) if date else "1"}))
-    start = time.monotonic()
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (408, "timeout"),
+        (500, "http 500"),
+        ("drop", "connection"),
+        ("hang", "timeout"),
+        ("broken", "broken reply"),
+        ("short", "broken reply"),
+        ("empty", "broken reply"),
+    ],
+)
+def test_a_passing_fault_is_one_attempt_and_told_by_its_kind(server: StubServer, fault: Any, kind: str):
+    server.faults.append(fault)
+    with pytest.raises(Unavailable) as caught:
+        ask(server)
+    assert caught.value.kind == kind and not isinstance(caught.value, Busy)
+    assert len(server.requests) == 1
     assert ask(server).text
-    assert time.monotonic() - start >= 0.9
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [({}, 0, 0), ({"Retry-After": "7.5"}, 7.5, 7.5), ({"Retry-After": "soon"}, 0, 0), ({"Retry-After": None}, 2, 5)],
+)
+def test_a_busy_server_says_when(server: StubServer, status: int, header: dict[str, Any], least: float, most: float):
+    date = formatdate(time.time() + 4, usegmt=True)
+    server.faults.append((status, {name: value or date for name, value in header.items()}))
+    with pytest.raises(Busy, match=f"HTTP {status}: no thanks") as caught:
+        ask(server)
+    assert caught.value.kind == f"http {status}"
+    assert least <= caught.value.retry_after <= most
 
 
 def test_other_refusals_are_raised_at_once(server: StubServer):

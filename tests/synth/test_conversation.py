@@ -62,14 +62,19 @@ def test_reads_upstreams_inferred_types(tmp_path: Path):
     assert read.messages == (Message("hi", "user"), Message("hi", "assistant", ()))
 
 
-def test_merge_keeps_order_and_content(tmp_path: Path):
+def test_tables_keep_order_and_content(tmp_path: Path):
     parts = []
     for i in range(7):
         parts.append(tmp_path / f"{i}.parquet")
-        conversation.write(parts[-1], [sample(i)] * (i % 3))
-    conversation.merge(parts, tmp_path / "all.parquet", {"requested": "7"})
-    assert conversation.read(tmp_path / "all.parquet") == [sample(i) for i in range(7) for _ in range(i % 3)]
-    assert conversation.read_notes(tmp_path / "all.parquet")[1]["requested"] == "7"
+        conversation.write(parts[-1], [sample(i)] * (i % 3), {"of": "a part"})
+    whole = tmp_path / "all.parquet"
+    conversation.write_tables(whole, map(conversation.read_table, parts), lambda: {"requested": "7"})
+    made = [sample(i) for i in range(7) for _ in range(i % 3)]
+    assert conversation.read(whole) == made
+    assert conversation.read_notes(whole)[1].get("requested") == "7" and "of" not in conversation.read_notes(whole)[1]
+    for outline, one in zip(conversation.outlines(pq.read_table(whole)), made, strict=True):
+        assert [(m.content, m.role) for m in outline.messages] == [(m.content, m.role) for m in one.messages]
+        assert outline.metadata == one.metadata
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, -1])

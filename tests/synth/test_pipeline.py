@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from stub_server import MODEL, StubServer
 
-from synth import conversation
+from synth import conversation, pipeline
 from synth.clients.base import Unavailable
-from synth.config import ChunkerConfig, ClientConfig, SamplingConfig, SynthConfig
+from synth.config import ChunkerConfig, ClientConfig, FilterConfig, SamplingConfig, SynthConfig
+from synth.dry_run import describe
+from synth.folder import locked
 from synth.pipeline import synthesize
 
 MakeConfig = Callable[..., SynthConfig]
@@ -50,7 +52,7 @@ def test_conversations(server: StubServer, make_config: MakeConfig, capsys: pyte
     assert len({m.system_prompt for m in made[:4]}) == 1, "a batch shares its chunk"
     assert len({m.system_prompt for m in made}) == 3
     printed = capsys.readouterr().out
-    assert "10 conversations" in printed and "dropped as empty: 0; duplicates: 0" in printed
+    assert "10 of 10 conversations" in printed and "found: empty 0, truncated 0, repetition 0" in printed
 
 
 def test_what_each_side_sees(server: StubServer, make_config: MakeConfig):
@@ -125,9 +127,12 @@ def test_empty_answers_are_sampled_again_then_dropped(
     made = make(config)
     assert 20 < len(made) < 40, "one in eight stays empty three times, twice a conversation"
     assert all(message.content for one in made for message in one.messages)
-    assert f"dropped as empty: {40 - len(made)}" in capsys.readouterr().out
+    assert f"empty {40 - len(made)} (dropped)" in capsys.readouterr().out
+    asked = len(server.requests)
+    assert len(make(dataclasses.replace(config, filters=FilterConfig(empty=False)))) == 40
+    assert len(server.requests) == asked, "another choice of filters asks for nothing"
     server.empty = lambda body: True
-    with pytest.raises(ValueError, match="all 10 conversations came out empty"):
+    with pytest.raises(ValueError, match=r"the filters leave none of 10 conversations \(empty 10 \(dropped\)"):
         make(make_config(output_dir=config.output_dir + "2"))
 
 
@@ -144,7 +149,7 @@ def test_more_conversations_go_on_from_there(server: StubServer, make_config: Ma
     asked = len(server.requests)
     more = make(make_config(num_conversations=18))
     assert more[:10] == few and len(more) == 18
-    assert len(server.requests) - asked == 20, "the last batch was short: it is made again, the whole ones are not"
+    assert len(server.requests) - asked == 16, "two calls for each that was not there"
     assert more == make(make_config(num_conversations=18, output_dir=str(tmp_path / "fresh")))
     with pytest.raises(ValueError, match=r"num_conversations is 4, but .* was made for 18"):
         make(make_config(num_conversations=4))
@@ -171,7 +176,10 @@ def test_a_folder_without_data_belongs_to_nobody(server: StubServer, make_config
         make(config)
 
 
-def test_truncated_part_is_made_again(server: StubServer, make_config: MakeConfig, caplog: pytest.LogCaptureFixture):
+def test_truncated_part_is_made_again(
+    server: StubServer, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(pipeline, "ROWS_PER_PART", 4)
     config = make_config()
     made = make(config)
     (Path(config.output_dir) / "dataset.parquet").unlink()
@@ -183,14 +191,16 @@ def test_truncated_part_is_made_again(server: StubServer, make_config: MakeConfi
     assert "part-00001.parquet is not a whole Parquet file" in caplog.text
 
 
-def test_failed_batches_are_counted_and_made_by_the_next_run(server: StubServer, make_config: MakeConfig):
+def test_failed_conversations_are_counted_and_made_by_the_next_run(server: StubServer, make_config: MakeConfig):
     config = make_config(max_chunks_in_flight=1, client=ClientConfig(server.url, MODEL, max_retries=0))
     server.faults.append(503)
-    with pytest.raises(Unavailable, match=r"4 of 10 conversations are missing, 1 batches failed and 0 were not tried"):
+    with pytest.raises(Unavailable, match=r"1 of 10 conversations are missing, 1 failed and 0 were not finished"):
         make(config)
-    assert len(parts(config)) == 2
+    assert len(parts(config)) == 1
     assert not (Path(config.output_dir) / "dataset.parquet").exists()
+    asked = len(server.requests)
     assert len(make(config)) == 10
+    assert len(server.requests) - asked == 2
 
 
 def test_a_server_that_went_away_is_not_waited_for(server: StubServer, make_config: MakeConfig):
@@ -218,27 +228,6 @@ def command(make_config: MakeConfig, tmp_path: Path) -> Callable[..., list[str]]
         return [sys.executable, "-m", "synth", f"--config={tmp_path / 'config.py'}"]
 
     return make_command
-
-
-def test_killed_at_any_moment(server: StubServer, make_config: MakeConfig, command: Callable[..., list[str]]):
-    server.latency = 0.03
-    config = make_config(num_conversations=48)
-    rng = random.Random(0)
-    for _ in range(3):
-        goal = len(server.requests) + rng.randint(8, 24)
-        process = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(server.requests) < goal and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert 0 < len(parts(config)) < 12
-    finished = subprocess.run(command(), capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "going on from there" in finished.stdout
-    server.latency = 0.0
-    resumed = conversation.read(Path(config.output_dir) / "dataset.parquet")
-    assert resumed == make(make_config(num_conversations=48, output_dir=config.output_dir + "-uninterrupted"))
 
 
 def test_ctrl_c_stops_cleanly(server: StubServer, command: Callable[..., list[str]]):
@@ -288,3 +277,46 @@ def test_no_jax_behind_synth():
     code = "import json, sys, synth.__main__; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert not {"jax", "jaxlib", "flax", "torch", "cartridges_jax"} & set(json.loads(found.stdout))
+
+
+def test_passing_faults_are_tried_again(server: StubServer, make_config: MakeConfig, caplog: pytest.LogCaptureFixture):
+    server.faults.extend([503, "drop", "broken"])
+    assert len(make(make_config(max_chunks_in_flight=1))) == 10
+    assert len([record for record in caplog.records if "retry 1 of 3" in record.message]) == 3
+
+
+def test_a_dry_run_shows_prompts_and_calls_nobody(server: StubServer, make_config: MakeConfig, tmp_path: Path):
+    nobody = ClientConfig("http://127.0.0.1:9/v1", MODEL)
+    config = make_config(num_conversations=1000, client=nobody, dry_run=True, seed_prompts=("question", "cloze"))
+    shown = asyncio.run(describe(config))
+    assert shown.count("--- conversation") == 3 and "what side A is told" in shown
+    assert "1000 conversations about 250 chunks: about 1.5" in shown or "about 1.4" in shown
+    assert "tokens are taken for 4 characters each" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_with_the_tokenizer_shows_the_very_prompts(
+    server: StubServer, make_config: MakeConfig, tmp_path: Path
+):
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[attr-defined]
+    words.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[attr-defined]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words.model = tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])  # type: ignore[attr-defined]
+    words.save(str(tmp_path / "tokenizer.json"))
+    config = make_config(chunker=ChunkerConfig(100, 300, tokenizer=str(tmp_path / "tokenizer.json")))
+    shown = asyncio.run(describe(config))
+    made = make(config)
+    for index in (0, 3, 6):
+        assert (
+            f"--- conversation {index}, {made[index].metadata['seed_prompt_type']}\n{made[index].system_prompt}"
+            in shown
+        )
+        assert made[index].metadata["seed_prompt"] in shown
+
+
+def test_two_runs_in_one_folder_are_refused(server: StubServer, make_config: MakeConfig):
+    config = make_config()
+    with locked(Path(config.output_dir)), pytest.raises(ValueError, match="is in use by another run"):
+        make(config)
+    assert len(make(config)) == 10

@@ -1,0 +1,57 @@
+"""Whether the ids of an answer spell its text.
+
+They must, or the teacher's log-probabilities would be learnt at the wrong tokens; they do not when a server decodes
+with another tokenizer, filters its text, or loses tokens on the way. Asking the server again costs a request, so after
+the first answers only some are looked at: what makes texts and ids disagree is seldom an accident of one answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Sequence
+
+from synth.clients.base import Completion, Refused, Unavailable
+
+ALWAYS, THEN_ONE_IN = 8, 16
+
+# Texts leave special tokens out, ids do not: <|im_end|>, </s>, <end_of_turn>, [INST].
+_MARKS = re.compile(r"<\|?[\w/ ]{1,32}\|?>|\[/?[A-Z_]{1,32}\]")
+
+log = logging.getLogger(__name__)
+
+
+class Alignment:
+    def __init__(self, decode: Callable[[Sequence[int]], Awaitable[str]]):
+        self._decode = decode
+        self._seen = 0
+        self._possible = True
+
+    async def check(self, completion: Completion, stops: Sequence[str] = ()) -> None:
+        """Raises: Unavailable, if the ids spell another text."""
+        self._seen += 1
+        due = self._seen <= ALWAYS or self._seen % THEN_ONE_IN == 0
+        if not completion.token_ids or not due or not self._possible:
+            return
+        try:
+            spelt = await self._decode(completion.token_ids)
+        except Refused as refusal:
+            log.warning("texts cannot be compared with their token ids: %s", refusal)
+            self._possible = False
+            return
+        if not is_spelt(completion.text, spelt, stopped=bool(stops)):
+            raise Unavailable(
+                f"the server's token ids spell {spelt[:60]!r}..., but its text is {completion.text[:60]!r}...",
+                "wrong tokens",
+            )
+
+
+def is_spelt(text: str, spelt: str, *, stopped: bool) -> bool:
+    """`stopped`: a stop string may have cut the text, but not the ids."""
+    text, spelt = _plain(text), _plain(spelt)
+    return spelt == text or (stopped and spelt.startswith(text))
+
+
+def _plain(text: str) -> str:
+    # a cut may leave a part of a character, and some tokenizers give a text's first word a space
+    return _MARKS.sub("", text).rstrip("\N{REPLACEMENT CHARACTER}").strip()

@@ -1,0 +1,75 @@
+"""OpenAI, Together and the like: texts without token ids, from a large model that asks the questions.
+
+They know OpenAI's own fields only, and some of their models refuse even a temperature that is the default, so what is
+at its default is not sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, Self
+
+from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, reading
+from synth.clients.http import Http
+from synth.config import ClientConfig, SamplingConfig
+
+LENGTH_FIELD = {"openai_api": "max_completion_tokens", "together": "max_tokens"}
+
+
+class HostedClient:
+    def __init__(self, config: ClientConfig, url: str):
+        self._config, self._url = config, url.rstrip("/")
+        self._http = Http(config.timeout_seconds, config.api_key)
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.__aexit__()
+
+    async def check(self) -> None:
+        await self._http.check_model(self._url, self._config.model)
+
+    async def complete(
+        self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
+    ) -> Completion:
+        if top_logprobs:
+            self._no("token ids with log-probabilities")
+        body: dict[str, Any] = {
+            "model": self._config.model,
+            "messages": list(messages),
+            LENGTH_FIELD[self._config.kind]: sampling.max_tokens,
+            "seed": seed,
+        }
+        if sampling.temperature != 1.0:
+            body["temperature"] = sampling.temperature
+        if sampling.top_p != 1.0:
+            body["top_p"] = sampling.top_p
+        if sampling.stop:
+            body["stop"] = list(sampling.stop)
+        url = f"{self._url}/chat/completions"
+        reply = await self._http.post(url, body)
+        with reading(url):
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            return Completion(
+                text=choice["message"].get("content") or "",
+                token_ids=None,
+                top_logprobs=None,
+                finish_reason=choice.get("finish_reason") or "unknown",
+                prompt_tokens=usage.get("prompt_tokens") or 0,
+                completion_tokens=usage.get("completion_tokens") or 0,
+                cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+            )
+
+    async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
+        self._no("log-probabilities of a given answer")
+
+    async def tokenize(self, text: str) -> list[int]:
+        self._no(f"tokens: {OWN_TOKENIZER}")
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        self._no(f"tokens: {OWN_TOKENIZER}")
+
+    def _no(self, what: str) -> NoReturn:
+        raise Refused(f"a server of kind {self._config.kind!r} gives no {what}")

@@ -1,0 +1,46 @@
+"""Reads the pickles that Tokasaurus replies with, without running anything in them.
+
+A pickle is a program; what it may call is decided by `find_class`. Here that is the constructor of a dictionary under
+the name of one of OpenAI's reply types, which is all that such a reply needs; any other name ends the reading.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+from synth.clients.base import Refused, Unavailable
+
+_REPLY_TYPES = "openai.types."
+
+
+class Fields(dict[str, Any]):
+    """Stands for any of OpenAI's reply types: its fields, by name."""
+
+    def __setstate__(self, state: Any) -> None:
+        """pydantic's state holds the fields in `__dict__`, and those that the type does not know in another."""
+        for part in (state.get("__dict__"), state.get("__pydantic_extra__")):
+            self.update(part or {})
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith(_REPLY_TYPES) and name.isidentifier():
+            return Fields
+        if (module, name) == ("builtins", "set"):  # which fields were given, in pickles of protocol 3 and before
+            return set
+        raise Refused(
+            f"the reply is a pickle that names {module}.{name}, expected OpenAI's reply types only: it was not run; "
+            "check that config.client.base_url is a Tokasaurus server you trust"
+        )
+
+
+def read(data: bytes) -> Any:
+    """Raises: Refused, for a pickle that names anything else; Unavailable, for a damaged one."""
+    try:
+        return _Reader(io.BytesIO(data)).load()
+    except Refused:
+        raise
+    except Exception as error:  # a damaged pickle may fail anywhere, a made-up length as MemoryError
+        raise Unavailable(f"the reply is no whole pickle ({type(error).__name__}: {error})", "broken reply") from error

@@ -1,0 +1,166 @@
+"""Tokasaurus (branch geoff/cartridges): one request, or several in one synchronous batch.
+
+Token ids and log-probabilities come packed inside `system_fingerprint`, a JSON text with base64 of raw little-endian
+arrays, one entry a choice. Log-probabilities are those after temperature. A batch is answered with a pickle, see
+`pickles.py`. github.com/ScalingIntelligence/tokasaurus: server/endpoints.py, server/utils.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from synth.clients import pickles
+from synth.clients.alignment import Alignment
+from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, TopRows, Unavailable, finite, reading
+from synth.clients.http import Http
+from synth.clients.local import ChatTokenizer
+from synth.config import ClientConfig, SamplingConfig
+
+GATHER_SECONDS = 0.01  # how long a batch that is not full waits for more calls
+
+
+class TokasaurusClient:
+    def __init__(self, config: ClientConfig, url: str):
+        self._config = config
+        self._root = url.rstrip("/").removesuffix("/v1")
+        self._http = Http(config.timeout_seconds, config.api_key)
+        tokenizer = ChatTokenizer(config.tokenizer) if config.tokenizer else None
+        self._tokenizer = tokenizer
+        self._alignment = Alignment(tokenizer.decode) if tokenizer else None
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future[Any]]] = []
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._sending:
+            task.cancel()
+        await asyncio.gather(*self._sending, return_exceptions=True)
+        await self._http.__aexit__()
+
+    async def check(self) -> None:
+        served = await self._http.models(f"{self._root}/v1")
+        if self._config.model != "default" and [name.lower() for name in served] != [self._config.model.lower()]:
+            raise Refused(
+                f"{self._root} serves {', '.join(served) or 'nothing'}, not {self._config.model!r}: "
+                "change config.client.model"
+            )
+
+    async def complete(
+        self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
+    ) -> Completion:
+        request: dict[str, Any] = {
+            "model": self._config.model,
+            "messages": list(messages),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_completion_tokens": sampling.max_tokens,
+            "seed": seed,
+            "logprobs_in_fingerprint": True,
+        }
+        if sampling.stop:
+            request["stop"] = list(sampling.stop)
+        if sampling.thinking is not None:
+            request["apply_chat_template_overrides"] = {"enable_thinking": sampling.thinking > 0}
+        if top_logprobs:
+            request |= {"logprobs": True, "top_logprobs": top_logprobs}
+        if self._config.batch_size > 1:
+            reply = await self._in_a_batch(request)
+        else:
+            reply = await self._http.post(f"{self._root}/v1/chat/completions", request)
+        with reading(self._root):
+            completion = _completion(reply, top_logprobs)
+        if self._alignment and completion.top_logprobs:
+            await self._alignment.check(completion, sampling.stop)
+        return completion
+
+    async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
+        raise Refused(
+            "Tokasaurus gives no log-probabilities of a given answer: vLLM, SGLang and cartridges_jax.serve do"
+        )
+
+    async def tokenize(self, text: str) -> list[int]:
+        return self._own_tokenizer().encode(text)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await self._own_tokenizer().decode(token_ids)
+
+    def _own_tokenizer(self) -> ChatTokenizer:
+        if self._tokenizer is None:
+            raise Refused(f"Tokasaurus has no route for its tokenizer: {OWN_TOKENIZER}")
+        return self._tokenizer
+
+    async def _in_a_batch(self, request: dict[str, Any]) -> Any:
+        """Waits for as many calls as make a batch, or a moment, and takes its own reply out of the batch's."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if len(self._waiting) == 1:
+            task = asyncio.create_task(self._send_soon())
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+        return await future
+
+    async def _send_soon(self) -> None:
+        waited = 0.0
+        while len(self._waiting) < self._config.batch_size and waited < GATHER_SECONDS:
+            await asyncio.sleep(GATHER_SECONDS / 4)
+            waited += GATHER_SECONDS / 4
+        waiting, self._waiting = self._waiting, []
+        size = self._config.batch_size
+        await asyncio.gather(*(self._send(waiting[i : i + size]) for i in range(0, len(waiting), size)))
+
+    async def _send(self, calls: list[tuple[dict[str, Any], asyncio.Future[Any]]]) -> None:
+        calls = [call for call in calls if not call[1].done()]  # whoever was cancelled waits no more
+        url = f"{self._root}/custom/synchronous-batch-completions"
+        try:
+            data = await self._http.post_for_bytes(url, {"requests": [request for request, _ in calls]})
+            replies = pickles.read(data)
+            if not isinstance(replies, list) or len(replies) != len(calls):
+                raise Unavailable(f"{url} gave no list of {len(calls)} replies", "broken reply")
+        except (Refused, Unavailable) as error:
+            replies = [error] * len(calls)
+        for (_, future), reply in zip(calls, replies, strict=True):
+            if future.done():
+                continue
+            if isinstance(reply, Exception):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
+
+
+def _completion(reply: Any, top_logprobs: int) -> Completion:
+    choice = reply["choices"][0]
+    packed = json.loads(reply["system_fingerprint"])
+    ids = tuple(map(int, packed["completion_ids"][0]))
+    usage = reply["usage"]
+    return Completion(
+        text=choice["message"]["content"] or "",
+        token_ids=ids,
+        top_logprobs=_rows(packed, len(ids)) if top_logprobs else None,
+        finish_reason=choice["finish_reason"],
+        prompt_tokens=int(usage["prompt_tokens"]),
+        completion_tokens=int(usage["completion_tokens"]),
+        cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
+    )
+
+
+def _rows(packed: dict[str, Any], num_tokens: int) -> TopRows:
+    if not packed.get("packed_topk_indices"):
+        raise Refused("the server gives no top log-probabilities: start Tokasaurus with max_topk_logprobs=20")
+    ids = np.frombuffer(base64.b64decode(packed["packed_topk_indices"][0], validate=True), "<i4")
+    logprobs = np.frombuffer(base64.b64decode(packed["packed_topk_logprobs"][0], validate=True), "<f4")
+    if not num_tokens or len(ids) != len(logprobs) or len(ids) % num_tokens:
+        raise Unavailable(
+            f"the server gave {num_tokens} token ids, {len(ids)} alternatives and {len(logprobs)} logprobs of them",
+            "wrong tokens",
+        )
+    pairs_tj = zip(ids.reshape(num_tokens, -1).tolist(), logprobs.reshape(num_tokens, -1).tolist(), strict=True)
+    return tuple(tuple((i, finite(x)) for i, x in zip(*row, strict=True)) for row in pairs_tj)

@@ -1,0 +1,101 @@
+"""Conversations that exist already (logs, or a better model's): the teacher does not speak, it only scores the answers.
+
+Seeing the context, it teaches what self-study would, at other people's questions. Not seeing it, it teaches the model
+to stay as it was: a few per cent of general instructions of this kind keep a cartridge from doing harm off its topic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+from command_line import files
+from synth.clients.base import Client
+from synth.config import SynthConfig
+from synth.conversation import Conversation, Message, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Existing:
+    messages: tuple[dict[str, str], ...]
+    context: str | None  # the line's own, in place of the chunk
+
+
+def check(config: SynthConfig) -> None:
+    """Raises a sentence unless the file is there, is what it should be, and holds enough conversations."""
+    given = config.distill_existing
+    if given is None:
+        return
+    held, wanted = len(_read(given.path)), math.floor(config.num_conversations * given.share)
+    if wanted > held:
+        raise ValueError(
+            f"config.distill_existing.path: {given.path} holds {held} conversations, but {wanted} of "
+            f"{config.num_conversations} are to come from there: lower config.num_conversations or its share"
+        )
+
+
+def conversation_of(number: int, config: SynthConfig) -> Existing | None:
+    """The one that the dataset's conversation `number` is, spread evenly at the configured share."""
+    given = config.distill_existing
+    if given is None:
+        return None
+    before, after = math.floor(number * given.share), math.floor((number + 1) * given.share)
+    return _read(given.path)[before] if after > before else None
+
+
+def system_prompt(given: Existing, chunk: str, config: SynthConfig) -> str:
+    """What the teacher sees before the messages; nothing without a context."""
+    assert config.distill_existing is not None
+    if not config.distill_existing.context:
+        return ""
+    return config.system_prompt.replace("{chunk}", chunk if given.context is None else given.context)
+
+
+async def score(client: Client, given: Existing, chunk: str, config: SynthConfig, number: int) -> Conversation:
+    context = system_prompt(given, chunk, config)
+    seen = [{"role": "system", "content": context}] if context else []
+    messages: list[Message] = []
+    for message in given.messages:
+        seen.append(message)
+        if message["role"] == "user":
+            messages.append(Message(message["content"], "user"))
+            continue
+        scored = await client.score(seen, config.top_logprobs)
+        top_logprobs = flatten(scored.top_logprobs or (), config.min_prob_mass)
+        messages.append(Message(message["content"], "assistant", scored.token_ids, top_logprobs))
+    metadata = {
+        "seed_prompt": given.messages[0]["content"],
+        "seed_prompt_type": "existing",
+        "conversation_index": number,
+        "model": config.client.model,
+        "context": bool(context),
+        "finish_reasons": ["given"] * len(messages),
+        "completion_tokens": [len(message.token_ids or ()) for message in messages],
+    }
+    return Conversation(tuple(messages), context, metadata, type="distill_existing")
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: str) -> tuple[Existing, ...]:
+    lines = files.read_text(path, "a JSONL file of conversations, as config.distill_existing.path").splitlines()
+    return tuple(_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip())
+
+
+def _parse(line: str, where: str) -> Existing:
+    expected = 'expected {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}'
+    try:
+        record: Any = json.loads(line)
+        messages = tuple({"role": m["role"], "content": m["content"]} for m in record["messages"])
+        context = record.get("context")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is no conversation: {expected}") from error
+    if not messages or len(messages) % 2 or not all(isinstance(m["content"], str) and m["content"] for m in messages):
+        raise ValueError(f"{where} does not end with an answer, or has an empty message: {expected}")
+    if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+        raise ValueError(f"{where} is not one of user and assistant in turn: {expected}")
+    if context is not None and not isinstance(context, str):
+        raise ValueError(f"{where} has a context that is no text")
+    return Existing(messages, context)

@@ -1,0 +1,86 @@
+"""The folder of a run belongs to one config, and to one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from command_line import files
+from synth.config import SynthConfig
+
+# What may change between a run and its continuation: where things are, how fast they go, and which of them are shown.
+_CLIENT_KEYS = ("base_url", "timeout_seconds", "max_retries", "deadline_seconds")
+FREE_KEYS = (
+    "output_dir",
+    "num_conversations",
+    "max_chunks_in_flight",
+    "dry_run",
+    "filters",
+    "resource.path",
+    "resource.api_url",
+    *(f"{client}.{key}" for client in ("client", "question_client") for key in _CLIENT_KEYS),
+)
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Raises: ValueError, another process writes there. The lock goes with the process, however it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{output} is in use by another run: wait for it or choose another output_dir") from error
+        yield
+
+
+def claim(output: Path, config: SynthConfig, text: str) -> None:
+    """Ties the folder to its config once it holds data, and refuses any other config then: parts of two would mix."""
+    ours = dataclasses.asdict(config) | {"document_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    for client in filter(None, (ours["client"], ours["question_client"])):
+        del client["api_key"]
+    ours = json.loads(json.dumps(ours))
+    path = output / "config.json"
+    if (output / "dataset.parquet").exists() or any((output / "parts").glob("*.parquet")):
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            made = theirs["num_conversations"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{output} holds data, but {path} does not say how it was made: choose another config.output_dir"
+            ) from error
+        before, now = _leaves(theirs), _leaves(ours)
+        for key in sorted(before.keys() | now.keys()):
+            if not _is_free(key) and before.get(key) != now.get(key):
+                if key == "document_sha256":
+                    raise ValueError(
+                        f"{config.resource.path} is not the text that {output} was made from: "
+                        "bring that text back or choose another config.output_dir"
+                    )
+                raise ValueError(
+                    f"config.{key} is {now.get(key)!r}, but {output} was made with {before.get(key)!r}: go back to "
+                    "that value or choose another config.output_dir"
+                )
+        if config.num_conversations < made:
+            raise ValueError(
+                f"config.num_conversations is {config.num_conversations}, but {output} was made for {made}: "
+                "it may grow, not shrink; choose another config.output_dir"
+            )
+    files.write_text(path, json.dumps(ours, indent=2) + "\n")
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves

@@ -1,0 +1,114 @@
+"""What a run has so far: finished conversations in numbered Parquet files, each whole or absent.
+
+Nothing else has to survive a kill. A part holds what ended within two seconds, in the order in which it ended; where
+that is little, parts are joined once there are many of them. The order of conversations is made when all are there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from synth import conversation
+from synth.conversation import ROWS_PER_GROUP, Conversation
+
+FEW_ROWS, MANY_PARTS = 64, 32  # that many parts with fewer rows each become one
+PARTS_IN_MEMORY = 4
+
+_NAME = re.compile(r"part-(\d+)\.parquet")
+
+log = logging.getLogger(__name__)
+
+
+class Parts:
+    """`place[i]` says where conversation i is: the number of its part, and its row; -1 where it is not there yet."""
+
+    def __init__(self, folder: Path, count: int):
+        self._folder, self.count = folder, count
+        self.place = np.full((count, 2), -1, np.int32)
+        self._small: dict[int, list[int]] = {}  # part -> indices of its rows
+        self._next = 0
+        names = [_NAME.fullmatch(path.name) for path in folder.glob("part-*.parquet")]
+        # From the newest: a part whose rows are all in a later one was joined, and its file left behind by a kill.
+        for number in sorted((int(name[1]) for name in names if name), reverse=True):
+            self._next = max(self._next, number + 1)
+            self._find(number)
+
+    def _find(self, number: int) -> None:
+        path = self._path(number)
+        try:
+            rows, notes = conversation.read_notes(path)
+            indices = json.loads(notes["indices"])
+            if len(indices) != rows:
+                raise ValueError(f"{path} holds {rows} conversations and says {len(indices)}")
+        except KeyError as error:
+            log.warning("%s was not written by this command, it has no %s: making it again", path, error)
+        except ValueError as error:
+            log.warning("%s: making it again", error)
+        else:
+            inside = [index for index in indices if index < self.count]
+            if inside and (self.place[inside, 0] >= 0).all():
+                path.unlink()
+                return
+            self._note(number, indices)
+
+    def _note(self, number: int, indices: list[int]) -> None:
+        for row, index in enumerate(indices):
+            if index < self.count:
+                self.place[index] = number, row
+        if len(indices) < FEW_ROWS:
+            self._small[number] = indices
+
+    @property
+    def finished(self) -> int:
+        return int((self.place[:, 0] >= 0).sum())
+
+    def has(self, index: int) -> bool:
+        return self.place[index, 0] >= 0
+
+    def add(self, finished: Sequence[tuple[int, Conversation]]) -> None:
+        """Writes conversations, with their indices, as one more part."""
+        indices = [index for index, _ in finished]
+        number = self._next
+        conversation.write(self._path(number), (one for _, one in finished), _notes(indices))
+        self._next += 1
+        self._note(number, indices)
+        if len(self._small) >= MANY_PARTS:
+            self._join()
+
+    def _join(self) -> None:
+        old, number = self._small, self._next
+        indices = [index for rows in old.values() for index in rows]
+        conversation.write_tables(self._path(number), map(self._read, old), lambda: _notes(indices))
+        self._next += 1
+        self._small = {}
+        self._note(number, indices)
+        for path in map(self._path, old):
+            path.unlink()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All conversations in the order of their indices, with little memory."""
+        read = functools.lru_cache(PARTS_IN_MEMORY)(self._read)
+        for start in range(0, self.count, ROWS_PER_GROUP):
+            numbers, rows = self.place[start : start + ROWS_PER_GROUP].T
+            pieces = [read(int(number)).take(rows[numbers == number]) for number in np.unique(numbers)]
+            # a stable sort by part is how the pieces lie one behind the other
+            order = np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
+            yield pa.concat_tables(pieces).take(order)
+
+    def _read(self, number: int) -> pa.Table:
+        return conversation.read_table(self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"part-{number:05d}.parquet"
+
+
+def _notes(indices: Iterable[int]) -> dict[str, str]:
+    return {"indices": json.dumps(list(indices), separators=(",", ":"))}
