@@ -8,7 +8,7 @@ CONFIG ?=
 # The environment is made anew for another Python, and updated when its pins change.
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: quickstart install test test-slow test-parity golden lint
+.PHONY: quickstart install test test-slow test-parity test-servers golden lint
 
 quickstart: install
 	$(BIN)/python -m cartridges_jax.quickstart $(if $(CONFIG),--config=$(CONFIG)) $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
@@ -26,15 +26,19 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not parity'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not parity and not real_servers'
 
 test-slow: install
-	$(BIN)/python -m pytest -n 2 -m 'not parity'
+	$(BIN)/python -m pytest -n 2 -m 'not parity and not real_servers'
 
 # torch's CPU build is needed here and nowhere else
 test-parity: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'
 	$(BIN)/python -m pytest -m parity
+
+# Ours always; those that others wrote, if they are here: LLAMA_SERVER=path/to/llama-server, VLLM_PYTHON=path/to/python
+test-servers: install
+	LLAMA_SERVER=$(LLAMA_SERVER) VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest -m real_servers
 
 golden: install
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'
