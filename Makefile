@@ -8,7 +8,7 @@ CONFIG ?=
 # The environment is made anew for another Python, and updated when its pins change.
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: quickstart install test test-slow test-parity test-servers golden lint
+.PHONY: quickstart install browser test test-slow test-parity test-servers golden lint
 
 quickstart: install
 	$(BIN)/python -m cartridges_jax.quickstart $(if $(CONFIG),--config=$(CONFIG)) $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
@@ -22,13 +22,22 @@ $(MADE): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-test: install
+# The tests of synth.view look at it in Chromium; without one they are skipped, and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing chromium ..."; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends chromium >/dev/null || \
+	    echo "chromium could not be installed: its tests are skipped"; \
+	else echo "no Chromium is installed, its tests are skipped: install the package chromium to run them"; fi
+
+test: install browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not parity and not real_servers'
 
-test-slow: install
+test-slow: install browser
 	$(BIN)/python -m pytest -n 2 -m 'not parity and not real_servers'
 
 # torch's CPU build is needed here and nowhere else

@@ -108,12 +108,17 @@ def _serve(pipe: Connection, tokens: int, top_logprobs: int, cores: set[int]) ->
 
 
 def _reply(rng: random.Random, tokens: int, top_logprobs: int) -> bytes:
-    ids = [rng.randrange(100_000) for _ in range(tokens)]
-    choice = {"index": 0, "message": {"role": "assistant", "content": " ".join(f"w{i}" for i in ids)}}
+    ids = [rng.randrange(256, 100_000) for _ in range(tokens)]
+    choice = {"index": 0, "message": {"role": "assistant", "content": _text(ids)}}
     choice |= {"finish_reason": "stop", "token_ids": ids}
     if top_logprobs:
         choice["logprobs"] = {"content": [_position(rng, i, top_logprobs) for i in ids]}
     return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 900, "completion_tokens": tokens}}).encode()
+
+
+def _text(ids: list[int]) -> str:
+    """A token is a byte, or a word."""
+    return bytes(ids).decode() if max(ids) < 256 else "".join(f" w{i}" for i in ids)
 
 
 def _position(rng: random.Random, token: int, top_logprobs: int) -> dict:
@@ -154,7 +159,7 @@ class _Stub(asyncio.Protocol):
             kind = self._answers if request.get("logprobs") else self._questions
             return kind[request["seed"] % len(kind)]
         if "tokens" in request:
-            return json.dumps({"prompt": bytes(request["tokens"]).decode()}).encode()
+            return json.dumps({"prompt": _text(request["tokens"])}).encode()
         return json.dumps({"tokens": list(request["prompt"].encode())}).encode()
 
 

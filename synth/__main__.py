@@ -7,12 +7,17 @@ import logging
 
 from command_line import config
 from synth.config import SynthConfig
+from synth.dry_run import describe
 from synth.pipeline import synthesize
 
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    asyncio.run(synthesize(config.build(SynthConfig, config.load(argv))))
+    settings = config.build(SynthConfig, config.load(argv))
+    if settings.dry_run:
+        print(asyncio.run(describe(settings)))
+    else:
+        asyncio.run(synthesize(settings))
     return 0
 
 

@@ -1,12 +1,16 @@
-"""Which stretch of the document a batch of conversations is about.
+"""Which stretch of the corpus a batch of conversations is about: by tokens, by structure, or by characters.
 
-A window of random length slides over the document, hanging over both ends so that the first and the last token are
-seen as often as any other, and is cut where it hangs over (but never below `min_tokens`).
+By tokens, a window of random length slides over the document, hanging over both ends so that the first and the last
+token are seen as often as any other, and is cut where it hangs over (but never below `min_tokens`). The other kinds cut
+the document once, and the place on the way over it chooses among the pieces.
 """
 
 from __future__ import annotations
 
+import asyncio
+import bisect
 import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -16,7 +20,13 @@ from typing import Protocol
 import tokenizers
 
 from synth.config import ChunkerConfig
+from synth.resources.reading import Corpus, Resource
 
+_BELOW_ONE = 1 - 2**-53
+_TOKENIZED_AT_ONCE = 32  # requests, where a server is asked
+_LEAST_SHARE = 8  # of a text that is cut in two, the shorter part has at least an eighth
+_BORDERS = tuple(map(re.compile, (r"\n[ \t]*\n\s*", r"\n", r"[.!?]\s+", r"\s+")))
+_WORD_BEGIN, _LONGEST_WORD = re.compile(r"\s+"), 40
 _SENTENCE_START = re.compile(r"(?:\n|[.!?][\"')\]]*\s)\s*")
 
 
@@ -48,17 +58,39 @@ class LocalTokenizer:
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     text: str
-    start: int  # in tokens of the document, to within one character
+    start: int  # in tokens of its resource, to within one character; or in characters, if it was cut by them
     end: int
+    resource: str = ""  # the name of it
+
+
+class Chunker(Protocol):
+    async def chunk(self, rng: random.Random, position: float) -> Chunk:
+        """The chunk at `position`, in [0, 1), on the way over the corpus."""
+        ...
+
+
+async def create(config: ChunkerConfig, tokenizer: Tokenizer, corpus: Corpus) -> Chunker:
+    """Of several resources, each has a share of the way that goes by its weight."""
+    chunkers = [await _create(config, tokenizer, resource) for resource in corpus.resources]
+    return chunkers[0] if len(chunkers) == 1 else Mixture(chunkers, [r.weight for r in corpus.resources])
+
+
+async def _create(config: ChunkerConfig, tokenizer: Tokenizer, resource: Resource) -> Chunker:
+    if config.kind == "structure":
+        return Pieces(await _by_structure(config, tokenizer, resource))
+    if config.kind == "characters":
+        return Pieces(_by_characters(config, resource))
+    return await TokenChunker.create(config, tokenizer, resource.to_string(), resource.name)
 
 
 class TokenChunker:
-    def __init__(self, config: ChunkerConfig, tokenizer: Tokenizer, text: str, token_ids: Sequence[int]):
+    def __init__(self, config: ChunkerConfig, tokenizer: Tokenizer, text: str, token_ids: Sequence[int], name: str):
         self._config, self._tokenizer, self._text, self._token_ids = config, tokenizer, text, token_ids
+        self._name = name
 
     @classmethod
-    async def create(cls, config: ChunkerConfig, tokenizer: Tokenizer, text: str) -> TokenChunker:
-        return cls(config, tokenizer, text, await tokenizer.tokenize(text))
+    async def create(cls, config: ChunkerConfig, tokenizer: Tokenizer, text: str, name: str = "") -> TokenChunker:
+        return cls(config, tokenizer, text, await tokenizer.tokenize(text), name)
 
     def span(self, rng: random.Random, position: float) -> tuple[int, int]:
         """Tokens [start, end) of the window whose place on its way over the document is `position`, in [0, 1)."""
@@ -73,7 +105,7 @@ class TokenChunker:
     async def chunk(self, rng: random.Random, position: float) -> Chunk:
         start, end = self.span(rng, position)
         if (start, end) == (0, len(self._token_ids)):
-            return Chunk(self._text, start, end)
+            return Chunk(self._text, start, end, self._name)
         # Tokens at either edge may hold a part of a character only.
         text = (await self._tokenizer.detokenize(self._token_ids[start:end])).strip("\ufffd")
         # A chunk that begins with half a sentence invites questions about that half.
@@ -83,4 +115,100 @@ class TokenChunker:
             kept = len(await self._tokenizer.tokenize(rest)) if rest else 0
             if self._config.min_tokens <= kept <= end - start:
                 start, text = end - kept, rest
-        return Chunk(text, start, end)
+        return Chunk(text, start, end, self._name)
+
+
+class Pieces:
+    """Chunks that were cut beforehand."""
+
+    def __init__(self, chunks: Sequence[Chunk]):
+        self._chunks = chunks
+
+    async def chunk(self, rng: random.Random, position: float) -> Chunk:
+        return self._chunks[int(position * len(self._chunks))]
+
+
+class Mixture:
+    def __init__(self, chunkers: Sequence[Chunker], weights: Sequence[float]):
+        self._chunkers = chunkers
+        self._ends = [end / sum(weights) for end in itertools.accumulate(weights)]
+
+    async def chunk(self, rng: random.Random, position: float) -> Chunk:
+        """Stretches a chunker's share of the way to the whole way over its resource."""
+        which = min(bisect.bisect_right(self._ends, position), len(self._chunkers) - 1)
+        start = self._ends[which - 1] if which else 0.0
+        inside = (position - start) / (self._ends[which] - start)
+        return await self._chunkers[which].chunk(rng, min(max(inside, 0.0), _BELOW_ONE))
+
+
+def _by_characters(config: ChunkerConfig, resource: Resource) -> list[Chunk]:
+    """Windows of one length; the last one is moved back to end with the text."""
+    text, size = resource.to_string(), config.characters
+    last = max(0, len(text) - size)
+    starts = [*range(0, last, size - config.overlap), last]
+    return [Chunk(text[i : i + size], i, min(i + size, len(text)), resource.name) for i in starts]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """A section, or a part of one that is too long for a chunk."""
+
+    name: str
+    text: str
+    tokens: int  # with the name
+
+
+async def _by_structure(config: ChunkerConfig, tokenizer: Tokenizer, resource: Resource) -> list[Chunk]:
+    """Whole sections, as many as fit, led by the name of the first; of a section that does not fit, whole paragraphs.
+
+    A chunk repeats the last `overlap` tokens of the one before it, from a word on, and as if all tokens of a unit were
+    equally long.
+    """
+    room = config.max_tokens - config.overlap
+    units = await _units([(section.name, section.text) for section in resource.sections], tokenizer, room)
+    tokens = [0, *itertools.accumulate(unit.tokens for unit in units)]
+    offsets = [0, *itertools.accumulate(len(unit.text) for unit in units)]
+    text = "".join(unit.text for unit in units)
+    chunks, first = [], 0
+    while first < len(units):
+        end = max(first + 1, bisect.bisect_right(tokens, tokens[first] + room) - 1)
+        start = max(0, tokens[first] - config.overlap)
+        within = bisect.bisect_right(tokens, start) - 1
+        share = (start - tokens[within]) / (tokens[within + 1] - tokens[within])
+        begin = offsets[within] + round(share * len(units[within].text))
+        body = text[_next_word(text, begin, offsets[first]) if share else begin : offsets[end]]
+        name = f"{units[within].name}\n\n" if len(resource.sections) > 1 else ""
+        chunks.append(Chunk(f"{name}{body.strip()}", start, tokens[end], resource.name))
+        first = end
+    return chunks
+
+
+def _next_word(text: str, place: int, end: int) -> int:
+    """`place`, or the beginning of the next word if it is inside of one."""
+    found = _WORD_BEGIN.search(text, max(0, place - 1), min(end, place + _LONGEST_WORD))
+    return found.end() if found else place
+
+
+async def _units(sections: Sequence[tuple[str, str]], tokenizer: Tokenizer, room: int) -> list[_Unit]:
+    units = []
+    for i in range(0, len(sections), _TOKENIZED_AT_ONCE):
+        at_once = sections[i : i + _TOKENIZED_AT_ONCE]
+        counts = await asyncio.gather(*(tokenizer.tokenize(f"{name}\n\n{text}") for name, text in at_once))
+        for (name, text), ids in zip(at_once, counts, strict=True):
+            halves = _halves(text) if len(ids) > room else None
+            if halves:
+                units += await _units([(name, half) for half in halves], tokenizer, room)
+            else:
+                units.append(_Unit(name, text, max(1, len(ids))))
+    return units
+
+
+def _halves(text: str) -> tuple[str, str] | None:
+    """Cut near the middle: between paragraphs if there are any, else between lines, sentences, words, characters."""
+    for border in _BORDERS:
+        places = [found.end() for found in border.finditer(text) if 0 < found.end() < len(text)]
+        if places:
+            place = min(places, key=lambda p: abs(p - len(text) / 2))
+            if min(place, len(text) - place) * _LEAST_SHARE >= len(text):
+                return text[:place], text[place:]
+    return (text[: len(text) // 2], text[len(text) // 2 :]) if len(text) > 1 else None

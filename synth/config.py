@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from synth import seed_prompts
+from synth.resources.config import ResourceConfig
 
 SYSTEM_PROMPT = """You know this text well:
 
@@ -27,11 +28,6 @@ Side = Literal["question", "answer"]
 def _at_least(name: str, value: float, low: float) -> None:
     if value < low:
         raise ValueError(f"config.{name} is {value}, expected at least {low}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ResourceConfig:
-    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +94,25 @@ class ChunkerConfig:
     min_tokens: int = 512
     max_tokens: int = 1024
     tokenizer: str | None = None  # None asks the server; else a tokenizer.json, a folder that holds one, or a Hub id
+    # Windows at random places; or cut where sections, functions, messages begin; or windows of so many characters.
+    kind: Literal["tokens", "structure", "characters"] = "tokens"
+    characters: int = 4000  # of a chunk of that kind
+    overlap: int = 0  # tokens, or characters, that a chunk repeats of the one before; windows at random places overlap
 
     def __post_init__(self):
         _at_least("chunker.min_tokens", self.min_tokens, 1)
+        _at_least("chunker.characters", self.characters, 1)
+        _at_least("chunker.overlap", self.overlap, 0)
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"config.chunker.min_tokens is {self.min_tokens}, "
                 f"more than config.chunker.max_tokens, {self.max_tokens}"
+            )
+        longest = {"tokens": 0, "structure": self.max_tokens // 2, "characters": self.characters // 2}[self.kind]
+        if self.overlap > longest:
+            raise ValueError(
+                f"config.chunker.overlap is {self.overlap}, expected at most {longest}"
+                + (": windows at random places overlap as they fall" if self.kind == "tokens" else ", half a chunk")
             )
 
 

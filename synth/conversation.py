@@ -163,13 +163,10 @@ def iterate(path: str | os.PathLike[str]) -> Iterator[Conversation]:
     Raises:
       ValueError: the file is cut short, damaged, or not a conversation dataset; the sentence names what is missing.
     """
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow)
+    with open_file(path) as file:
         try:
             for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
-                columns = [batch.column(name) for name in COLUMNS]
-                for i in range(batch.num_rows):
-                    yield _from_row(*(column[i] for column in columns))
+                yield from from_batch(batch)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
 
@@ -185,31 +182,42 @@ def outlines(table: pa.Table) -> Iterator[Conversation]:
         yield Conversation(tuple(map(Message, contents[inside], roles[inside])), "", json.loads(metadata))
 
 
+def from_batch(batch: pa.RecordBatch | pa.Table) -> Iterator[Conversation]:
+    columns = [batch.column(name) for name in COLUMNS]
+    for i in range(batch.num_rows):
+        yield _from_row(*(column[i] for column in columns))
+
+
 def read_notes(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]:
     """The number of conversations and the notes, from the footer alone."""
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow)
+    with open_file(path) as file:
         notes = file.metadata.metadata or {}
         return file.metadata.num_rows, {k.decode(): v.decode() for k, v in notes.items()}
 
 
-def _open(path: str | os.PathLike[str]) -> pq.ParquetFile:
+def open_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
+    """A Parquet file whose columns are those of conversations.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is cut short, damaged, or holds something else.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"dataset {path} does not exist")
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(
             f"{path} is not a whole Parquet file, its footer is missing or damaged: {_first_line(error)}"
         ) from error
+    _check_columns(path, file.schema_arrow)
+    return file
 
 
 def read_table(path: Path) -> pa.Table:
     """Raises: ValueError as `iterate` does."""
-    with _open(path) as file:
-        _check_columns(path, file.schema_arrow)
+    with open_file(path) as file:
         try:
             return file.read(use_threads=False)  # each would keep memory of its own
         except (pa.ArrowException, OSError) as error:

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "dry_run",
     "filters",
     "resource.path",
+    "resource.api_url",
     *(f"{client}.{key}" for client in ("client", "question_client") for key in _CLIENT_KEYS),
 )
 

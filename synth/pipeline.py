@@ -20,8 +20,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from command_line.progress import Progress
-from synth import conversation, tools
-from synth.chunkers import LocalTokenizer, TokenChunker
+from synth import chunkers, conversation, tools
+from synth.chunkers import Chunker, LocalTokenizer
 from synth.clients.base import Unavailable
 from synth.config import SynthConfig
 from synth.conversation import Conversation
@@ -29,7 +29,8 @@ from synth.filters import Judge
 from synth.fleet import Fleet
 from synth.folder import claim, locked
 from synth.parts import Parts
-from synth.resources.text import TextFile
+from synth.resources import reading
+from synth.resources.reading import Corpus
 from synth.self_study import Talk, all_or_none, study
 from synth.summary import Summary
 from synth.tools.base import Tool
@@ -49,20 +50,21 @@ async def synthesize(config: SynthConfig) -> Path:
     """
     output = Path(config.output_dir)
     dataset = output / "dataset.parquet"
-    text = TextFile(config.resource).read()
     with locked(output):
-        claim(output, config, text)
+        corpus = reading.read(config.resource, output)
+        claim(output, config, corpus.to_string())
+        reading.keep(config.resource, corpus, output)
         if _is_complete(dataset, config):
             print(f"{dataset} is complete")
             return dataset
         parts = Parts(output / "parts", config.num_conversations)
         if parts.finished < parts.count:
-            await _make(parts, text, config)
+            await _make(parts, corpus, config)
         print(f"{dataset}: {_finish(parts, dataset, config)}")
     return dataset
 
 
-async def _make(parts: Parts, text: str, config: SynthConfig) -> None:
+async def _make(parts: Parts, corpus: Corpus, config: SynthConfig) -> None:
     if parts.finished:
         print(f"{config.output_dir} holds {parts.finished} of {parts.count} conversations, going on from there")
     async with contextlib.AsyncExitStack() as stack:
@@ -71,10 +73,10 @@ async def _make(parts: Parts, text: str, config: SynthConfig) -> None:
         if config.question_client:
             questions = await stack.enter_async_context(Fleet(config.question_client, config.seed))
             await questions.check()
-        toolbox = await stack.enter_async_context(tools.opened(config, text))
+        toolbox = await stack.enter_async_context(tools.opened(config, corpus.to_string()))
         route = answers.route()
         tokenizer = LocalTokenizer(config.chunker.tokenizer) if config.chunker.tokenizer else route
-        chunker = await TokenChunker.create(config.chunker, tokenizer, text)
+        chunker = await chunkers.create(config.chunker, tokenizer, corpus)
         await _Run(parts, answers, questions, chunker, config, toolbox).run()
 
 
@@ -84,7 +86,7 @@ class _Run:
         parts: Parts,
         answers: Fleet,
         questions: Fleet,
-        chunker: TokenChunker,
+        chunker: Chunker,
         config: SynthConfig,
         toolbox: Sequence[Tool],
     ):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from synth import existing, seed_prompts
-from synth.chunkers import Chunk, TokenChunker
+from synth.chunkers import Chunk, Chunker
 from synth.clients.base import Client, Completion
 from synth.config import SamplingConfig, Side, SynthConfig
 from synth.conversation import Conversation, Message, flatten
@@ -46,7 +46,7 @@ async def study(
     count: int,
     answer_client: Client,
     question_client: Client,
-    chunker: TokenChunker,
+    chunker: Chunker,
     config: SynthConfig,
     tools: Sequence[Tool] = (),
 ) -> list[Talk]:
@@ -78,6 +78,7 @@ async def study(
             "seed_prompt": asked.prompt.text,
             "seed_prompt_type": asked.prompt.kind,
             "chunk_span": [chunks[0].start, chunks[0].end],
+            "resource": chunks[0].resource,
             "conversation_index": number,
             "model": config.client.model,
         }
@@ -91,7 +92,7 @@ async def study(
     return talks
 
 
-async def _chunks(index: int, rng: random.Random, chunker: TokenChunker, config: SynthConfig) -> list[Chunk]:
+async def _chunks(index: int, rng: random.Random, chunker: Chunker, config: SynthConfig) -> list[Chunk]:
     # Steps of the golden ratio spread any number of batches evenly over the document; uniform draws would leave holes.
     position = (random.Random(f"{config.seed}/position").random() + index * GOLDEN_RATIO) % 1.0
     share = 1 / config.chunks_per_context

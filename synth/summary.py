@@ -26,7 +26,8 @@ class Summary:
             return
         self.kept += 1
         self._kinds[str(conversation.metadata.get("seed_prompt_type"))] += 1
-        self._resources[str(conversation.metadata.get("resource"))] += 1
+        if resource := conversation.metadata.get("resource"):
+            self._resources[resource] += 1
         for message, tokens in zip(conversation.messages, conversation.metadata["completion_tokens"], strict=True):
             self._messages[message.role] += 1
             self._tokens[message.role] += tokens
@@ -45,7 +46,7 @@ class Summary:
         tokens = sum(self._tokens.values())
         return (
             f"{self.kept} of {self.total} conversations: {_list(self._kinds)}\n"
-            f"resources: {_list(self._resources)}\n"
+            f"resources: {_list(self._resources) or 'none'}\n"
             f"tokens written: {tokens}, a question has {self._mean('user')} and an answer {self._mean('assistant')}\n"
             f"found: {self.findings}"
         )

@@ -26,7 +26,9 @@ def test_every_stage_builds(name: str):
     trained, evaluated = stage(name, TrainConfig, "train"), stage(name, EvalConfig, "evaluate")
     assert trained.dataset == f"{made.output_dir}/dataset.parquet"
     assert evaluated.cartridge == f"{trained.output_dir}/cartridge.safetensors"
-    assert trained.corpus == evaluated.corpus == made.resource.path
+    # a text file is the corpus itself; of anything else, synthesis leaves the text that it read
+    corpus = made.resource.path if made.resource.found_kind() == "text" else f"{made.output_dir}/corpus.txt"
+    assert trained.corpus == evaluated.corpus == corpus
 
 
 def test_longer_is_the_quickstart_with_more_of_it():

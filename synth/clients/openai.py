@@ -144,6 +144,10 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
         raise Refused("the server sets the model's thinking apart from its answer: start it without a reasoning parser")
     entries = (choice.get("logprobs") or {}).get("content") or []
     token_ids = choice.get("token_ids")
+    usage = reply.get("usage") or {}
+    written = usage.get("completion_tokens")
+    if token_ids and written and abs(len(token_ids) - written) > 1:  # some count the end-of-turn token, others do not
+        raise Unavailable(f"the server gave {len(token_ids)} token ids and counts {written}", "wrong tokens")
     rows = None
     if wants_logprobs and text.strip():
         if not entries:
@@ -154,14 +158,13 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
             raise Unavailable(
                 f"the server gave {len(token_ids)} token ids with logprobs of {len(rows)} tokens", "wrong tokens"
             )
-    usage = reply.get("usage") or {}
     return Completion(
         text=text,
         token_ids=None if token_ids is None else tuple(map(int, token_ids)),
         top_logprobs=rows,
         finish_reason=choice.get("finish_reason") or "unknown",
         prompt_tokens=usage.get("prompt_tokens") or 0,
-        completion_tokens=usage.get("completion_tokens") or 0,
+        completion_tokens=written or 0,
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
     )
 

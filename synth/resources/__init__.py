@@ -1,1 +1,1 @@
-"""What a cartridge is made of: each resource gives one text."""
+"""What a cartridge is made of: every resource gives named sections of text, and one string of them all."""

@@ -1,22 +1,49 @@
-"""One text file."""
+"""Texts that are read as they stand: one file, Markdown, and source code."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
+import re
+from pathlib import Path
 
 from command_line import files
-from synth.config import ResourceConfig
+from synth.resources import extras
+from synth.resources.sections import Heading, Section, at_definitions, at_headings
+
+PROSE_SUFFIXES = ("", ".txt", ".rst", ".log")  # other texts of a folder are code, as far as their lines look like it
 
 
-@dataclasses.dataclass(frozen=True)
-class TextFile:
-    config: ResourceConfig
+def read(path: str) -> str:
+    """The whole text of a file.
 
-    def read(self) -> str:
-        """The whole text.
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, it holds no text, or is not UTF-8.
+    """
+    return files.read_text(path, "a text file: set config.resource.path")
 
-        Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: it holds no text, or is not UTF-8.
-        """
-        return files.read_text(self.config.path, "a text file: set config.resource.path")
+
+def read_text(path: str) -> list[Section]:
+    return [Section(Path(path).name, read(path))]
+
+
+def read_markdown(path: str) -> list[Section]:
+    return at_headings(text := read(path), markdown_headings(text), Path(path).name)
+
+
+def markdown_headings(text: str) -> list[Heading]:
+    """Those of the document itself, not of its code blocks, quotes and lists."""
+    starts = [0, *(found.end() for found in re.finditer(r"\r\n?|\n", text))]
+    tokens = extras.load("markdown_it", "a Markdown file").MarkdownIt().parse(text)
+    return [
+        Heading(starts[token.map[0]], int(token.tag[1]), inside.content)
+        for token, inside in itertools.pairwise(tokens)
+        if token.type == "heading_open" and token.level == 0
+    ]
+
+
+def split(text: str, path: Path, name: str) -> list[Section]:
+    """The sections of one text of a folder."""
+    suffix = path.suffix.lower()
+    if suffix in (".md", ".markdown"):
+        return at_headings(text, markdown_headings(text), name)
+    return [Section(name, text)] if suffix in PROSE_SUFFIXES else at_definitions(text, name)

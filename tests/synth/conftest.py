@@ -22,6 +22,14 @@ def server() -> Iterator[StubServer]:
     stub.stop()
 
 
+@pytest.fixture
+def servers() -> Iterator[list[StubServer]]:
+    stubs = [StubServer().start() for _ in range(3)]
+    yield stubs
+    for stub in stubs:
+        stub.stop()
+
+
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "FIRST_BACKOFF_SECONDS", 0.02)

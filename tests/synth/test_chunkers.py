@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synth.chunkers import LocalTokenizer, TokenChunker
-from synth.config import ChunkerConfig, ResourceConfig
-from synth.resources.text import TextFile
+from synth import chunkers
+from synth.chunkers import Chunk, LocalTokenizer, Pieces, TokenChunker
+from synth.config import ChunkerConfig
+from synth.resources.reading import Corpus, Resource
+from synth.resources.sections import Section
+from synth.resources.text import read
 
 
 class Bytes:
@@ -90,8 +95,117 @@ def test_documents_that_cannot_be_used(tmp_path: Path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        TextFile(ResourceConfig(str(tmp_path / "empty.txt"))).read()
+        read(str(tmp_path / "empty.txt"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
-        TextFile(ResourceConfig(str(tmp_path / "latin.txt"))).read()
+        read(str(tmp_path / "latin.txt"))
     with pytest.raises(FileNotFoundError, match=r"absent\.txt does not exist"):
-        TextFile(ResourceConfig(str(tmp_path / "absent.txt"))).read()
+        read(str(tmp_path / "absent.txt"))
+
+
+def corpus_of(*resources: Sequence[tuple[str, str]], weights: Sequence[float] = (1.0,) * 9) -> Corpus:
+    return Corpus(
+        tuple(
+            Resource(f"r{i}", tuple(Section(name, text) for name, text in sections), weight)
+            for i, (sections, weight) in enumerate(zip(resources, weights, strict=False))
+        )
+    )
+
+
+def pieces(config: ChunkerConfig, corpus: Corpus) -> list[Chunk]:
+    async def cut_all() -> list[Chunk]:
+        cut = await chunkers.create(config, Bytes(), corpus)
+        assert isinstance(cut, Pieces)
+        return list(dict.fromkeys([await cut.chunk(random.Random(0), i / 500) for i in range(500)]))
+
+    return asyncio.run(cut_all())
+
+
+def test_tokens_stay_the_default_and_know_their_resource():
+    corpus = corpus_of([("a", "x" * 50), ("b", "y" * 50)])
+    made = asyncio.run(chunkers.create(ChunkerConfig(10, 20), Bytes(), corpus))
+    alone = chunker("x" * 50 + "y" * 50, 10, 20)
+    for i in range(20):
+        one, other = (asyncio.run(c.chunk(random.Random(i), i / 20)) for c in (made, alone))
+        assert (one.text, one.start, one.end, one.resource) == (other.text, other.start, other.end, "r0")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 50), st.data())
+def test_characters_repeat_the_end_of_the_chunk_before(total: int, size: int, data: st.DataObject):
+    overlap = data.draw(st.integers(0, size // 2))
+    text = "".join(chr(97 + i % 26) for i in range(total))
+    config = ChunkerConfig(kind="characters", characters=size, overlap=overlap)
+    found = pieces(config, corpus_of([("a", text)]))
+    assert found[0].start == 0 and found[-1].end == total
+    for chunk in found:
+        assert chunk.text == text[chunk.start : chunk.end] and len(chunk.text) == min(size, total)
+    for before, after in itertools.pairwise(found):
+        assert before.end - after.start >= overlap and after.end > before.end
+        assert not overlap or before.text[-overlap:] == after.text[before.end - overlap - after.start :][:overlap]
+
+
+SECTIONS = [(f"h{i}", f"# h{i}\n" + f"This is sentence {i}.\n\n" * (i % 7 + 1)) for i in range(30)]
+
+
+@pytest.mark.parametrize("overlap", [0, 40])
+def test_structure_keeps_sections_whole(overlap: int):
+    config = ChunkerConfig(1, 400, kind="structure", overlap=overlap)
+    found = pieces(config, corpus_of(SECTIONS))
+    whole = "".join(text for _, text in SECTIONS)
+    for before, after in itertools.pairwise(found):
+        shared = before.end - after.start
+        assert shared == overlap
+        body = after.text.partition("\n\n")[2]
+        repeated = max((n for n in range(len(body)) if before.text.endswith(body[:n].rstrip())), default=0)
+        assert repeated >= 0.5 * overlap, "the text itself is repeated"
+        assert body.rstrip() in whole
+        assert overlap or body.startswith("# h"), "cut where a section begins"
+    assert max(len(chunk.text.encode()) for chunk in found) <= 400
+    assert all(any(text.strip() in chunk.text for chunk in found) for _, text in SECTIONS)
+    assert found[1].text.startswith("h"), "the name of the section leads"
+
+
+def test_a_section_that_is_too_long_is_cut_between_paragraphs_lines_or_words():
+    config = ChunkerConfig(1, 100, kind="structure")
+    paragraphs = "".join(f"Paragraph {i} has a few words in it.\n\n" for i in range(20))
+    for text in (paragraphs, paragraphs.replace("\n\n", "\n"), paragraphs.replace("\n", " "), "x" * 1000):
+        found = pieces(config, corpus_of([("long", text)]))
+        assert max(len(chunk.text) for chunk in found) <= 100
+        assert "".join("".join(chunk.text.split()) for chunk in found) == "".join(text.split())
+        if "\n" in text:
+            assert all(chunk.text.startswith("Paragraph") for chunk in found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text("ab .\n", min_size=1, max_size=500), st.integers(10, 60))
+def test_structure_loses_nothing(text: str, room: int):
+    found = pieces(ChunkerConfig(1, room, kind="structure"), corpus_of([("", text)]))
+    assert "".join("".join(chunk.text.split()) for chunk in found) == "".join(text.split())
+
+
+def test_resources_have_shares_by_weight_each_covered_evenly():
+    corpus = corpus_of([("a", "x" * 1000)], [("b", "y" * 1000)], weights=(3.0, 1.0))
+
+    async def draw() -> list[Chunk]:
+        cut = await chunkers.create(ChunkerConfig(10, 10), Bytes(), corpus)
+        return [await cut.chunk(random.Random(i), i / 4000) for i in range(4000)]
+
+    found = asyncio.run(draw())
+    first = [chunk for chunk in found if chunk.resource == "r0"]
+    assert len(first) == 3000 and all(set(chunk.text) == {"x"} for chunk in first)
+    for part in (first, found[3000:]):
+        assert {place for chunk in part for place in range(chunk.start, chunk.end)} == set(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"overlap": 1}, "overlap is 1, expected at most 0: windows at random places overlap as they fall"),
+        ({"kind": "structure", "overlap": 600}, "overlap is 600, expected at most 512, half a chunk"),
+        ({"kind": "characters", "characters": 10, "overlap": 6}, "overlap is 6, expected at most 5, half a chunk"),
+        ({"characters": 0}, r"config\.chunker\.characters is 0, expected at least 1"),
+    ],
+)
+def test_chunker_settings_that_cannot_be(settings: dict[str, Any], sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        ChunkerConfig(**settings)

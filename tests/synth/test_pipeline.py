@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from stub_server import MODEL, StubServer
 
 from synth import conversation, pipeline
 from synth.clients.base import Unavailable
 from synth.config import ChunkerConfig, ClientConfig, FilterConfig, SamplingConfig, SynthConfig
+from synth.dry_run import describe
+from synth.folder import locked
 from synth.pipeline import synthesize
 
 MakeConfig = Callable[..., SynthConfig]
@@ -228,27 +230,6 @@ def command(make_config: MakeConfig, tmp_path: Path) -> Callable[..., list[str]]
     return make_command
 
 
-def test_killed_at_any_moment(server: StubServer, make_config: MakeConfig, command: Callable[..., list[str]]):
-    server.latency = 0.03
-    config = make_config(num_conversations=48)
-    rng = random.Random(0)
-    for _ in range(3):
-        goal = len(server.requests) + rng.randint(8, 24)
-        process = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(server.requests) < goal and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert 0 < len(parts(config)) < 12
-    finished = subprocess.run(command(), capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "going on from there" in finished.stdout
-    server.latency = 0.0
-    resumed = conversation.read(Path(config.output_dir) / "dataset.parquet")
-    assert resumed == make(make_config(num_conversations=48, output_dir=config.output_dir + "-uninterrupted"))
-
-
 def test_ctrl_c_stops_cleanly(server: StubServer, command: Callable[..., list[str]]):
     server.latency = 0.05
     process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -302,3 +283,40 @@ def test_passing_faults_are_tried_again(server: StubServer, make_config: MakeCon
     server.faults.extend([503, "drop", "broken"])
     assert len(make(make_config(max_chunks_in_flight=1))) == 10
     assert len([record for record in caplog.records if "retry 1 of 3" in record.message]) == 3
+
+
+def test_a_dry_run_shows_prompts_and_calls_nobody(server: StubServer, make_config: MakeConfig, tmp_path: Path):
+    nobody = ClientConfig("http://127.0.0.1:9/v1", MODEL)
+    config = make_config(num_conversations=1000, client=nobody, dry_run=True, seed_prompts=("question", "cloze"))
+    shown = asyncio.run(describe(config))
+    assert shown.count("--- conversation") == 3 and "what side A is told" in shown
+    assert "1000 conversations about 250 chunks: about 1.5" in shown or "about 1.4" in shown
+    assert "tokens are taken for 4 characters each" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_with_the_tokenizer_shows_the_very_prompts(
+    server: StubServer, make_config: MakeConfig, tmp_path: Path
+):
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[attr-defined]
+    words.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[attr-defined]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words.model = tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])  # type: ignore[attr-defined]
+    words.save(str(tmp_path / "tokenizer.json"))
+    config = make_config(chunker=ChunkerConfig(100, 300, tokenizer=str(tmp_path / "tokenizer.json")))
+    shown = asyncio.run(describe(config))
+    made = make(config)
+    for index in (0, 3, 6):
+        assert (
+            f"--- conversation {index}, {made[index].metadata['seed_prompt_type']}\n{made[index].system_prompt}"
+            in shown
+        )
+        assert made[index].metadata["seed_prompt"] in shown
+
+
+def test_two_runs_in_one_folder_are_refused(server: StubServer, make_config: MakeConfig):
+    config = make_config()
+    with locked(Path(config.output_dir)), pytest.raises(ValueError, match="is in use by another run"):
+        make(config)
+    assert len(make(config)) == 10

@@ -1,0 +1,212 @@
+"""Upstream's older datasets, which are pickles, as Parquet: `python -m synth.legacy OLD.pkl NEW.parquet`.
+
+Formats (HazyResearch/cartridges, structs.py): a dict of `rows` and the `context` or `resources` they were made from,
+where a row's token ids and teacher top-k cover all its turns together; and, later, a list of conversations where each
+message has its own. The pickle is read, not run: see `synth.inert_pickle`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from command_line import config
+from synth import conversation, inert_pickle
+from synth.conversation import Conversation, Message, TopLogprobs
+from synth.inert_pickle import Record
+
+PACKAGES = ("cartridges", "capsules")  # upstream, under its present and its former name
+MOST_EXPANSION = 200  # how much more the conversations may hold than the file, which writes what they share once
+SMALLEST_ROOM = 2**20
+# The ids of a turn's header, by role, and of its end, for the two tokenizers that upstream's rows were made with.
+LLAMA = {
+    "system": (128006, 9125, 128007, 271),
+    "user": (128006, 882, 128007, 271),
+    "assistant": (128006, 78191, 128007, 271),
+}
+QWEN = {"system": (151644, 8948, 198), "user": (151644, 872, 198), "assistant": (151644, 77091, 198)}
+TURNS = ((LLAMA, 128009), (QWEN, 151645))
+
+
+def read(path: Path) -> Iterator[Conversation]:
+    """The conversations of one of upstream's pickles.
+
+    A row of the older kind is cut at the headers of its turns, if they are Llama 3's or Qwen's; else its messages come
+    without token ids.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no such pickle, or names what no dataset needs; the sentence says what.
+    """
+    found = inert_pickle.load(path, PACKAGES)
+    rows = found.get("rows") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, Record) for row in rows):
+        raise ValueError(f"{path} is no dataset of upstream's: expected a list of conversations, or a dict with rows")
+    room = _Room(path, max(SMALLEST_ROOM, MOST_EXPANSION * path.stat().st_size))
+    for number, row in enumerate(rows):
+        try:
+            yield _conversation(row.fields, room)
+        except _TooLarge:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path}, row {number}, is no conversation of upstream's: {error!r}") from error
+
+
+def convert(old: Path, new: Path) -> int:
+    """Writes the conversations of a pickle as Parquet, a group at a time, and returns how many there are."""
+    count = 0
+    group: list[Conversation] = []
+    parts: list[Path] = []
+    new.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=new.parent, prefix=f".{new.name}.") as folder:
+
+        def write() -> None:
+            parts.append(Path(folder) / f"{len(parts)}.parquet")
+            conversation.write(parts[-1], group)
+
+        for made in read(old):
+            group.append(made)
+            count += 1
+            if len(group) == conversation.ROWS_PER_GROUP:
+                write()
+                group = []
+        write()
+        conversation.merge(parts, new, {"source": old.name})
+    return count
+
+
+class _TooLarge(ValueError):
+    pass
+
+
+@dataclasses.dataclass
+class _Room:
+    """What is left of what a pickle may unfold to: a short one may name the same list a million times."""
+
+    path: Path
+    left: int
+
+    def take(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise _TooLarge(f"{self.path} unfolds to more than {MOST_EXPANSION} times its size: refused")
+
+
+def _conversation(row: dict[str, Any], room: _Room) -> Conversation:
+    messages = [_fields(message) for message in row["messages"]]
+    room.take(len(messages) + len(row.get("system_prompt") or ""))
+    metadata = _json(row.get("metadata") or {}, room)
+    if not isinstance(metadata, dict):
+        raise TypeError("its metadata is no dict")
+    if row.get("token_ids") is not None:
+        made = _cut(messages, row, room)
+    else:
+        made = [_message(m, m.get("token_ids"), _flat(m.get("top_logprobs")), room) for m in messages]
+    return Conversation(tuple(made), str(row.get("system_prompt") or ""), metadata, row.get("type"))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    fields = value.fields if isinstance(value, Record) else value
+    if not isinstance(fields, dict):
+        raise TypeError(f"a message is a {type(value).__name__}")
+    return fields
+
+
+def _message(message: dict[str, Any], ids: Any, top: TopLogprobs | None, room: _Room) -> Message:
+    content, role = message["content"], message["role"]
+    if not isinstance(content, str) or not isinstance(role, str):
+        raise TypeError("content and role should be texts")
+    room.take(len(content) + (0 if ids is None else len(ids)) + (0 if top is None else len(top.token_id)))
+    return Message(content, role, None if ids is None else tuple(int(i) for i in ids), top)
+
+
+def _flat(value: Any) -> TopLogprobs | None:
+    if value is None:
+        return None
+    fields = _fields(value)
+    rows, width = fields["shape"]
+    return TopLogprobs(fields["token_idx"], fields["token_id"], fields["logprobs"], (rows, width))
+
+
+def _cut(messages: Sequence[dict[str, Any]], row: dict[str, Any], room: _Room) -> list[Message]:
+    """The ids of a whole conversation, by its turns; row t of the teacher's top-k is about token t + 1."""
+    ids = np.asarray(row["token_ids"], np.int64)
+    turns = _turns(ids.tolist(), [message["role"] for message in messages])
+    if turns is None:
+        return [_message(message, None, None, room) for message in messages]
+    top_ids, logprobs = row.get("top_logprob_ids"), row.get("top_logprob_logprobs")
+    made = []
+    for message, (start, end) in zip(messages, turns, strict=True):
+        top = None
+        if top_ids is not None and logprobs is not None and message["role"] == "assistant":
+            first, last = start - 1, min(end - 1, len(top_ids))
+            top = _dense(np.asarray(top_ids)[first:last], np.asarray(logprobs)[first:last])
+        made.append(_message(message, ids[start:end].tolist(), top, room))
+    return made
+
+
+def _dense(ids_tj: np.ndarray, logprobs_tj: np.ndarray) -> TopLogprobs:
+    t, j = ids_tj.shape
+    kept_tj = np.isfinite(logprobs_tj) & (ids_tj >= 0)
+    return TopLogprobs(np.nonzero(kept_tj)[0], ids_tj[kept_tj], logprobs_tj[kept_tj], (t, j))
+
+
+def _turns(ids: list[int], roles: list[str]) -> list[tuple[int, int]] | None:
+    """From behind each header to the end of its turn, that included; None if the headers are not those of `roles`."""
+    for headers, end_of_turn in TURNS:
+        spans, found, place = [], [], 0
+        while place < len(ids):
+            role = next((r for r, h in headers.items() if tuple(ids[place : place + len(h)]) == h), None)
+            if role is None:
+                place += 1
+                continue
+            start = place + len(headers[role])
+            try:
+                place = ids.index(end_of_turn, start) + 1
+            except ValueError:  # the last turn was cut
+                place = len(ids)
+            spans.append((start, place))
+            found.append(role)
+        if found and found == roles:
+            return spans
+    return None
+
+
+def _json(value: Any, room: _Room) -> Any:
+    """What JSON can say of a value."""
+    room.take(1)
+    match value:
+        case dict():
+            return {str(key): _json(item, room) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_json(item, room) for item in value]
+        case Record():
+            return _json(value.fields, room)
+        case np.ndarray():
+            room.take(value.size)
+            return value.tolist()
+        case bool() | int() | float() | None:
+            return value
+        case _:
+            text = str(value)
+            room.take(len(text))
+            return text
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m synth.legacy", description=__doc__)
+    parser.add_argument("old", type=Path, help="a pickle of upstream's")
+    parser.add_argument("new", type=Path, help="the Parquet file to write")
+    args = parser.parse_args(argv)
+    print(f"{args.new}: {convert(args.old, args.new)} conversations")
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,72 @@
+"""Which resources a run reads, and how their kind is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal[
+    "text", "directory", "json", "jsonl", "markdown", "html", "pdf", "latex", "csv", "mbox", "slack", "gmail"
+]
+SUFFIXES: dict[str, Kind] = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+    ".pdf": "pdf",
+    ".tex": "latex",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".mbox": "mbox",
+}
+# Addresses instead of paths: what they give may be another text tomorrow.
+SCHEMES: dict[str, Kind] = {"arxiv:": "latex", "https://arxiv.org/": "latex", "slack:": "slack", "gmail:": "gmail"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResourceConfig:
+    path: str  # a file, a folder, or one of arxiv:ID, slack:CHANNEL,CHANNEL and gmail:QUERY
+    kind: Kind | None = None  # None: the path tells
+    include: tuple[str, ...] = ()  # of a directory: the files to read, in .gitignore's patterns; none: every text
+    api_url: str | None = None  # where arXiv, Slack or Gmail answer; None: their public address
+    weight: float = 1.0  # its share of the chunks, where there are several
+    also: tuple[ResourceConfig, ...] = ()  # more resources of the same run
+
+    def __post_init__(self):
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"config.resource.weight is {self.weight}, expected a number above 0")
+
+    @property
+    def is_remote(self) -> bool:
+        return self.path.startswith(tuple(SCHEMES))
+
+    def every(self) -> Iterator[ResourceConfig]:
+        yield self
+        for other in self.also:
+            yield from other.every()
+
+    def found_kind(self) -> Kind:
+        """The kind that was set, else the one that the path tells by its scheme, folder or suffix."""
+        if self.kind:
+            return self.kind
+        for scheme, kind in SCHEMES.items():
+            if self.path.startswith(scheme):
+                return kind
+        path = Path(self.path)
+        if path.is_dir():
+            if (path / "channels.json").is_file() and (path / "users.json").is_file():
+                return "slack"
+            return "latex" if any(_is_main_file(file) for file in path.glob("*.tex")) else "directory"
+        if path.suffix.lower() == ".zip":
+            return "slack"  # the only kind that comes as an archive
+        return SUFFIXES.get(path.suffix.lower(), "text")
+
+
+def _is_main_file(path: Path) -> bool:
+    return path.is_file() and b"\\documentclass" in path.read_bytes()

@@ -1,0 +1,14 @@
+"""Libraries of a single format: imported when a file of it is read, and named in one sentence where they are absent."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def load(module: str, what: str, extra: str = "documents") -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{what} needs the package {package}: pip install 'cartridges-jax[{extra}]'") from error

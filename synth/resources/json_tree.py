@@ -1,0 +1,51 @@
+"""JSON and JSON lines: one line for every value, led by the path to it, so that any stretch of them explains itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from synth.resources.sections import Section
+from synth.resources.text import read as read_whole
+
+
+def read_json(path: str) -> list[Section]:
+    return _sections(path, _parse(read_whole(path), path))
+
+
+def read_jsonl(path: str) -> list[Section]:
+    """As a list whose places are counted from 1, as lines are."""
+    lines = enumerate(read_whole(path).splitlines(), 1)
+    return _sections(path, {str(n): _parse(line, f"{path}, line {n},") for n, line in lines if line.strip()})
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def _sections(path: str, tree: Any) -> list[Section]:
+    """One for every object or list that holds values itself, named by its path."""
+    groups = itertools.groupby(_leaves(tree), key=lambda leaf: leaf[0])
+    return [
+        Section(parent or Path(path).name, "".join(f"{where}: {value}\n" for _, where, value in leaves) + "\n")
+        for parent, leaves in groups
+    ]
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, str, str]]:
+    """(path of the container, own path, value as text), in the file's order; without recursion, however deep it is."""
+    waiting: list[tuple[str, str, Any]] = [("", "", tree)]
+    while waiting:
+        parent, where, node = waiting.pop()
+        if isinstance(node, dict | list) and node:
+            children = node.items() if isinstance(node, dict) else enumerate(node)
+            below = f"{where}/" if where else ""
+            waiting += [(where, f"{below}{key}", child) for key, child in reversed(list(children))]
+        else:
+            yield parent, where or ".", node if isinstance(node, str) else json.dumps(node)

@@ -1,0 +1,109 @@
+"""From a config to the texts it names, and to the one string that stands for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from command_line import files
+from synth.resources import folder, html, json_tree, latex, mail, pdf, slack, table, text
+from synth.resources.config import Kind, ResourceConfig
+from synth.resources.sections import Section
+
+CORPUS = "corpus.txt"  # what training and evaluation read, beside the dataset
+SNAPSHOT = "resources.json"  # texts that came over a network, since another day they may be others
+
+
+@dataclasses.dataclass(frozen=True)
+class Resource:
+    """One text, in sections."""
+
+    name: str  # its file's or folder's, or its address
+    sections: tuple[Section, ...]
+    weight: float = 1.0
+
+    def to_string(self) -> str:
+        return "".join(section.text for section in self.sections)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Every resource of a run."""
+
+    resources: tuple[Resource, ...]
+
+    def to_string(self) -> str:
+        """The full context that a cartridge stands in for; of a single text file, the very text."""
+        return "\n\n".join(resource.to_string() for resource in self.resources)
+
+
+def read(config: ResourceConfig, output: Path) -> Corpus:
+    """Reads every resource that `config` names; from a network only what an earlier run did not leave in `output`.
+
+    Raises:
+      ValueError, OSError, ImportError: something cannot be read; the sentence says what, and what to do.
+    """
+    kept = _kept(output / SNAPSHOT)
+    return Corpus(tuple(_read_one(one, kept) for one in config.every()))
+
+
+def keep(config: ResourceConfig, corpus: Corpus, output: Path) -> None:
+    """Leaves in `output` the corpus as one text, and what came over a network."""
+    files.write_text(output / CORPUS, corpus.to_string())
+    remote = {
+        one.path: [dataclasses.astuple(section) for section in resource.sections]
+        for one, resource in zip(config.every(), corpus.resources, strict=True)
+        if one.is_remote
+    }
+    if remote:
+        files.write_text(output / SNAPSHOT, json.dumps(remote, ensure_ascii=False))
+
+
+def _read_one(config: ResourceConfig, kept: dict[str, list[list[str]]]) -> Resource:
+    if config.is_remote and config.path in kept:
+        sections = [Section(name, text) for name, text in kept[config.path]]
+    else:
+        sections = _sections(config.path, config.found_kind(), config)
+    if not any(section.text.strip() for section in sections):
+        raise ValueError(f"{config.path} is empty: expected a text")
+    # where it lies on this machine is nobody's business who reads the dataset
+    name = config.path if config.is_remote else Path(config.path).resolve().name
+    return Resource(name, tuple(sections), config.weight)
+
+
+def _kept(snapshot: Path) -> dict[str, list[list[str]]]:
+    if not snapshot.is_file():
+        return {}
+    try:
+        return json.loads(snapshot.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{snapshot} is damaged, delete it to fetch the resources again: {error}") from error
+
+
+def _sections(path: str, kind: Kind, config: ResourceConfig) -> list[Section]:
+    match kind:
+        case "text":
+            return text.read_text(path)
+        case "directory":
+            return folder.read(path, config.include)
+        case "json":
+            return json_tree.read_json(path)
+        case "jsonl":
+            return json_tree.read_jsonl(path)
+        case "markdown":
+            return text.read_markdown(path)
+        case "html":
+            return html.read(path)
+        case "pdf":
+            return pdf.read(path)
+        case "latex":
+            return latex.read(path, config.api_url)
+        case "csv":
+            return table.read(path)
+        case "mbox":
+            return mail.read_mbox(path)
+        case "gmail":
+            return mail.read_gmail(path, config.api_url)
+        case "slack":
+            return slack.read_api(path, config.api_url) if config.is_remote else slack.read_export(path)

@@ -1,0 +1,72 @@
+"""Sections: consecutive pieces of one text, each with a name that says where it stands. And where such pieces begin."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+
+SEPARATOR = " > "  # between a heading and the one below it
+
+_DEFINITION = re.compile(
+    r"""^(?:(?:export|default|public|private|protected|internal|static|abstract|final|async|unsafe|pub(?:\([^)]*\))?)
+            [ ]+)*
+        (?:def|class|func|function\*?|fn|struct|enum|trait|impl|interface|module|type|namespace|record)\b
+        (?:<[^>]*>)? [ ]+ (?:\([^)]*\)[ ]*)? (?P<name>(?:[\w.$]|::)+)
+      | ^\w[\w\s*&:<>,]*? \b(?P<function>\w+)\([^;=]*\)\s*\{[^;}]*$  # C and its kin
+    """,
+    re.VERBOSE,
+)
+_LEADS_TO_DEFINITION = re.compile(r"[@#/*]| \*|\[\w|template\b")  # decorators, attributes and comments
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    name: str
+    text: str  # with the white space behind it, so that joined sections are the whole text
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    offset: int  # in characters of the text
+    level: int  # 1 is the highest
+    title: str
+
+
+def at_headings(text: str, headings: Iterable[Heading], name: str) -> list[Section]:
+    """Cuts `text` before every heading; a section is named by its heading and those it stands under.
+
+    What comes before the first heading is named `name`.
+    """
+    above: list[Heading] = []
+    sections, start, title = [], 0, name
+    for heading in headings:
+        if text[start : heading.offset].strip():
+            sections.append(Section(title, text[start : heading.offset]))
+            start = heading.offset
+        above = [*(h for h in above if h.level < heading.level), heading]
+        title = SEPARATOR.join(h.title for h in above if h.title) or name
+    return [*sections, Section(title, text[start:])]
+
+
+def at_definitions(code: str, name: str) -> list[Section]:
+    """Cuts source code before its outermost functions and classes, told by how their lines begin, in most languages."""
+    lines = code.splitlines(keepends=True)
+    begins: list[tuple[int, str]] = []
+    for number, line in enumerate(lines):
+        if found := _DEFINITION.match(line):
+            first = number
+            while first and _LEADS_TO_DEFINITION.match(lines[first - 1]):
+                first -= 1
+            begins.append((first, found["name"] or found["function"]))
+    return _cut(lines, begins, name)
+
+
+def _cut(lines: Sequence[str], begins: Sequence[tuple[int, str]], name: str) -> list[Section]:
+    sections = []
+    edges = [(0, ""), *begins, (len(lines), "")]
+    for (start, title), (end, _) in itertools.pairwise(edges):
+        if text := "".join(lines[start:end]):
+            sections.append(Section(f"{name}{SEPARATOR}{title}" if title else name, text))
+    return sections

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import gzip
+import io
+import logging
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from synth.resources import arxiv, latex
+from synth.resources.latex import without_comments
+
+MAIN = r"""% a comment alone
+\documentclass{article}
+\title{Small caches} % why so small?
+\newcommand{\in}[1]{\input{#1}}
+\begin{document}
+\begin{abstract}Fifty \% less.\end{abstract}
+\section{Introduction}
+\input{sections/intro}
+\subsection[short]{Of \emph{what} we
+know}
+\include{sections/results.tex}
+\input{../outside} \input{/etc/hostname} \input{link}
+\section*{End}
+Done.
+\end{document}
+Never shown.
+"""
+
+
+@pytest.fixture
+def paper(tmp_path: Path) -> Path:
+    root = tmp_path / "paper"
+    (root / "sections").mkdir(parents=True)
+    (root / "main.tex").write_text(MAIN)
+    (root / "sections" / "intro.tex").write_text("We begin.% note\n\\input{sections/deep}\n")
+    (root / "sections" / "deep.tex").write_bytes("Caf\xe9 in Latin-1.\n".encode("latin-1"))
+    (root / "sections" / "results.tex").write_text("Results follow.\n")
+    (root / "unused.tex").write_text("\\documentclass{article} Unused.")
+    (tmp_path / "outside.tex").write_text("SECRET")
+    (root / "link.tex").symlink_to(tmp_path / "outside.tex")
+    return root
+
+
+@pytest.mark.parametrize("name", ["", "main.tex"])
+def test_a_paper_is_one_text(paper: Path, name: str, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "synth"):
+        sections = latex.read(str(paper / name))
+    text = "".join(section.text for section in sections)
+    assert "comment" not in text and "why" not in text and "note" not in text and "Never" not in text
+    assert r"Fifty \% less." in text and "SECRET" not in text
+    begins = [text.index(words) for words in ("We begin.", "Café in Latin-1.", "Results follow.", "Done.")]
+    assert begins == sorted(begins)
+    assert [section.name for section in sections] == [
+        "beginning",
+        "Introduction",
+        r"Introduction > Of \emph{what} we know",
+        "End",
+    ]
+    left_out = [record.message for record in caplog.records]
+    assert len(left_out) == 3 and all("which is not there: left out" in message for message in left_out)
+
+
+def test_comments():
+    assert without_comments("a % b\n") == "a \n"
+    assert without_comments("a\\% b \\\\% c\n") == "a\\% b \\\\\n"
+    assert without_comments("  % whole\nnext\n") == "next\n"
+    verbatim = "\\begin{verbatim}\n100 % sure\n\\end{verbatim}\n"
+    assert without_comments(verbatim + "x % y\n") == verbatim + "x \n"
+    assert without_comments("a\n\\begin{comment}\nhidden\n\\end{comment}\nb\n") == "a\nb\n"
+
+
+def test_files_that_include_one_another_end(tmp_path: Path):
+    (tmp_path / "main.tex").write_text("\\documentclass{a}\\input{a}")
+    (tmp_path / "a.tex").write_text("\\input{main}")
+    with pytest.raises(ValueError, match=r"include one another without end: main\.tex > a\.tex > main\.tex"):
+        latex.read(str(tmp_path))
+    for i in range(9):  # ten to the ninth includes
+        (tmp_path / f"f{i}.tex").write_text(f"\\input{{f{i + 1}}}" * 10)
+    (tmp_path / "main.tex").write_text("\\documentclass{a}\\input{f0}")
+    (tmp_path / "f9.tex").write_text("")
+    assert latex.read(str(tmp_path))
+    (tmp_path / "f9.tex").write_text("boom")
+    with pytest.raises(ValueError, match="is longer than"):
+        latex.read(str(tmp_path))
+
+
+def test_a_folder_without_a_main_file(tmp_path: Path):
+    (tmp_path / "a.tex").write_text("words")
+    with pytest.raises(ValueError, match=r"holds no LaTeX with \\documentclass"):
+        latex.read(str(tmp_path))
+
+
+def archive(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for info, data in members:
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_an_archive_is_read_in_memory():
+    data = archive((member("d", tarfile.DIRTYPE), b""), (member("./d/a.tex"), b"caf\xe9"), (member("b.eps"), b"%!PS"))
+    assert arxiv.unpack(data, "it") == {"d/a.tex": "café"}
+    assert arxiv.unpack(gzip.decompress(data), "it") == {"d/a.tex": "café"}
+    assert arxiv.unpack(gzip.compress(b"\\documentclass"), "it") == {"main.tex": "\\documentclass"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (member("/etc/a.tex"), "outside its own folder"),
+        (member("d/../../a.tex"), "outside its own folder"),
+        (member("..\\a.tex"), "outside its own folder"),
+        (member("a.tex", tarfile.SYMTYPE, "/etc/passwd"), "a link or a device"),
+        (member("a.tex", tarfile.LNKTYPE, "b.tex"), "a link or a device"),
+        (member("a.tex", tarfile.CHRTYPE), "a link or a device"),
+        (member("a.tex", tarfile.FIFOTYPE), "a link or a device"),
+    ],
+)
+def test_an_archive_that_reaches_out_is_refused(bad: tarfile.TarInfo, sentence: str):
+    with pytest.raises(ValueError, match=rf"^it has a member .*{sentence}.*: refused$"):
+        arxiv.unpack(archive((member("main.tex"), b"x"), (bad, b"")), "it")
+
+
+def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch):
+    bomb = gzip.compress(bytes(2**24))
+    monkeypatch.setattr(arxiv, "LARGEST_SOURCE", 2**20)
+    with pytest.raises(ValueError, match="unpacks to more than 1048576 bytes: refused"):
+        arxiv.unpack(bomb, "it")
+    sparse = member("a.tex")
+    header = bytearray(sparse.tobuf())
+    header[124:136] = b"77777777777\0"  # 8 GiB are claimed, none are there
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(ValueError, match=r"more than 10000 files or 1048576 bytes|damaged"):
+        arxiv.unpack(bytes(header) + bytes(1024), "it")
+    monkeypatch.setattr(arxiv, "MOST_FILES", 3)
+    with pytest.raises(ValueError, match="more than 3 files"):
+        arxiv.unpack(archive(*((member(f"{i}.tex"), b"") for i in range(4))), "it")
+
+
+def test_what_is_no_source():
+    with pytest.raises(ValueError, match="it is a PDF, its authors gave no LaTeX"):
+        arxiv.unpack(b"%PDF-1.5", "it")
+    with pytest.raises(ValueError, match="it is damaged"):
+        arxiv.unpack(b"\x1f\x8b\x08nonsense", "it")
+
+
+@given(st.binary(max_size=2000), st.integers(0, 400))
+def test_no_bytes_do_anything_but_a_sentence(noise: bytes, place: int):
+    """Archives that were damaged anywhere give texts or a ValueError."""
+    whole = gzip.decompress(archive((member("main.tex"), b"x" * 600), (member("b.tex"), b"y")))
+    for data in (noise, whole[:place] + noise + whole[place + len(noise) :]):
+        try:
+            assert all(isinstance(text, str) for text in arxiv.unpack(data, "it").values())
+        except ValueError as error:
+            assert str(error).startswith("it ")
+
+
+@pytest.mark.parametrize("address", ["arxiv:2506.06266", "arxiv:2506.06266v2", "https://arxiv.org/abs/hep-th/9901001"])
+def test_addresses(address: str):
+    assert arxiv.is_address(address)
+
+
+@pytest.mark.parametrize("address", ["arxiv:../../etc", "arxiv:2506.06266?x=1", "https://arxiv.org/abs/"])
+def test_addresses_of_no_paper(address: str):
+    with pytest.raises(ValueError, match="names no paper on arXiv: expected something like arxiv:2506"):
+        arxiv.fetch(address, "http://127.0.0.1:9")

@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import zipfile
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+
+import fpdf
+import pypdf
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from synth.resources import extras, html, reading
+from synth.resources.config import ResourceConfig
+from synth.resources.sections import Heading, Section, at_definitions, at_headings
+
+
+def read(path: Path | str, tmp_path: Path, **settings: Any) -> reading.Resource:
+    corpus = reading.read(ResourceConfig(str(path), **settings), tmp_path / "no run")
+    return corpus.resources[0]
+
+
+def names(resource: reading.Resource) -> list[str]:
+    return [section.name for section in resource.sections]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_a_text_file_is_its_very_text(tmp_path: Path):
+    text = "  One.\r\n\nTwo — é.\n"
+    assert read(write(tmp_path / "a.txt", text), tmp_path).to_string() == Path(tmp_path / "a.txt").read_text()
+
+
+MARKDOWN = """Before.
+
+# Guide
+
+    # in a code block
+
+```
+# in a fence
+```
+
+## Install **now**
+
+> # in a quote
+
+Set
+===
+Last.
+"""
+
+
+def test_markdown_is_cut_at_its_headings_and_keeps_every_character(tmp_path: Path):
+    found = read(write(tmp_path / "guide.md", MARKDOWN), tmp_path)
+    assert names(found) == ["guide.md", "Guide", "Guide > Install **now**", "Set"]
+    assert found.to_string() == MARKDOWN
+    assert found.sections[-1].text == "Set\n===\nLast.\n"
+
+
+@given(st.text("ab \n"), st.lists(st.tuples(st.integers(0, 50), st.integers(1, 3))))
+def test_sections_are_the_whole_text(text: str, marks: list[tuple[int, int]]):
+    headings = [Heading(min(place, len(text)), level, f"h{level}") for place, level in sorted(marks)]
+    assert "".join(section.text for section in at_headings(text, headings, "x")) == text
+    assert "".join(section.text for section in at_definitions(text, "x")) == text
+
+
+PYTHON = '''"""Module."""
+import os
+
+LIMIT = 3
+
+
+# Why it is here.
+@cached
+def first(a):
+    def inner():
+        return a
+    return inner
+
+
+class Second:
+    def method(self): ...
+
+
+async def third(): ...
+'''
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        (PYTHON, ["x", "x > first", "x > Second", "x > third"]),
+        ("package a\n\nfunc (t *T) Do() {\n}\n\ntype T struct {\n}\n", ["x", "x > Do", "x > T"]),
+        ("use a;\n\n#[test]\npub fn one() {}\n\nimpl<T> Two for T {\n}\n", ["x", "x > one", "x > Two"]),
+        ("import a\n\nexport default async function go(x) {\n}\n", ["x", "x > go"]),
+        ("#include <a.h>\n\nint main(int c, char **v) {\n  return f(c);\n}\n", ["x", "x > main"]),
+    ],
+)
+def test_code_is_cut_at_its_outermost_definitions(code: str, found: list[str]):
+    sections = at_definitions(code, "x")
+    assert [section.name for section in sections] == found
+    assert "".join(section.text for section in sections) == code
+
+
+def test_a_decorator_belongs_to_what_it_decorates():
+    _, first, *_ = at_definitions(PYTHON, "x")
+    assert first.text.startswith("# Why it is here.\n@cached\ndef first")
+
+
+def test_a_repository_without_what_gitignore_leaves_out(tmp_path: Path):
+    root = tmp_path / "repo"
+    kept = {
+        "README.md": "# Title\nWords.\n",
+        "src/main.py": "def run():\n    pass\n",
+        "src/latin.txt": b"caf\xe9",
+        "logs/keep.log": "kept",
+        "deep/.gitignore": "*.tmp\n!wanted.tmp\n",
+        "deep/wanted.tmp": "wanted",
+    }
+    ignored = {"logs/a.log": "no", "build/out.txt": "no", "deep/b.tmp": "no", "top.tmp2": "no", "deep/er/c.tmp": "no"}
+    for name, content in (kept | ignored).items():
+        write(root / name, content)
+    write(root / ".gitignore", "*.log\n!keep.log\n/build/\n*.tmp2\n")
+    write(root / "picture.png", b"\x89PNG\0\0")
+    write(root / "empty.txt", "")
+    (root / "link.txt").symlink_to(write(tmp_path / "outside.txt", "secret"))
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    found = read(root, tmp_path)
+    files = {name.partition(" > ")[0] for name in names(found) if name != "Title"} | {"README.md"}
+    listed = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    texts = set(listed) - {"picture.png", "empty.txt", "link.txt"}
+    assert files == texts == {*kept, ".gitignore"}, "what git itself would take"
+    text = found.to_string()
+    assert "File: src/main.py\n\ndef run" in text and "café" in text and "secret" not in text
+    some = read(root, tmp_path, include=("*.py", "*.md"))
+    assert "def run" in some.to_string() and "café" not in some.to_string()
+    with pytest.raises(ValueError, match=r"holds no text that fits config\.resource\.include"):
+        read(root, tmp_path, include=("*.rs",))
+
+
+def test_json_says_the_path_to_every_value(tmp_path: Path):
+    tree = {"a": {"x": 1, "y": [True, None], "z": {}}, "b": "two\nlines", "c": [{"d": 0.5}]}
+    found = read(write(tmp_path / "t.json", json.dumps(tree)), tmp_path)
+    assert found.to_string().split("\n\n") == [
+        "a/x: 1",
+        "a/y/0: true\na/y/1: null",
+        "a/z: {}",
+        "b: two\nlines",
+        "c/0/d: 0.5",
+        "",
+    ]
+    assert names(found) == ["a", "a/y", "a", "t.json", "c/0"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text("xy", max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner),
+        max_leaves=12,
+    )
+)
+def test_every_path_of_json_is_there(tmp_path_factory: pytest.TempPathFactory, tree: Any):
+    def leaves(node: Any, where: str) -> list[str]:
+        children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        below = [leaf for key, child in children for leaf in leaves(child, f"{where}/{key}" if where else str(key))]
+        return below or [f"{where or '.'}: {node if isinstance(node, str) else json.dumps(node)}"]
+
+    path = write(tmp_path_factory.mktemp("json") / "t.json", json.dumps(tree))
+    lines = [line for line in read(path, path.parent).to_string().split("\n") if line]
+    assert lines == leaves(tree, "")
+
+
+def test_json_lines_are_counted_from_one(tmp_path: Path):
+    found = read(write(tmp_path / "t.jsonl", '{"q": "who"}\n\n{"q": "why"}\n'), tmp_path)
+    assert names(found) == ["1", "3"] and "3/q: why" in found.to_string()
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2, is not JSON"):
+        read(write(tmp_path / "t.jsonl", "1\n{"), tmp_path)
+    with pytest.raises(ValueError, match="is not JSON"):
+        read(write(tmp_path / "deep.json", "[" * 100_000), tmp_path)
+
+
+def test_csv_rows_stand_alone(tmp_path: Path):
+    found = read(write(tmp_path / "t.csv", 'name;"the age"\nAda;36\n"B; C";\n\nD;1;extra\n'), tmp_path)
+    assert found.to_string() == (
+        "row 1\nname: Ada\nthe age: 36\n\nrow 2\nname: B; C\n\nrow 3\nname: D\nthe age: 1\ncolumn 3: extra\n\n"
+    )
+    with pytest.raises(ValueError, match="has no row below its first"):
+        read(write(tmp_path / "u.csv", "a,b\n"), tmp_path)
+
+
+HTML = """<!doctype html><html><head><title>The  page</title><style>p {}</style></head><body>
+<nav><a href="/">Home</a></nav><h1>First <em>part</em></h1><p>Some <b>bold</b>
+text &amp; more.<!-- hidden --></p><ul><li>one<li>two</ul><h2></h2>
+<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>
+<h2>Below</h2><pre>x  =  1
+y</pre><script>alert(1)</script></body></html>"""
+
+
+def test_html_is_what_a_reader_sees(tmp_path: Path):
+    found = read(write(tmp_path / "p.html", HTML), tmp_path)
+    assert found.to_string().split("\n\n") == [
+        "# First part",
+        "Some bold text & more.",
+        "- one",
+        "- two",
+        "a | b",
+        "1 | 2",
+        "## Below",
+        "x  =  1\ny\n",
+    ]
+    assert names(found) == ["First part", "First part > Below"]
+    with pytest.raises(ValueError, match="holds no text outside its scripts"):
+        read(write(tmp_path / "q.html", "<script>1</script>"), tmp_path)
+
+
+def test_html_of_any_depth():
+    assert "deep" in html.to_text("<div>" * 20_000 + "deep")
+
+
+def make_pdf(path: Path, pages: list[str]) -> Path:
+    made = fpdf.FPDF()
+    made.set_font("Helvetica", size=12)
+    for page in pages:
+        made.add_page()
+        made.multi_cell(0, text=page)
+    made.output(str(path))
+    return path
+
+
+def test_pdf_pages(tmp_path: Path):
+    found = read(make_pdf(tmp_path / "a.pdf", ["The first page.", "", "The third."]), tmp_path)
+    assert names(found) == ["page 1", "page 3"]
+    assert found.to_string() == "The first page.\n\nThe third.\n\n"
+    inside = read(make_pdf(write(tmp_path / "d" / "x.txt", "y").parent / "b.pdf", ["In a folder."]).parent, tmp_path)
+    assert names(inside) == ["b.pdf > page 1", "x.txt"] and "File: b.pdf\n\nIn a folder." in inside.to_string()
+
+
+def test_pdfs_that_cannot_be_read(tmp_path: Path):
+    whole = make_pdf(tmp_path / "a.pdf", ["Words."])
+    with pytest.raises(ValueError, match="cannot be read as a PDF"):
+        read(write(tmp_path / "cut.pdf", whole.read_bytes()[:100]), tmp_path)
+    with pytest.raises(ValueError, match="holds no text on its 1 pages: run it through OCR"):
+        read(make_pdf(tmp_path / "scan.pdf", [""]), tmp_path)
+    locked = pypdf.PdfWriter(clone_from=str(whole))
+    locked.encrypt("secret", algorithm="RC4-128")
+    locked.write(str(tmp_path / "locked.pdf"))
+    with pytest.raises(ValueError, match="needs a password"):
+        read(tmp_path / "locked.pdf", tmp_path)
+
+
+def test_mbox(tmp_path: Path):
+    plain, rich = EmailMessage(), EmailMessage()
+    plain["From"], plain["Subject"] = "Ada <ada@example.org>", "Grüße"
+    plain.set_content("Hello.\nFrom here on.\n")
+    plain.add_attachment(b"\0", maintype="image", subtype="png")
+    rich["From"], rich["Date"] = "b@example.org", "Mon, 1 Jan 2024 10:00:00 +0000"
+    rich.set_content("<p>Only <b>HTML</b>.</p><script>no</script>", subtype="html")
+    strange = b"Subject: odd\nContent-Type: text/plain; charset=klingon\n\ncaf\xe9\n"
+    stored = b"".join(
+        b"From x Mon Jan  1 10:00:00 2024\n" + raw.replace(b"\nFrom ", b"\n>From ") + b"\n"
+        for raw in (plain.as_bytes(), rich.as_bytes(), strange)
+    )
+    found = read(write(tmp_path / "m.mbox", stored), tmp_path)
+    assert names(found) == ["Grüße", "no subject", "odd"]
+    first, second, third = (section.text for section in found.sections)
+    assert first.startswith("From: Ada <ada@example.org>\nSubject: Grüße\n\nHello.\n")
+    assert second.endswith("\n\nOnly HTML.\n\n") and "Date: Mon, 01 Jan 2024" in second
+    assert "café" in third
+    with pytest.raises(ValueError, match="holds no message"):
+        read(write(tmp_path / "n.mbox", "no mail"), tmp_path)
+
+
+USERS = [{"id": "U1", "name": "ada", "profile": {"real_name": "Ada L"}}, {"id": "U2", "name": "bob", "profile": {}}]
+DAY = [
+    {
+        "type": "message",
+        "user": "U1",
+        "text": "Hi <@U2>, see <https://a.b|this> &lt;now&gt;",
+        "ts": "1704103200.000100",
+    },
+    {"type": "message", "user": "U2", "text": "late reply", "ts": "1704300000.0", "thread_ts": "1704103200.000100"},
+    {"type": "message", "user": "U2", "text": "", "ts": "1704103300.0", "files": [{"name": "plan.pdf"}]},
+    {"type": "message", "username": "bot", "text": "<!here> done", "ts": "1704103400.0"},
+]
+
+
+@pytest.fixture
+def slack_export(tmp_path: Path) -> Path:
+    root = tmp_path / "export"
+    write(root / "users.json", json.dumps(USERS))
+    write(root / "channels.json", json.dumps([{"id": "C1", "name": "general"}]))
+    write(root / "general" / "2024-01-01.json", json.dumps(DAY))
+    return root
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_slack_export(slack_export: Path, tmp_path: Path, zipped: bool):
+    path = slack_export
+    if zipped:
+        path = tmp_path / "export.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(slack_export.rglob("*.json")):
+                archive.write(file, file.relative_to(slack_export))
+    found = read(path, tmp_path)
+    assert names(found) == ["#general, 2024-01-01"]
+    assert found.to_string() == (
+        "#general, 2024-01-01\n"
+        "10:00 Ada L: Hi @bob, see this (https://a.b) <now>\n"
+        "  > 16:40 bob: late reply\n"
+        "10:01 bob: [file: plan.pdf]\n"
+        "10:03 bot: @here done\n\n"
+    )
+
+
+def test_no_slack_export(tmp_path: Path):
+    with pytest.raises(ValueError, match="is not a zip file"):
+        read(write(tmp_path / "a.zip", "no"), tmp_path)
+    with pytest.raises(ValueError, match="is no Slack export"):
+        read(write(tmp_path / "d" / "a.txt", "no").parent, tmp_path, kind="slack")
+
+
+def test_what_is_not_there_is_one_sentence(tmp_path: Path):
+    for name in ("a.txt", "a.pdf", "a.mbox", "a.zip", "a.tex", "a.json"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} does not exist: expected"):
+            read(tmp_path / name, tmp_path)
+    with pytest.raises(NotADirectoryError, match="is not a folder"):
+        read(tmp_path / "none", tmp_path, kind="directory")
+    with pytest.raises(ValueError, match="is empty"):
+        read(write(tmp_path / "blank.md", " \n"), tmp_path)
+    with pytest.raises(ValueError, match=r"weight is 0\.0, expected a number above 0"):
+        ResourceConfig("a", weight=0.0)
+    with pytest.raises(
+        ImportError, match=r"a PDF needs the package no_such: pip install 'cartridges-jax\[documents\]'"
+    ):
+        extras.load("no_such.thing", "a PDF")
+
+
+def test_several_resources_are_one_corpus(tmp_path: Path):
+    one, two = write(tmp_path / "a.txt", "One."), write(tmp_path / "b.md", "# Two\n")
+    config = ResourceConfig(str(one), also=(ResourceConfig(str(two), weight=3.0),))
+    corpus = reading.read(config, tmp_path)
+    assert [(r.name, r.weight) for r in corpus.resources] == [("a.txt", 1.0), ("b.md", 3.0)]
+    assert corpus.to_string() == "One.\n\n# Two\n"
+    assert corpus.resources[0].sections == (Section("a.txt", "One."),)
