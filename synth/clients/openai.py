@@ -77,9 +77,6 @@ class OpenAIClient:
         return completion
 
     async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
-        before = list(messages[:-1])
-        opened = await self._chat_ids(before, add_generation_prompt=True)
-        empty = await self._chat_ids([*before, {"role": "assistant", "content": ""}], add_generation_prompt=False)
         url = f"{self._url}/chat/completions"
         body = self._conversation(messages, add_generation_prompt=False) | {
             "max_tokens": 1,
@@ -95,6 +92,9 @@ class OpenAIClient:
             prompt_tokens = int(reply["usage"]["prompt_tokens"])
         if len(rows) != len(whole):
             raise Unavailable(f"{url} gave {len(whole)} prompt ids with logprobs of {len(rows)}", "wrong tokens")
+        before = list(messages[:-1])
+        opened = await self._chat_ids(before, add_generation_prompt=True)
+        empty = await self._chat_ids([*before, {"role": "assistant", "content": ""}], add_generation_prompt=False)
         part = answer_span(opened, empty, whole)
         ids = tuple(whole[part])
         return Completion(messages[-1]["content"], ids, tuple(rows[part]), "given", prompt_tokens, 0, 0)

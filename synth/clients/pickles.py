@@ -28,7 +28,7 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith(_REPLY_TYPES) and name.isidentifier():
             return Fields
-        if (module, name) == ("builtins", "set"):  # which fields were given, in pickles of protocol 3 and before
+        if name == "set" and module in ("builtins", "__builtin__"):  # before protocol 4: which fields were given
             return set
         raise Refused(
             f"the reply is a pickle that names {module}.{name}, expected OpenAI's reply types only: it was not run; "

@@ -13,7 +13,7 @@ from synth.config import McpConfig
 if TYPE_CHECKING:
     from mcp import ClientSession
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0  # some are downloaded when they start
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,12 @@ def weight(animal: str, number: int = 1) -> str:
 
 
 @server.tool()
+def search() -> str:
+    """Has the name of a tool that is built in."""
+    return "nothing"
+
+
+@server.tool()
 async def stall() -> str:
     """Never answers in time."""
     await asyncio.sleep(60)

@@ -120,7 +120,7 @@ class StubServer:
             self.in_flight -= 1
 
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        digest = hashlib.sha256(json.dumps([body["messages"], body["seed"]]).encode()).digest()
+        digest = hashlib.sha256(json.dumps([body["messages"], body.get("seed")]).encode()).digest()
         words = [] if self.empty(body) else [f"w{byte}" for byte in digest[: 3 + digest[0] % 8]]
         entries = []
         for place, word in enumerate(words):

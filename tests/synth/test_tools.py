@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import sys
@@ -50,20 +51,28 @@ def call(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def ask(text: str, config: ToolsConfig, seen: list[dict[str, str]] | None = None) -> tuple[Says, list[dict[str, Any]]]:
-    model = Says(text)
-    messages = seen or [{"role": "system", "content": "s"}, {"role": "user", "content": "How heavy?"}]
-    sampling = SamplingConfig(temperature=0.3, stop=("\n",), thinking=1.0)
-    calls = with_tools(config, lambda t: consult(model, t, messages, config, sampling, 1))  # type: ignore[arg-type]
-    return model, calls
+SEEN = [{"role": "system", "content": "s"}, {"role": "user", "content": "How heavy?"}]
+SAMPLING = SamplingConfig(temperature=0.3, stop=("\n",), thinking=1.0)
+
+
+def ask(model: Says, opened: Sequence[Tool], config: ToolsConfig) -> Any:
+    return consult(model, opened, SEEN, config, SAMPLING, 1)  # type: ignore[arg-type]
 
 
 def test_tools_of_an_mcp_server():
-    config = ToolsConfig(mcp=(SERVER,), timeout_seconds=2.0)
-    said = "\n".join(
-        [call("weight", animal="fox", number=3), call("weight", animal="unicorn"), call("stall"), call("fly")]
-    )
-    model, calls = ask(said, config)
+    """Of a real one, over stdio; and an error of the run leaves bare, not in a group of errors."""
+    config = ToolsConfig(mcp=(SERVER,))
+    said = "\n".join([call("weight", animal="fox", number=3), call("weight", animal="unicorn"), call("fly")])
+    model = Says(said)
+    calls: list[dict[str, Any]] = []
+
+    async def action(opened: Sequence[Tool]) -> None:
+        calls.extend(await ask(model, opened, config))
+        calls.extend(await ask(Says(call("stall")), opened, dataclasses.replace(config, timeout_seconds=0.2)))
+        raise OSError("the network is gone")
+
+    with pytest.raises(OSError, match="the network is gone"):
+        with_tools(config, action)
     assert calls[0] == {
         "name": "weight",
         "input": {"animal": "fox", "number": 3},
@@ -72,8 +81,8 @@ def test_tools_of_an_mcp_server():
         "raw_request": json.dumps({"name": "weight", "arguments": {"animal": "fox", "number": 3}}),
     }
     assert [c["success"] for c in calls] == [True, False, False, False]
-    assert "no unicorns" in calls[1]["output"] and calls[2]["output"] == "no answer in 2 s"
-    assert "fly" in calls[3]["output"]
+    assert "weight" in calls[1]["output"] and "fly" in calls[2]["output"]
+    assert calls[3]["output"] == "no answer in 0.2 s"
     assert model.seen[0] == {"role": "system", "content": "s"}
     asked = model.seen[-1]["content"]
     assert "How heavy?" in asked and "Says what an animal weighs." in asked and '"animal"' in asked
@@ -92,17 +101,10 @@ def test_tools_of_an_mcp_server():
     ],
 )
 def test_whatever_a_model_says(said: str, outputs: int):
-    _, calls = ask(said, ToolsConfig(search=True))
+    config = ToolsConfig(search=True)
+    calls = with_tools(config, lambda opened: ask(Says(said), opened, config))
     assert len(calls) == outputs
     assert all(set(c) == {"name", "input", "output", "success", "raw_request"} for c in calls)
-
-
-def test_an_error_of_the_run_leaves_bare():
-    async def fail(_: Sequence[Tool]) -> None:
-        raise OSError("the network is gone")
-
-    with pytest.raises(OSError, match="the network is gone"):
-        with_tools(ToolsConfig(mcp=(SERVER,)), fail)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +116,8 @@ def test_a_server_that_is_none(server: McpConfig, problem: str):
 
 
 def test_two_tools_of_one_name():
-    with pytest.raises(ValueError, match="more than one tool is called stall, weight"):
-        with_tools(ToolsConfig(mcp=(SERVER, SERVER)), lambda _: asyncio.sleep(0))
+    with pytest.raises(ValueError, match="more than one tool is called search, so"):
+        with_tools(ToolsConfig(mcp=(SERVER,), search=True), lambda _: asyncio.sleep(0))
     with pytest.raises(ValueError, match="expected NAME=value"):
         McpConfig("x", env=("UNIT",))
 
@@ -126,8 +128,10 @@ def search(query: Any, **arguments: Any) -> str:
 
 def test_search():
     assert "A fox weighs 42 grams." in search("How heavy is a FOX?", top_k=1)
-    apart = search("barn yard", top_k=2)
-    assert apart.index("barn") < apart.index("\n...\n") < apart.index("yard"), "in the order of the text"
+    animals = Search("\n\n".join(f"{animal} " * 200 for animal in ("owl", "pig", "hen")))
+    apart = asyncio.run(animals.call({"query": "hen owl"}))
+    assert apart.index("owl") < apart.index("\n...\n") < apart.index("hen"), "in the order of the text"
+    assert "pig" not in apart
     for query, more in ((7, {}), ("fox", {"top_k": 0}), ("fox", {"top_k": True}), ("zebra", {})):
         with pytest.raises(ValueError, match=r"expected a text|no passage"):
             search(query, **more)
