@@ -17,6 +17,9 @@ import synth
 from synth import conversation, hub
 from synth.conversation import Conversation, Message, flatten
 
+# the library's own way of sending a large file
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 TOKEN = "hf_test"
 COMMIT = "a" * 40
 
@@ -100,7 +103,7 @@ class HubStub:
         return web.json_response({"commitOid": COMMIT, "commitUrl": f"{self.url}/datasets/me/data/commit/{COMMIT}"})
 
     async def info(self, request: web.Request) -> web.Response:
-        if request.match_info["name"] != "data":
+        if request.match_info["name"] != "data" or request.headers.get("Authorization") != f"Bearer {TOKEN}":
             headers = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
             return web.json_response({"error": "Repository not found"}, status=404, headers=headers)
         return web.json_response(
@@ -183,9 +186,10 @@ def test_refusals_are_one_sentence(stub: HubStub, run: Path, tmp_path: Path, mon
     with pytest.raises(OSError, match=r"me/none cannot be pulled: .*; log in with `hf auth login`"):
         hub.pull("me/none", tmp_path / "back", endpoint=stub.url)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(OSError, match=r"cannot be pushed to me/data: .*401"):
+    with pytest.raises(OSError, match=r"cannot be pushed to me/data: .*; log in with `hf auth login`"):
         hub.push(run, "me/data", endpoint=stub.url)
     assert not stub.files
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     stub.files["README.md"] = b"nothing"
     with pytest.raises(ValueError, match=r"me/data holds no data/\*\.parquet"):
         hub.pull("me/data", tmp_path / "back", endpoint=stub.url)
