@@ -195,4 +195,4 @@ def test_refusals_are_one_sentence(stub: HubStub, run: Path, tmp_path: Path, mon
         hub.pull("me/data", tmp_path / "back", endpoint=stub.url)
     stub.files["data/a.parquet"] = b"noise"
     with pytest.raises(ValueError, match=r"a\.parquet is not a whole Parquet file"):
-        hub.pull("me/data", tmp_path / "back", endpoint=stub.url)
+        hub.pull("me/data", tmp_path / "other", endpoint=stub.url)
