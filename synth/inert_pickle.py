@@ -136,9 +136,7 @@ class _Machine:
         steps |= dict.fromkeys(("PROTO", "FRAME"), lambda _: None)
         steps |= dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda i: self._memo.update({i: self._stack[-1]}))
         steps |= dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda i: push(self._memo[i]))
-        steps |= {
-            f"TUPLE{n}": (lambda _, n=n: push(tuple([_plain(self._pop()) for _ in range(n)][::-1]))) for n in (1, 2, 3)
-        }
+        steps |= {f"TUPLE{n}": (lambda _, n=n: push(tuple(map(_plain, self._popped(n))))) for n in (1, 2, 3)}
         return steps | {
             "MEMOIZE": lambda _: self._memo.update({len(self._memo): self._stack[-1]}),
             "POP": lambda _: self._stack.pop(),
@@ -190,10 +188,12 @@ class _Machine:
         _top(self._stack, dict).update(_pairs(values))
 
     def _name(self, module: Any, name: Any) -> _Name:
-        found = _Name(str(module), str(name))
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a name that is no text")
+        found = _Name(module, name)
         if str(found) not in _CALLS and str(found) not in _MARKERS and not self._is_ours(found):
             raise Refused(
-                f"{self._path} is a pickle that names {found}, which no dataset needs: it was not run; "
+                f"{self._path} is a pickle that names {str(found)[:100]}, which no dataset needs: it was not run; "
                 "ask for the dataset as Parquet"
             )
         return found
