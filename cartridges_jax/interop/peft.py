@@ -76,7 +76,7 @@ def write(cartridge: Cartridge, folder: Path, dtype: str = "float32", kind: str 
         "token_dim": k * h,
     }
     extra = {"num_frozen_tokens": cartridge.num_frozen} if kind == "CARTRIDGE" else {"prefix_projection": False}
-    metadata = {"format": "pt", "cartridge": json.dumps(header_of(cartridge), sort_keys=True)}
+    metadata = {"cartridge": json.dumps(header_of(cartridge), sort_keys=True)}
     with files.atomic(folder / TENSORS) as temporary:
         save_file({TENSOR: np.ascontiguousarray(tensor)}, temporary, metadata=metadata)
     files.write_text(folder / CONFIG, json.dumps(config | extra, indent=2, sort_keys=True) + "\n")

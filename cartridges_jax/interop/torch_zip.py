@@ -110,7 +110,7 @@ class _Reader:
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise Refused(f"its record {name!r} is compressed, which torch.save never does")
         self._unread -= info.file_size
-        if self._unread < 0 or info.header_offset + info.file_size > self._size:
+        if self._unread < 0 or not 0 <= info.header_offset <= self._size - info.file_size:
             raise Refused(f"its record {name!r} claims {info.file_size} bytes, more than the file has")
         return self._archive.read(info)
 
