@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from cartridges_jax.models.config import ModelConfig
     from cartridges_jax.models.language_model import LanguageModel
 
-# of a ModelConfig: what must agree even between models whose weights are the same
-LAYOUT = ("num_layers", "num_kv_heads", "head_dim", "rope_theta", "rope_factors")
-
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
@@ -200,12 +197,10 @@ def _check_provenance(found: Provenance, model: LanguageModel, source: str) -> N
             )
     if not found.weights_hash and _name_differs(found.model, expected.model):
         raise ValueError(f"{source} says that it is for {found.model}, not for {expected.model}: load that model")
-    theirs, ours = _layout(found.model_config), _layout(expected.model_config)
-    if different := [key for key in ours if key in theirs and theirs[key] != ours[key]]:
-        sides = (", ".join(f"{key} {side[key]}" for key in different) for side in (theirs, ours))
+    if difference := model.config.layout_differs(found.model_config):
         raise ValueError(
-            f"{source} was made for {found.model} with {next(sides)}, but {expected.model} has {next(sides)}: "
-            "its slots mean nothing there, load the model it was made for"
+            f"{source} was made for {found.model} {difference}: its slots mean nothing to {expected.model}, load the "
+            "model it was made for"
         )
 
 
@@ -215,12 +210,3 @@ def _name_differs(theirs: str, ours: str) -> bool:
 
     names = [name.partition("/")[2].casefold() for name in (theirs, ours) if HUB_ID.fullmatch(name)]
     return len(set(names)) == 2
-
-
-def _layout(model_config: str) -> dict[str, Any]:
-    """What the slots depend on, of a provenance's `model_config`; nothing where that is unknown."""
-    try:
-        config = json.loads(model_config or "{}")
-    except ValueError:
-        config = {}
-    return {key: config[key] for key in LAYOUT if key in config} if isinstance(config, dict) else {}

@@ -128,7 +128,9 @@ def test_torch_opens_what_is_written_with_weights_only(
     tree = torch.load(path if path.suffix else path / "cartridge.pt", weights_only=True)
     for name in ("keys", "values"):
         # as Tokasaurus and upstream put them together
-        layers = [torch.cat(pair, dim=2) for pair in zip(tree[f"frozen_{name}"], tree[f"trainable_{name}"], strict=True)]
+        layers = [
+            torch.cat(pair, dim=2) for pair in zip(tree[f"frozen_{name}"], tree[f"trainable_{name}"], strict=True)
+        ]
         assert tree[f"frozen_{name}"][0].size(2) == num_frozen
         assert {layer.dtype for layer in layers} == {getattr(torch, dtype)}
         found = torch.cat(layers).float().numpy().transpose(0, 2, 1, 3)
