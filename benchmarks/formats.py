@@ -2,8 +2,8 @@
 
     python benchmarks/formats.py [--cartridge=runs/train/cartridge.safetensors]
 
-Without a cartridge, attention matching makes one of examples/document.txt, with a bias, in two minutes. The questions are
-those of the quickstart, none of which any training sees; its README says what their likelihood is worth.
+Without a cartridge, attention matching makes one of examples/document.txt, with a bias. The questions are those of the
+quickstart, none of which any training sees.
 """
 
 from __future__ import annotations

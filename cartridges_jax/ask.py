@@ -1,4 +1,4 @@
-"""Asks a cartridge on an engine that is not ours: `python -m cartridges_jax.ask --engine=tokasaurus QUESTION --cartridge=…`.
+"""Asks a cartridge on an engine that is not ours: `python -m cartridges_jax.ask --engine=tokasaurus --name=… QUESTION`.
 
 Tokasaurus and vLLM look for cartridges in a folder of theirs: with `--folder` the cartridge is put there first, in the
 engine's format.

@@ -1,7 +1,7 @@
-"""Coverage-guided fuzzing of the readers by atheris: `make fuzz`, or `python tests/fuzz_formats.py -max_total_time=600`.
+"""Coverage-guided fuzzing of the readers by atheris: `make fuzz`.
 
 Every input is read as a `.pt` file, as the pickle inside one, and as the tensor file of an adapter. Anything but a
-ValueError of one sentence is a find; atheris then leaves the input in a file `crash-…`. It starts from the golden files.
+ValueError of one sentence is a find; atheris leaves the input in a file `crash-…`. It starts from the golden files.
 """
 
 from __future__ import annotations

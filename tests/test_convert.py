@@ -78,9 +78,9 @@ def test_padding_and_folding_are_done_when_asked(source: Path, tmp_path: Path):
 def test_a_target_of_no_known_format_is_refused(source: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"says no format: end it in \.safetensors or \.pt, or give --to="):
         convert.main([str(source), str(tmp_path / "folder")])
-    with pytest.raises(ValueError, match="dtype is 'int8', and upstream's .pt holds float32"):
+    with pytest.raises(ValueError, match=r"dtype is 'int8', and upstream's \.pt holds float32"):
         convert.main([str(source), str(tmp_path / "c.pt"), "--dtype=int8"])
-    with pytest.raises(ValueError, match="is pushed as cartridge.safetensors"):
+    with pytest.raises(ValueError, match=r"is pushed as cartridge\.safetensors"):
         convert.main([str(source), "hf:a/b", "--to=peft"])
     with pytest.raises(FileNotFoundError, match="does not exist: expected a cartridge's file or folder"):
         convert.main([str(tmp_path / "none"), str(tmp_path / "c.pt")])

@@ -28,8 +28,8 @@ def fold_bias(cartridge: Cartridge, model: LanguageModel, text: str) -> Cartridg
     """Moves the bias into the keys, for engines that know keys and values only.
 
     Per layer and kv head one direction u is found whose score q·u is near 1 for the queries q of `text` behind the
-    cartridge (least squares); a slot with the bias b gets b·u added to its key. A query that differs from those sees
-    b·(q·u), not b.
+    cartridge (least squares); a slot with the bias b gets b·u added to its key. It is exact as far as all queries have
+    something in common, which those of a trained model do; a query that differs sees b·(q·u), not b.
 
     Raises:
       ValueError: the cartridge does not fit the model, or the text has no token.

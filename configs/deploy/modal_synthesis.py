@@ -1,4 +1,6 @@
-"""A synthesis server on Modal, vLLM with token ids and 20 log-probabilities: `modal deploy configs/deploy/modal_synthesis.py`.
+"""A synthesis server on Modal: vLLM, with token ids and 20 log-probabilities.
+
+    modal deploy configs/deploy/modal_synthesis.py
 
 Then `python -m synth --config=… --config.client.base_url=https://…modal.run/v1 --config.client.model=$MODEL`.
 

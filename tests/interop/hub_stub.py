@@ -62,7 +62,7 @@ def run_hub() -> Iterator[Hub]:
                 files = hub.repos.get((match[1], match[2]), {})
                 entry = {"type": "file", "oid": COMMIT}
                 return self._json([{**entry, "path": name, "size": len(content)} for name, content in files.items()])
-            if match := re.fullmatch(rf"/(datasets/)?([^/]+/[^/]+)/resolve/(\w+)/(.+)", self.path):
+            if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(\w+)/(.+)", self.path):
                 files = hub.repos.get(("datasets" if match[1] else "models", match[2]), {})
                 if match[4] in files:
                     return self._send(200, files[match[4]], {"X-Repo-Commit": COMMIT})

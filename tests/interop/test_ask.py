@@ -31,7 +31,7 @@ def test_a_cartridge_is_registered_and_answers(
         )
         (expected,) = cj.generate(tiny.model(), [prompt], cartridge=cartridge, max_tokens=6, temperature=0.0)
         assert capsys.readouterr().out.strip() == expected.strip()
-        with pytest.raises(ValueError, match="answers 400: .*Cartridge other not found"):
+        with pytest.raises(ValueError, match=r"answers 400: .*Cartridge other not found"):
             ask.main([*asked(url, tmp_path, tmp_path)[:2], "--name=other", f"--model={tiny.folder()}", QUESTION])
 
 
@@ -40,11 +40,11 @@ def test_each_failure_is_a_sentence(cartridge: Cartridge, tmp_path: Path):
     part.save(tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="9 slots, and Tokasaurus loads multiples"):
         ask.main(asked("http://127.0.0.1:9", tmp_path / "served", tmp_path / "c.safetensors"))
-    with pytest.raises(ValueError, match="--name is 'a.b', expected letters and digits"):
+    with pytest.raises(ValueError, match=r"--name is 'a\.b', expected letters and digits"):
         ask.main(["--engine=tokasaurus", "--name=a.b", QUESTION])
     with pytest.raises(ValueError, match="say which with --folder"):
         ask.main(["--engine=tokasaurus", "--name=a", "--cartridge=c", QUESTION])
-    with pytest.raises(ConnectionError, match="cannot be asked .* is the server running there"):
+    with pytest.raises(ConnectionError, match=r"cannot be asked .* is the server running there"):
         ask.main(["--engine=tokasaurus", "--name=a", "--url=http://127.0.0.1:9", QUESTION])
     with pytest.raises(ValueError, match="vLLM wants a placeholder for every slot"):
         ask.main(["--engine=vllm", "--name=a", QUESTION])

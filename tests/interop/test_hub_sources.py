@@ -33,10 +33,12 @@ def hub() -> Iterator[Hub]:
 
 def on_hub(hub: Hub, home: Path, code: str, *arguments: object, token: str = TOKEN, url: str = "") -> str:
     # The client reads its endpoint when it is imported, hence a process of its own.
-    program = f"import sys\nfrom cartridges_jax import convert, interop\nfrom cartridges_jax.cartridge import Cartridge\n{code}"
+    imports = (
+        "import sys\nfrom cartridges_jax import convert, interop\nfrom cartridges_jax.cartridge import Cartridge\n"
+    )
     environment = os.environ | {"HF_ENDPOINT": url or hub.url, "HF_HOME": str(home), "HF_TOKEN": token}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
+    command = [sys.executable, "-c", imports + code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -106,7 +108,7 @@ def test_the_card_says_only_what_is_known(cartridge: Cartridge):
 
 
 def upstream_table(tokens: list[int]) -> pa.Table:
-    """As pyarrow infers it from upstream's rows: metadata is a struct, and lists that are empty everywhere have no type."""
+    """As pyarrow infers it from upstream's rows: metadata is a struct, and lists that are always empty have no type."""
     top = {"token_idx": [0, 0, 1], "token_id": [5, 6, 7], "logprobs": [-0.1, -2.5, -0.01], "shape": [2, 20]}
     messages = [
         {"content": "What sleeps in box 3?", "role": "user", "token_ids": [4, 5], "top_logprobs": None},

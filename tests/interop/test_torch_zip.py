@@ -1,4 +1,4 @@
-"""Files of torch's that are damaged or hostile: a sentence, whatever they hold; nothing run, nothing large allocated."""
+"""Files of torch's that are damaged or hostile: a sentence, whatever they hold; nothing run, nothing allocated."""
 
 from __future__ import annotations
 

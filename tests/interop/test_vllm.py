@@ -27,7 +27,6 @@ import cartridges_jax as cj
 from cartridges_jax.ask import post, vllm_request
 from cartridges_jax.evaluate import questions_of
 from cartridges_jax.initializers import InitConfig
-from cartridges_jax.interop import formats
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.optim import OptimConfig
 from cartridges_jax.train import TrainConfig, train
