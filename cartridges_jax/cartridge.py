@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -158,11 +159,11 @@ class Cartridge:
         cartridge_file.write(self, path, dtype)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], model: LanguageModel | None = None) -> Cartridge:
+    def load(cls, path: str | os.PathLike[str], model: LanguageModel | None = None) -> Cartridge:
         """Reads a cartridge; with `model`, refuses one that was made for another.
 
         Args:
-          source: a file that `save` wrote, a file or folder of any format that `interop` knows, or `hf:org/name` or
+          path: a file that `save` wrote, a file or folder of any format that `interop` knows, or `hf:org/name` or
             `wandb:entity/project/run`, which are fetched.
 
         Raises:
@@ -172,9 +173,9 @@ class Cartridge:
         """
         from cartridges_jax.interop import formats
 
-        cartridge = formats.read(source)
+        cartridge = formats.read(path)
         if model is not None:
-            _check_provenance(cartridge.provenance, model, os.fspath(source))
+            _check_provenance(cartridge.provenance, model, os.fspath(path))
             cartridge.checked(model.config)
         return cartridge
 
@@ -208,5 +209,6 @@ def _name_differs(theirs: str, ours: str) -> bool:
     """Whether both are Hub ids, of models that differ in name; whose copy it is does not matter."""
     from cartridges_jax.models.hub import HUB_ID
 
-    names = [name.partition("/")[2].casefold() for name in (theirs, ours) if HUB_ID.fullmatch(name)]
+    ids = [name for name in (theirs, ours) if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    names = [name.partition("/")[2].casefold() for name in ids]
     return len(set(names)) == 2

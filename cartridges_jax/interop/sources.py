@@ -13,10 +13,6 @@ CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adap
 DATASET_FILES = ("*.parquet", "data/*.parquet", "config.yaml")
 
 
-def is_remote(source: str | os.PathLike[str]) -> bool:
-    return os.fspath(source).startswith((HF, WANDB))
-
-
 def fetch(source: str | os.PathLike[str]) -> Path:
     """The local file or folder of a cartridge.
 

@@ -19,6 +19,7 @@ from make_golden_formats import FORMATS as GOLDEN
 from make_golden_formats import UPSTREAM
 from safetensors.numpy import load_file, save_file
 
+import cartridges_jax as cj
 from cartridges_jax import interop
 from cartridges_jax.cartridge import Cartridge, Provenance
 from cartridges_jax.interop import torch_zip, upstream
@@ -305,3 +306,10 @@ def test_our_file_with_a_foreign_header_is_refused(cartridge: Cartridge, tmp_pat
 def test_golden_files_are_bfloat16():
     tree, _ = torch_zip.load(GOLDEN / "cache-step512.pt")
     assert {tensor.dtype for tensors in tree.values() for tensor in tensors} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_interop_is_reached_from_the_package_and_lists_what_it_has():
+    assert cj.interop is interop
+    assert all(getattr(interop, name).__name__ == name for name in dir(interop))
+    with pytest.raises(AttributeError, match=r"'cartridges_jax\.interop' has no attribute 'no_such_name'"):
+        interop.no_such_name  # noqa: B018

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tiny
+from loopback import QuietHandler, serving
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop import formats
@@ -28,8 +27,8 @@ class Service:
 
 
 @contextmanager
-def serving(service: Service) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
+def run_service(service: Service) -> Iterator[str]:
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["variables"]
             nodes = [
@@ -51,26 +50,16 @@ def serving(service: Service) -> Iterator[str]:
             expected = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
             if self.headers["Host"] in service.url and self.headers.get("Authorization") != expected:
                 status, content = 401, b""
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            if location:
-                self.send_header("Location", location)
-            self.end_headers()
-            self.wfile.write(content)
+            self.send(status, content, **({"Location": location} if location else {}))
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with serving(Handler) as url:
+        yield url
 
 
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     service = Service()
-    with serving(service) as service.url, serving(service) as service.storage:
+    with run_service(service) as service.url, run_service(service) as service.storage:
         for name, value in (("BASE_URL", service.url), ("API_KEY", KEY)):
             monkeypatch.setenv(f"WANDB_{name}", value)
         monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "cache"))

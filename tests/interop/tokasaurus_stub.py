@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from loopback import QuietHandler, serving
 
 import cartridges_jax as cj
 from cartridges_jax.interop import torch_zip
@@ -81,30 +80,21 @@ def answer(model: LanguageModel, folder: Path, body: dict[str, Any]) -> dict[str
 
 @contextmanager
 def run_tokasaurus(model: LanguageModel, folder: Path) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
-            self._send(200, {"message": "pong"}) if self.path == "/ping" else self._send(404, {"detail": "Not Found"})
+            self._json(200, {"message": "pong"}) if self.path == "/ping" else self._json(404, {"detail": "Not Found"})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path != "/custom/cartridge/chat/completions":
-                return self._send(404, {"detail": "Not Found"})
+                return self._json(404, {"detail": "Not Found"})
             try:
-                self._send(200, answer(model, folder, body))
+                self._json(200, answer(model, folder, body))
             except Refused as error:
-                self._send(error.status, {"detail": str(error)})
+                self._json(error.status, {"detail": str(error)})
 
-        def _send(self, status: int, body: dict[str, Any]) -> None:
-            content = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+        def _json(self, status: int, body: dict[str, Any]) -> None:
+            self.send(status, json.dumps(body).encode(), Content_Type="application/json")
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with serving(Handler) as url:
+        yield url
