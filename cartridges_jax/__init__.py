@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cartridges_jax import interop as interop
     from cartridges_jax.cartridge import Cartridge as Cartridge
     from cartridges_jax.cartridge import Provenance as Provenance
     from cartridges_jax.kernels.prefix_attention import prefix_attention as prefix_attention
@@ -33,6 +34,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "interop":  # a package of functions, not one of the names
+        return importlib.import_module("cartridges_jax.interop")
     if name not in _HOMES:
         raise AttributeError(f"module 'cartridges_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

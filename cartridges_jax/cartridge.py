@@ -1,4 +1,4 @@
-"""A cartridge: p key/value slots per layer that stand in for a text (arXiv 2506.06266), and its file.
+"""A cartridge: p key/value slots per layer that stand in for a text (arXiv 2506.06266), and where it comes from.
 
 Keys are stored after RoPE (and after Qwen's k-norm) as if the slots stood at positions 0…p-1; a token that is i-th in
 its own sequence is rotated at p + i (design §3). This is the convention of upstream, PEFT and Tokasaurus.
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from cartridges_jax import sharding
-from command_line import files
 
 if TYPE_CHECKING:
     from cartridges_jax.models.config import ModelConfig
     from cartridges_jax.models.language_model import LanguageModel
-
-FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +55,23 @@ class Provenance:
             corpus_hash=hashlib.sha256(corpus.encode()).hexdigest(),
             recipe=recipe,
         )
+
+    def as_dict(self) -> dict[str, str | int | float]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
+        """Takes the fields it knows.
+
+        Raises:
+          TypeError: one of them holds something else than a text or a number.
+        """
+        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        found = {name: values[name] for name in known if name in values}
+        for name, value in found.items():
+            if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+                raise TypeError(f"{name} is a {type(value).__name__}, expected a {known[name].__name__}")
+        return cls(**found)
 
 
 @flax.struct.dataclass
@@ -146,49 +158,30 @@ class Cartridge:
         )
         return cartridge.checked(model.config)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `cartridge.safetensors`: keys, values, optional bias, and a JSON header. Whole or not at all."""
-        arrays = {"keys": self.keys, "values": self.values} | ({} if self.bias is None else {"bias": self.bias})
-        header = {"format_version": FORMAT_VERSION, "num_frozen": self.num_frozen}
-        header |= dataclasses.asdict(self.provenance)
-        with files.atomic(path) as temporary:
-            tensors = {name: np.ascontiguousarray(array) for name, array in sharding.gathered(arrays).items()}
-            try:
-                save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})
-            except SafetensorError as error:  # a full disk is not an OSError there
-                raise OSError(f"cannot write {os.fspath(path)}: {error}") from error
+    def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
+        """Writes `cartridge.safetensors`, whole or not at all; see `cartridge_file.write`."""
+        from cartridges_jax import cartridge_file
+
+        cartridge_file.write(self, path, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: LanguageModel | None = None) -> Cartridge:
-        """Reads a file that `save` wrote; with `model`, refuses one that was made for another model.
+        """Reads a cartridge; with `model`, refuses one that was made for another.
+
+        Args:
+          path: a file that `save` wrote, a file or folder of any format that `interop` knows, or `hf:org/name` or
+            `wandb:entity/project/run`, which are fetched.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: not a whole cartridge file, a newer format, or another model's, both sides shown.
+          ValueError: not a whole cartridge, a newer format, or another model's, both sides shown.
+          ConnectionError, PermissionError: it has to be fetched and cannot be.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{os.fspath(path)} does not exist: expected a cartridge.safetensors file")
-        try:
-            with safe_open(os.fspath(path), framework="numpy") as reader:
-                header = json.loads((reader.metadata() or {})["cartridge"])
-                arrays = {name: jnp.asarray(reader.get_tensor(name)) for name in reader.keys()}  # noqa: SIM118
-            keys, values = arrays["keys"], arrays["values"]
-            version, num_frozen = header.pop("format_version"), header.pop("num_frozen")
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a whole cartridge file ({error!r}): make it again") from error
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"{os.fspath(path)} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade"
-            )
-        if not all(bool(jnp.isfinite(array).all()) for array in arrays.values()):
-            raise ValueError(
-                f"{os.fspath(path)} holds values that are not finite: its training diverged, train it again"
-            )
-        known = {f.name for f in dataclasses.fields(Provenance)}
-        provenance = Provenance(**{k: v for k, v in header.items() if k in known})
-        cartridge = cls(keys, values, arrays.get("bias"), num_frozen, provenance)
+        from cartridges_jax.interop import formats
+
+        cartridge = formats.read(path)
         if model is not None:
-            _check_provenance(provenance, model, os.fspath(path))
+            _check_provenance(cartridge.provenance, model, os.fspath(path))
             cartridge.checked(model.config)
         return cartridge
 
@@ -204,12 +197,28 @@ def _keys_and_values(config: ModelConfig, mesh: Mesh) -> Any:
     return jax.jit(sharding.on_mesh(function, mesh, (weights, P()), (out, out)))
 
 
-def _check_provenance(found: Provenance, model: LanguageModel, path: str) -> None:
+def _check_provenance(found: Provenance, model: LanguageModel, source: str) -> None:
     expected = Provenance.of(model, "", "")
     for field, meaning in (("weights_hash", "weights"), ("tokenizer_hash", "tokenizer")):
         theirs, ours = getattr(found, field), getattr(expected, field)
         if theirs and theirs != ours:
             raise ValueError(
-                f"{path} was made for {found.model} ({meaning} {theirs[:12]}…), not for {expected.model} "
+                f"{source} was made for {found.model} ({meaning} {theirs[:12]}…), not for {expected.model} "
                 f"({meaning} {ours[:12]}…): load the model it was made for"
             )
+    if not found.weights_hash and _name_differs(found.model, expected.model):
+        raise ValueError(f"{source} says that it is for {found.model}, not for {expected.model}: load that model")
+    if difference := model.config.layout_differs(found.model_config):
+        raise ValueError(
+            f"{source} was made for {found.model} {difference}: its slots mean nothing to {expected.model}, load the "
+            "model it was made for"
+        )
+
+
+def _name_differs(theirs: str, ours: str) -> bool:
+    """Whether both are Hub ids, of models that differ in name; whose copy it is does not matter."""
+    from cartridges_jax.models.hub import HUB_ID
+
+    ids = [name for name in (theirs, ours) if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    names = [name.partition("/")[2].casefold() for name in ids]
+    return len(set(names)) == 2

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from cartridges_jax.serving.scheduler import Engine, Finished, Prefix, Request, Scheduler, Token
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
@@ -155,7 +154,7 @@ def main(argv: list[str]) -> int:
     prefix = None
     if args.cartridge is not None:
         cartridge = cj.Cartridge.load(args.cartridge, model=model)
-        prefix = Prefix(str(args.cartridge), cartridge.num_slots, cartridge)
+        prefix = Prefix(args.cartridge, cartridge.num_slots, cartridge)
     rng = random.Random(args.seed)
     chat = Chat(engine, model.tokenizer, prefix, max_tokens=args.max_tokens, temperature=args.temperature, rng=rng)
     print(f"{model.name}, {prefix.length if prefix else 0} slots of a cartridge. /help lists the commands.")
@@ -166,7 +165,7 @@ def main(argv: list[str]) -> int:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cartridges_jax.chat", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="a known name, a Hub id, a folder or a .gguf file")
-    parser.add_argument("--cartridge", type=Path, help="a cartridge's file")
+    parser.add_argument("--cartridge", help="a cartridge's file or folder, in any format, hf:… or wandb:…")
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge and conversation together")
     parser.add_argument("--max-tokens", type=int, default=512, help="of one answer")
     parser.add_argument("--temperature", type=float, default=0.0)

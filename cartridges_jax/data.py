@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
+from cartridges_jax.interop.sources import fetch_dataset
 from cartridges_jax.losses import Batch
 from cartridges_jax.tokenizer import Tokenizer
 from command_line import files
@@ -48,13 +50,31 @@ def read_corpus(path: str | Path) -> str:
     return files.read_text(path, "the text that the cartridge stands in for")
 
 
+def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The Parquet files of a dataset: one file, a folder of shards (upstream's `data/*.parquet`), or `hf:org/name`.
+
+    Raises:
+      FileNotFoundError: no such file, or a folder without a Parquet file.
+      ValueError, PermissionError, ConnectionError: it has to be fetched and cannot be.
+    """
+    path = fetch_dataset(source)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: make it with python -m synth --config=…")
+        return [path]
+    shards = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"{path} holds no Parquet file: expected a dataset's folder, or its file")
+    return shards
+
+
 def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
-    """Reads a dataset of `synth` and lays every conversation out.
+    """Reads a dataset, of `synth` or of upstream's, and lays every conversation out.
 
     Raises:
       FileNotFoundError, ValueError: no such file, a damaged one, or one without a single teacher log-probability.
     """
-    examples = [example_of(conversation, tokenizer) for conversation in iterate(path)]
+    examples = [example_of(conversation, tokenizer) for file in dataset_files(path) for conversation in iterate(file)]
     if not any(len(example.target_index) for example in examples):
         raise ValueError(f"{path} holds no teacher log-probabilities: synthesize with top_logprobs above 0")
     return [example for example in examples if len(example.target_index)]

@@ -40,7 +40,7 @@ TIMED_TOKENS = 16  # decode steps behind the rate in the table
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    cartridge: str
+    cartridge: str  # a file or folder in any format, hf:… or wandb:…
     corpus: str
     output_dir: str
     questions: str | None = None  # JSON lines of {"question", "answer"}

@@ -22,7 +22,7 @@ class InitConfig:
     kind: Literal["text", "attention_matching", "random_vectors", "pretrained"] = "text"
     num_slots: int = 512  # p; of `pretrained`, the file decides
     num_frozen: int = 1
-    path: str | None = None  # of `pretrained`
+    path: str | None = None  # of `pretrained`: a file or folder in any format, hf:… or wandb:…
 
     def __post_init__(self) -> None:
         if self.num_slots < 1 or not 0 <= self.num_frozen <= self.num_slots:

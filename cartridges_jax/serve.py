@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from cartridges_jax.serving.server import Server
-from cartridges_jax.serving.store import CartridgeStore
+from cartridges_jax.serving.store import NAME, CartridgeStore
 from command_line import config, progress
 
 DEFAULT_FOLDER = "cartridges"
@@ -61,6 +61,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="a known name, a Hub id, a folder or a .gguf file")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cartridges", help=f"folder of cartridges (default: {DEFAULT_FOLDER})")
+    parser.add_argument(
+        "--cartridge",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="one that lies elsewhere: a file or folder in any format, hf:org/name or wandb:entity/project/run",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one")
     parser.add_argument("--slots", type=int, default=16, help="requests that are answered at the same time")
@@ -74,6 +81,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         if not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
     return args
+
+
+def _named(given: str) -> tuple[str, str]:
+    name, _, source = given.partition("=")
+    if not NAME.fullmatch(name) or not source:
+        raise ValueError(f"--cartridge is {given!r}, expected NAME=SOURCE, the name without separators")
+    return name, source
 
 
 def _folder(given: str | None) -> Path:
@@ -97,7 +111,11 @@ def _is_loopback(sock: socket.socket) -> bool:
 
 def _load(args: argparse.Namespace, folder: Path, api_key: str | None) -> tuple[Server, str]:
     import cartridges_jax as cj
+    from cartridges_jax.interop.formats import locate
+    from cartridges_jax.interop.sources import fetch
     from cartridges_jax.serving.engine import Engine
+
+    named = {name: locate(fetch(source))[1] for name, source in map(_named, args.cartridge)}
 
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype=args.dtype)
@@ -109,7 +127,7 @@ def _load(args: argparse.Namespace, folder: Path, api_key: str | None) -> tuple[
     def load(path: Path) -> cj.Cartridge:
         return cj.Cartridge.load(path, model=model)
 
-    store = CartridgeStore(folder, load)
+    store = CartridgeStore(folder, load, named=named)
     return Server(engine, model.tokenizer, store, model.name, max_queue=args.max_queue, api_key=api_key), model.name
 
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from cartridges_jax import processes, sharding
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.checkpoint import Checkpoints
-from cartridges_jax.data import Example, PackedRows, batches, read_corpus, read_examples
+from cartridges_jax.data import Example, PackedRows, batches, dataset_files, read_corpus, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.losses import Batch, Reduction, Tail
 from cartridges_jax.metrics import MetricsLog
@@ -42,7 +42,7 @@ INITIAL = "initial.safetensors"  # the initial state, beside the run's config
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    dataset: str  # dataset.parquet of `synth`
+    dataset: str  # dataset.parquet of `synth`, a folder of such files, or hf:org/name
     corpus: str  # the text file the cartridge stands in for
     output_dir: str
     model: str = "smollm2-135m"
@@ -82,8 +82,7 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
       FileNotFoundError, ValueError: a missing or unusable input, before anything is written.
     """
     corpus = read_corpus(config.corpus)
-    if not Path(config.dataset).is_file():
-        raise FileNotFoundError(f"{config.dataset} does not exist: make it with python -m synth --config=…")
+    dataset_files(config.dataset)
     mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
     sharding.check_rows(config.batch_size, mesh)
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)

@@ -17,6 +17,7 @@ MODULES = sorted(
     for package in PACKAGES
     for path in (ROOT / package).rglob("*.py")
 )
+INSIDE_VLLM = "cartridges_jax.interop.vllm"  # a plugin: vLLM imports it, and nobody else
 ARRAYS = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy")
 # Everything in cartridges_jax that is neither models nor kernels nor the tokenizer nor where arrays lie.
 BENEATH = ("models", "kernels", "tokenizer", "sharding", "collectives")
@@ -116,6 +117,17 @@ def test_kernels_know_no_model(module: str):
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_imports_torch_or_the_tests(module: str):
     assert not within(imports(module), "torch", "tests", "tiny", "conftest")
+    assert module == INSIDE_VLLM or not within(imports(module), "vllm", INSIDE_VLLM)
+
+
+def test_the_plugin_of_vllm_needs_no_jax():
+    """Its environment has none."""
+    seen, waiting = set(), [INSIDE_VLLM]
+    while waiting:
+        seen.add(this := waiting.pop())
+        found = imports(this, lazy=False)
+        assert not within(found, *(a for a in ARRAYS if a != "numpy")), f"{this} imports arrays"
+        waiting += [m for m in within(found, *PACKAGES) if m in MODULES and m not in seen]
 
 
 PROBE = """
@@ -156,7 +168,7 @@ def probe(modules: list[str]) -> str:
 
 def test_no_import_starts_a_backend_or_reads_flags_or_speaks():
     # `synth.__main__` is a program: importing it runs it
-    assert probe([m for m in MODULES if not m.endswith("__main__")]) == "fine\n"
+    assert probe([m for m in MODULES if not m.endswith("__main__") and m != INSIDE_VLLM]) == "fine\n"
 
 
 def test_the_package_alone_brings_no_jax():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,9 @@ FAMILIES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, Tr
 # what a config.json cannot do without
 HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 HF_KEYS += ("max_position_embeddings",)
+
+# what a cartridge's slots depend on, even between models whose weights are the same
+LAYOUT = ("num_layers", "num_kv_heads", "head_dim", "rope_theta", "rope_factors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,20 @@ class ModelConfig:
             qk_norm=qk_norm,
             rope_factors=rope_factors(rope, theta, head_dim),
         )
+
+    def layout_differs(self, other: str) -> str:
+        """How the layout of keys and values differs from that of another config, its JSON; "" where it does not.
+
+        What the other config does not say is taken to agree.
+        """
+        try:
+            theirs = json.loads(other or "{}")
+        except (ValueError, RecursionError):
+            theirs = {}
+        ours = json.loads(json.dumps({name: getattr(self, name) for name in LAYOUT}))
+        different = [name for name in LAYOUT if isinstance(theirs, dict) and theirs.get(name, ours[name]) != ours[name]]
+        shown = (", ".join(f"{name} {side[name]}" for name in different) for side in (theirs, ours))
+        return f"with {next(shown)}, and this model has {next(shown)}" if different else ""
 
 
 def rope_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,26 +148,37 @@ def _check_directory(path: Path) -> Path:
 
 
 def _snapshot(name: str) -> Path:
-    from huggingface_hub import errors, snapshot_download  # 0.2 s, and only Hub ids need it
+    from huggingface_hub import snapshot_download  # 0.2 s, and only Hub ids need it
+
+    with hub_errors(name, "model"):
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+
+
+@contextmanager
+def hub_errors(name: str, kind: str, doing: str = "fetched from") -> Iterator[None]:
+    """One sentence for whatever the Hub's client raises about the model, cartridge or dataset `name`."""
+    from huggingface_hub import errors
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        yield
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"model {name!r} is gated: accept its terms at https://huggingface.co/{name}, then run `hf auth login`"
+            f"{kind} {name!r} is gated: accept its terms at https://huggingface.co/{name}, then run `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no model {name!r} on the Hugging Face Hub (or it is private: run `hf auth login`), "
+            f"there is no {kind} {name!r} on the Hugging Face Hub (or it is private: run `hf auth login`), "
             f"and no folder of that name here"
         ) from error
     except errors.HFValidationError as error:
-        raise ValueError(f"{name!r} is no valid Hub id: give {KNOWN}") from error
+        raise ValueError(f"{name!r} is no valid Hub id: expected 'org/name'") from error
     except Exception as error:  # which classes mean "no network" depends on the version of the client
         if isinstance(error, OSError) and error.filename is not None:
             raise  # a local folder or disk; its own sentence says which
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConnectionError(
-            f"model {name!r} cannot be fetched from the Hugging Face Hub ({reason}): on a machine with a network run "
+            f"{kind} {name!r} cannot be {doing} the Hugging Face Hub ({reason}): on a machine with a network run "
             f"`hf download {name} --local-dir FOLDER`, copy the folder here and give its path"
+            if doing == "fetched from"
+            else f"{kind} {name!r} cannot be {doing} the Hugging Face Hub ({reason}): is there a network and a login?"
         ) from error

@@ -1,0 +1,111 @@
+"""Rewrites a cartridge in another format: `python -m cartridges_jax.convert SRC DST`.
+
+SRC is a file or folder in any format that is known (it is recognised by what it holds), `hf:org/name` or
+`wandb:entity/project/run`; DST is a file, a folder, or `hf:org/name`, which is pushed to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from command_line import config, files, progress
+
+if TYPE_CHECKING:
+    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.models.language_model import LanguageModel
+
+# the keys of `interop.formats.FORMATS`, told here so that --help starts no JAX
+FORMATS = ("safetensors", "upstream", "peft", "prefix-tuning", "tokasaurus")
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+def main(argv: list[str]) -> int:
+    args = _arguments(argv)
+
+    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.interop import formats, hub
+
+    model = _model(args.model)
+    cartridge = _stamped(Cartridge.load(args.source, model=model), model)
+    cartridge = _changed(cartridge, args, model)
+    if args.target.startswith("hf:"):
+        report = (
+            files.read_text(args.report, "a report for the card, such as evaluate's report.md") if args.report else ""
+        )
+        place = hub.push_to_hub(cartridge, args.target.removeprefix("hf:"), dtype=args.dtype, report=report)
+    else:
+        formats.write(cartridge, Path(args.target), args.to, args.dtype)
+        place = args.target
+    l, p, k, h = cartridge.keys.shape
+    print(f"{place}: {formats.FORMATS[args.to].title}, {p} slots, {l} layers, {k} heads of size {h}, {args.dtype}")
+    known = cartridge.provenance.weights_hash
+    print(f"made for {cartridge.provenance.model or 'an unknown model'}{'' if known else ' (its weights are unknown)'}")
+    return 0
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m cartridges_jax.convert", description=__doc__)
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("target", metavar="DST")
+    parser.add_argument("--to", choices=FORMATS, help="needed for a folder; *.pt is upstream's, *.safetensors our own")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="int8 is for our own format only")
+    parser.add_argument("--model", help="checks that the cartridge is this model's, and notes it down")
+    parser.add_argument("--pad", action="store_true", help="adds slots to fill Tokasaurus' pages; needs --model")
+    parser.add_argument("--fold-bias", type=Path, metavar="TEXT", help="moves a bias into the keys; needs --model")
+    parser.add_argument("--report", type=Path, help="Markdown for the card of hf:…, such as evaluate's report.md")
+    args = parser.parse_args(argv)
+    if args.to is None:
+        args.to = _format_of(args.target)
+    if (args.pad or args.fold_bias) and args.model is None:
+        raise ValueError("--pad and --fold-bias change the slots as one model sees them: say which with --model")
+    if args.target.startswith("hf:") and args.to != "safetensors":
+        raise ValueError(f"{args.target} is pushed as cartridge.safetensors: convert to a folder for --to={args.to}")
+    return args
+
+
+def _format_of(target: str) -> str:
+    if target.startswith("hf:") or target.endswith(".safetensors"):
+        return "safetensors"
+    if target.endswith(".pt"):
+        return "upstream"
+    raise ValueError(f"{target} says no format: end it in .safetensors or .pt, or give --to={'|'.join(FORMATS)}")
+
+
+def _model(name: str | None) -> LanguageModel | None:
+    if name is None:
+        return None
+    from cartridges_jax.models.language_model import load_model
+
+    with progress.stage(f"loading {name}"):
+        return load_model(name)
+
+
+def _stamped(cartridge: Cartridge, model: LanguageModel | None) -> Cartridge:
+    """Notes the model down where the source did not say enough to recognise it."""
+    from cartridges_jax.cartridge import Provenance
+
+    found = cartridge.provenance
+    if model is None or found.weights_hash:
+        return cartridge
+    said = Provenance.of(model, "", f"{found.recipe}; its model as given to convert")
+    kept = {"corpus_hash": found.corpus_hash, "training_tokens": found.training_tokens}
+    return cartridge.replace(provenance=dataclasses.replace(said, **kept))  # type: ignore[attr-defined]
+
+
+def _changed(cartridge: Cartridge, args: argparse.Namespace, model: LanguageModel | None) -> Cartridge:
+    from cartridges_jax.interop import slots, tokasaurus
+
+    if args.fold_bias is not None:
+        assert model is not None
+        cartridge = slots.fold_bias(cartridge, model, files.read_text(args.fold_bias, "a text to fold the bias on"))
+    if args.pad:
+        assert model is not None
+        cartridge = slots.pad_slots(cartridge, tokasaurus.PAGE, model.config)
+    return cartridge
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,97 @@
+"""Which format a file or folder is in, and who reads and writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from cartridges_jax import cartridge_file
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.interop import peft, sources, tokasaurus, upstream
+from cartridges_jax.interop.layouts import refuse_bias
+
+OWN = "cartridge.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    title: str
+    read: Callable[[Path], Cartridge]
+    write: Callable[[Cartridge, Path, str], None]
+    has_bias: bool = False
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+
+
+FORMATS = {
+    "safetensors": Format(
+        OWN, cartridge_file.read, cartridge_file.write, has_bias=True, dtypes=tuple(cartridge_file.DTYPES)
+    ),
+    "upstream": Format("upstream's .pt", upstream.read, upstream.write),
+    "peft": Format("a PEFT CARTRIDGE adapter", peft.read, peft.write),
+    "prefix-tuning": Format(
+        "a PEFT PREFIX_TUNING adapter", peft.read, functools.partial(peft.write, kind="PREFIX_TUNING")
+    ),
+    "tokasaurus": Format("a Tokasaurus folder", upstream.read, tokasaurus.write),
+}
+
+
+def read(source: str | os.PathLike[str]) -> Cartridge:
+    """Reads a cartridge of any format, from a path, `hf:…` or `wandb:…`.
+
+    Raises:
+      FileNotFoundError: nothing there that looks like a cartridge.
+      ValueError: it is broken, hostile, or holds values that are not finite.
+      ConnectionError, PermissionError: it has to be fetched and cannot be.
+    """
+    path = sources.fetch(source)
+    format, file = locate(path)
+    cartridge = FORMATS[format].read(file)
+    arrays = [cartridge.keys, cartridge.values, *([] if cartridge.bias is None else [cartridge.bias])]
+    if not all(bool(jnp.isfinite(array).all()) for array in arrays):
+        raise ValueError(f"{path} holds values that are not finite: its training diverged, train it again")
+    return cartridge
+
+
+def write(cartridge: Cartridge, path: Path, format: str, dtype: str = "float32") -> None:
+    """Writes a cartridge in one of `FORMATS`.
+
+    Raises:
+      ValueError: the format cannot hold this cartridge or this dtype; nothing is written then.
+    """
+    chosen = FORMATS[format]
+    if dtype not in chosen.dtypes:
+        raise ValueError(f"dtype is {dtype!r}, and {chosen.title} holds {', '.join(chosen.dtypes)}")
+    if not chosen.has_bias:
+        refuse_bias(cartridge, chosen.title)
+    chosen.write(cartridge, path, dtype)
+
+
+def locate(path: Path) -> tuple[str, Path]:
+    """The format of what lies at `path`, and the file in it that says so.
+
+    Raises:
+      FileNotFoundError: nothing, or a folder without a cartridge.
+    """
+    if path.is_dir():
+        if (path / OWN).is_file():
+            return "safetensors", path / OWN
+        if (path / peft.CONFIG).is_file():
+            return "peft", path / peft.CONFIG
+        if (path / tokasaurus.TENSORS).is_file():
+            return "tokasaurus", path / tokasaurus.TENSORS
+        if newest := upstream.newest_checkpoint(path):
+            return "upstream", newest
+        raise FileNotFoundError(
+            f"{path} holds no cartridge: expected {OWN}, {peft.CONFIG}, {tokasaurus.TENSORS} or cache-step*.pt in it"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a cartridge's file or folder, hf:… or wandb:…")
+    if path.name == peft.CONFIG:
+        return "peft", path
+    with open(path, "rb") as file:
+        return ("upstream" if file.read(2) == b"PK" else "safetensors"), path

@@ -1,0 +1,92 @@
+"""A cartridge as plain arrays, in the layouts of engines: Hugging Face's `past_key_values` and vLLM's pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from cartridges_jax.cartridge import Cartridge, Provenance
+
+Layer = tuple[np.ndarray, np.ndarray]
+
+
+def to_past_key_values(cartridge: Cartridge) -> list[Layer]:
+    """Per layer the keys and values [1, kv heads, slots, head size]; a `DynamicCache` takes each by `update`.
+
+    Queries then stand at positions p and later, as `generate` and `forward` of transformers place them behind a cache.
+
+    Raises:
+      ValueError: a bias, which that cache has no place for.
+    """
+    refuse_bias(cartridge, "past_key_values")
+    keys, values = (np.asarray(a).transpose(0, 2, 1, 3)[:, None] for a in (cartridge.keys, cartridge.values))
+    return list(zip(keys, values, strict=True))
+
+
+def from_past_key_values(layers: Sequence[tuple[Any, Any]], num_frozen: int = 1) -> Cartridge:
+    """A cartridge of what a model has cached for one sequence that began at position 0.
+
+    Args:
+      layers: per layer keys (after RoPE) and values, each [1, kv heads, slots, head size], as anything numpy reads.
+
+    Raises:
+      ValueError: another shape, or more than one sequence.
+    """
+    found = [[np.asarray(array, np.float32) for array in layer[:2]] for layer in layers]
+    shapes = {array.shape for layer in found for array in layer}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[0] != 1:
+        raise ValueError(
+            "past_key_values of one sequence are expected, in every layer [1, kv heads, slots, head size], "
+            f"not {sorted({array.shape for layer in found for array in layer})}"
+        )
+    keys, values = (jnp.asarray(np.concatenate(side).swapaxes(1, 2)) for side in zip(*found, strict=True))
+    provenance = Provenance(recipe="taken from past_key_values; its making is unknown")
+    return Cartridge(keys, values, None, min(num_frozen, shape[2]), provenance)
+
+
+def to_pages(cartridge: Cartridge, page: int) -> np.ndarray:
+    """vLLM's layout of a paged cache, [layers, 2, pages, page, kv heads, head size]: keys, then values.
+
+    The last page is filled up with zeros, which the number of slots keeps from being seen.
+
+    Raises:
+      ValueError: a bias, which the engine has no place for.
+    """
+    refuse_bias(cartridge, "a paged cache")
+    both = np.stack([np.asarray(cartridge.keys), np.asarray(cartridge.values)], axis=1)
+    l, _, p, k, h = both.shape
+    filled = np.pad(both, ((0, 0), (0, 0), (0, -p % page), (0, 0), (0, 0)))
+    return filled.reshape(l, 2, -1, page, k, h)
+
+
+def from_pages(pages: np.ndarray, num_slots: int, num_frozen: int = 1) -> Cartridge:
+    """The first `num_slots` positions of a paged cache whose pages lie in order.
+
+    Raises:
+      ValueError: another layout, or fewer positions.
+    """
+    if pages.ndim != 6 or pages.shape[1] != 2 or pages.shape[2] * pages.shape[3] < num_slots:
+        raise ValueError(
+            f"the pages are {pages.shape}, expected [layers, 2, pages, page, kv heads, head size] "
+            f"with at least {num_slots} positions"
+        )
+    l, _, count, page, k, h = pages.shape
+    flat = pages.astype(np.float32).reshape(l, 2, count * page, k, h)[:, :, :num_slots]
+    provenance = Provenance(recipe="taken from a paged cache; its making is unknown")
+    return Cartridge(jnp.asarray(flat[:, 0]), jnp.asarray(flat[:, 1]), None, min(num_frozen, num_slots), provenance)
+
+
+def refuse_bias(cartridge: Cartridge, target: str) -> None:
+    """Refuses a cartridge whose slots have weights of their own, unless all of them are zero.
+
+    A bias adds to a slot's score whatever the query is; a key adds what the query makes of it. No key says "always",
+    so a bias other than zero cannot be expressed by keys and values alone. `fold_bias` comes near it.
+    """
+    if cartridge.bias is not None and bool(jnp.any(cartridge.bias != 0)):
+        raise ValueError(
+            f"this cartridge has a bias (a log-weight of each slot), for which {target} has no place, and no key or "
+            "value says the same: fold it into the keys approximately (--fold-bias=TEXT), or train from another init"
+        )

@@ -1,0 +1,110 @@
+"""Changes that another engine may ask of a cartridge's slots, and what they cost.
+
+`fold_bias` is approximate, `pad_slots` too: benchmarks/formats.py measures both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.kernels.prefix_attention import prefix_attention
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
+
+FOLD_TOKENS = 1024  # of the text, whose queries tell what is common to all
+RIDGE = 1e-3  # of the mean squared query
+
+
+def fold_bias(cartridge: Cartridge, model: LanguageModel, text: str) -> Cartridge:
+    """Moves the bias into the keys, for engines that know keys and values only.
+
+    Per layer and kv head one direction u is found whose score q·u is near 1 for the queries q of `text` behind the
+    cartridge (least squares); a slot with the bias b gets b·u added to its key. It is exact as far as all queries have
+    something in common, which those of a trained model do; a query that differs sees b·(q·u), not b.
+
+    Raises:
+      ValueError: the cartridge does not fit the model, or the text has no token.
+    """
+    cartridge.checked(model.config)
+    if cartridge.bias is None:
+        return cartridge
+    room = model.config.window - cartridge.num_slots
+    tokens = model.tokenizer.encode(text)[: min(FOLD_TOKENS, room)]
+    if not tokens:
+        raise ValueError(f"fold_bias needs a text and room for it: there are {room} positions behind the cartridge")
+    direction_lkh = _common_directions(model.params, *cartridge.prefix, np.asarray([tokens]), config=model.config)
+    keys = cartridge.keys + cartridge.bias[..., None] * direction_lkh[:, None]
+    recipe = f"{cartridge.provenance.recipe}; bias folded into the keys"
+    provenance = dataclasses.replace(cartridge.provenance, recipe=recipe)
+    return Cartridge(keys, cartridge.values, None, cartridge.num_frozen, provenance)
+
+
+def pad_slots(cartridge: Cartridge, multiple: int, config: ModelConfig) -> Cartridge:
+    """Adds slots at the end until their number is a multiple, for engines that hold whole pages only.
+
+    No slot is without effect where there is no bias. These have the mean key and the mean value of the others; all keys
+    are rotated on, as queries now begin at a later position.
+
+    Raises:
+      ValueError: the cartridge does not fit the model's config.
+    """
+    cartridge.checked(config)
+    missing = -cartridge.num_slots % multiple
+    if not missing:
+        return cartridge
+
+    def padded(array_lpkh: Array) -> Array:
+        mean_l1kh = array_lpkh.mean(1, keepdims=True)
+        return jnp.concatenate([array_lpkh, jnp.repeat(mean_l1kh, missing, axis=1)], axis=1)
+
+    shift = rope_tables(jnp.full((1, 1), missing), config)
+    keys = jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], shift)[0])(cartridge.keys)
+    bias = None if cartridge.bias is None else jnp.pad(cartridge.bias, ((0, 0), (0, missing), (0, 0)))
+    recipe = f"{cartridge.provenance.recipe}; {missing} slots added to fill pages of {multiple}"
+    provenance = dataclasses.replace(cartridge.provenance, recipe=recipe)
+    return Cartridge(padded(keys), padded(cartridge.values), bias, cartridge.num_frozen, provenance)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _common_directions(
+    params: Params,
+    keys: Float[Array, "l p k h"],
+    values: Float[Array, "l p k h"],
+    bias: Float[Array, "l p k"],
+    tokens: Int[Array, "1 t"],
+    *,
+    config: ModelConfig,
+) -> Float[Array, "l k h"]:
+    segment_ids = jnp.ones_like(tokens)
+    rope = rope_tables(keys.shape[1] + jnp.arange(tokens.shape[1])[None], config)
+
+    def layer(x_btd: Array, scanned: Any) -> tuple[Array, Array]:
+        layer_params, *prefix = scanned
+
+        def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array) -> tuple[Array, Array]:
+            h = q_btnh.shape[-1]
+            q_kmh = q_btnh.reshape(-1, config.num_kv_heads, q_btnh.shape[2] // config.num_kv_heads, h)
+            q_kmh = q_kmh.transpose(1, 0, 2, 3).reshape(config.num_kv_heads, -1, h) * h**-0.5
+            out = prefix_attention(q_btnh, k_btkh, v_btkh, prefix[0], prefix[1], segment_ids, prefix[2])
+            return out, jax.vmap(_direction)(q_kmh)
+
+        return block_of(config, layer_params)(x_btd, rope, attend)
+
+    start = params["embed"][tokens].astype(jnp.float32)
+    return jax.lax.scan(layer, start, (params["blocks"], keys, values, bias))[1]
+
+
+def _direction(q: Float[Array, "m h"]) -> Float[Array, " h"]:
+    """The u with q @ u nearest to 1."""
+    gram_hh = q.T @ q / len(q)
+    ridge = RIDGE * jnp.trace(gram_hh) / len(gram_hh)
+    return jax.scipy.linalg.solve(gram_hh + ridge * jnp.eye(len(gram_hh)), q.mean(0), assume_a="pos")

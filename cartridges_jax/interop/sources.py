@@ -1,0 +1,42 @@
+"""Where a cartridge or dataset is taken from: a path, `hf:org/name[@revision]`, or `wandb:entity/project/run`.
+
+What is fetched lands in a cache folder and is then read like any other file: nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HF, WANDB = "hf:", "wandb:"
+CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adapter_model.*", "config.yaml")
+DATASET_FILES = ("*.parquet", "data/*.parquet", "config.yaml")
+
+
+def fetch(source: str | os.PathLike[str]) -> Path:
+    """The local file or folder of a cartridge.
+
+    Raises:
+      ValueError: no such form of a source.
+      FileNotFoundError, PermissionError, ConnectionError: it is not there, asks for a login, or cannot be reached.
+    """
+    text = os.fspath(source)
+    if text.startswith(HF):
+        from cartridges_jax.interop import hub
+
+        return hub.download(text.removeprefix(HF), CARTRIDGE_FILES, "model")
+    if text.startswith(WANDB):
+        from cartridges_jax.interop import wandb
+
+        return wandb.download(text.removeprefix(WANDB))
+    return Path(source)
+
+
+def fetch_dataset(source: str | os.PathLike[str]) -> Path:
+    """The local file or folder of a dataset; errors as `fetch`."""
+    text = os.fspath(source)
+    if text.startswith(HF):
+        from cartridges_jax.interop import hub
+
+        return hub.download(text.removeprefix(HF), DATASET_FILES, "dataset")
+    return Path(source)

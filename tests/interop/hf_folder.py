@@ -1,0 +1,51 @@
+"""Writes a loaded model as a Hugging Face folder, for engines that read nothing else; without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import einops
+import numpy as np
+from safetensors.numpy import save_file
+
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.loading import LAYER, TOP
+
+
+def write_folder(model: LanguageModel, folder: Path) -> Path:
+    c, params = model.config, model.params
+    tensors = {name: np.asarray(params[ours]) for name, (ours, _) in TOP.items() if ours in params}
+    for suffix, (ours, pattern) in LAYER.items():
+        if ours not in params["blocks"]:
+            continue
+        theirs, _, mine = pattern.partition(" -> ")
+        sizes = {"h": c.head_dim} if "h" in pattern else {}
+        for layer, array in enumerate(np.asarray(params["blocks"][ours])):
+            tensors[f"model.layers.{layer}.{suffix}"] = einops.rearrange(array, f"{mine} -> {theirs}", **sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: np.ascontiguousarray(a) for n, a in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        **{
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "torch_dtype": "float32",
+        },
+        **{"vocab_size": c.vocab_size, "hidden_size": c.embed_dim, "intermediate_size": c.mlp_dim},
+        **{
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.num_kv_heads,
+        },
+        **{"head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "max_position_embeddings": c.window},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "rope_theta": c.rope_theta},
+        **{
+            "tie_word_embeddings": c.tie_embeddings,
+            "bos_token_id": 1,
+            "eos_token_id": sorted(model.tokenizer.stop_ids),
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    model.tokenizer._wrapped.save_pretrained(str(folder))
+    return folder

@@ -1,0 +1,56 @@
+"""A cartridge put into Tokasaurus' folder and asked there, by the client command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+from tokasaurus_stub import run_tokasaurus
+
+import cartridges_jax as cj
+from cartridges_jax import ask
+from cartridges_jax.cartridge import Cartridge
+
+QUESTION = "What sleeps in box 3?"
+
+
+def asked(url: str, folder: Path, source: Path, *more: str) -> list[str]:
+    arguments = ["--engine=tokasaurus", f"--url={url}", "--name=the-manual_2", f"--model={tiny.folder()}"]
+    return [*arguments, f"--folder={folder}", f"--cartridge={source}", "--max-tokens=6", *more, QUESTION]
+
+
+def test_a_cartridge_is_registered_and_answers(
+    cartridge: Cartridge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cartridge.save(tmp_path / "c.safetensors")
+    with run_tokasaurus(tiny.model(), tmp_path / "served") as url:
+        assert ask.main(asked(url, tmp_path / "served", tmp_path / "c.safetensors")) == 0
+        prompt = tiny.model().tokenizer.render_turns(
+            [{"role": "user", "content": QUESTION}], add_generation_prompt=True
+        )
+        (expected,) = cj.generate(tiny.model(), [prompt], cartridge=cartridge, max_tokens=6, temperature=0.0)
+        assert capsys.readouterr().out.strip() == expected.strip()
+        with pytest.raises(ValueError, match=r"answers 400: .*Cartridge other not found"):
+            ask.main([*asked(url, tmp_path, tmp_path)[:2], "--name=other", f"--model={tiny.folder()}", QUESTION])
+
+
+def test_each_failure_is_a_sentence(cartridge: Cartridge, tmp_path: Path):
+    part = Cartridge(cartridge.keys[:, :9], cartridge.values[:, :9])
+    part.save(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="9 slots, and Tokasaurus loads multiples"):
+        ask.main(asked("http://127.0.0.1:9", tmp_path / "served", tmp_path / "c.safetensors"))
+    with pytest.raises(ValueError, match=r"--name is 'a\.b', expected letters and digits"):
+        ask.main(["--engine=tokasaurus", "--name=a.b", QUESTION])
+    with pytest.raises(ValueError, match="say which with --folder"):
+        ask.main(["--engine=tokasaurus", "--name=a", "--cartridge=c", QUESTION])
+    with pytest.raises(ConnectionError, match=r"cannot be asked .* is the server running there"):
+        ask.main(["--engine=tokasaurus", "--name=a", "--url=http://127.0.0.1:9", QUESTION])
+    with pytest.raises(ValueError, match="vLLM wants a placeholder for every slot"):
+        ask.main(["--engine=vllm", "--name=a", QUESTION])
+
+
+def test_a_request_to_vllm_names_its_cartridge_twice():
+    body = ask.vllm_request("manual", 3, [7, 8], "m", 5)
+    assert body["prompt"] == [0, 0, 0, 7, 8]
+    assert (body["kv_transfer_params"], body["cache_salt"]) == ({"cartridge": "manual"}, "manual")

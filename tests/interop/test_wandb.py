@@ -1,0 +1,106 @@
+"""A run's cartridge by the service's HTTP API, on loopback: the newest one, whole, with the key sent to nobody else."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+from loopback import QuietHandler, serving
+
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.interop import formats
+
+KEY = "secret"
+
+
+class Service:
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[str, bytes]] = {}  # name -> time, content
+        self.storage = ""  # another host, to which downloads are redirected
+        self.asked: list[tuple[str, str | None]] = []  # path and Authorization
+        self.url = ""
+
+
+@contextmanager
+def run_service(service: Service) -> Iterator[str]:
+    class Handler(QuietHandler):
+        def do_POST(self) -> None:
+            query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["variables"]
+            nodes = [
+                {"name": n, "directUrl": f"{service.url}/files/{n}", "sizeBytes": len(c), "updatedAt": t}
+                for n, (t, c) in service.files.items()
+            ]
+            edges = [{"node": node} for node in nodes]
+            run = {"files": {"edges": edges}} if query["run"] == "abc123" else None
+            self._send(200, json.dumps({"data": {"project": {"run": run}}}).encode())
+
+        def do_GET(self) -> None:
+            if service.storage and self.headers["Host"] in service.url:
+                return self._send(302, b"", service.storage + self.path)
+            _, content = service.files[self.path.rpartition("/")[2]]
+            self._send(200, content)
+
+        def _send(self, status: int, content: bytes, location: str = "") -> None:
+            service.asked.append((self.path, self.headers.get("Authorization")))
+            expected = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
+            if self.headers["Host"] in service.url and self.headers.get("Authorization") != expected:
+                status, content = 401, b""
+            self.send(status, content, **({"Location": location} if location else {}))
+
+    with serving(Handler) as url:
+        yield url
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    service = Service()
+    with run_service(service) as service.url, run_service(service) as service.storage:
+        for name, value in (("BASE_URL", service.url), ("API_KEY", KEY)):
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "cache"))
+        yield service
+
+
+def add(service: Service, cartridge: Cartridge, tmp_path: Path, name: str, time: str) -> None:
+    formats.write(cartridge, tmp_path / name, "upstream")
+    service.files[name] = time, (tmp_path / name).read_bytes()
+
+
+def test_the_newest_cartridge_of_a_run_is_fetched_once(cartridge: Cartridge, service: Service, tmp_path: Path):
+    add(service, cartridge.replace(num_frozen=0), tmp_path, "cache-step9.pt", "2026-01-01T00:00:00")
+    add(service, cartridge, tmp_path, "cache-step20.pt", "2026-01-02T00:00:00")
+    service.files["config.yaml"] = "2026-01-01T00:00:00", b"model: {value: {pretrained_model_name_or_path: a/b}}"
+    service.files["../../evil.pt"] = "2026-01-03T00:00:00", b"PK"
+    found = Cartridge.load("wandb:me/project/abc123", model=tiny.model())
+    assert (found.num_frozen, found.provenance) == (3, cartridge.provenance)
+    assert {path for path, _ in service.asked} == {"/graphql", "/files/cache-step20.pt", "/files/config.yaml"}
+    # the storage gets the request without the key
+    assert sum(sent is None for path, sent in service.asked if path != "/graphql") == 2
+    service.asked.clear()
+    Cartridge.load("wandb:me/project/abc123")
+    assert [path for path, _ in service.asked] == ["/graphql"]
+
+
+def test_each_failure_is_a_sentence(
+    cartridge: Cartridge, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for source in ("wandb:abc123", "wandb:a/b/../c", "wandb:a/../abc123", "wandb:a/b/c/d", "wandb:"):
+        with pytest.raises(ValueError, match="is no run: expected wandb:entity/project/run"):
+            Cartridge.load(source)
+    with pytest.raises(FileNotFoundError, match="knows no run me/project/other"):
+        Cartridge.load("wandb:me/project/other")
+    with pytest.raises(FileNotFoundError, match=r"has no cartridge\.safetensors"):
+        Cartridge.load("wandb:me/project/abc123")
+    add(service, cartridge, tmp_path, "cartridge.pt", "2026-01-02T00:00:00")
+    monkeypatch.setenv("WANDB_API_KEY", "wrong")
+    with pytest.raises(PermissionError, match="set WANDB_API_KEY"):
+        Cartridge.load("wandb:me/project/abc123")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        Cartridge.load("wandb:me/project/abc123")
+    assert not list((tmp_path / "cache").rglob("*.pt"))
