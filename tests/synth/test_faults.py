@@ -217,7 +217,8 @@ def test_a_run_that_loses_its_network_goes_on_later(tmp_path: Path, servers: lis
         server.next_fault = lambda: None
     before = sum(len(server.requests) for server in servers)
     had = on_disk(config)
-    finish(start(config))
+    patient = dataclasses.replace(client, timeout_seconds=60.0)
+    finish(start(dataclasses.replace(config, client=patient)))
     chat = sum(len(server.requests) for server in servers) - before
     assert chat == 2 * (240 - had)
     assert len(conversation.read(Path(config.output_dir) / "dataset.parquet")) == 240

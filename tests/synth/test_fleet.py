@@ -151,7 +151,7 @@ def test_a_route_keeps_to_one_server_and_routes_spread(servers: list[StubServer]
 
         await asyncio.gather(*(chunk(i) for i in range(12)))
 
-    use(servers, action)
+    use(servers, action, timeout_seconds=60.0)
     seen = [numbers(server) for server in servers]
     assert sum(map(len, seen)) == 12, "no chunk is at two servers"
     assert min(map(len, seen)) >= 2
