@@ -1,1 +1,1 @@
-"""What a run needs on devices that are not here: programs compiled for them, and arithmetic."""
+"""What a compiled program needs, read from the program."""
