@@ -37,14 +37,12 @@ def joined_job(several: bool) -> Iterator[None]:
     _join()
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
+    except (jax.errors.JaxRuntimeError, *USER_ERRORS) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _leave(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on ({reason}): if another was lost, run "
-            "the same command again on every host, it goes on from the last checkpoint"
+            f"{reason} (process {jax.process_index()} of {jax.process_count()}; if another was lost, run the same "
+            "command again on every host: it goes on from the last checkpoint)"
         )
-    except USER_ERRORS as error:
-        _leave(" ".join(str(error).split()) or type(error).__name__)
     except BaseException:
         traceback.print_exc()
         _leave("the job ends")
