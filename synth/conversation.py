@@ -118,13 +118,16 @@ def write(
     path: str | os.PathLike[str], conversations: Iterable[Conversation], notes: Mapping[str, str] | None = None
 ) -> None:
     """Writes one file, whole or not at all; `notes` are key-value pairs in its footer, see `read_notes`."""
-    rows = [_to_row(conversation) for conversation in conversations]
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(dict(notes or {})))
+    table = to_table(conversations).replace_schema_metadata(dict(notes or {}))
     try:
         with files.atomic(path) as temporary:
             pq.write_table(table, temporary)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def to_table(conversations: Iterable[Conversation]) -> pa.Table:
+    return pa.Table.from_pylist([_to_row(conversation) for conversation in conversations], schema=SCHEMA)
 
 
 def write_tables(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from command_line import config
 from synth import conversation, inert_pickle
@@ -61,23 +62,15 @@ def read(path: Path) -> Iterator[Conversation]:
 def convert(old: Path, new: Path) -> int:
     """Writes the conversations of a pickle as Parquet, a group at a time, and returns how many there are."""
     count = 0
-    group: list[Conversation] = []
-    parts: list[Path] = []
-    new.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=new.parent, prefix=f".{new.name}.") as folder:
 
-        def write() -> None:
-            parts.append(Path(folder) / f"{len(parts)}.parquet")
-            conversation.write(parts[-1], group)
+    def tables() -> Iterator[pa.Table]:
+        nonlocal count
+        made = read(old)
+        while group := list(itertools.islice(made, conversation.ROWS_PER_GROUP)):
+            count += len(group)
+            yield conversation.to_table(group)
 
-        for made in read(old):
-            group.append(made)
-            count += 1
-            if len(group) == conversation.ROWS_PER_GROUP:
-                write()
-                group = []
-        write()
-        conversation.merge(parts, new, {"source": old.name})
+    conversation.write_tables(new, tables(), lambda: {"source": old.name})
     return count
 
 

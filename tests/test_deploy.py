@@ -28,7 +28,7 @@ def test_a_modal_recipe_parses_and_asks_for_a_key(path: Path):
     assert "0.0.0.0" in path.read_text() and "API_KEY" in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("skypilot_*.yaml")), ids=lambda path: path.name)
 def test_a_skypilot_recipe_parses_and_opens_no_port(path: Path):
     task = yaml.safe_load(path.read_text())
     assert task.keys() <= {"name", "resources", "workdir", "envs", "setup", "run"}

@@ -115,7 +115,7 @@ def kill_three_times(config: SynthConfig) -> list[int]:
     there = []
     rng = random.Random(0)
     for i in range(1, 4):
-        goal = i * config.num_conversations // 5
+        goal = max(i * config.num_conversations // 5, max(there, default=0) + 1)
         process = start(config)
         while on_disk(config) < goal and process.poll() is None:
             time.sleep(0.02)

@@ -155,7 +155,7 @@ def test_the_command(tmp_path: Path):
     old = dumped(tmp_path, {"rows": [older_row()] * 1500, "context": None})
     new = tmp_path / "deep" / "new.parquet"
     done = subprocess.run([sys.executable, "-m", "synth.legacy", str(old), str(new)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{new}: 1500 conversations\n")
+    assert (done.returncode, done.stdout) == (0, f"{new}: 1500 conversations\n"), done.stderr
     assert conversation.read(new) == list(legacy.read(old))
     assert [path.name for path in new.parent.iterdir()] == ["new.parquet"]
 

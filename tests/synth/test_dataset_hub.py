@@ -124,7 +124,8 @@ class HubStub:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # a protocol of its own, beside plain HTTP
+    # a protocol of its own, beside plain HTTP; its setting is read when the library is first imported
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     made = HubStub()
     with WebStub(made.routes()) as server:
         made.url = server.url

@@ -1,1 +1,0 @@
-"""What a compiled program needs, read from the program."""
