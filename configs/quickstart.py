@@ -5,9 +5,10 @@
 
 One stage alone: `python -m synth --config=configs/quickstart.py:synth`, and the like with `train` and `evaluate`.
 
-Hardware: 2 CPU cores and 4 GB of memory, about 9 minutes without the installation: 4 of self-study, 1 of training, 3 of
-evaluation. Expected on examples/document.txt: gap closed 0.85 with 500 slots for 2,002 tokens (0.81 from attention
-matching, the rest from 25 steps), and 27 % of the answers against 29 % with the full document.
+Hardware: 2 CPU cores and 4 GB of memory, about 6 minutes without the installation: 2 of self-study, 1 of training, 2 of
+evaluation (twice that on older or busy ones). Expected on examples/document.txt: gap closed 0.87 with 500 slots for
+2,002 tokens (0.83 from attention matching, the rest from 25 steps), and 27 % of the answers against 29 % with the full
+document; in bfloat16, which a CPU with AMX gets, 0.85.
 
 What was found while tuning it:
 - A model of 135M parameters finds nothing to ask in a whole chunk: with the paper's five seed prompts its answers owe

@@ -89,15 +89,7 @@ def load(path: Path, packages: Sequence[str]) -> Any:
             return _Machine(path, packages).run(data)
         except Refused:
             raise
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            MemoryError,
-            RecursionError,
-        ) as error:
+        except _DAMAGE as error:
             raise ValueError(f"{path} is no whole pickle: {error or type(error).__name__}") from error
 
 
