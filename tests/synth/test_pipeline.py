@@ -231,7 +231,7 @@ def command(make_config: MakeConfig, tmp_path: Path) -> Callable[..., list[str]]
 
 
 def test_ctrl_c_stops_cleanly(server: StubServer, command: Callable[..., list[str]]):
-    server.latency = 0.05
+    server.latency = 0.5  # no answer is there before the signal is
     process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(server.requests) < 20:
         time.sleep(0.01)

@@ -58,7 +58,7 @@ LARGE = (
     Shape(b=2, t=257, n=2, k=2, h=8, p=5, segments=(250, 7)),
     Shape(b=1, t=512, n=3, k=1, h=8, p=0, segments=(100, 300, 60), window=256),
     Shape(b=2, t=543, n=6, k=2, h=8, p=70, segments=(200, 255, 60), bias=True, window=100),
-    Shape(b=1, t=30, n=2, k=1, h=8, p=600, bias=True),
+    Shape(b=1, t=5, n=2, k=1, h=8, p=600, bias=True),
 )
 # one layer of a model in training; head sizes 64, 128 and 256
 MODELS = {
