@@ -1,8 +1,9 @@
 """Whether the ids of an answer spell its text.
 
 They must, or the teacher's log-probabilities would be learnt at the wrong tokens; they do not when a server decodes
-with another tokenizer, filters its text, or loses tokens on the way. Asking the server again costs a request, so after
-the first answers only some are looked at: what makes texts and ids disagree is seldom an accident of one answer.
+with another tokenizer, filters its text, or loses tokens on the way. A tokenizer of our own checks every answer. Asking
+the server costs a request, so after the first answers it is asked about some only: what makes texts and ids disagree is
+seldom an accident of one answer.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ log = logging.getLogger(__name__)
 
 
 class Alignment:
-    def __init__(self, decode: Callable[[Sequence[int]], Awaitable[str]]):
-        self._decode = decode
+    def __init__(self, decode: Callable[[Sequence[int]], Awaitable[str]], one_in: int = 1):
+        self._decode, self._one_in = decode, one_in
         self._seen = 0
         self._possible = True
 
     async def check(self, completion: Completion, stops: Sequence[str] = ()) -> None:
         """Raises: Unavailable, if the ids spell another text."""
         self._seen += 1
-        due = self._seen <= ALWAYS or self._seen % THEN_ONE_IN == 0
+        due = self._seen <= ALWAYS or self._seen % self._one_in == 0
         if not completion.token_ids or not due or not self._possible:
             return
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self
 
-from synth.clients.alignment import Alignment
+from synth.clients.alignment import THEN_ONE_IN, Alignment
 from synth.clients.base import (
     OWN_TOKENIZER,
     ChatMessages,
@@ -34,7 +34,7 @@ class OpenAIClient:
         self._root = self._url.removesuffix("/v1")  # where /tokenize lives
         self._http = Http(config.timeout_seconds, config.api_key)
         own = ChatTokenizer(config.tokenizer) if config.tokenizer else None
-        self._alignment = Alignment(own.decode if own else self.detokenize)
+        self._alignment = Alignment(own.decode) if own else Alignment(self.detokenize, THEN_ONE_IN)
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()
