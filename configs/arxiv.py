@@ -29,6 +29,7 @@ def get_config(stage: str = "") -> ConfigDict:
         {
             "synth": {
                 "output_dir": f"{RUN}/synth",
+                "dry_run": False,  # True shows prompts and an estimate, and calls nobody
                 "num_conversations": 512,
                 "resource": {
                     "path": "arxiv:2506.06266",

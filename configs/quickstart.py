@@ -37,6 +37,7 @@ def get_config(stage: str = "") -> ConfigDict:
             "server": {"slots": 48, "max_length": 544, "dtype": "float32"},
             "synth": {
                 "output_dir": "runs/synth",
+                "dry_run": False,  # True shows prompts and an estimate, and calls nobody
                 "num_conversations": 480,
                 "resource": {"path": "examples/document.txt"},
                 "client": {"base_url": "http://127.0.0.1:8000/v1", "model": MODEL, "timeout_seconds": 600.0},
