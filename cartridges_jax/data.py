@@ -51,7 +51,7 @@ def read_corpus(path: str | Path) -> str:
 
 
 def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The Parquet files of a dataset: one file, a folder of shards (upstream's `data/*.parquet`), or `hf:org/name`.
+    """The Parquet files of a dataset: one file, a folder of shards (upstream's `data/*.parquet`), `hf:…` or `wandb:…`.
 
     Raises:
       FileNotFoundError: no such file, or a folder without a Parquet file.

@@ -305,7 +305,7 @@ def _report(
 
 
 def main(argv: list[str]) -> int:
-    config = build(EvalConfig, load(argv))
+    config = build(EvalConfig, load(argv, EvalConfig))
     report = evaluate(config)
     print(table(report))
     print(f"report: {Path(config.output_dir) / 'report.md'}")

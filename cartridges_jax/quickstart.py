@@ -37,6 +37,7 @@ from command_line.progress import stage
 CONFIG = "configs/quickstart.py"
 DOCUMENT = "examples/document.txt"
 QUESTIONS = "examples/questions.jsonl"
+STAGES = {"train": TrainConfig, "evaluate": EvalConfig}
 START_SECONDS = 300.0  # a server that has not started by then never will
 LARGEST_SHARE = 4  # a cartridge has at most 1/4 of the document's tokens
 
@@ -44,7 +45,7 @@ LARGEST_SHARE = 4  # a cartridge has at most 1/4 of the document's tokens
 def main(argv: list[str]) -> int:
     args = _arguments(argv)
     begun = time.monotonic()
-    config = command_config.load([f"--config={args.config}", *args.overrides])
+    config = command_config.load([f"--config={args.config}", *args.overrides], STAGES)
     document, questions = _inputs(args)
     directory = _run_directory(Path(args.runs), config, document, questions)
     print(f"run directory: {directory}", file=sys.stderr)
@@ -53,12 +54,13 @@ def main(argv: list[str]) -> int:
         with stage(f"fetching {config.train.model}"):
             hub.resolve(config.train.model)
         dataset = _synthesize(args.config, args.overrides, config, document, directory)
+        corpus = dataset.with_name("corpus.txt")  # the text that synthesis read
         held_out = None
         if questions is None:
             dataset, held_out = split_dataset(dataset, config.num_held_out, directory)
         if not cartridge.is_file():
-            _train(config, document, dataset, cartridge.parent)
-        _evaluate(config, document, questions, held_out, cartridge, directory)
+            _train(config, corpus, dataset, cartridge.parent)
+        _evaluate(config, corpus, questions, held_out, cartridge, directory)
     shown = json.loads(report.read_text(encoding="utf-8"))
     _show(shown, cartridge, config, time.monotonic() - begun, directory)
     return 0
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cartridges_jax.quickstart", description=__doc__)
-    parser.add_argument("--document", help=f"a UTF-8 text file (default: {DOCUMENT})")
+    parser.add_argument("--document", help=f"a text, or any file that `python -m synth` reads (default: {DOCUMENT})")
     parser.add_argument(
         "--questions", help='JSON lines of {"question", "answer"}; none: held-out conversations are asked'
     )
@@ -80,7 +82,10 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The document and the questions, checked before anything is installed or started."""
     document = Path(args.document or DOCUMENT)
     questions = args.questions or (QUESTIONS if args.document is None else None)
-    read_corpus(document)
+    if document.suffix.lower() in ("", ".txt"):  # others are for `synth` to read
+        read_corpus(document)
+    elif not document.is_file():
+        raise FileNotFoundError(f"{document} does not exist: expected the document, such as {DOCUMENT}")
     if questions is not None:
         questions_of(questions)
     return document, None if questions is None else Path(questions)
@@ -169,10 +174,10 @@ def _ready_url(process: subprocess.Popen[str], log: Path) -> str:
     raise ChildProcessError(f"the server did not start: {' '.join(tail) or 'it said nothing'} (log: {log})")
 
 
-def _train(config: ConfigDict, document: Path, dataset: Path, folder: Path) -> None:
+def _train(config: ConfigDict, corpus: Path, dataset: Path, folder: Path) -> None:
     model = _load(config, config.train.dtype)
-    settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(document), "output_dir": str(folder)}
-    tokens = len(model.tokenizer.encode(read_corpus(document)))
+    settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(corpus), "output_dir": str(folder)}
+    tokens = len(model.tokenizer.encode(read_corpus(corpus)))
     settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
     train(command_config.build(TrainConfig, settings, "config.train"), model)
 
@@ -184,7 +189,7 @@ def _load(config: ConfigDict, dtype: str) -> LanguageModel:
 
 def _evaluate(
     config: ConfigDict,
-    document: Path,
+    corpus: Path,
     questions: Path | None,
     held_out: Path | None,
     cartridge: Path,
@@ -192,7 +197,7 @@ def _evaluate(
 ) -> None:
     settings = config.evaluate.to_dict() | {
         "cartridge": str(cartridge),
-        "corpus": str(document),
+        "corpus": str(corpus),
         "output_dir": str(directory),
         "questions": None if questions is None else str(questions),
         "held_out": None if held_out is None else str(held_out),

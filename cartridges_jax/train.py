@@ -42,7 +42,7 @@ INITIAL = "initial.safetensors"  # the initial state, beside the run's config
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    dataset: str  # dataset.parquet of `synth`, a folder of such files, or hf:org/name
+    dataset: str  # dataset.parquet of `synth`, a folder of such files, hf:… or wandb:…
     corpus: str  # the text file the cartridge stands in for
     output_dir: str
     model: str = "smollm2-135m"
@@ -278,7 +278,7 @@ def _with_training(
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in one sentence
-    config = build(TrainConfig, load(argv))
+    config = build(TrainConfig, load(argv, TrainConfig))
     with processes.joined_job(config.distributed):
         path = train(config)
         if processes.is_first():

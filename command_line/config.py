@@ -5,12 +5,13 @@ A command's main function takes dataclasses only; `ml_collections` stays at this
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 T = TypeVar("T")
+_SETTABLE = (bool, int, float, str, tuple)  # what a setting on the command line can be
 
 # What a user can cause: these are shown as one sentence, anything else is a bug and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, KeyError, TypeError, flags.Error, ImportError)
@@ -27,23 +29,46 @@ class ConfigError(ValueError):
     """A config that names an unknown key or holds a value of the wrong type."""
 
 
-def load(argv: Sequence[str], default: str | None = None) -> config_dict.ConfigDict:
-    """Reads `--config=PATH[:ARGUMENT]` and its `--config.key=value` overrides out of `argv` (program name excluded)."""
+def load(argv: Sequence[str], kind: type | Mapping[str, type], default: str | None = None) -> config_dict.ConfigDict:
+    """Reads `--config=PATH[:ARGUMENT]` and its `--config.key=value` overrides out of `argv` (program name excluded).
+
+    Args:
+      kind: the dataclass that `build` makes of it, or those of its groups: what the file leaves out has their defaults.
+      default: the config file if none is given.
+    """
     arguments = list(argv)
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
         if default is None:
             raise ConfigError("no config was given: pass --config=configs/NAME.py")
         arguments.insert(0, f"--config={default}")
     path, overrides = _split(arguments)
-    arguments = [f"--config={path}", *overrides]  # it has to come first
     if not Path(path.partition(":")[0]).is_file():
         raise ConfigError(f"config file {path!r} does not exist: pass --config=configs/NAME.py")
-    values = flags.FlagValues()
-    program = ["command", *arguments]
-    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=program)
+    with _one_sentence(arguments, path):
+        config = _parsed([f"--config={path}"], config_flags.DEFINE_config_file)[0]
+    if not isinstance(config, config_dict.ConfigDict):
+        raise ConfigError(f"get_config of {path!r} returns a {type(config).__name__}, expected a ConfigDict")
+    for group, cls in kind.items() if isinstance(kind, Mapping) else [("", kind)]:
+        _fill(config[group] if group else config, cls)
+    with _one_sentence(arguments, path):
+        config, rest = _parsed(overrides, config_flags.DEFINE_config_dict, config)
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}: every setting is written --config.KEY=VALUE")
+    return config
+
+
+def _parsed(arguments: Sequence[str], define: Callable[..., Any], default: Any = None) -> tuple[Any, list[str]]:
+    """The config, and what is left of the arguments."""
+    values, program = flags.FlagValues(), ["command", *arguments]
+    define("config", default, flag_values=values, sys_argv=program)
+    rest = values(program)[1:]
+    return values["config"].value, rest
+
+
+@contextlib.contextmanager
+def _one_sentence(arguments: Sequence[str], path: str) -> Iterator[None]:
     try:
-        rest = values(program)[1:]
-        config = values.config
+        yield
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_key(arguments, path, error)) from error
     except flags.Error as error:
@@ -55,11 +80,27 @@ def load(argv: Sequence[str], default: str | None = None) -> config_dict.ConfigD
         raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
     except TypeError as error:
         raise ConfigError(f"a value of the wrong type: {error}") from error
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}: every setting is written --config.KEY=VALUE")
-    if not isinstance(config, config_dict.ConfigDict):
-        raise ConfigError(f"get_config of {path!r} returns a {type(config).__name__}, expected a ConfigDict")
-    return config
+
+
+def _fill(config: config_dict.ConfigDict, cls: type) -> None:
+    """Adds the defaults of `cls`, groups included: the command line can only set what is there."""
+    with config.unlocked():
+        for field in dataclasses.fields(typing.cast(Any, cls)):
+            hint = typing.get_type_hints(cls)[field.name]
+            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if field.name in config:
+                value = config[field.name]
+            elif dataclasses.is_dataclass(value):
+                value = config[field.name] = config_dict.ConfigDict()
+            elif isinstance(value, _SETTABLE):
+                config[field.name] = value
+            elif value is None:
+                options = [option for option in typing.get_args(hint) if option is not type(None)]
+                if len(options) == 1 and options[0] in _SETTABLE:
+                    config[field.name] = config_dict.placeholder(options[0])
+            if isinstance(value, config_dict.ConfigDict):
+                for group in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
+                    _fill(value, typing.cast(type, group))
 
 
 def build(cls: type[T], config: config_dict.ConfigDict | dict[str, Any], where: str = "config") -> T:

@@ -13,7 +13,7 @@ from synth.pipeline import synthesize
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    settings = config.build(SynthConfig, config.load(argv))
+    settings = config.build(SynthConfig, config.load(argv, SynthConfig))
     if settings.dry_run:
         print(asyncio.run(describe(settings)))
     else:

@@ -46,6 +46,8 @@ class Settings:
     on: bool = False
     words: tuple[str, ...] = ()
     optim: Optim = dataclasses.field(default_factory=Optim)
+    other: Optim = dataclasses.field(default_factory=Optim)
+    rate: float | None = None
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def config(tmp_path: Path) -> str:
 
 
 def settings(*arguments: str) -> Settings:
-    return build(Settings, load(arguments))
+    return build(Settings, load(arguments, Settings))
 
 
 def test_a_config_file_becomes_a_dataclass(config: str):
@@ -79,8 +81,32 @@ def test_overrides_reach_into_groups_and_may_stand_anywhere(config: str, overrid
     assert settings(override, "--config", config) == expected
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--config.on=True", Settings("run", 3, on=True, optim=Optim(0.1))),
+        ("--config.optim.kind=linear", Settings("run", 3, optim=Optim(0.1, "linear"))),
+        ("--config.words=('a', 'b')", Settings("run", 3, words=("a", "b"), optim=Optim(0.1))),
+        ("--config.limit=5", Settings("run", 3, limit=5, optim=Optim(0.1))),
+        ("--config.other.lr=2", Settings("run", 3, other=Optim(2.0), optim=Optim(0.1))),
+        ("--config.rate=2", Settings("run", 3, rate=2.0, optim=Optim(0.1))),
+    ],
+)
+def test_what_the_file_leaves_out_can_be_set(config: str, override: str, expected: Settings):
+    assert settings(f"--config={config}", override) == expected
+
+
+def test_groups_are_filled_each_by_its_own_kind(tmp_path: Path):
+    (tmp_path / "two.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'a': {'name': 'x'}, 'b': {}})\n"
+    )
+    kinds = {"a": Settings, "b": Optim}
+    found = load([f"--config={tmp_path}/two.py", "--config.a.steps=9", "--config.b.lr=3"], kinds)
+    assert (build(Settings, found.a).steps, build(Optim, found.b).lr) == (9, 3.0)
+
+
 def test_a_command_may_have_a_config_of_its_own(config: str):
-    assert build(Settings, load(["--config.steps=7"], default=config)).steps == 7
+    assert build(Settings, load(["--config.steps=7"], Settings, default=config)).steps == 7
 
 
 @pytest.mark.parametrize(
@@ -119,7 +145,7 @@ def test_a_command_line_that_cannot_be_read_is_one_sentence(config: str, argumen
 def test_a_config_file_that_is_wrong_is_one_sentence(tmp_path: Path, text: str, sentence: str):
     """In a process of its own, since a config file is a module that Python remembers."""
     (tmp_path / "bad.py").write_text(text)
-    code = "from command_line.config import load, run; run(lambda argv: load(argv) and 0)"
+    code = "from command_line.config import load, run; run(lambda argv: load(argv, {}) and 0)"
     done = subprocess.run(
         [sys.executable, "-c", code, f"--config={tmp_path}/bad.py"], cwd=ROOT, capture_output=True, text=True
     )
@@ -148,7 +174,10 @@ def test_a_config_file_that_is_wrong_is_one_sentence(tmp_path: Path, text: str, 
         ),
         ({"name": "a", "optim": {"lrr": 1.0}}, r"^unknown key config\.optim\.lrr: did you mean 'lr'\?$"),
         ({"name": "a", "stepz": 1}, r"^unknown key config\.stepz: did you mean 'steps'\?$"),
-        ({"name": "a", "zzz": 1}, r"^unknown key config\.zzz: known keys are limit, name, on, optim, steps, words$"),
+        (
+            {"name": "a", "zzz": 1},
+            r"^unknown key config\.zzz: known keys are limit, name, on, optim, other, rate, steps, words$",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", [dict, ConfigDict])

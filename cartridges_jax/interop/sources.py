@@ -39,4 +39,8 @@ def fetch_dataset(source: str | os.PathLike[str]) -> Path:
         from cartridges_jax.interop import hub
 
         return hub.download(text.removeprefix(HF), DATASET_FILES, "dataset")
+    if text.startswith(WANDB):
+        from cartridges_jax.interop import wandb
+
+        return wandb.download_dataset(text.removeprefix(WANDB))
     return Path(source)

@@ -1,4 +1,4 @@
-"""A cartridge among the files of a Weights & Biases run, by the service's HTTP API; its client is not needed."""
+"""Cartridges and datasets of Weights & Biases, by the service's HTTP API; its client is not needed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from command_line import files
 
 DEFAULT_URL = "https://api.wandb.ai"
 TIMEOUT_SECONDS = 60.0
-RUN = re.compile(r"[\w.-]+/[\w.-]+/[\w.-]+")
+SOURCE = re.compile(r"[\w.-]+/[\w.-]+/[\w.-]+(:[\w.-]+)?")
 FILE = re.compile(r"cartridge\.safetensors|cartridge\.pt|cache-[\w.-]*\.pt|config\.yaml")
-QUERY = """query Files($entity: String!, $project: String!, $run: String!) {
+PARQUET = re.compile(r"(dataset/|data/|artifact/)?[\w-][\w.-]*\.parquet")
+FILES = "files(first: 1000) { edges { node { name %s directUrl sizeBytes updatedAt } } }"
+RUN_QUERY = """query Files($entity: String!, $project: String!, $name: String!) {
+  project(name: $project, entityName: $entity) { holder: run(name: $name) { FILES } }
+}""".replace("FILES", FILES % "")
+ARTIFACT_QUERY = """query Files($entity: String!, $project: String!, $name: String!) {
   project(name: $project, entityName: $entity) {
-    run(name: $run) { files(first: 1000) { edges { node { name directUrl sizeBytes updatedAt } } } }
+    artifactType(name: "dataset") { holder: artifact(name: $name) { FILES } }
   }
-}"""
+}""".replace("FILES", FILES.replace("name %s", "name: displayName"))
 
 
 def download(run: str) -> Path:
@@ -39,36 +44,62 @@ def download(run: str) -> Path:
       FileNotFoundError: no such run, or no cartridge among its files.
       PermissionError, ConnectionError: the key is missing or wrong, or the service cannot be reached.
     """
-    if not RUN.fullmatch(run) or ".." in run:
-        raise ValueError(f"'wandb:{run}' is no run: expected wandb:entity/project/run")
-    base = os.environ.get("WANDB_BASE_URL", DEFAULT_URL).rstrip("/")
-    nodes = [node for node in _files(base, run) if FILE.fullmatch(node["name"])]
+    base, found = _files(run)
+    nodes = [node for node in found if FILE.fullmatch(node["name"])]
     cartridges = [node for node in nodes if node["name"] != "config.yaml"]
     if not cartridges:
         raise FileNotFoundError(f"run {run} has no cartridge.safetensors, cartridge.pt or cache-*.pt among its files")
     newest = max(cartridges, key=lambda node: (str(node.get("updatedAt")), node["name"]))
-    folder = cache_folder() / "wandb" / run / str(newest.get("updatedAt")).replace(":", "-").replace("/", "-")
-    for node in [node for node in nodes if node["name"] == "config.yaml"] + [newest]:
+    wanted = [*(node for node in nodes if node["name"] == "config.yaml"), newest]
+    return _fetched(base, wanted, run) / newest["name"]
+
+
+def download_dataset(source: str) -> Path:
+    """The folder with the Parquet files of a run, `entity/project/run`, or of a dataset artifact,
+    `entity/project/name:version`, which is how upstream publishes one; errors as `download`."""
+    base, found = _files(source)
+    nodes = [node for node in found if PARQUET.fullmatch(node["name"])]
+    if not nodes:
+        raise FileNotFoundError(f"wandb:{source} has no Parquet file: expected a run or artifact with a dataset")
+    folder = _fetched(base, nodes, source.replace(":", "@"))
+    return folder / Path(nodes[0]["name"]).parent
+
+
+def _fetched(base: str, nodes: list[dict[str, Any]], name: str) -> Path:
+    """The folder, one for each state of these files, that they lie in."""
+    state = max(str(node.get("updatedAt")) for node in nodes).replace(":", "-").replace("/", "-")
+    folder = cache_folder() / "wandb" / name / state
+    for node in nodes:
         target = folder / node["name"]
         if not target.is_file() or target.stat().st_size != int(node["sizeBytes"]):
             _fetch(base, node, target)
-    return folder / newest["name"]
+    return folder
 
 
-def _files(base: str, run: str) -> list[dict[str, Any]]:
-    entity, project, name = run.split("/")
-    query = {"query": QUERY, "variables": {"entity": entity, "project": project, "run": name}}
+def _files(source: str) -> tuple[str, list[dict[str, Any]]]:
+    """The service's address, and the files of a run or of a dataset artifact."""
+    if not SOURCE.fullmatch(source) or ".." in source:
+        raise ValueError(
+            f"'wandb:{source}' is no source: expected wandb:entity/project/run, or for a dataset "
+            "wandb:entity/project/artifact:version"
+        )
+    base = os.environ.get("WANDB_BASE_URL", DEFAULT_URL).rstrip("/")
+    entity, project, name = source.split("/")
+    query = {
+        "query": ARTIFACT_QUERY if ":" in name else RUN_QUERY,
+        "variables": {"entity": entity, "project": project, "name": name},
+    }
     request = urllib.request.Request(f"{base}/graphql", json.dumps(query).encode())
     request.add_header("Content-Type", "application/json")
-    with _open(request, base, run) as response:
+    with _open(request, base, source) as response:
         try:
             found = json.loads(response.read())["data"]["project"]
-            edges = found["run"]["files"]["edges"]
+            found = found["artifactType"] if ":" in name else found
+            return base, [edge["node"] for edge in found["holder"]["files"]["edges"]]
         except (ValueError, KeyError, TypeError) as error:
             raise FileNotFoundError(
-                f"{base} knows no run {run} (or it is private: set WANDB_API_KEY): expected wandb:entity/project/run"
+                f"{base} knows no {source} (or it is private: set WANDB_API_KEY): expected wandb:entity/project/run"
             ) from error
-    return [edge["node"] for edge in edges]
 
 
 def _fetch(base: str, node: dict[str, Any], target: Path) -> None:

@@ -1,17 +1,47 @@
-"""A cartridge of the tiny model, with slots of every sign and size, as the formats of others have to carry it."""
+"""A cartridge of the tiny model, with slots of every sign and size, as the formats of others have to carry it.
+
+A test marked `readme("row", column="cell")` shows what a cell of the README's table of formats says; it fails where
+the README says something else, or names another version of a partner than the one that is here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from readme_table import CLAIMS, FILES, readme_table
 
 from cartridges_jax.cartridge import Cartridge, Provenance
 
 SLOTS = 16  # a page of Tokasaurus'
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers take tests out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    claims = config.stash.setdefault(CLAIMS, {})
+    config.stash[FILES] = {item.path.name for item in items if item.path.parent == Path(__file__).parent}
+    for item in items:
+        for mark in item.iter_markers("readme"):
+            for column, cell in mark.kwargs.items():
+                claims.setdefault((mark.args[0], column), set()).add(cell)
+
+
+@pytest.fixture(autouse=True)
+def the_readme_says_so(request: pytest.FixtureRequest) -> None:
+    for mark in request.node.iter_markers("readme"):
+        found = readme_table()[mark.args[0]]
+        assert {column: found[column] for column in mark.kwargs} == mark.kwargs
+        for package, version in re.findall(r"(torch|peft|transformers) ([\d.]+)", mark.kwargs.get("parity", "")):
+            try:
+                assert f"{importlib.metadata.version(package)}.".startswith(f"{version}."), package
+            except importlib.metadata.PackageNotFoundError:
+                pytest.skip(f"{package} is not installed: make test-parity")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 import tiny
 from make_golden_formats import FORMATS as GOLDEN
 from make_golden_formats import UPSTREAM
+from readme_table import CLAIMS, FILES, readme_table
 from safetensors.numpy import load_file, save_file
 
 import cartridges_jax as cj
@@ -27,7 +28,18 @@ from cartridges_jax.interop.formats import FORMATS, locate, read, write
 from cartridges_jax.models.language_model import LanguageModel
 
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a value, relative
-CASES = [(format, dtype) for format, f in FORMATS.items() for dtype in f.dtypes if dtype != "int8"]
+readme = pytest.mark.readme
+OWN, OWN_SMALLER = "`cartridge.safetensors` float32", "… float16, bfloat16, int8"
+SHOWN = {
+    ("safetensors", "float32"): readme(OWN, read="✓", write="✓", parity="itself", tolerance="exact"),
+    ("safetensors", "float16"): readme(OWN_SMALLER, read="✓", write="✓"),
+}
+CASES = [
+    pytest.param(format, dtype, marks=SHOWN.get((format, dtype), ()))
+    for format, f in FORMATS.items()
+    for dtype in f.dtypes
+    if dtype != "int8"
+]
 
 
 def place(tmp_path: Path, format: str) -> Path:
@@ -72,6 +84,7 @@ def test_the_same_cartridge_gives_the_same_bytes(cartridge: Cartridge, tmp_path:
     assert contents[0] == contents[1]
 
 
+@readme(OWN_SMALLER, parity="itself", tolerance="rounding")
 @pytest.mark.parametrize("name", ["keys", "values"])
 def test_int8_errs_by_half_a_step_of_its_slot_and_head(cartridge: Cartridge, tmp_path: Path, name: str):
     cartridge = cartridge.replace(keys=cartridge.keys.at[0, 5].mul(100.0).at[1, 2, 1].set(0.0))
@@ -172,6 +185,7 @@ def test_a_folder_for_tokasaurus_holds_whole_pages(cartridge: Cartridge, tmp_pat
     assert read(tmp_path / "c").provenance.recipe.endswith("; 3 slots added to fill pages of 16")
 
 
+@readme("vLLM-style pages", read="✓", write="✓", parity="itself", tolerance="exact")
 def test_past_key_values_and_pages_hold_the_same_slots(cartridge: Cartridge):
     layers = interop.to_past_key_values(cartridge)
     assert [array.shape for array in layers[0]] == [(1, tiny.KV_HEADS, 16, tiny.HEAD_DIM)] * 2
@@ -301,6 +315,13 @@ def test_our_file_with_a_foreign_header_is_refused(cartridge: Cartridge, tmp_pat
         save_file(load_file(path), path, metadata={"cartridge": json.dumps(header)})
         with pytest.raises(ValueError, match="is not a whole cartridge file"):
             read(path)
+
+
+def test_every_cell_of_the_readmes_table_has_a_test_that_shows_it(request: pytest.FixtureRequest):
+    if request.config.stash[FILES] != {path.name for path in Path(__file__).parent.glob("test_*.py")}:
+        pytest.skip("only some of the files with marked tests were collected")
+    cells = {(row, column): {cell} for row, cells in readme_table().items() for column, cell in cells.items()}
+    assert request.config.stash[CLAIMS] == {place: cell for place, cell in cells.items() if cell != {"-"}}
 
 
 def test_golden_files_are_bfloat16():

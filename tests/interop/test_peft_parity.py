@@ -27,6 +27,9 @@ pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
+readme = pytest.mark.readme
+UPSTREAM, TOKASAURUS = "upstream `.pt` (`frozen_*`, `fixed_*`)", "Tokasaurus folder"
+PEFT, CACHE = "PEFT CARTRIDGE, PREFIX_TUNING", "`past_key_values`"
 TOLERANCE = 1e-4
 TOKENS = fixed_tokens()[None]
 KINDS = ["peft", "prefix-tuning"]
@@ -56,6 +59,7 @@ def torch_logits(model: Any, **more: Any) -> np.ndarray:
         return model(input_ids=torch.from_numpy(TOKENS).long(), **more).logits[0].numpy()
 
 
+@readme(PEFT, write="✓", parity="peft 0.21", tolerance="logits 1e-4")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_answers_alike_with_a_cartridge_of_ours(
@@ -73,6 +77,7 @@ def test_peft_answers_alike_with_a_cartridge_of_ours(
     assert np.abs(theirs - without).max() > 0.1  # the slots do something
 
 
+@readme(PEFT, read="✓")
 @pytest.mark.parametrize("kind", ["CARTRIDGE", "PREFIX_TUNING"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cartridge_that_peft_trained_answers_alike_here(
@@ -91,6 +96,7 @@ def test_golden_adapters_are_what_peft_makes(load_tiny: Callable[[str], Language
     np.testing.assert_allclose(logits, np.load(golden.FORMATS / "cartridge.npz")["logits"], rtol=0, atol=TOLERANCE)
 
 
+@readme(CACHE, write="✓", parity="transformers 5", tolerance="logits 1e-4")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dynamic_cache_answers_alike(family: str, load_tiny: Callable[[str], LanguageModel]):
     torch = pytest.importorskip("torch")
@@ -104,6 +110,7 @@ def test_a_dynamic_cache_answers_alike(family: str, load_tiny: Callable[[str], L
     np.testing.assert_allclose(model.logits(TOKENS, cartridge=cartridge)[0], theirs, rtol=0, atol=TOLERANCE)
 
 
+@readme(CACHE, read="✓")
 def test_what_transformers_cached_answers_alike_here(load_tiny: Callable[[str], LanguageModel]):
     """The lossless control: the cache of a real prefix, as a cartridge, equals the whole text."""
     torch = pytest.importorskip("torch")
@@ -117,7 +124,15 @@ def test_what_transformers_cached_answers_alike_here(load_tiny: Callable[[str], 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("num_frozen", [0, 1, 12])
-@pytest.mark.parametrize("format", ["upstream", "tokasaurus"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        pytest.param("upstream", marks=readme(UPSTREAM, write="✓", parity="torch 2.13", tolerance="exact")),
+        pytest.param(
+            "tokasaurus", marks=readme(TOKASAURUS, write="✓", parity="torch 2.13, a stub of it", tolerance="exact")
+        ),
+    ],
+)
 def test_torch_opens_what_is_written_with_weights_only(
     format: str, num_frozen: int, dtype: str, tiny_llama: LanguageModel, tmp_path: Path
 ):
@@ -138,6 +153,8 @@ def test_torch_opens_what_is_written_with_weights_only(
         np.testing.assert_array_equal(found, expected)
 
 
+@readme(UPSTREAM, read="✓")
+@readme(TOKASAURUS, read="✓")
 @pytest.mark.parametrize("name", golden.UPSTREAM)
 def test_files_that_torch_writes_today_are_read(name: str, tmp_path: Path):
     pytest.importorskip("torch")

@@ -13,6 +13,7 @@ import tiny
 from loopback import QuietHandler, serving
 
 from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.data import dataset_files, read_examples
 from cartridges_jax.interop import formats
 
 KEY = "secret"
@@ -36,13 +37,14 @@ def run_service(service: Service) -> Iterator[str]:
                 for n, (t, c) in service.files.items()
             ]
             edges = [{"node": node} for node in nodes]
-            run = {"files": {"edges": edges}} if query["run"] == "abc123" else None
-            self._send(200, json.dumps({"data": {"project": {"run": run}}}).encode())
+            holder = {"files": {"edges": edges}} if query["name"] in ("abc123", "talks:v2") else None
+            project = {"artifactType": {"holder": holder}} if ":" in query["name"] else {"holder": holder}
+            self._send(200, json.dumps({"data": {"project": project}}).encode())
 
         def do_GET(self) -> None:
             if service.storage and self.headers["Host"] in service.url:
                 return self._send(302, b"", service.storage + self.path)
-            _, content = service.files[self.path.rpartition("/")[2]]
+            _, content = service.files[self.path.removeprefix("/files/")]
             self._send(200, content)
 
         def _send(self, status: int, content: bytes, location: str = "") -> None:
@@ -86,13 +88,29 @@ def test_the_newest_cartridge_of_a_run_is_fetched_once(cartridge: Cartridge, ser
     assert [path for path, _ in service.asked] == ["/graphql"]
 
 
+@pytest.mark.parametrize("source", ["wandb:me/project/abc123", "wandb:me/project/talks:v2"])
+@pytest.mark.parametrize("folder", ["", "data/", "dataset/"])
+def test_the_dataset_of_a_run_or_artifact_is_fetched_once(service: Service, tmp_path: Path, source: str, folder: str):
+    tiny.write_dataset(tmp_path / "dataset.parquet", tiny.model(), count=3)
+    content = (tmp_path / "dataset.parquet").read_bytes()
+    for name in ("a.parquet", "b.parquet"):
+        service.files[folder + name] = "2026-01-01T00:00:00", content
+    service.files["../evil.parquet"] = service.files["cartridge.pt"] = "2026-01-01T00:00:00", b""
+    assert len(read_examples(source, tiny.model().tokenizer)) == 6
+    assert [file.read_bytes() for file in dataset_files(source)] == [content] * 2
+    assert sorted(path for path, sent in service.asked if sent is None) == [f"/files/{folder}{n}.parquet" for n in "ab"]
+    service.files.clear()
+    with pytest.raises(FileNotFoundError, match="has no Parquet file"):
+        dataset_files(source)
+
+
 def test_each_failure_is_a_sentence(
     cartridge: Cartridge, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for source in ("wandb:abc123", "wandb:a/b/../c", "wandb:a/../abc123", "wandb:a/b/c/d", "wandb:"):
-        with pytest.raises(ValueError, match="is no run: expected wandb:entity/project/run"):
+        with pytest.raises(ValueError, match="is no source: expected wandb:entity/project/run"):
             Cartridge.load(source)
-    with pytest.raises(FileNotFoundError, match="knows no run me/project/other"):
+    with pytest.raises(FileNotFoundError, match="knows no me/project/other"):
         Cartridge.load("wandb:me/project/other")
     with pytest.raises(FileNotFoundError, match=r"has no cartridge\.safetensors"):
         Cartridge.load("wandb:me/project/abc123")
