@@ -14,6 +14,10 @@ OTHER := not parity and not aot and not real_servers and not vllm
 
 .PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-aot golden fuzz lint
 
+# large pages for large arrays (glibc asks for them only if told), and vectors as wide as the CPU has them: a training
+# step is a fifth faster on AVX-512
+quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart: export XLA_FLAGS ?= --xla_cpu_prefer_vector_width=512
 quickstart: install
 	$(BIN)/python -m cartridges_jax.quickstart $(if $(CONFIG),--config=$(CONFIG)) $(if $(DOC),--document=$(DOC)) $(if $(QUESTIONS),--questions=$(QUESTIONS))
 
