@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hlo import Traffic, traffic
+from cartridges_jax.planning.hlo import Traffic, traffic
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
 
