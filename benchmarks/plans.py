@@ -1,10 +1,10 @@
 """The README's table of plans: what a training step of four models holds on slices that suit them.
 
-    python benchmarks/plans.py            # wants `pip install '.[aot]'`; a few minutes
+    python -m benchmarks.plans            # wants `pip install '.[aot]'`; a few minutes
 
-`configs/large.py`: 2,048 slots, 32 rows of 2,048 tokens in a step, bfloat16. Every row is what
-`python -m cartridges_jax.plan --config=configs/large.py:train --topology=…` prints with these meshes; nothing here ran on
-the chips that it names.
+`configs/large.py`: 2,048 slots, 32 rows of 2,048 tokens in a step, bfloat16. Every row is what the command
+`python -m cartridges_jax.plan --config=configs/large.py:train` prints for that model, topology and mesh; nothing here
+ran on the chips that it names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ PLANS = [
     ("llama-3.3-70b", "v6e-32", 32, 1),
     ("llama-3.3-70b", "h100:8", 8, 1),
 ]
-HEADER = "model | slice | data x fsdp x tensor | weights | cartridge + optimizer | activations | peak | of | step, s | MFU"
+HEADER = (
+    "model | slice | data x fsdp x tensor | weights | cartridge + optimizer | activations | peak | of | step, s | MFU"
+)
 
 
 def main() -> None:

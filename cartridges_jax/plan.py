@@ -25,7 +25,6 @@ from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.costs import Costs, decode_costs, received, train_costs
 from cartridges_jax.planning.economics import Query, economics
 from cartridges_jax.planning.programs import Program, Requests, decode_program, train_program
-from cartridges_jax.sharding import MeshConfig
 from cartridges_jax.train import TrainConfig
 from command_line.config import build, load, run
 from command_line.progress import stage

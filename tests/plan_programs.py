@@ -1,4 +1,6 @@
-"""Run by tests in a process of its own: `PROGRAM TOPOLOGY [[DATA, FSDP, TENSOR, LAYERS], …]` prints what the planner finds, as lines of JSON.
+"""Run by tests in a process of its own: `PROGRAM TOPOLOGY [[DATA, FSDP, TENSOR, LAYERS], …]`.
+
+It prints what the planner finds, as lines of JSON.
 
 The model and the run are small; sizes are those that the kernels take.
 """

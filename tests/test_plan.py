@@ -121,7 +121,7 @@ def test_a_shape_may_come_from_a_config_json(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3-4b"]))
     assert shape_of(str(tmp_path)) == shape_of(str(tmp_path / "config.json")) == shape_of("Qwen/Qwen3-4B")
     (tmp_path / "config.json").write_text("GGUF")
-    with pytest.raises(ValueError, match="is no config.json: planning reads shapes, not weights"):
+    with pytest.raises(ValueError, match=r"is no config\.json: planning reads shapes, not weights"):
         shape_of(str(tmp_path))
     with pytest.raises(ValueError, match="the shape of model 'gpt-2' is unknown: planning needs one of smollm2-135m"):
         shape_of("gpt-2")
@@ -186,7 +186,9 @@ def test_the_step_of_decoding_is_planned():
     assert done.returncode == 0, done.stderr
     model = shape_of("smollm2-135m")
     caches = 2 * model.num_layers * 2 * 256 * model.num_kv_heads * model.head_dim * 4
-    assert f"caches       {caches / 2**30:10.3f} GiB" in done.stdout and "tokens/s for 8 requests at once" in done.stdout
+    assert (
+        f"caches       {caches / 2**30:10.3f} GiB" in done.stdout and "tokens/s for 8 requests at once" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,9 +259,7 @@ AOT += [("h100:8", (2, 2, 2), "__gpu$xla.gpu.triton"), ("a100:8", (1, 8, 1), "__
 
 @pytest.mark.aot
 @pytest.mark.parametrize(("topology", "mesh", "kernel"), AOT)
-def test_compilers_without_devices_agree_with_the_sums_by_hand(
-    topology: str, mesh: tuple[int, int, int], kernel: str
-):
+def test_compilers_without_devices_agree_with_the_sums_by_hand(topology: str, mesh: tuple[int, int, int], kernel: str):
     """That loops are counted as often as they turn, which TPU programs say otherwise than those of CPUs."""
     done = run([str(PROGRAM), topology, json.dumps([[*mesh, layers] for layers in (2, 3, 4)])])
     assert done.returncode == 0, done.stderr
