@@ -71,7 +71,7 @@ def report(folder: Path, layers: int, count: int) -> None:
         for i in range(count)
     ]
     for i, process in enumerate(job):
-        found = json.loads(process.communicate()[0])
+        found = json.loads(process.communicate()[0].splitlines()[-1])  # behind what Gloo says
         print(
             f"process {i}: holds {found['held'] / GB:.2f} GB ({found['held'] / size:.1%}), at most "
             f"{found['anonymous'] / GB:.2f} GB above its start, {found['mapped'] / GB:.2f} GB of files mapped, "

@@ -30,6 +30,7 @@ def get_config(stage: str = "") -> ConfigDict:
         config.train.seq_len = 2048
         config.train.batch_size = 32
         config.train.accumulation = 1
+        config.train.num_steps = 512  # about one epoch
         config.train.mesh = ConfigDict({"fsdp": 8, "tensor": 1})
         config.train.init = ConfigDict({"kind": "text", "num_slots": 2048})
         config.train.optim = ConfigDict({"lr": 2e-2, "warmup_steps": 20})

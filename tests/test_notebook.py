@@ -27,6 +27,7 @@ def test_no_output_is_kept_and_every_cell_is_python():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_notebook_makes_a_cartridge_and_chats_with_it(tmp_path: Path):
     """In a folder of its own, which has what a clone has."""
     for name in ("configs", "examples"):
@@ -46,6 +47,6 @@ def test_the_notebook_makes_a_cartridge_and_chats_with_it(tmp_path: Path):
     program = f"import os\nos.environ |= { ({'DOCUMENT': str(document), 'OVERRIDES': overrides})!r}\n"
     program += "\n".join("".join(cell["source"]) for cell in code_cells())
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stderr
     assert "gap" in done.stdout and "run directory: runs/animals" in done.stdout

@@ -15,7 +15,7 @@ from cartridges_jax.losses import CHUNK
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic
-from cartridges_jax.planning.programs import TARGETS, Requests, target_chunks
+from cartridges_jax.planning.programs import TARGETS, TOP_K, Requests, target_chunks
 from cartridges_jax.train import TrainConfig
 
 
@@ -95,7 +95,7 @@ def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
 
 
 def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> dict[str, float]:
-    """Bytes that a step's collectives put out on a device, without the few numbers of the loss.
+    """Bytes that a step's collectives put out on a device, but for a few numbers (loss, norm, how many chunks).
 
     By `collectives.py`: a layer's matrices in the forward and in the backward pass, embedding and head once a step
     where the loop over micro-batches has them outside; over `tensor`, two sums of a layer's forward pass, one of them
@@ -107,8 +107,9 @@ def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, i
     gathered = config.accumulation * 2 * model.num_layers * model.layer_weights + ends
     positions = config.batch_size // (data * fsdp) * config.seq_len
     chunks = target_chunks(positions) * min(CHUNK, positions)
-    states = positions * (5 * model.num_layers + 1) * width + chunks * 4
-    summed = config.accumulation * states * model.embed_dim
+    sums = positions * (5 * model.num_layers + 1) * model.embed_dim * width
+    sums += chunks * (model.embed_dim + 2 + TOP_K) * 4  # a target's gradient, its normalizer and its entries
+    summed = config.accumulation * sums
     parts = tensor if model.num_kv_heads % tensor == 0 else 1
     slots = 2 * model.num_layers * config.init.num_slots * model.num_kv_heads * model.head_dim * 4 / parts
     return {
