@@ -54,6 +54,8 @@ WEIGHTS: dict[str, Any] = {
 }
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
 BATCH = P(None, ROWS)  # accumulation b …
+CACHES = P(None, ROWS, "tensor")  # l r k s h, of requests that are decoded; the slots that they share lie like SLOTS
+SLOTS = P(None, None, "tensor")  # l c k p, with h for keys and values
 LOGITS = P(None, None, "tensor")  # b t v: of small inputs, which every device has
 
 
@@ -138,6 +140,12 @@ def fitted(shapes: Any, table: Specs, mesh: Mesh) -> Specs:
 
 def shardings(specs: Specs, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def abstract(tree: Any, table: Specs, mesh: Mesh) -> Any:
+    """The shapes of a tree of arrays (or of their shapes) and how they lie, to compile for without having them."""
+    placements = shardings(fitted(tree, table, mesh), mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placements)
 
 
 def placed(tree: Any, table: Specs, mesh: Mesh) -> Any:

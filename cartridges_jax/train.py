@@ -261,16 +261,13 @@ def _begin(directory: Path, config: TrainConfig, cartridge: Cartridge) -> None:
 def _with_training(
     cartridge: Cartridge, config: TrainConfig, model_config: ModelConfig, num_steps: int, tokens: int
 ) -> Cartridge:
-    block_weights = (
-        model_config.embed_dim * model_config.head_dim * 2 * (model_config.num_heads + model_config.num_kv_heads)
-    )
-    weights = model_config.num_layers * (block_weights + 3 * model_config.embed_dim * model_config.mlp_dim)
     provenance = dataclasses.replace(
         cartridge.provenance,
         recipe=f"{cartridge.provenance.recipe}; {num_steps} steps of distillation, lr {config.optim.lr}, "
         f"tail {config.tail}",
         training_tokens=tokens,
-        training_flops=4.0 * weights * tokens,  # a forward pass and the gradient of the activations; weights are frozen
+        # a forward pass and the gradient of the activations; weights are frozen
+        training_flops=4.0 * model_config.num_layers * model_config.layer_weights * tokens,
     )
     return cartridge.replace(provenance=provenance)  # type: ignore[attr-defined]
 

@@ -101,13 +101,8 @@ def compiled(output: Path) -> None:
     for name, shape in (("4x4x2", (4, 4, 2)), ("1x1x1", (1, 1, 1))):
         mesh = mesh_of(shape)
         trees = (state, sharding.CARTRIDGE), (params, sharding.WEIGHTS), (batch, sharding.BATCH)
-        arguments = [abstract(tree, table, mesh) for tree, table in trees]
+        arguments = [sharding.abstract(tree, table, mesh) for tree, table in trees]
         (output / f"{name}.txt").write_text(train_step.lower(*arguments, mesh=mesh, **options).compile().as_text())
-
-
-def abstract(tree: Any, table: Any, mesh: Any) -> Any:
-    placements = sharding.shardings(sharding.fitted(tree, table, mesh), mesh)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placements)
 
 
 class Traced:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hlo import Traffic, traffic
+from cartridges_jax.planning.hlo import Traffic, traffic
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
 
@@ -39,3 +39,18 @@ def test_loops_count_as_often_as_they_turn():
         "all-reduce": Traffic(2 * 5 + 1, 2 * 5 * 8 * 4 * 2 + 16),
     }
     assert traffic(PROGRAM)["all-reduce"].count == 5 + 1
+
+
+def test_a_loop_that_says_its_length_in_its_condition_only():
+    """As TPU programs do; one that compares two numbers of its state depends on the data."""
+    condition = """%more (p: (s32[], bf16[8,4])) -> pred[] {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+"""
+    program = PROGRAM.replace("%inner (p", condition + "%inner (p")
+    assert traffic(program, unknown_trips=2)["all-reduce"].count == 7 * 5 + 1
+    depends = program.replace("constant(7)", "get-tuple-element(%p), index=1")
+    assert traffic(depends, unknown_trips=2)["all-reduce"].count == 2 * 5 + 1

@@ -18,8 +18,8 @@ import tiny
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent.parent
-BOUND = 1e-5  # of slots after STEPS of Adam, when more than two processes add up in another order
-STEPS = 6
+BOUND = 1e-5  # of slots after STEPS of Adam, and of losses, when processes add up in another order
+STEPS, LEARNING_RATE = 6, 5e-2
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def start(folder: Path, name: str, count: int, devices: int = 1, **changes: Any)
         "checkpoint_every": 2,
         "distributed": count > 1,
         "init": {"num_slots": 16, "num_frozen": 2},
-        "optim": {"lr": 5e-2, "warmup_steps": 2},
+        "optim": {"lr": LEARNING_RATE, "warmup_steps": 2},
     } | changes
     config = folder / f"{name}.py"
     config.write_text(
@@ -74,7 +74,7 @@ def processes(command: list[str], count: int, devices: int = 1) -> list[subproce
 
 def finish(job: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
     """Standard output and error of each process."""
-    said = [process.communicate(timeout=280) for process in job]
+    said = [process.communicate(timeout=600) for process in job]
     assert [process.returncode for process in job] == [0] * len(job), [error[-2000:] for _, error in said]
     return said
 
@@ -106,17 +106,35 @@ def test_a_process_reads_its_part_of_the_weights_and_no_more(tmp_path: Path):
         assert found["same"] and len(set(found["fingerprints"])) == 1
 
 
+def assert_agree(folder: Path, name: str, alone: dict[str, np.ndarray]) -> None:
+    """Losses agree at every step, and slots but for the few whose gradient is no more than rounding.
+
+    Adam divides a gradient by its own size: one that is zero but for the order of a sum moves its slot a visible part
+    of the learning rate, here or there.
+    """
+    theirs, ours = (
+        [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("alone", name)
+    )
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([m[key] for m in ours], [m[key] for m in theirs], rtol=BOUND)
+    for key, slots in load_file(folder / name / "cartridge.safetensors").items():
+        difference = np.abs(slots - alone[key])
+        assert np.quantile(difference, 0.99) <= BOUND, key
+        assert difference.max() <= LEARNING_RATE / 50, key
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 1, "fsdp": 4}, {"fsdp": 2, "data": 2}])
 def test_four_processes_agree_with_one(folder: Path, alone: dict[str, np.ndarray], mesh: dict[str, int]):
     name = "four-" + "-".join(map(str, mesh.values()))
     finish(start(folder, name, 4, mesh=mesh))
-    ours = load_file(folder / name / "cartridge.safetensors")
-    for key, expected in alone.items():
-        np.testing.assert_allclose(ours[key], expected, atol=BOUND)
+    assert_agree(folder, name, alone)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the others wait long before they give up
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_job_and_the_restart_resumes(folder: Path, alone: dict[str, np.ndarray], lost: int):
     """The restart is on another mesh: one process, one device."""
@@ -133,9 +151,7 @@ def test_a_lost_process_ends_the_job_and_the_restart_resumes(folder: Path, alone
     # JAX's own watch ends a process that is within a collective, before ours can speak
     assert "run the same command again" in error or "another task died" in error, error
     finish(start(folder, name, 1))
-    ours = load_file(folder / name / "cartridge.safetensors")
-    for key, expected in alone.items():
-        np.testing.assert_allclose(ours[key], expected, atol=BOUND)
+    assert_agree(folder, name, alone)
 
 
 def test_a_job_without_others_is_refused(folder: Path):

@@ -11,10 +11,10 @@ import jax
 import mesh_programs
 import numpy as np
 import pytest
-from hlo import Traffic, traffic
 
 from cartridges_jax import sharding
 from cartridges_jax.models.transformer import abstract_params
+from cartridges_jax.planning.hlo import Traffic, traffic
 from cartridges_jax.sharding import MeshConfig, mesh_shape
 
 ROOT = Path(__file__).parent.parent

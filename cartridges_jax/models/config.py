@@ -47,6 +47,11 @@ class ModelConfig:
         if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
             raise ValueError(f"{len(self.rope_factors)} RoPE factors were given, expected {self.head_dim // 2}")
 
+    @property
+    def layer_weights(self) -> int:
+        """Entries of one layer's matrices."""
+        return self.embed_dim * (2 * self.head_dim * (self.num_heads + self.num_kv_heads) + 3 * self.mlp_dim)
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Reads a Hugging Face `config.json`, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).

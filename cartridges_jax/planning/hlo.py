@@ -15,6 +15,8 @@ WIDTHS |= {"s64": 8, "u64": 8, "f64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.$-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CONDITION = re.compile(r"condition=%?([\w.$-]+)")
+_CONSTANT = re.compile(r" [su]\d+\[\]\S* constant\((\d+)\)")
 _CALLED = re.compile(
     r"(?:body|calls|to_apply|true_computation|false_computation|branch_computations)=\{?(%[\w.$, %-]+)"
 )
@@ -68,13 +70,20 @@ def _count(
             totals[kind, "count"] += times
             totals[kind, "bytes"] += times * _bytes(shape, kind, started=operation != kind)
             continue
-        trips = 1
-        if operation == "while":
-            known = _TRIPS.search(line)
-            trips = int(known[1]) if known else unknown
+        trips = _trips(programs, line, unknown) if operation == "while" else 1
         for called in _CALLED.findall(line):
             for part in called.split(","):
                 _count(programs, part.strip().removeprefix("%"), times * trips, unknown, totals)
+
+
+def _trips(programs: dict[str, list[str]], loop: str, unknown: int) -> int:
+    """XLA writes down what it knows, or (on TPU) leaves a scan's length as the one number in the loop's condition."""
+    if known := _TRIPS.search(loop):
+        return int(known[1])
+    condition = _CONDITION.search(loop)
+    lines = "\n".join(programs.get(condition[1], ())) if condition else ""
+    numbers = _CONSTANT.findall(lines)
+    return int(numbers[0]) if len(numbers) == 1 else unknown
 
 
 def _bytes(shape: str, kind: str, started: bool) -> int:

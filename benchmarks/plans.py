@@ -1,0 +1,66 @@
+"""The README's table of plans: what a training step of four models holds on slices that suit them.
+
+    python -m benchmarks.plans            # wants `pip install '.[aot]'`; a few minutes
+
+`configs/large.py`: 2,048 slots, 32 rows of 2,048 tokens in a step, bfloat16. Every row is what the command
+`python -m cartridges_jax.plan --config=configs/large.py:train` prints for that model, topology and mesh; nothing here
+ran on the chips that it names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cartridges_jax import sharding
+from cartridges_jax.models.shapes import shape_of
+from cartridges_jax.plan import STEPS, compile_here
+from cartridges_jax.planning.chips import GIB, devices_of
+from cartridges_jax.planning.costs import received, train_costs
+from cartridges_jax.planning.programs import train_program
+from cartridges_jax.sharding import MeshConfig
+from cartridges_jax.train import TrainConfig
+from command_line.config import build, load
+
+PLANS = [
+    ("qwen3-4b", "v5e-8", 8, 1),
+    ("qwen3-4b", "v6e-4", 4, 1),
+    ("qwen3-4b", "h100:8", 1, 1),
+    ("llama-3.1-8b", "v5e-16", 8, 1),
+    ("llama-3.1-8b", "v5p-8", 4, 1),
+    ("llama-3.1-8b", "v6e-8", 8, 1),
+    ("llama-3.1-8b", "h100:8", 8, 1),
+    ("qwen3-32b", "v5p-32", 16, 1),
+    ("qwen3-32b", "v6e-16", 16, 1),
+    ("qwen3-32b", "h100:8", 8, 1),
+    ("llama-3.3-70b", "v5p-64", 16, 1),
+    ("llama-3.3-70b", "v6e-32", 32, 1),
+    ("llama-3.3-70b", "h100:8", 8, 1),
+]
+HEADER = (
+    "model | slice | data x fsdp x tensor | weights | cartridge + optimizer | activations | peak | of | step, s | MFU"
+)
+
+
+def main() -> None:
+    compile_here()
+    config = build(TrainConfig, load(["--config=configs/large.py:train"]))
+    print(f"| {HEADER} | compiled in, s |", "|---" * 11 + "|", sep="\n")
+    for name, topology, fsdp, tensor in PLANS:
+        print(f"| {row(config, name, topology, MeshConfig(None, fsdp, tensor))} |", flush=True)
+
+
+def row(config: TrainConfig, name: str, topology: str, mesh_config: MeshConfig) -> str:
+    model, (chip, devices) = shape_of(name), devices_of(topology)
+    config = dataclasses.replace(config, model=name, mesh=mesh_config)
+    mesh = sharding.make_mesh(mesh_config, devices)
+    program = train_program(config, model, mesh, STEPS)
+    costs = train_costs(config, model, mesh.devices.shape)
+    seconds = costs.seconds(chip, received(program.collectives))
+    held = program.arguments
+    sizes = held["weights"], held["cartridge"] + held["optimizer"], program.activations, program.peak, chip.memory
+    cells = [name, topology, " x ".join(map(str, mesh.devices.shape)), *(f"{size / GIB:.1f}" for size in sizes)]
+    return " | ".join([*cells, f"{seconds:.2f}", f"{costs.mfu(chip, seconds):.0%}", f"{program.seconds:.0f}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The peaks of chips, and the devices of a topology that this machine does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one device of JAX can do at best, as its maker states it."""
+
+    platform: str
+    flops: float  # per second, of bfloat16
+    memory: float  # bytes
+    bandwidth: float  # bytes per second, of that memory
+    ring: float  # bytes per second that a device receives of its neighbours on one axis of the mesh
+    source: str
+    dimensions: int = 0  # of a TPU's torus
+    cores: int = 1  # that a slice's name counts for each chip ("v5p-64")
+    target: str = ""  # what differs between GPUs in a GpuTargetConfigProto
+
+
+GIB = 2**30
+NVIDIA = "https://www.nvidia.com/en-us/data-center"
+CLOUD = "https://docs.cloud.google.com/tpu/docs"
+HOPPER = "core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800 "
+HOPPER += "shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472 "
+HOPPER += "cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }"
+AMPERE = "core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 l2_cache_size: 41943040 "
+AMPERE += "shared_memory_per_block_optin: 166912 shared_memory_per_core: 167936 "
+AMPERE += "cuda_compute_capability { major: 8 minor: 0 }"
+
+# A TPU's `ring` is its interconnect in both directions over its ports (four in a plane, six in a cube): an axis has two
+# ports, and each receives half of the time's sum. A GPU's is half of NVLink's two directions. The two cores of a tpu7x
+# chip are two devices, with half of the chip each; those of v5p are one.
+CHIPS = {
+    "v5e": Chip("tpu", 197e12, 16 * GIB, 819e9, 100e9, f"{CLOUD}/v5e", 2),
+    "v5p": Chip("tpu", 459e12, 95 * GIB, 2765e9, 200e9, f"{CLOUD}/v5p", 3, 2),
+    "v6e": Chip("tpu", 918e12, 32 * GIB, 1638e9, 200e9, f"{CLOUD}/v6e", 2),
+    "tpu7x": Chip("tpu", 1153.5e12, 96 * GIB, 3690e9, 100e9, f"{CLOUD}/tpu7x", 3),
+    "a100": Chip("gpu", 312e12, 80e9, 2039e9, 300e9, f"{NVIDIA}/a100/", target=AMPERE),
+    "h100": Chip("gpu", 989e12, 80e9, 3350e9, 450e9, f"{NVIDIA}/h100/", target=HOPPER),
+    "h200": Chip("gpu", 989e12, 141e9, 4800e9, 450e9, f"{NVIDIA}/h200/", target=HOPPER),
+    # virtual devices of this machine, to try a plan on; two cores of a laptop, roughly
+    "cpu": Chip("cpu", 2e11, 8 * GIB, 2e10, 1e10, "nominal"),
+}
+ALIASES = {"v5litepod": "v5e", "tpu7": "tpu7x"}
+GPUS_PER_HOST = 8
+PACKAGES = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
+# XLA asks for no more of a GPU than this; numbers that an H100 and an A100 share are here, the others in the table
+GPU_TARGET = """
+platform_name: "CUDA" device_description_str: "NVIDIA {name}" runtime_version {{ major: 13 }}
+dnn_version_info {{ major: 9 minor: 12 }}
+gpu_device_info {{
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory:.0f} {target}
+}}
+"""
+KNOWN = "v5p-64 or another slice's name, v5p:2x4x4 or another torus of chips, h100:8, or cpu:8"
+
+
+def parse(topology: str) -> tuple[str, tuple[int, ...]]:
+    """The chip's name and the sides of its torus, or the number of GPUs or virtual devices.
+
+    Raises:
+      ValueError: no such topology.
+    """
+    found = re.fullmatch(r"(\w+?)([:-])(\d+(?:x\d+)*)", topology.lower())
+    name = ALIASES.get(found[1], found[1]) if found else ""
+    if not found or name not in CHIPS:
+        raise ValueError(f"--topology is {topology!r}, expected {KNOWN}; chips are {', '.join(CHIPS)}")
+    chip, sides = CHIPS[name], tuple(map(int, found[3].split("x")))
+    if len(sides) == 1 and chip.dimensions and found[2] == "-" and name != "tpu7x":
+        sides = _torus(topology, sides[0] // chip.cores, chip.dimensions)
+    if min(sides) < 1 or len(sides) != (chip.dimensions or 1):
+        raise ValueError(f"--topology is {topology!r}: the sides of a {name} are {max(chip.dimensions, 1)} numbers")
+    if chip.platform == "gpu" and sides[0] > GPUS_PER_HOST:
+        raise ValueError(f"--topology is {topology!r}: GPUs are planned within one host, expected at most 8")
+    return name, sides
+
+
+def devices_of(topology: str) -> tuple[Chip, list[Any]]:
+    """The chip, and devices to compile for.
+
+    Raises:
+      ValueError: no such topology, or its compiler does not know it.
+      ImportError: its compiler is not installed.
+    """
+    name, sides = parse(topology)
+    chip = CHIPS[name]
+    if chip.platform == "cpu":
+        if len(jax.devices("cpu")) < sides[0]:
+            raise ValueError(f"--topology is {topology!r}, but this process has {len(jax.devices('cpu'))} devices")
+        return chip, jax.devices("cpu")[: sides[0]]
+    try:
+        importlib.metadata.distribution(PACKAGES[chip.platform])
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            f"--topology is {topology!r}, and the compiler for it is not installed: run `pip install '.[aot]'`"
+        ) from error
+    try:
+        if chip.platform == "tpu":
+            host = {} if math.prod(sides) >= 4 else {"chips_per_host_bounds": (*sides, 1)}
+            found = topologies.get_topology_desc(f"{name}:{'x'.join(map(str, sides))}", platform="tpu", **host)
+        else:
+            found = topologies.get_topology_desc(
+                "", platform="cuda", target_config=gpu_target(name), topology=f"1x1x{sides[0]}"
+            )
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--topology is {topology!r}, which the compiler does not know ({reason})") from error
+    return chip, list(found.devices)
+
+
+def gpu_target(name: str) -> str:
+    chip = CHIPS[name]
+    return GPU_TARGET.format(name=name.upper(), bandwidth=chip.bandwidth, memory=chip.memory, target=chip.target)
+
+
+def _torus(topology: str, chips: int, dimensions: int) -> tuple[int, ...]:
+    """Of a slice that is named by its size: as near to a cube as a power of two comes."""
+    sides = [1, 1] if dimensions == 2 else [2, 2, 1]
+    while math.prod(sides) < chips:
+        smallest = max(i for i, side in enumerate(sides) if side == min(sides))
+        sides[smallest] *= 2
+    if math.prod(sides) != chips:
+        raise ValueError(f"--topology is {topology!r}, which has {chips} chips: give its torus, as in v5p:4x4x12")
+    return tuple(sides)

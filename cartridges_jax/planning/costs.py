@@ -1,0 +1,142 @@
+"""FLOPs, bytes and seconds by hand: XLA's own analysis counts the body of a loop once, and a kernel not at all.
+
+The roofline: a part of the step takes as long as its FLOPs at the chip's peak or its bytes at the memory's bandwidth,
+whichever is longer; parts follow each other; communication is not hidden behind them. No program is that fast on the
+first count or that clumsy on the last: a prediction says which plan is better, and what to measure a run against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from cartridges_jax.losses import CHUNK
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.planning.chips import Chip
+from cartridges_jax.planning.hlo import Traffic
+from cartridges_jax.planning.programs import TARGETS, TOP_K, Requests, target_chunks
+from cartridges_jax.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Of a step, on one device."""
+
+    flops: float
+    num_bytes: float  # from and to its memory
+
+    def seconds(self, chip: Chip) -> float:
+        return max(self.flops / chip.flops, self.num_bytes / chip.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of a step, on one device."""
+
+    needed: float  # FLOPs, whatever else is computed
+    parts: tuple[Part, ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(part.flops for part in self.parts)
+
+    def seconds(self, chip: Chip, communicated: float) -> float:
+        """Args: communicated: bytes that a device receives (`received`)."""
+        return sum(part.seconds(chip) for part in self.parts) + communicated / chip.ring
+
+    def mfu(self, chip: Chip, seconds: float) -> float:
+        return self.needed / (seconds * chip.flops)
+
+
+def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> Costs:
+    """Of a step of training. Rows count as one conversation each, the most that attention can cost.
+
+    Needed are a forward pass and the gradients of activations and slots: weights are frozen.
+    """
+    data, fsdp, tensor = mesh
+    rows = config.batch_size // (data * fsdp)
+    tokens = config.accumulation * rows * config.seq_len
+    layers, width = model.num_layers, jnp.dtype(config.dtype).itemsize
+    matrices = layers * model.layer_weights / tensor
+    # what the backward pass multiplies again; of a layer, the product that gives only its output is not needed
+    again = matrices - layers * model.embed_dim * model.mlp_dim / tensor if config.remat == "layers" else 0.0
+    seen = config.init.num_slots + (config.seq_len + 1) / 2
+    attention = 4 * layers * model.num_heads / tensor * model.head_dim * seen * tokens  # scores, then values
+    head = model.vocab_size * model.embed_dim / tensor
+    targets = TARGETS * tokens
+    # of a flash kernel, whose backward pass has five products to the forward pass's two, scores among them again
+    layer_flops = (4 * matrices + 2 * again) * tokens + 3.5 * attention
+    passes = 4 if config.remat == "layers" else 3
+    weight_bytes = config.accumulation * (3 if config.remat == "layers" else 2) * matrices * width
+    chunks = config.accumulation * target_chunks(rows * config.seq_len)
+    return Costs(
+        needed=4 * matrices * tokens + 3 * attention + 4 * head * targets,
+        parts=(
+            Part(layer_flops, weight_bytes + passes * layers * tokens * _states(model, tensor) * width),
+            Part(4 * head * targets, 2 * chunks * head * width),  # a chunk of targets reads the head twice
+        ),
+    )
+
+
+def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], requests: Requests) -> Costs:
+    """Of one token for every request; requests of one cartridge read it together."""
+    data, fsdp, tensor = mesh
+    count = requests.count / (data * fsdp)
+    width = jnp.dtype(config.dtype).itemsize
+    weights = (model.num_layers * model.layer_weights + model.vocab_size * model.embed_dim) / tensor
+    kv_heads = max(model.num_kv_heads / tensor, 1)
+    position = 2 * model.num_layers * kv_heads * model.head_dim * width
+    slots = config.init.num_slots
+    attention = 4 * model.num_layers * model.num_heads / tensor * model.head_dim * (slots + requests.length) * count
+    flops = 2 * weights * count + attention
+    read = min(requests.cartridges, count) * slots + count * requests.length
+    return Costs(flops, (Part(flops, weights * width + position * read),))
+
+
+def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> dict[str, float]:
+    """Bytes that a step's collectives put out on a device, but for a few numbers (loss, norm, how many chunks).
+
+    By `collectives.py`: a layer's matrices in the forward and in the backward pass, embedding and head once a step
+    where the loop over micro-batches has them outside; over `tensor`, two sums of a layer's forward pass, one of them
+    again in its backward pass, and two of gradients; the cartridge's gradient.
+    """
+    data, fsdp, tensor = mesh
+    width = jnp.dtype(config.dtype).itemsize
+    ends = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
+    gathered = config.accumulation * 2 * model.num_layers * model.layer_weights + ends
+    positions = config.batch_size // (data * fsdp) * config.seq_len
+    chunks = target_chunks(positions) * min(CHUNK, positions)
+    sums = positions * (5 * model.num_layers + 1) * model.embed_dim * width
+    sums += chunks * (model.embed_dim + 2 + TOP_K) * 4  # a target's gradient, its normalizer and its entries
+    summed = config.accumulation * sums
+    parts = tensor if model.num_kv_heads % tensor == 0 else 1
+    slots = 2 * model.num_layers * config.init.num_slots * model.num_kv_heads * model.head_dim * 4 / parts
+    return {
+        "all-gather": gathered * width / tensor if fsdp > 1 else 0.0,
+        "all-reduce": (summed if tensor > 1 else 0.0) + (slots if data * fsdp > 1 or parts < tensor else 0.0),
+    }
+
+
+def received(traffic: dict[str, Traffic] | dict[str, float]) -> float:
+    """Bytes that a device receives, of what collectives put out on it: a sum comes in two rounds."""
+    sizes = {kind: t.num_bytes if isinstance(t, Traffic) else t for kind, t in traffic.items()}
+    return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sizes.items())
+
+
+def least_memory(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> float:
+    """Bytes that no program of the step does without: weights, cartridge and optimizer, layers' inputs."""
+    data, fsdp, tensor = mesh
+    width = jnp.dtype(config.dtype).itemsize
+    ends = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
+    weights = (model.num_layers * model.layer_weights + ends) * width / (fsdp * tensor)
+    slots = 2 * model.num_layers * config.init.num_slots * model.num_kv_heads * model.head_dim * 4
+    tokens = config.batch_size // (data * fsdp) * config.seq_len
+    kept = model.num_layers * tokens * (model.embed_dim + model.num_heads * model.head_dim / tensor) * width
+    return weights + 3 * slots / tensor + kept
+
+
+def _states(model: ModelConfig, tensor: int) -> float:
+    """Numbers that one pass of a layer reads and writes for a token, beside its weights."""
+    heads = 2 * (model.num_heads + 2 * model.num_kv_heads) + 2 * model.num_heads
+    return 8 * model.embed_dim + (heads * model.head_dim + 6 * model.mlp_dim) / tensor
