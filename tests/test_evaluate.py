@@ -14,15 +14,13 @@ import tiny
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import exchanges, split_dataset
+from cartridges_jax.evals.questions import questions_of
+from cartridges_jax.evals.scorers import contains, normalized, token_f1
 from cartridges_jax.evaluate import (
     EvalConfig,
     answer_nll,
-    contains,
     evaluate,
     gap_closed,
-    normalized,
-    questions_of,
-    token_f1,
 )
 from cartridges_jax.report import samples, table
 

@@ -87,8 +87,9 @@ def test_pretrained_refuses_more_frozen_slots_than_it_has(tmp_path: Path):
         ({"num_slots": 0}, "expected at least one slot"),
         ({"num_slots": 4, "num_frozen": 5}, "num_frozen from 0 to num_slots"),
         ({"num_frozen": -1}, "num_frozen from 0 to num_slots"),
-        ({"kind": "pretrained"}, "a path belongs to 'pretrained' only"),
-        ({"path": "x"}, "a path belongs to 'pretrained' only"),
+        ({"kind": "pretrained"}, "a path belongs to 'pretrained', which needs one"),
+        ({"path": "x"}, "a path belongs to 'pretrained', which needs one, or to 'random_text'"),
+        ({"kind": "summary"}, "set init.summary.base_url"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(settings: dict, sentence: str):
