@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import itertools
 import json
 import statistics
 import time
@@ -49,6 +51,7 @@ STARTS = ("attention_matching", "text", "sampled_chunks", "random_text", "random
 SIZES = (40, 20, 10, 4, 2)  # p is the document's tokens over this
 MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
+RECIPE = "upstream's recipe"  # its start, loss, reduction, learning rate and schedule, in our batches
 UPSTREAM = OptimConfig(lr=2e-2, schedule="constant")
 UPSTREAM_EPOCHS = 6
 
@@ -79,8 +82,11 @@ class Trial:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_frozen: int = 1
 
-    def name(self, seed: int) -> str:
-        return f"{self.study}-{self.label}-{self.document.text.stem}-{self.share}-seed{seed}".replace(" ", "_")
+    def run_name(self, seed: int) -> str:
+        """Of what is trained, whatever study asks for it."""
+        changes = repr((str(self.document.dataset), sorted(self.changes.items()))).encode()
+        digest = hashlib.sha256(changes).hexdigest()[:8]
+        return f"{self.document.text.stem}-{self.kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
 
 
 def main() -> None:
@@ -92,36 +98,40 @@ def main() -> None:
     for seed in range(args.seeds):
         for trial in trials:
             bench.run(trial, seed)
-            bench.report(trials)
+            bench.report(trials, args.seeds)
         if args.second and (args.only is None or "composition" in args.only):
             bench.compose(first, Document.of_run(args.second, args.second_questions), seed)
-            bench.report(trials)
+            bench.report(trials, args.seeds)
     print(f"report: {args.output / 'report.md'}")
 
 
 def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
     upstream = {"tail": "drop", "reduction": "row", "optim": UPSTREAM, "num_epochs": UPSTREAM_EPOCHS}
-    for share in args.shares:
+    tokens = {"targets": "tokens", "tail": "drop"}
+
+    def starts(share: int) -> Iterator[Trial]:
         for kind in STARTS:
             yield Trial(f"starts-{share}", kind, document, share, kind)
-        yield Trial(f"starts-{share}", "upstream's recipe", document, share, "text", upstream)
-    tokens = {"targets": "tokens", "tail": "drop"}
-    for label, changes in (("bucket", {}), ("drop", {"tail": "drop"}), ("next token", tokens)):
-        yield Trial("objectives", f"{label} after attention_matching", document, 4, changes=changes)
-        yield Trial("objectives", f"{label} after text", document, 4, "text", changes)
+        yield Trial(f"starts-{share}", RECIPE, document, share, "text", upstream)
+
+    yield from starts(args.shares[0])
     for kind in ("attention_matching", "text"):
+        for label, changes in (("bucket", {}), ("drop", {"tail": "drop"}), ("next token", tokens)):
+            yield Trial("objectives", f"{label} after {kind}", document, 4, kind, changes)
         for num_frozen in (1, 0):
             label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
             yield Trial("sink", label, document, 4, kind, num_frozen=num_frozen)
+    yield Trial("int8", "as loaded", document, 4)
+    yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
+    for share in args.shares[1:]:
+        yield from starts(share)
     for share in SIZES:
         yield Trial("sizes", f"1 of {share}", document, share)
     if args.five and args.generic:
         for label, dataset in (("five", args.five), ("generic", args.generic)):
             other = dataclasses.replace(document, dataset=dataset)
-            yield Trial("seed-prompts", label, other, 4, "text")
-            yield Trial("seed-prompts", f"{label} after attention_matching", other, 4)
-    yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
-    yield Trial("int8", "as loaded", document, 4)
+            for kind in ("attention_matching", "text"):
+                yield Trial("seed-prompts", f"{label} after {kind}", other, 4, kind)
 
 
 class Bench:
@@ -130,7 +140,7 @@ class Bench:
 
     def run(self, trial: Trial, seed: int) -> dict[str, Any]:
         """The result of a trial: from its file, or else by training."""
-        folder = self._output / "runs" / trial.name(seed)
+        folder = self._output / "runs" / trial.run_name(seed)
         path = folder / "result.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
@@ -154,7 +164,7 @@ class Bench:
         cartridge = Cartridge.load(train(config, self._model))
         lines = history(folder / METRICS)
         taken = [line["seconds"] for line in lines if "loss" in line]
-        step_seconds = statistics.median(b - a for a, b in zip(taken, taken[1:], strict=False))
+        step_seconds = statistics.median(b - a for a, b in itertools.pairwise(taken))
         alone, behind = (
             total / count
             for total, count in (
@@ -168,7 +178,6 @@ class Bench:
             if KEY in line
         ]
         result = {
-            "trial": {"study": trial.study, "label": trial.label, "share": trial.share, "seed": seed},
             "slots": cartridge.num_slots,
             "steps": len(taken),
             "init_seconds": init_seconds,
@@ -188,7 +197,7 @@ class Bench:
         for name, document in (("a", a), ("b", b)):
             trial = Trial("composed", "quickstart", document, 4)
             self.run(trial, seed)
-            slots[name] = Cartridge.load(self._output / "runs" / trial.name(seed) / "cartridge.safetensors")
+            slots[name] = Cartridge.load(self._output / "runs" / trial.run_name(seed) / "cartridge.safetensors")
         prefixes = slots | {"a + b": _composed(slots["a"], slots["b"]), "b + a": _composed(slots["b"], slots["a"])}
         result = {}
         for name, document in (("a", a), ("b", b)):
@@ -197,18 +206,18 @@ class Bench:
             result[name] = {"document": document.text.stem, **gaps}
         files.write_text(path, json.dumps(result, indent=1) + "\n")
 
-    def report(self, trials: list[Trial]) -> None:
+    def report(self, trials: list[Trial], seeds: int) -> None:
         """Writes report.md and a plot for each study, of the results that are there."""
-        studies = defaultdict(lambda: defaultdict(list))
-        for path in sorted((self._output / "runs").glob("*/result.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            studies[result["trial"]["study"]][result["trial"]["label"]].append(result)
-        order = {name: None for name in (*(t.study for t in trials), *studies)}
-        text = ["# Ablations", __doc__.split("\n\n")[-1]]
-        for study in order:
-            if study in studies:
-                _plot(self._output / f"{study}.png", studies[study])
-                text += [f"## {study}", _table(studies[study]), f"![gap closed against seconds]({study}.png)"]
+        studies: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        for trial, seed in itertools.product(trials, range(seeds)):
+            path = self._output / "runs" / trial.run_name(seed) / "result.json"
+            if path.is_file():
+                studies[trial.study][trial.label].append(json.loads(path.read_text(encoding="utf-8")))
+        text = ["# Ablations", str(__doc__).split("\n\n")[-1].strip()]
+        for study, results in studies.items():
+            _plot(self._output / f"{study}.png", results)
+            text += [f"## {study}", _table(results), *_against_upstream(results)]
+            text.append(f"![gap closed against seconds]({study}.png)")
         for path in sorted((self._output / "runs").glob("composition-*.json")):
             text += [f"## {path.stem}", "```\n" + path.read_text(encoding="utf-8") + "```"]
         files.write_text(self._output / "report.md", "\n\n".join(text) + "\n")
@@ -268,6 +277,17 @@ def _table(trials: dict[str, list[dict[str, Any]]]) -> str:
         cells += [_spread([result["off_topic"] for result in results]), len(results)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _against_upstream(trials: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """When attention matching and distillation come to what upstream's recipe ends with."""
+    sentences = []
+    for ours, theirs in zip(trials.get("attention_matching", []), trials.get(RECIPE, []), strict=False):
+        seconds, aim = theirs["curve"][-1]
+        reached = next((when for when, gap in ours["curve"] if gap >= aim), None)
+        found = "never" if reached is None else f"after {reached:.0f} s, {reached / seconds:.2f} of the time"
+        sentences.append(f"{RECIPE} ends at {aim:.3f} after {seconds:.0f} s; attention matching reaches that {found}.")
+    return sentences
 
 
 def _spread(values: list[float]) -> str:

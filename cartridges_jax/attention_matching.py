@@ -68,19 +68,19 @@ def attention_matching(
     config = config or MatchingConfig()
     if config.queries == "conversations" and not examples:
         raise ValueError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
-    chunks, frame = _chunks(model, corpus, min(config.chunk_tokens, model.config.window - ROW))
-    tokens = sum(map(len, chunks)) - (len(chunks) - 1) * frame
+    bodies, (before, after) = _chunks(model, corpus, min(config.chunk_tokens, model.config.window - ROW))
+    chunks = [[*before, *body, *after] for body in bodies]
     # behind the first, a chunk fits one slot more, its sink, which is dropped
     shares = [num_slots // len(chunks) + (i < num_slots % len(chunks)) + (i > 0) for i in range(len(chunks))]
-    if num_slots > tokens or min(shares) < 2 or any(n > len(c) for n, c in zip(shares, chunks, strict=True)):
+    if any(not 2 <= share <= len(chunk) for share, chunk in zip(shares, chunks, strict=True)):
         raise ValueError(
-            f"the document has {tokens} tokens in {len(chunks)} chunks, expected at least the {num_slots} slots and "
-            "a slot for each chunk: choose fewer slots, or another init.kind"
+            f"the document has {len(chunks)} chunks of {len(chunks[0])} tokens, expected at least the {num_slots} "
+            "slots and two of them for each chunk: choose another init.num_slots, or another init.kind"
         )
     parts = []
-    for chunk, share in zip(chunks, shares, strict=True):
+    for body, chunk, share in zip(bodies, chunks, shares, strict=True):
         document = Cartridge.from_tokens(model, chunk)
-        batch = _queries(model, chunk, examples, config)
+        batch = _queries(model, body, examples, config)
         matched = _match(
             model.params,
             document.keys,
@@ -99,27 +99,26 @@ def attention_matching(
     return Cartridge(keys, values, bias, num_frozen, Provenance.of(model, corpus, recipe)).checked(model.config)
 
 
-def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], int]:
-    """The document in system messages of equally many tokens, at most `size`; and the tokens of such a message's frame.
+def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
+    """The document's tokens in chunks of one length, and what stands before and after each in a system message.
 
-    The last begins early enough to have as many as the others: one program compacts them all.
+    With it, none has more than `size` tokens. The last begins early enough to have as many as the others: one program
+    compacts them all.
     """
 
     def message(text: str) -> list[int]:
         return model.tokenizer.chat_ids([{"role": "system", "content": text}], add_generation_prompt=False)
 
     whole, other = message(corpus), message("\N{SYMBOL FOR NULL}")
-    if len(whole) <= size:
-        return [whole], 0
     before, after = _common(whole, other), _common(whole[::-1], other[::-1])
+    frame = whole[:before], whole[len(whole) - after :]
     body, room = whole[before : len(whole) - after], size - before - after
     if room < 1:
         raise ValueError(f"init.matching.chunk_tokens leaves no room for a text: expected more than {size - room}")
     count = -(-len(body) // room)
     length = -(-len(body) // count)
     starts = [min(i * length, len(body) - length) for i in range(count)]
-    frame = whole[:before], whole[len(whole) - after :]
-    return [[*frame[0], *body[i : i + length], *frame[1]] for i in starts], before + after
+    return [body[start : start + length] for start in starts], frame
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -128,13 +127,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _queries(
-    model: LanguageModel, chunk: Sequence[int], examples: Sequence[Example], config: MatchingConfig
+    model: LanguageModel, body: Sequence[int], examples: Sequence[Example], config: MatchingConfig
 ) -> list[dict[str, np.ndarray]]:
     """Packed rows whose queries the compacted chunk shall answer; a choice of one kind has as many as both."""
-    repeated = 2 * len(chunk)
+    repeated = 2 * len(body)
     counts = {"both": (QUERY_TOKENS, repeated), "conversations": (QUERY_TOKENS + repeated, 0), "repeat": (0, repeated)}
     asked, said = counts[config.queries]
-    return _rows(examples, asked) + _rows(_repetitions(model, chunk), said)
+    return _rows(examples, asked) + _rows(_repetitions(model, body), said)
 
 
 def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.ndarray]]:

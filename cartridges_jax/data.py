@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -88,18 +87,18 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "lo
     Raises:
       FileNotFoundError, ValueError: no such file, a damaged one, or one without a single target.
     """
-    return [example for examples in examples_by_type(path, tokenizer, targets).values() for example in examples]
+    return [example for _, example in typed_examples(path, tokenizer, targets)]
 
 
-def examples_by_type(path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs") -> dict[str, list[Example]]:
-    """`read_examples` by type of seed prompt."""
-    found = defaultdict(list)
+def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[tuple[str, Example]]:
+    """`read_examples`, each behind the type of its seed prompt."""
+    found = []
     for file in dataset_files(path):
         for conversation in iterate(file):
             example = example_of(conversation, tokenizer, targets)
             if len(example.target_index):
                 kind = conversation.metadata.get("seed_prompt_type") or conversation.type or "none"
-                found[str(kind)].append(example)
+                found.append((str(kind), example))
     if not found and targets == "logprobs":
         raise ValueError(
             f"{path} holds no teacher log-probabilities: synthesize with top_logprobs above 0, or train on "
@@ -107,7 +106,7 @@ def examples_by_type(path: str | Path, tokenizer: Tokenizer, targets: Targets = 
         )
     if not found:
         raise ValueError(f"{path} holds no answer: expected conversations with messages of an assistant")
-    return dict(found)
+    return found
 
 
 def dataset_hash(source: str | os.PathLike[str]) -> str:

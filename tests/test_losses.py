@@ -316,9 +316,7 @@ def test_logits_of_all_positions_never_exist(tail: Tail) -> None:
 
 def test_choices_that_do_not_exist(tiny_llama: cj.LanguageModel) -> None:
     batch, cartridge = small_case()
-    with pytest.raises(
-        ValueError, match="tail is 'keep' and reduction 'token', expected drop or bucket and token, entry or row"
-    ):
+    with pytest.raises(ValueError, match="tail is 'keep' and reduction 'token', expected drop or bucket and token, "):
         cj.distillation_loss(cartridge, tiny_llama, batch, tail="keep")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction 'mean'"):
         cj.distillation_loss(cartridge, tiny_llama, batch, reduction="mean")  # type: ignore[arg-type]

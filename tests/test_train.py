@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny_runs import STEPS, TIMING, bytes_of, config_of, metrics_of, settings_in
 
 from cartridges_jax import loop as loop_module
 from cartridges_jax import train as train_module
@@ -31,15 +32,12 @@ from cartridges_jax.data import PackedRows, batches, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.models.language_model import load_model
-from cartridges_jax.optim import OptimConfig
 from cartridges_jax.step import TrainState, train_step
-from cartridges_jax.train import TrainConfig, train
+from cartridges_jax.train import train
 from command_line.config import run
 
 ROOT = Path(__file__).parent.parent
-STEPS = 24
 BEGUN = {"checkpoints", "config.json", "initial.safetensors", "metrics.jsonl"}
-TIMING = {"tokens_per_second", "target_tokens_per_second", "seconds"}
 # ml_collections loads a config file by a method that importlib is going to remove
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -60,45 +58,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings_in(folder: Path, inputs: Path) -> dict[str, Any]:
-    return {
-        "dataset": str(inputs / "dataset.parquet"),
-        "corpus": str(inputs / "corpus.txt"),
-        "output_dir": str(folder / "run"),
-        "model": str(tiny.folder()),
-        "seq_len": 192,
-        "batch_size": 2,
-        "num_epochs": 6,
-        "num_steps": STEPS,
-        "checkpoint_every": 3,
-        "init": {"num_slots": 16, "num_frozen": 2},
-        "optim": {"lr": 5e-2, "warmup_steps": 2},
-    }
-
-
 @pytest.fixture
 def settings(inputs: Path, tmp_path: Path) -> dict[str, Any]:
     return settings_in(tmp_path, inputs)
-
-
-def config_of(settings: dict[str, Any], **changes: Any) -> TrainConfig:
-    values = settings | changes
-    return TrainConfig(**values | {"init": InitConfig(**values["init"]), "optim": OptimConfig(**values["optim"])})
 
 
 def write_config(settings: dict[str, Any], **changes: Any) -> Path:
     path = Path(settings["output_dir"]).with_name("config.py")
     path.write_text(CONFIG.format(values=settings | changes))
     return path
-
-
-def metrics_of(folder: str | Path, timing: bool = False) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return lines if timing else [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-
-
-def bytes_of(tree: Any) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections import defaultdict
 from typing import Any
 
 from cartridges_jax import sharding
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import Example, Targets, examples_by_type
+from cartridges_jax.data import Example, Targets, typed_examples
 from cartridges_jax.evals.loss import answer_loss
 from cartridges_jax.evals.questions import Question, answer_examples, general_questions, questions_of
 from cartridges_jax.evals.scorers import Scorer, score
@@ -32,7 +33,10 @@ class LossEval:
     def examples(self, model: LanguageModel, targets: Targets) -> dict[str, list[Example]]:
         """By type of seed prompt; questions have none."""
         if self.dataset is not None:
-            return examples_by_type(self.dataset, model.tokenizer, targets)
+            groups = defaultdict(list)
+            for kind, example in typed_examples(self.dataset, model.tokenizer, targets):
+                groups[kind].append(example)
+            return dict(groups)
         assert self.questions is not None
         questions = questions_of(self.questions)
         prompts = [_turn(model, question.asked(self.instruction)) for question in questions]
@@ -69,9 +73,10 @@ class EvalsConfig:
     patience: int | None = None  # evaluations in a row without a better first loss, after which training stops
 
     def __post_init__(self) -> None:
-        names = [one.name for one in (*self.loss, *self.generation)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"evals has the names {', '.join(names)}: expected each once")
+        for kind in (self.loss, self.generation):
+            names = [one.name for one in kind]
+            if len(set(names)) < len(names):
+                raise ValueError(f"evals has the names {', '.join(names)}: expected each once")
         if self.every is not None and self.every < 1:
             raise ValueError(f"evals.every is {self.every}, expected at least 1 step")
         if self.patience is not None and (self.patience < 1 or not self.loss or self.every is None):
