@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import read_corpus, read_examples
-from cartridges_jax.evals.during import EvalsConfig, LossEval, general_examples
+from cartridges_jax.evals.during import EvalsConfig, LossEval, general_nll
 from cartridges_jax.evals.loss import answer_loss
 from cartridges_jax.evals.questions import answer_examples, questions_of
 from cartridges_jax.initializers import InitConfig, initial_cartridge
@@ -165,13 +165,6 @@ class Bench:
         lines = history(folder / METRICS)
         taken = [line["seconds"] for line in lines if "loss" in line]
         step_seconds = statistics.median(b - a for a, b in itertools.pairwise(taken))
-        alone, behind = (
-            total / count
-            for total, count in (
-                answer_loss(self._model, prefix, general_examples(self._model, prefix is None))
-                for prefix in (None, cartridge)
-            )
-        )
         curve = [
             (init_seconds + (line["step"] + 1) * step_seconds, (nothing - line[KEY]) / (nothing - full))
             for line in lines
@@ -183,7 +176,7 @@ class Bench:
             "init_seconds": init_seconds,
             "step_seconds": step_seconds,
             "curve": curve,
-            "off_topic": behind - alone,
+            "off_topic": general_nll(self._model, cartridge) - general_nll(self._model, None),
         }
         files.write_text(path, json.dumps(result, indent=1) + "\n")
         return result

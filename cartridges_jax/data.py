@@ -109,10 +109,10 @@ def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "l
     return found
 
 
-def dataset_hash(source: str | os.PathLike[str]) -> str:
-    """SHA-256 over the bytes of a dataset's files."""
+def dataset_hash(*sources: str | os.PathLike[str]) -> str:
+    """SHA-256 over the bytes of all files of these datasets."""
     digest = hashlib.sha256()
-    for path in dataset_files(source):
+    for path in (path for source in sources for path in dataset_files(source)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

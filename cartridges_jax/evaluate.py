@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cartridges_jax import cartridge_file
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import exchanges, read_corpus
-from cartridges_jax.evals.during import general_examples
+from cartridges_jax.evals.during import general_nll
 from cartridges_jax.evals.loss import ROW, answer_loss
 from cartridges_jax.evals.questions import Question, answer_examples, questions_of
 from cartridges_jax.evals.scorers import contains, exact, token_f1
@@ -83,11 +84,11 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
     progress.close()
     report = _report(config, model, cartridge, rows)
     write_report(Path(config.output_dir), report, Path(config.cartridge).parent / METRICS)
-    _record(config, cartridge, report)
+    _record(config, report)
     return report
 
 
-def _record(config: EvalConfig, cartridge: Cartridge, report: Mapping[str, Any]) -> None:
+def _record(config: EvalConfig, report: Mapping[str, Any]) -> None:
     """Writes what was found into the cartridge's header, if it is a file of our own here."""
     path = Path(config.cartridge)
     if not path.is_file() or formats.locate(path)[0] != "safetensors":
@@ -98,8 +99,7 @@ def _record(config: EvalConfig, cartridge: Cartridge, report: Mapping[str, Any])
         "off_topic": report["off_topic"],
         "rows": [{key: row[key] for key in told} for row in report["rows"]],
     }
-    provenance = dataclasses.replace(cartridge.provenance, evaluation=json.dumps(evaluation, sort_keys=True))
-    cartridge.replace(provenance=provenance).save(path)  # type: ignore[attr-defined]
+    cartridge_file.record_evaluation(path, json.dumps(evaluation, sort_keys=True))
 
 
 def read_questions(config: EvalConfig) -> list[Question]:
@@ -194,13 +194,6 @@ def answer_nll(
     return total / count
 
 
-def off_topic(model: LanguageModel, cartridge: Cartridge) -> dict[str, float]:
-    """NLL per token of the answers to general questions, of the model alone and behind the cartridge."""
-    asked = {"alone": (None, True), "cartridge": (cartridge, False)}
-    sums = {name: answer_loss(model, prefix, general_examples(model, alone)) for name, (prefix, alone) in asked.items()}
-    return {name: total / count for name, (total, count) in sums.items()}
-
-
 def _timing(
     model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], length: int
 ) -> dict[str, float]:
@@ -252,7 +245,7 @@ def _report(
         "num_questions": len(rows[0]["answers"]),
         "num_slots": cartridge.num_slots,
         "gap_closed": gap_closed(rows, "cartridge"),
-        "off_topic": off_topic(model, cartridge),
+        "off_topic": {"alone": general_nll(model, None), "cartridge": general_nll(model, cartridge)},
         "provenance": {key: provenance[key] for key in ("recipe", "training_tokens", "training_flops", "weights_hash")},
         "rows": rows,
     }

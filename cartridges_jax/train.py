@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -106,7 +105,7 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
       FileNotFoundError, ValueError: a missing or unusable input, before anything is written.
     """
     corpus = read_corpus(config.corpus)
-    for source in _datasets(config):
+    for source in [*_datasets(config), *(one.dataset for one in config.evals.loss if one.dataset)]:
         dataset_files(source)
     mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
     sharding.check_rows(config.batch_size, mesh)
@@ -193,16 +192,15 @@ def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: l
 
 
 def _datasets(config: TrainConfig) -> list[str]:
+    """What is trained on."""
     own = [] if config.dataset is None else [config.dataset]
-    return own + [mixed.dataset for mixed in config.mix] + [one.dataset for one in config.evals.loss if one.dataset]
+    return own + [mixed.dataset for mixed in config.mix]
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """What a run is made of, as JSON has it: it may be moved, to another folder or other devices."""
     moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False)
-    hashes = "".join(dataset_hash(source) for source in _datasets(config))
-    settings = dataclasses.asdict(moved) | {"dataset_hash": hashlib.sha256(hashes.encode()).hexdigest()}
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}))
 
 
 def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:

@@ -103,11 +103,10 @@ class Evals:
                 raise ValueError(f"{one.questions} has a question without choices, which the scorer 'choice' needs")
             if one.scorer == "chrf":
                 score("chrf", "a", "a")  # says now that sacrebleu is missing
-        self._general = general_examples(model) if config.off_topic else []
-        self._without = _mean(*answer_loss(model, None, general_examples(model, alone=True))) if self._general else 0.0
+        self._without = general_nll(model, None) if config.off_topic else None
 
     def __bool__(self) -> bool:
-        return bool(self._losses or self._questions or self._general)
+        return bool(self._losses or self._questions or self._config.off_topic)
 
     @property
     def watched(self) -> str | None:
@@ -119,8 +118,8 @@ class Evals:
         metrics: dict[str, float] = {}
         for name, groups in self._losses.items():
             metrics |= self._loss(name, groups, cartridge)
-        if self._general:
-            loss = _mean(*answer_loss(self._model, cartridge, self._general))
+        if self._without is not None:
+            loss = general_nll(self._model, cartridge)
             metrics |= {
                 "eval_off_topic/loss": loss,
                 "eval_off_topic/loss_without_cartridge": self._without,
@@ -137,9 +136,9 @@ class Evals:
     def _loss(self, name: str, groups: dict[str, list[Example]], cartridge: Cartridge) -> dict[str, float]:
         sums = {kind: answer_loss(self._model, cartridge, members, self._tail) for kind, members in groups.items()}
         total, count = (sum(column) for column in zip(*sums.values(), strict=True))
-        metrics = _losses(f"eval_{name}", _mean(total, count))
-        for kind, pair in sums.items() if "" not in sums else ():
-            metrics |= _losses(f"eval_{name}/seed_prompt_{kind}", _mean(*pair))
+        metrics = _losses(f"eval_{name}", total / count)
+        for kind, (total, count) in sums.items() if "" not in sums else ():
+            metrics |= _losses(f"eval_{name}/seed_prompt_{kind}", total / count)
             metrics[f"eval_{name}/seed_prompt_{kind}/count"] = len(groups[kind])
         return metrics
 
@@ -166,20 +165,18 @@ class Evals:
         return rows, sum(map(len, ids))
 
 
-def general_examples(model: LanguageModel, alone: bool = False) -> list[Example]:
-    """The general questions with their answers, as they are asked behind a cartridge, or of the model `alone`."""
+def general_nll(model: LanguageModel, prefix: Cartridge | None) -> float:
+    """Nats per token of the answers to general questions, asked behind a cartridge, or of the model alone."""
     questions = general_questions()
-    lay_out = model.tokenizer.chat_ids if alone else model.tokenizer.turn_ids
+    lay_out = model.tokenizer.chat_ids if prefix is None else model.tokenizer.turn_ids
     prompts = [lay_out([{"role": "user", "content": q.question}], add_generation_prompt=True) for q in questions]
-    return answer_examples(prompts, [model.tokenizer.encode(q.answer) for q in questions])
+    answers = [model.tokenizer.encode(question.answer) for question in questions]
+    total, count = answer_loss(model, prefix, answer_examples(prompts, answers))
+    return total / count
 
 
 def _turn(model: LanguageModel, text: str) -> list[int]:
     return model.tokenizer.turn_ids([{"role": "user", "content": text}], add_generation_prompt=True)
-
-
-def _mean(total: float, count: float) -> float:
-    return total / count
 
 
 def _losses(key: str, loss: float) -> dict[str, float]:
