@@ -11,8 +11,9 @@ on where it ended, and report.md shows what is there so far. A dataset of other 
 `python -m synth --config=configs/quickstart.py:synth --config.seed_prompts=…` with a server running.
 
 Measured is the gap closed on the reference answers (no text is generated), before the first step and every few steps.
-Time is that of the initial state, compilation included, plus steps times the median time of a step: what other work on
-the machine adds to single steps does not count, nor does evaluation.
+Time is that of the initial state, compilation included, plus steps times the time of a step: within a study, every run
+counts the median step of the run in which it was fastest, since steps of one size cost the same and other work on the
+machine does not. Evaluation does not count.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as 
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
 RECIPE = "upstream's recipe"  # its start, loss, reduction, learning rate and schedule, in our batches
 UPSTREAM = OptimConfig(lr=2e-2, schedule="constant")
-UPSTREAM_EPOCHS = 6
+UPSTREAM_EPOCHS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +110,22 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
     upstream = {"tail": "drop", "reduction": "row", "optim": UPSTREAM, "num_epochs": UPSTREAM_EPOCHS}
     tokens = {"targets": "tokens", "tail": "drop"}
 
-    def starts(share: int) -> Iterator[Trial]:
-        for kind in STARTS:
-            yield Trial(f"starts-{share}", kind, document, share, kind)
-        yield Trial(f"starts-{share}", RECIPE, document, share, "text", upstream)
-
-    yield from starts(args.shares[0])
+    first, *others = args.shares
+    for kind in STARTS:
+        yield Trial(f"starts-{first}", kind, document, first, kind)
     for kind in ("attention_matching", "text"):
         for label, changes in (("bucket", {}), ("drop", {"tail": "drop"}), ("next token", tokens)):
             yield Trial("objectives", f"{label} after {kind}", document, 4, kind, changes)
         for num_frozen in (1, 0):
             label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
             yield Trial("sink", label, document, 4, kind, num_frozen=num_frozen)
+    yield Trial(f"starts-{first}", RECIPE, document, first, "text", upstream)
     yield Trial("int8", "as loaded", document, 4)
     yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
-    for share in args.shares[1:]:
-        yield from starts(share)
+    for share in others:
+        for kind in STARTS:
+            yield Trial(f"starts-{share}", kind, document, share, kind)
+        yield Trial(f"starts-{share}", RECIPE, document, share, "text", upstream)
     for share in SIZES:
         yield Trial("sizes", f"1 of {share}", document, share)
     if args.five and args.generic:
@@ -165,11 +166,7 @@ class Bench:
         lines = history(folder / METRICS)
         taken = [line["seconds"] for line in lines if "loss" in line]
         step_seconds = statistics.median(b - a for a, b in itertools.pairwise(taken))
-        curve = [
-            (init_seconds + (line["step"] + 1) * step_seconds, (nothing - line[KEY]) / (nothing - full))
-            for line in lines
-            if KEY in line
-        ]
+        curve = [(line["step"] + 1, (nothing - line[KEY]) / (nothing - full)) for line in lines if KEY in line]
         result = {
             "slots": cartridge.num_slots,
             "steps": len(taken),
@@ -208,6 +205,7 @@ class Bench:
                 studies[trial.study][trial.label].append(json.loads(path.read_text(encoding="utf-8")))
         text = ["# Ablations", str(__doc__).split("\n\n")[-1].strip()]
         for study, results in studies.items():
+            _put_on_one_clock([result for of_label in results.values() for result in of_label])
             _plot(self._output / f"{study}.png", results)
             text += [f"## {study}", _table(results), *_against_upstream(results)]
             text.append(f"![gap closed against seconds]({study}.png)")
@@ -254,6 +252,13 @@ def _composed(a: Cartridge, b: Cartridge) -> Cartridge:
     return Cartridge(*joined, num_frozen=1)
 
 
+def _put_on_one_clock(results: list[dict[str, Any]]) -> None:
+    """Adds to each result the seconds of its curve, by the fastest step among those of its number of slots."""
+    for result in results:
+        step = min(other["step_seconds"] for other in results if other["slots"] == result["slots"])
+        result["seconds"] = [result["init_seconds"] + steps * step for steps, _ in result["curve"]]
+
+
 def _table(trials: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "| | slots | steps | seconds | gap closed at the start | at the end | best | off the topic, nats | seeds |",
@@ -265,7 +270,7 @@ def _table(trials: dict[str, list[dict[str, Any]]]) -> str:
             for read in (lambda gaps: gaps[0], lambda gaps: gaps[-1], max)
         )
         one = results[0]
-        seconds = statistics.mean(result["curve"][-1][0] for result in results)
+        seconds = statistics.mean(result["seconds"][-1] for result in results)
         cells = [label, one["slots"], one["steps"], f"{seconds:.0f}", _spread(start), _spread(end), _spread(best)]
         cells += [_spread([result["off_topic"] for result in results]), len(results)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -276,8 +281,9 @@ def _against_upstream(trials: dict[str, list[dict[str, Any]]]) -> list[str]:
     """When attention matching and distillation come to what upstream's recipe ends with."""
     sentences = []
     for ours, theirs in zip(trials.get("attention_matching", []), trials.get(RECIPE, []), strict=False):
-        seconds, aim = theirs["curve"][-1]
-        reached = next((when for when, gap in ours["curve"] if gap >= aim), None)
+        seconds, (_, aim) = theirs["seconds"][-1], theirs["curve"][-1]
+        timed = zip(ours["seconds"], ours["curve"], strict=True)
+        reached = next((when for when, (_, gap) in timed if gap >= aim), None)
         found = "never" if reached is None else f"after {reached:.0f} s, {reached / seconds:.2f} of the time"
         sentences.append(f"{RECIPE} ends at {aim:.3f} after {seconds:.0f} s; attention matching reaches that {found}.")
     return sentences
@@ -297,8 +303,8 @@ def _plot(path: Path, trials: dict[str, list[dict[str, Any]]]) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for color, (label, results) in enumerate(trials.items()):
         for i, result in enumerate(results):
-            seconds, gaps = zip(*result["curve"], strict=True)
-            axis.plot(seconds, gaps, marker=".", color=f"C{color % 10}", label=None if i else label)
+            gaps = [gap for _, gap in result["curve"]]
+            axis.plot(result["seconds"], gaps, marker=".", color=f"C{color % 10}", label=None if i else label)
     axis.set_xlabel("seconds")
     axis.set_ylabel("gap closed")
     axis.legend(fontsize=8, frameon=False)

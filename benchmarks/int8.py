@@ -37,9 +37,8 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=Path("examples/document.txt"))
     parser.add_argument("--questions", type=Path, default=Path("examples/questions.jsonl"))
     args = parser.parse_args()
-    print(
-        "| weights | MB | temporary MB of a step | seconds a step | NLL with the full document |\n|---|---|---|---|---|"
-    )
+    print("| weights | MB | temporary MB of a step | seconds a step | NLL with the full document |")
+    print("| --- | --- | --- | --- | --- |")
     for dtype in ("float32", "bfloat16"):
         model = load_model(MODEL, dtype)
         for name, one in ((dtype, model), (f"int8, multiplied in {dtype}", quantized(model))):
