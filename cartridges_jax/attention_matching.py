@@ -110,7 +110,8 @@ def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int
         return model.tokenizer.chat_ids([{"role": "system", "content": text}], add_generation_prompt=False)
 
     whole, other = message(corpus), message("\N{SYMBOL FOR NULL}")
-    before, after = _common(whole, other), _common(whole[::-1], other[::-1])
+    before = _common(whole, other)
+    after = _common(whole[before:][::-1], other[before:][::-1])
     frame = whole[:before], whole[len(whole) - after :]
     body, room = whole[before : len(whole) - after], size - before - after
     if room < 1:

@@ -38,7 +38,9 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1:
-            raise ValueError(f"the weight of {self.dataset} in config.mix is {self.weight}, expected from 0 to 1")
+            raise ValueError(
+                f"the weight of {self.dataset} in config.mix is {self.weight}, expected above 0 and below 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -237,7 +237,8 @@ def _with_training(cartridge: Cartridge, job: Job, num_steps: int, directory: Pa
     config, before = job.config, cartridge.provenance
     tokens = job.tokens(num_steps)
     objective = "distillation" if config.targets == "logprobs" else "next-token prediction"
-    recipe = f"{num_steps} steps of {objective}, lr {config.optim.lr}, tail {config.tail}"
+    steps = f"{'' if config.evals.patience is None else 'best of '}{num_steps} steps"
+    recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}"
     evaluated = [line for line in history(directory / METRICS) if "loss" not in line][-1:]
     provenance = dataclasses.replace(
         before,

@@ -83,7 +83,7 @@ def test_a_mix_has_its_weights(inputs: Path):
 
 
 def test_a_mix_that_leaves_nothing_is_refused(settings: dict[str, Any]):
-    with pytest.raises(ValueError, match="expected from 0 to 1"):
+    with pytest.raises(ValueError, match="expected above 0 and below 1"):
         MixConfig("x", 1.0)
     with pytest.raises(ValueError, match=r"come to 1 or more: expected a rest"):
         config_of(settings, mix=(MixConfig("x", 0.6), MixConfig("y", 0.4)))
@@ -140,6 +140,7 @@ def test_early_stop_stops_and_keeps_the_best(settings: dict[str, Any], inputs: P
     assert max(losses) < 11 and max(losses) == best + 2
     reached = trained(settings, "reached", num_steps=best + 1, optim=settings["optim"])
     assert bytes_of(stopped) == bytes_of(reached)
+    assert "; best of " in stopped.provenance.recipe
     train(config_of(settings, evals=held_out(inputs, every=1, patience=2)), tiny.model())
     assert metrics_of(settings["output_dir"]) == lines  # what has stopped stays so
 
@@ -172,10 +173,13 @@ def _interrupted(config: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> Non
             train(config, tiny.model())
 
 
-KINDS = ("text", "sampled_chunks", "random_text", "random_vectors", "pretrained", "attention_matching")
+ALIKE = ("sampled_chunks", "random_text", "random_vectors")  # other numbers in the same program
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["text", "pretrained", "attention_matching", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ALIKE)],
+)
 def test_every_start_resumes_with_the_same_bytes(
     settings: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ):
