@@ -187,8 +187,9 @@ def test_every_start_resumes_with_the_same_bytes(
     init = {"kind": kind, "num_slots": 16, "num_frozen": 2}
     if kind == "pretrained":
         init["path"] = str(inputs / "start.safetensors")
-    generation = (GenerationEval("facts", str(inputs / "questions.jsonl"), max_tokens=3),) if kind == "text" else ()
-    evals = held_out(inputs, every=1, patience=3, off_topic=kind == "text", generation=generation)
+    answers = kind == "sampled_chunks"  # one of the slow ones: generation compiles its own programs
+    generation = (GenerationEval("facts", str(inputs / "questions.jsonl"), max_tokens=3),) if answers else ()
+    evals = held_out(inputs, every=1, patience=3, off_topic=answers, generation=generation)
     config = config_of(
         settings,
         init=init,
