@@ -17,7 +17,8 @@ import cartridges_jax as cj
 from cartridges_jax import interop
 from cartridges_jax.attention_matching import attention_matching
 from cartridges_jax.data import read_corpus
-from cartridges_jax.evaluate import answer_nll, questions_of
+from cartridges_jax.evals.questions import questions_of
+from cartridges_jax.evaluate import answer_nll
 from cartridges_jax.interop import formats, tokasaurus
 
 SLOTS = 500

@@ -38,8 +38,8 @@ from cartridges_jax.models import hub
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.transformer import Params, block_of, head_weights, rms_norm, rope_tables
+from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.tokenizer import load_tokenizer
-from cartridges_jax.train import TrainState, train_step
 
 TOKENS, SLOTS, TOP_K, STEPS = 1024, 256, 20, 4
 VOCABULARY, LARGE_VOCABULARY = 49_152, 151_936

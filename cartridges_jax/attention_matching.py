@@ -1,18 +1,22 @@
 """An initial state in seconds: p slots whose attention matches the full document's (arXiv 2602.16284).
 
 For every layer and kv head, with the queries of self-study conversations and of the document being repeated (which
-leaves no token unasked): keep the p document tokens that receive the most
-attention; give each a bias, so that the slots' total weight matches the document's (non-negative least squares); then
-move their values, so that the output matches (least squares). Layers are fitted in order, on the states that the slots
-fitted so far produce, so that later layers make up for earlier ones.
+leaves no token unasked): keep the p document tokens that receive the most attention; give each a bias, so that the
+slots' total weight matches the document's (non-negative least squares); then move their values, so that the output
+matches (least squares). Layers are fitted in order, on the states that the slots fitted so far produce, so that later
+layers make up for earlier ones.
+
+A document longer than `chunk_tokens` is compacted in chunks, each as if it alone stood before the question; behind
+the first, a chunk's attention sink is dropped, as in a composition of cartridges.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,39 +38,103 @@ LARGEST_BIAS = 5.0  # in nats
 RIDGE = 1e-3  # of the mean squared weight: how strongly a slot keeps its token's value where the queries do not care
 
 
+@dataclasses.dataclass(frozen=True)
+class MatchingConfig:
+    queries: Literal["both", "conversations", "repeat"] = "both"
+    chunk_tokens: int = 4096  # what is compacted at once: memory grows with its square
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 2:
+            raise ValueError(f"init.matching.chunk_tokens is {self.chunk_tokens}, expected at least 2")
+
+
 def attention_matching(
-    model: LanguageModel, corpus: str, examples: Sequence[Example], num_slots: int, num_frozen: int = 1
+    model: LanguageModel,
+    corpus: str,
+    examples: Sequence[Example],
+    num_slots: int,
+    num_frozen: int = 1,
+    config: MatchingConfig | None = None,
 ) -> Cartridge:
     """The compacted document, which stands in a system message as a teacher sees it.
 
     Args:
-      examples: conversations about the corpus, whose tokens give the reference queries.
+      examples: conversations about the corpus, whose tokens give the reference queries; without any, those of the
+        document being repeated have to do.
 
     Raises:
-      ValueError: the document has fewer than `num_slots` tokens, or does not fit the window with a conversation.
+      ValueError: the document has fewer than `num_slots` tokens, or there are too few slots for its chunks.
     """
-    system = [{"role": "system", "content": corpus}]
-    tokens = model.tokenizer.chat_ids(system, add_generation_prompt=False)
-    if not num_slots <= len(tokens) <= model.config.window - ROW:
+    config = config or MatchingConfig()
+    if config.queries == "conversations" and not examples:
+        raise ValueError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
+    bodies, (before, after) = _chunks(model, corpus, min(config.chunk_tokens, model.config.window - ROW))
+    chunks = [[*before, *body, *after] for body in bodies]
+    # behind the first, a chunk fits one slot more, its sink, which is dropped
+    shares = [num_slots // len(chunks) + (i < num_slots % len(chunks)) + (i > 0) for i in range(len(chunks))]
+    if any(not 2 <= share <= len(chunk) for share, chunk in zip(shares, chunks, strict=True)):
         raise ValueError(
-            f"the document has {len(tokens)} tokens, expected at least the {num_slots} slots and at most "
-            f"{model.config.window - ROW} for {model.name}: choose fewer slots, or another init.kind"
+            f"the document has {len(chunks)} chunks of {len(chunks[0])} tokens, expected at least the {num_slots} "
+            "slots and two of them for each chunk: choose another init.num_slots, or another init.kind"
         )
-    document = Cartridge.from_tokens(model, tokens)
-    batch = _rows(examples, QUERY_TOKENS) + _rows(_repetitions(model, corpus), 2 * len(tokens))
-    names = ("tokens", "segment_ids", "positions")
-    keys, values, bias = _match(
-        model.params,
-        document.keys,
-        document.values,
-        *(np.stack([row[name] for row in batch]) for name in names),
-        config=model.config,
-        num_slots=num_slots,
-        # left to XLA to lay on a mesh, which it cannot do with a kernel
-        implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
-    )
-    provenance = Provenance.of(model, corpus, f"attention matching on {len(batch) * ROW} reference tokens")
-    return Cartridge(keys, values, bias, num_frozen, provenance).checked(model.config)
+    parts = []
+    for body, chunk, share in zip(bodies, chunks, shares, strict=True):
+        document = Cartridge.from_tokens(model, chunk)
+        batch = _queries(model, body, examples, config)
+        matched = _match(
+            model.params,
+            document.keys,
+            document.values,
+            *(np.stack([row[name] for row in batch]) for name in ("tokens", "segment_ids", "positions")),
+            config=model.config,
+            num_slots=share,
+            # Keys were rotated for queries at len(chunk) + i; moved they meet num_slots + i at the same angle.
+            shift=num_slots - len(chunk),
+            # left to XLA to lay on a mesh, which it cannot do with a kernel
+            implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
+        )
+        parts.append(matched if not parts else [a[:, 1:] for a in matched])
+    keys, values, bias = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    recipe = f"attention matching (queries: {config.queries}; {len(chunks)} chunks of {len(chunks[0])} tokens)"
+    return Cartridge(keys, values, bias, num_frozen, Provenance.of(model, corpus, recipe)).checked(model.config)
+
+
+def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
+    """The document's tokens in chunks of one length, and what stands before and after each in a system message.
+
+    With it, none has more than `size` tokens. The last begins early enough to have as many as the others: one program
+    compacts them all.
+    """
+
+    def message(text: str) -> list[int]:
+        return model.tokenizer.chat_ids([{"role": "system", "content": text}], add_generation_prompt=False)
+
+    whole, other = message(corpus), message("\N{SYMBOL FOR NULL}")
+    before = _common(whole, other)
+    after = _common(whole[before:][::-1], other[before:][::-1])
+    frame = whole[:before], whole[len(whole) - after :]
+    body, room = whole[before : len(whole) - after], size - before - after
+    if room < 1:
+        raise ValueError(f"init.matching.chunk_tokens leaves no room for a text: expected more than {size - room}")
+    count = -(-len(body) // room)
+    length = -(-len(body) // count)
+    starts = [min(i * length, len(body) - length) for i in range(count)]
+    return [body[start : start + length] for start in starts], frame
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _queries(
+    model: LanguageModel, body: Sequence[int], examples: Sequence[Example], config: MatchingConfig
+) -> list[dict[str, np.ndarray]]:
+    """Packed rows whose queries the compacted chunk shall answer; a choice of one kind has as many as both."""
+    repeated = 2 * len(body)
+    counts = {"both": (QUERY_TOKENS, repeated), "conversations": (QUERY_TOKENS + repeated, 0), "repeat": (0, repeated)}
+    asked, said = counts[config.queries]
+    return _rows(examples, asked) + _rows(_repetitions(model, body), said)
 
 
 def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.ndarray]]:
@@ -74,14 +142,13 @@ def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.nda
     return [rows[i] for i in range(min(len(rows), math.ceil(num_tokens / ROW)))]
 
 
-def _repetitions(model: LanguageModel, corpus: str) -> list[Example]:
+def _repetitions(model: LanguageModel, tokens: Sequence[int]) -> list[Example]:
     """The document said back, piece by piece: queries that look for every one of its tokens."""
     frame = model.tokenizer.turn_ids([{"role": "user", "content": "Repeat the text."}], add_generation_prompt=True)
-    tokens = model.tokenizer.encode(corpus)
     size = ROW - len(frame)
     nothing = np.zeros(0, np.int32)
     return [
-        Example(np.asarray(frame + tokens[i : i + size], np.int32), nothing, nothing, nothing.astype(np.float32))
+        Example(np.asarray([*frame, *tokens[i : i + size]], np.int32), nothing, nothing, nothing.astype(np.float32))
         for i in range(0, len(tokens), size)
     ]
 
@@ -97,6 +164,7 @@ def _match(
     *,
     config: ModelConfig,
     num_slots: int,
+    shift: int,  # of the keys' positions
     implementation: str | None,
 ) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
     length = document_k.shape[1]
@@ -125,9 +193,8 @@ def _match(
     _, (keys, values, bias) = jax.lax.scan(
         layer, params["embed"][tokens].astype(jnp.float32), (params["blocks"], document_k, document_v)
     )
-    # Keys were rotated for queries at length + i; moved back by length - p they meet p + i at the same angle.
-    shift = rope_tables(jnp.full((1, 1), num_slots - length), config)
-    return jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], shift)[0])(keys), values, bias
+    angles = rope_tables(jnp.full((1, 1), shift), config)
+    return jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], angles)[0])(keys), values, bias
 
 
 def _fit_head(

@@ -44,6 +44,7 @@ class Provenance:
     training_tokens: int = 0
     training_flops: float = 0.0
     evaluation: str = ""  # JSON of the evaluation's table
+    dataset_hash: str = ""  # of the conversations that it was trained on
 
     @classmethod
     def of(cls, model: LanguageModel, corpus: str, recipe: str) -> Provenance:

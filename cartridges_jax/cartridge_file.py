@@ -33,7 +33,18 @@ def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None 
     tensors = {**_encode("keys", cartridge.keys, dtype), **_encode("values", cartridge.values, dtype)}
     if cartridge.bias is not None:
         tensors["bias"] = np.ascontiguousarray(cartridge.bias)
-    header = {"format_version": 2 if dtype == "int8" else 1, **header_of(cartridge)}
+    _save(path, tensors, {"format_version": 2 if dtype == "int8" else 1, **header_of(cartridge)})
+
+
+def record_evaluation(path: Path, evaluation: str) -> None:
+    """Puts an evaluation, as JSON, into the header of a file that `write` wrote; its arrays keep their bytes."""
+    with safe_open(path, framework="numpy") as reader:
+        header = json.loads((reader.metadata() or {})["cartridge"])
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    _save(path, tensors, header | {"evaluation": evaluation})
+
+
+def _save(path: str | os.PathLike[str], tensors: dict[str, np.ndarray], header: dict[str, object]) -> None:
     with files.atomic(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})

@@ -9,10 +9,12 @@ Rows are addressed by their index, so that the data position of a run is its ste
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import grain
 import numpy as np
@@ -23,9 +25,22 @@ from cartridges_jax.tokenizer import Tokenizer
 from command_line import files
 from synth.conversation import Conversation, Message, iterate, read, write
 
+Targets = Literal["logprobs", "tokens"]  # the teacher's distribution, or the answer's next token for certain
 OPEN_ROWS = 64  # rows that packing may still add to; more of them fill better and cost more comparisons
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixConfig:
+    dataset: str
+    weight: float  # its share of an epoch's conversations
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < 1:
+            raise ValueError(
+                f"the weight of {self.dataset} in config.mix is {self.weight}, expected above 0 and below 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,29 +83,58 @@ def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
     return shards
 
 
-def read_examples(path: str | Path, tokenizer: Tokenizer) -> list[Example]:
+def read_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[Example]:
     """Reads a dataset, of `synth` or of upstream's, and lays every conversation out.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, a damaged one, or one without a single teacher log-probability.
+      FileNotFoundError, ValueError: no such file, a damaged one, or one without a single target.
     """
-    examples = [example_of(conversation, tokenizer) for file in dataset_files(path) for conversation in iterate(file)]
-    if not any(len(example.target_index) for example in examples):
-        raise ValueError(f"{path} holds no teacher log-probabilities: synthesize with top_logprobs above 0")
-    return [example for example in examples if len(example.target_index)]
+    return [example for _, example in typed_examples(path, tokenizer, targets)]
 
 
-def example_of(conversation: Conversation, tokenizer: Tokenizer) -> Example:
-    """Tokens of a conversation as the model will see them behind a cartridge, and the teacher's targets in them."""
+def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[tuple[str, Example]]:
+    """`read_examples`, each behind the type of its seed prompt."""
+    found = []
+    for file in dataset_files(path):
+        for conversation in iterate(file):
+            example = example_of(conversation, tokenizer, targets)
+            if len(example.target_index):
+                kind = conversation.metadata.get("seed_prompt_type") or conversation.type or "none"
+                found.append((str(kind), example))
+    if not found and targets == "logprobs":
+        raise ValueError(
+            f"{path} holds no teacher log-probabilities: synthesize with top_logprobs above 0, or train on "
+            "targets='tokens'"
+        )
+    if not found:
+        raise ValueError(f"{path} holds no answer: expected conversations with messages of an assistant")
+    return found
+
+
+def dataset_hash(*sources: str | os.PathLike[str]) -> str:
+    """SHA-256 over the bytes of all files of these datasets."""
+    digest = hashlib.sha256()
+    for path in (path for source in sources for path in dataset_files(source)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def example_of(conversation: Conversation, tokenizer: Tokenizer, targets: Targets = "logprobs") -> Example:
+    """Tokens of a conversation as the model will see them behind a cartridge, and the targets in them."""
     frames = _frames(conversation.messages, tokenizer)
     tokens = list(frames[0])
     index, ids, logprobs = [], [], []
     for i, message in enumerate(conversation.messages):
         start = len(tokens)
-        if message.top_logprobs is None or message.token_ids is None:
-            tokens += tokenizer.encode(message.content)
-        else:
-            tokens += message.token_ids
+        asked = message.top_logprobs is not None and message.token_ids is not None
+        answer = list(message.token_ids) if asked else tokenizer.encode(message.content)
+        tokens += answer
+        if targets == "tokens" and message.role == "assistant":
+            index.append(np.arange(len(answer), dtype=np.int32) + start - 1)
+            ids.append(np.asarray(answer, np.int32))
+            logprobs.append(np.zeros(len(answer), np.float32))
+        elif targets == "logprobs" and asked:
             index.append(np.asarray(message.top_logprobs.token_idx, np.int32) + start - 1)
             ids.append(np.asarray(message.top_logprobs.token_id, np.int32))
             logprobs.append(np.asarray(message.top_logprobs.logprobs, np.float32))
@@ -139,10 +183,36 @@ def pack(lengths: Sequence[int], seq_len: int, order: Sequence[int]) -> list[lis
     return rows
 
 
-class PackedRows:
-    """Rows of a whole run, epoch after epoch, as a random-access source: row i is the same whenever it is asked for."""
+def _order(counts: Sequence[int], weights: Sequence[float], rng: np.random.Generator) -> list[int]:
+    """An epoch's examples: every one of the first dataset, and so many of the others that they have their weights."""
+    chosen, first = rng.permutation(counts[0]), counts[0]
+    for count, weight in zip(counts[1:], weights, strict=True):
+        wanted = round(counts[0] * weight / (1 - sum(weights)))
+        rounds = [rng.permutation(count) for _ in range(-(-wanted // count))]
+        chosen = np.concatenate([chosen, first + np.concatenate([*rounds, np.zeros(0, int)])[:wanted].astype(int)])
+        first += count
+    return (rng.permutation(chosen) if weights else chosen).tolist()
 
-    def __init__(self, examples: Sequence[Example], seq_len: int, batch_size: int, num_epochs: int, seed: int):
+
+class PackedRows:
+    """Rows of a whole run, epoch after epoch, as a random-access source: row i is the same whenever it is asked for.
+
+    `mixed` are other datasets with their shares of every epoch's conversations, of which `examples` fill the rest,
+    each of them once.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        seq_len: int,
+        batch_size: int,
+        num_epochs: int,
+        seed: int,
+        mixed: Sequence[tuple[Sequence[Example], float]] = (),
+    ):
+        counts = [len(examples), *(len(others) for others, _ in mixed)]
+        weights = [weight for _, weight in mixed]
+        examples = [*examples, *(example for others, _ in mixed for example in others)]
         self._examples, self._seq_len = examples, seq_len
         self._width = max((int(np.bincount(e.target_index).max()) for e in examples if len(e.target_index)), default=1)
         lengths = [len(e.tokens) for e in examples]
@@ -153,8 +223,7 @@ class PackedRows:
             )
         self._rows: list[list[int]] = []
         for epoch in range(num_epochs):
-            order = np.random.default_rng((seed, epoch)).permutation(len(examples))
-            self._rows += pack(lengths, seq_len, order.tolist())
+            self._rows += pack(lengths, seq_len, _order(counts, weights, np.random.default_rng((seed, epoch))))
         # the last batch is filled up with the first rows, so that every batch has one shape
         missing = -len(self._rows) % batch_size
         self._rows += [self._rows[i % len(self._rows)] for i in range(missing)]

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import statistics
-import string
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from cartridges_jax import cartridge_file
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import Example, PackedRows, exchanges, read_corpus
-from cartridges_jax.losses import Batch, loss_sum
-from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.language_model import LanguageModel, load_model, no_prefix
+from cartridges_jax.data import exchanges, read_corpus
+from cartridges_jax.evals.during import general_nll
+from cartridges_jax.evals.loss import ROW, answer_loss
+from cartridges_jax.evals.questions import Question, answer_examples, questions_of
+from cartridges_jax.evals.scorers import contains, exact, token_f1
+from cartridges_jax.interop import formats
+from cartridges_jax.metrics import METRICS
+from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.report import table, write_report
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids
@@ -34,7 +33,6 @@ from cartridges_jax.train import INITIAL
 from command_line.config import build, load, run
 from command_line.progress import Progress
 
-NLL_ROW = 512  # tokens of a packed row of questions and answers
 TIMED_TOKENS = 16  # decode steps behind the rate in the table
 
 
@@ -57,12 +55,6 @@ class EvalConfig:
             raise ValueError("set exactly one of config.questions and config.held_out: what shall be asked?")
         if "{question}" not in self.instruction or "{document}" not in self.document_prompt:
             raise ValueError("config.instruction needs {question} and config.document_prompt needs {document}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    question: str
-    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +83,23 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
         rows.append(_measure(condition, questions, cartridge.num_slots, config, model, progress))
     progress.close()
     report = _report(config, model, cartridge, rows)
-    write_report(Path(config.output_dir), report, Path(config.cartridge).parent / "metrics.jsonl")
+    write_report(Path(config.output_dir), report, Path(config.cartridge).parent / METRICS)
+    _record(config, report)
     return report
+
+
+def _record(config: EvalConfig, report: Mapping[str, Any]) -> None:
+    """Writes what was found into the cartridge's header, if it is a file of our own here."""
+    path = Path(config.cartridge)
+    if not path.is_file() or formats.locate(path)[0] != "safetensors":
+        return
+    told = ("condition", "nll", "gap_closed", "accuracy", "exact", "f1", "context_tokens")
+    evaluation = {
+        "num_questions": report["num_questions"],
+        "off_topic": report["off_topic"],
+        "rows": [{key: row[key] for key in told} for row in report["rows"]],
+    }
+    cartridge_file.record_evaluation(path, json.dumps(evaluation, sort_keys=True))
 
 
 def read_questions(config: EvalConfig) -> list[Question]:
@@ -101,28 +108,6 @@ def read_questions(config: EvalConfig) -> list[Question]:
         return [Question(question, answer) for question, answer in exchanges(config.held_out)]
     assert config.questions is not None
     return questions_of(config.questions)
-
-
-def questions_of(path: str | os.PathLike[str]) -> list[Question]:
-    """Reads JSON lines of {"question", "answer"}.
-
-    Raises:
-      FileNotFoundError, ValueError: no such file, no question in it, or a line that is something else.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} does not exist: expected one {{"question", "answer"}} a line')
-    questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            questions.append(Question(entry["question"].strip(), entry["answer"].strip()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path}, line {number}: expected {{"question": "…", "answer": "…"}}') from error
-    if not questions:
-        raise ValueError(f'{path} holds no question: expected one {{"question", "answer"}} a line')
-    return questions
 
 
 def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge: Cartridge) -> list[Condition]:
@@ -137,7 +122,7 @@ def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge
     conditions.append(Condition("cartridge", cartridge))
     system = config.document_prompt.replace("{document}", corpus)
     length = len(model.tokenizer.encode(system))
-    if length + NLL_ROW <= model.config.window:
+    if length + ROW <= model.config.window:
         conditions.append(Condition("full document", None, system))
     return conditions
 
@@ -173,9 +158,7 @@ def _measure(
         "condition": condition.name,
         "nll": nll,
         "accuracy": statistics.mean(contains(text, q.answer) for text, q in zip(texts, questions, strict=True)),
-        "exact": statistics.mean(
-            normalized(text) == normalized(q.answer) for text, q in zip(texts, questions, strict=True)
-        ),
+        "exact": statistics.mean(exact(text, q.answer) for text, q in zip(texts, questions, strict=True)),
         "f1": statistics.mean(token_f1(text, q.answer) for text, q in zip(texts, questions, strict=True)),
         "context_tokens": context_tokens,
         "kv_bytes": context_tokens * kv_bytes_per_token(model),
@@ -207,25 +190,8 @@ def answer_nll(
     model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> float:
     """Negative log-likelihood of the answers behind their prompts and the shared prefix, in nats per answer token."""
-    examples = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        index = np.arange(len(answer), dtype=np.int32) + len(prompt) - 1
-        tokens = np.asarray([*prompt, *answer], np.int32)
-        examples.append(Example(tokens, index, np.asarray(answer, np.int32), np.zeros(len(answer), np.float32)))
-    longest = max(len(example.tokens) for example in examples)
-    rows = PackedRows(examples, max(NLL_ROW, longest), batch_size=1, num_epochs=1, seed=0)
-    cartridge = prefix if prefix is not None else empty_cartridge(model.config)
-    total = count = 0.0
-    for i in range(len(rows)):
-        batch = Batch(**{name: array[None] for name, array in rows[i].items()})
-        loss, targets = loss_sum(cartridge, model.params, batch, config=model.config, tail="drop", reduction="token")
-        total, count = total + float(loss), count + float(targets)
+    total, count = answer_loss(model, prefix, answer_examples(prompts, answers))
     return total / count
-
-
-def empty_cartridge(config: ModelConfig) -> Cartridge:
-    """p = 0."""
-    return Cartridge(*no_prefix(config), num_frozen=0)
 
 
 def _timing(
@@ -259,26 +225,6 @@ def kv_bytes_per_token(model: LanguageModel) -> int:
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.params["embed"].dtype.itemsize
 
 
-def normalized(text: str) -> str:
-    """Lower case, without punctuation and articles, single spaces (the SQuAD convention, arXiv 1606.05250)."""
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())  # 615,000 is one number
-    text = "".join(" " if ch in string.punctuation.replace(".", "") else ch for ch in text)
-    text = re.sub(r"\b(a|an|the)\b", " ", re.sub(r"\.(?!\d)", " ", text))
-    return " ".join(text.split())
-
-
-def contains(text: str, answer: str) -> bool:
-    """Whether the answer's words stand in the text, in order and next to each other."""
-    return f" {normalized(answer)} " in f" {normalized(text)} "
-
-
-def token_f1(text: str, answer: str) -> float:
-    """Harmonic mean of the precision and recall of words (the SQuAD convention, arXiv 1606.05250)."""
-    ours, theirs = normalized(text).split(), normalized(answer).split()
-    shared = sum((Counter(ours) & Counter(theirs)).values())
-    return 0.0 if not shared else 2 * shared / (len(ours) + len(theirs))
-
-
 def gap_closed(rows: Sequence[Mapping[str, Any]], condition: str) -> float | None:
     """(NLL nothing - NLL condition) / (NLL nothing - NLL full document); None without a full document that helps."""
     nll = {row["condition"]: row["nll"] for row in rows}
@@ -299,6 +245,7 @@ def _report(
         "num_questions": len(rows[0]["answers"]),
         "num_slots": cartridge.num_slots,
         "gap_closed": gap_closed(rows, "cartridge"),
+        "off_topic": {"alone": general_nll(model, None), "cartridge": general_nll(model, cartridge)},
         "provenance": {key: provenance[key] for key in ("recipe", "training_tokens", "training_flops", "weights_hash")},
         "rows": rows,
     }

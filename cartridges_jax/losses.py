@@ -27,7 +27,7 @@ CHUNK = 128  # target positions whose logits exist at one time
 NOTHING = -1e30  # a logit of no weight; finite, so that a row of them gives no NaN
 
 Tail = Literal["drop", "bucket"]
-Reduction = Literal["token", "entry"]
+Reduction = Literal["token", "entry", "row"]
 
 
 @flax.struct.dataclass
@@ -52,7 +52,8 @@ def distillation_loss(
     """Cross-entropy of the student's next token against the teacher's top-k, differentiable in the cartridge.
 
     A target's loss is -sum_j p_j log q_j; with `tail="bucket"` plus the remaining teacher mass against the remaining
-    student mass. Averaged over target tokens, or over entries (`reduction="entry"`, the original's scale).
+    student mass. Averaged over target tokens; over entries (`reduction="entry"`); or, as upstream does, over the
+    entries of each row and then over rows ("row").
     The model is frozen: no gradient flows to its parameters.
     """
     checked = cartridge.checked(model.config)
@@ -72,19 +73,23 @@ def loss_sum(
     remat: Remat = "layers",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
-    if tail not in ("drop", "bucket") or reduction not in ("token", "entry"):
-        raise ValueError(f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token or entry")
+    if tail not in ("drop", "bucket") or reduction not in ("token", "entry", "row"):
+        raise ValueError(
+            f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token, entry or row"
+        )
     hidden_btd = hidden_states(
         params, batch.tokens, batch.segment_ids, batch.positions, *cartridge.prefix, config=config, remat=remat
     )
     mask = batch.target_mask if batch.target_mask.ndim == 3 else batch.target_mask[..., None]
     mask_btj = jnp.broadcast_to(mask, batch.target_ids.shape).astype(bool)
-    total = top_k_cross_entropy(
-        hidden_btd.reshape(-1, config.embed_dim),
-        head_weights(params),
-        *(a.reshape(-1, a.shape[-1]) for a in (batch.target_ids, batch.target_logprobs, mask_btj)),
-        tail,
-    )
+    targets = hidden_btd, batch.target_ids, batch.target_logprobs, mask_btj
+    head_vd = head_weights(params)
+    if reduction == "row":
+        sums_b = jax.lax.map(lambda row: top_k_cross_entropy(row[0], head_vd, *row[1:], tail), targets)
+        entries_b = mask_btj.sum((1, 2))
+        return (sums_b / jnp.maximum(entries_b, 1)).sum(), (entries_b > 0).sum().astype(jnp.float32)
+    hidden_td, *rest = (a.reshape(-1, a.shape[-1]) for a in targets)
+    total = top_k_cross_entropy(hidden_td, head_vd, *rest, tail)
     count = mask_btj.any(-1).sum() if reduction == "token" else mask_btj.sum()
     return total, count.astype(jnp.float32)
 

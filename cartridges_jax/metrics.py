@@ -1,12 +1,26 @@
-"""`metrics.jsonl`: one JSON object a step, cut back to the checkpoint on resume so that no step stands there twice."""
+"""What a run says of itself: `metrics.jsonl`, `samples.jsonl`, a progress line, and dashboards that the config names.
+
+Files hold one JSON object a line and are cut back to the checkpoint on resume, so that no step stands there twice.
+`step` counts updates from 0; what was evaluated before the first stands at step -1.
+"""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cartridges_jax.device import memory_in_use
+from cartridges_jax.trackers import TrackConfig, trackers
 from command_line import files
+from command_line.progress import Progress
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+BEFORE = -1  # the step of what is evaluated before the first
 
 
 class MetricsLog:
@@ -17,15 +31,106 @@ class MetricsLog:
             files.write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise OSError(f"cannot write {self._file.name}: {error}") from error
 
     def close(self) -> None:
         self._file.close()
+
+
+class Journal:
+    """Of one run, from `first_step` on; of a job's processes only the first keeps one (`directory` is None)."""
+
+    def __init__(
+        self,
+        directory: Path | None,
+        first_step: int,
+        num_steps: int,
+        tokens: int,
+        peak_tokens_per_second: float,
+        track: TrackConfig,
+        settings: Mapping[str, Any],
+    ):
+        self._tokens_before = self._tokens = tokens
+        self._targets, self._start, self._idle = 0.0, time.monotonic(), 0.0
+        self._peak = peak_tokens_per_second
+        self._logs: list[MetricsLog] = []
+        if directory is None:
+            return
+        # a run without a step behind it begins again, with what it evaluates before
+        first = first_step if first_step > 0 else BEFORE
+        self._logs = [MetricsLog(directory / METRICS, first)]
+        self._samples = directory / SAMPLES, first
+        self._progress = Progress("training", num_steps, "steps", done=first_step)
+        self._trackers = trackers(track, directory, first_step, settings)
+
+    @property
+    def seconds(self) -> float:
+        """Since the journal began, evaluations not counted."""
+        return time.monotonic() - self._start - self._idle
+
+    def step(self, step: int, metrics: Mapping[str, Any], lr: float, tokens: int, seconds: float) -> None:
+        """One update: its metrics, all tokens so far and all seconds so far, also those of earlier sessions.
+
+        Raises:
+          ValueError: the loss or the gradient is not finite.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(values[name]):
+                raise ValueError(
+                    f"the {name} of step {step} is {values[name]}: training diverged, lower config.optim.lr"
+                )
+        self._tokens, self._targets = tokens, self._targets + values["targets"]
+        if not self._logs:
+            return
+        rate, target_rate = ((n / self.seconds) for n in (tokens - self._tokens_before, self._targets))
+        values |= {
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_second": round(rate, 1),
+            "target_tokens_per_second": round(target_rate, 1),
+            "seconds": round(seconds, 3),
+        }
+        self._logs[0].write(step, values)
+        for tracker in self._trackers:
+            tracker.step(step + 1, values)
+        share = f", {rate / self._peak:.0%} of the peak" if self._peak else ""
+        memory = memory_in_use()
+        self._progress.advance(
+            note=f"loss {values['loss']:.3f}, {rate:.0f} tokens/s, {target_rate:.0f} of them targets{share}"
+            + (f", {memory / 1e9:.1f} GB" if memory else "")
+        )
+
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]], seconds: float
+    ) -> None:
+        """What was evaluated after update `step`, and how long that took."""
+        self._idle += seconds
+        if not self._logs:
+            return
+        self._logs[0].write(step, metrics)
+        if answers and len(self._logs) == 1:  # a run that generates nothing has no such file
+            self._logs.append(MetricsLog(*self._samples))
+        for answer in answers:
+            self._logs[1].write(step, answer)
+        for tracker in self._trackers:
+            tracker.evaluation(step + 1, metrics, answers)
+
+    def close(self) -> None:
+        if self._logs:
+            self._progress.close()
+            for opened in (*self._logs, *self._trackers):
+                opened.close()
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _step(line: str) -> float:

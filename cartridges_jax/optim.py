@@ -18,8 +18,11 @@ class OptimConfig:
     final_fraction: float = 0.1  # of lr, that cosine and linear reach with the end of the last step
     b1: float = 0.9
     b2: float = 0.999
+    clip_norm: float | None = None  # longest gradient, over all slots that move; None: as it comes
 
     def __post_init__(self) -> None:
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"optim.clip_norm is {self.clip_norm}, expected a length above 0, or none")
         if not 0 < self.lr < math.inf or self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
             raise ValueError(
                 f"optim has lr {self.lr}, warmup_steps {self.warmup_steps} and final_fraction {self.final_fraction}: "
@@ -52,4 +55,8 @@ def optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.Gra
         return jax.tree.map(lambda update: update.at[:, :num_frozen].set(0), updates)
 
     adam = optax.adam(schedule(config, num_steps), b1=config.b1, b2=config.b2)
-    return optax.chain(adam, optax.stateless(freeze))
+    if config.clip_norm is None:
+        return optax.chain(adam, optax.stateless(freeze))
+    # what does not move must not shorten what does
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(optax.stateless(freeze), clip, adam, optax.stateless(freeze))

@@ -25,7 +25,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cartridges_jax.data import read_corpus, split_dataset
-from cartridges_jax.evaluate import EvalConfig, evaluate, questions_of
+from cartridges_jax.evals.questions import questions_of
+from cartridges_jax.evaluate import EvalConfig, evaluate
 from cartridges_jax.models import hub
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.report import samples, table

@@ -1,14 +1,20 @@
-"""The evaluation for people: `report.md` with its table and plot, and `report.json` for programs."""
+"""Runs for people: `report.md` with tables and plots, of training and of evaluation; `report.json` for programs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cartridges_jax.metrics import METRICS, SAMPLES, history
+from cartridges_jax.trackers import answers_table
 from command_line import files
 
+BLUE = "#1f5fa8"
+DRAWN = ("/loss", "/score")  # of the evaluations
+SHOWN_ANSWERS = 20
 COLUMNS = (
     ("condition", "condition", "{}"),
     ("context_tokens", "slots or tokens", "{}"),
@@ -47,7 +53,7 @@ def samples(report: Mapping[str, Any], count: int) -> str:
 
 
 def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> None:
-    """Writes `report.png`, `report.md` and, last, `report.json`; the training loss is drawn if `metrics` exists."""
+    """Writes `report.png`, `report.md` and, last, `report.json`; training is drawn if `metrics` exists."""
     _plot(directory / "report.png", report, metrics)
     provenance = report["provenance"]
     gap = report["gap_closed"]
@@ -58,7 +64,9 @@ def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> N
         table(report),
         "Gap closed = (NLL nothing - NLL) / (NLL nothing - NLL full document)"
         + ("." if gap is None else f"; of the cartridge **{gap:.2f}**."),
-        "![NLL of each condition, and the loss of training](report.png)",
+        f"Off the topic, on general questions: {report['off_topic']['alone']:.3f} nats per answer token alone, "
+        f"{report['off_topic']['cartridge']:.3f} with the cartridge.",
+        "![NLL of each condition, and how training went](report.png)",
         "## Answers",
         "```\n" + samples(report, report["config"]["num_samples"]) + "\n```",
     ]
@@ -74,32 +82,86 @@ def _cell(row: Mapping[str, Any], key: str, style: str) -> str:
     return style.format(value / 1e6 if key == "kv_bytes" else value)
 
 
+def write_training_report(directory: Path) -> None:
+    """Writes `report.png` and `report.md` of a training run from its logs; a run without a step has none."""
+    lines = history(directory / METRICS)
+    if not any("loss" in line for line in lines):
+        return
+    with _figure(directory / "report.png", 2, 2) as axes:
+        _draw_training(axes, lines)
+    steps = [line for line in lines if "loss" in line]
+    last, evaluated = steps[-1], [line for line in lines if "loss" not in line]
+    text = [
+        "# Training",
+        f"{last['step'] + 1:,} steps, {last['tokens']:,} tokens, {last['seconds']:.0f} s: loss {steps[0]['loss']:.3f} "
+        f"to {last['loss']:.3f}.",
+        "![Loss, learning rate, throughput and evaluations](report.png)",
+    ]
+    if evaluated:
+        keys = [key for key in evaluated[-1] if key != "step"]
+        rows = [f"| {key} | {evaluated[0].get(key, float('nan')):.4g} | {evaluated[-1][key]:.4g} |" for key in keys]
+        text.append("\n".join(["| evaluation | before | after |", "| --- | --- | --- |", *rows]))
+    answers = history(directory / SAMPLES)
+    if answers:
+        shown = [answer for answer in answers if answer["step"] == answers[-1]["step"]][:SHOWN_ANSWERS]
+        text += ["## Answers", answers_table(shown)]
+    files.write_text(directory / "report.md", "\n\n".join(text) + "\n")
+
+
 def _plot(path: Path, report: Mapping[str, Any], metrics: Path) -> None:
+    lines = history(metrics)
+    trained = any("loss" in line for line in lines)
+    with _figure(path, 3 if trained else 1, 2 if trained else 1) as axes:
+        _draw_conditions(axes[0], report)
+        if trained:
+            _draw_training(axes[1:], lines)
+
+
+@contextlib.contextmanager
+def _figure(path: Path, rows: int, columns: int) -> Iterator[list[Any]]:
+    """Axes to draw on; those that nothing was drawn on are left out."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    history = []
-    if metrics.is_file():
-        history = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure, axes = plt.subplots(1, 2 if history else 1, figsize=(10 if history else 5, 3.5), squeeze=False)
-    bars, names = axes[0][0], [row["condition"] for row in report["rows"]]
-    colors = ["#1f5fa8" if name == "cartridge" else "#b8c4d2" for name in names]
-    drawn = bars.barh(names, [row["nll"] for row in report["rows"]], color=colors)
-    bars.bar_label(drawn, fmt="%.2f", padding=3)
-    bars.margins(x=0.15)
-    bars.invert_yaxis()
-    bars.set_xlabel("NLL per answer token, nats (less is better)")
-    if history:
-        loss = axes[0][1]
-        loss.plot([h["step"] + 1 for h in history], [h["loss"] for h in history], color="#1f5fa8", linewidth=1)
-        loss.set_xlabel("step")
-        loss.set_ylabel("distillation loss, nats per target")
-        loss.set_title(f"{history[-1]['tokens']:,} tokens", fontsize=10)
-    for row in axes[0]:
-        row.spines[["top", "right"]].set_visible(False)
+    figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False)
+    axes = list(grid.flat)
+    yield axes
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        if not one.has_data():
+            one.remove()
     figure.tight_layout()
     with files.atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
+
+
+def _draw_conditions(axis: Any, report: Mapping[str, Any]) -> None:
+    names = [row["condition"] for row in report["rows"]]
+    colors = [BLUE if name == "cartridge" else "#b8c4d2" for name in names]
+    drawn = axis.barh(names, [row["nll"] for row in report["rows"]], color=colors)
+    axis.bar_label(drawn, fmt="%.2f", padding=3)
+    axis.margins(x=0.15)
+    axis.invert_yaxis()
+    axis.set_xlabel("NLL per answer token, nats (less is better)")
+
+
+def _draw_training(axes: Sequence[Any], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, learning rate and throughput; and, on a fourth, the losses and scores that were evaluated."""
+    steps = [line for line in lines if "loss" in line]
+    drawn = ("loss", "distillation loss, nats per target"), ("lr", "learning rate"), ("tokens_per_second", "tokens/s")
+    for axis, (key, label) in zip(axes, drawn, strict=False):
+        axis.plot([line["step"] + 1 for line in steps], [line[key] for line in steps], color=BLUE, linewidth=1)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+    axes[0].set_title(f"{steps[-1]['tokens']:,} tokens", fontsize=10)
+    evaluated = [line for line in lines if "loss" not in line]
+    keys = sorted({key for line in evaluated for key in line if key.count("/") == 1 and key.endswith(DRAWN)})
+    for key in keys:
+        points = [(line["step"] + 1, line[key]) for line in evaluated if key in line]
+        axes[3].plot(*zip(*points, strict=True), marker=".", label=key)
+    if keys:
+        axes[3].set_xlabel("step")
+        axes[3].legend(fontsize=7, frameon=False)

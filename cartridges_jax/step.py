@@ -54,8 +54,8 @@ def train_step(
             (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(cartridge, micro)
             return jax.tree.map(jnp.add, carry, (total, count, gradient)), None
 
-        zero = jnp.zeros((), jnp.float32)
-        start = (zero, zero, jax.tree.map(jnp.zeros_like, cartridge))
+        zero = jnp.zeros((), jnp.promote_types(jnp.float32, params["embed"].dtype))
+        start = (zero, jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, cartridge))
         (total, count, gradient), _ = jax.lax.scan(accumulate, start, batch)
         return *collectives.over_rows((total, count)), collectives.gradient_over_rows(gradient, config)
 

@@ -60,8 +60,12 @@ def get_config(stage: str = "") -> ConfigDict:
                 "batch_size": 1,
                 "accumulation": 32,
                 "num_epochs": 1,
+                "num_steps": config_dict.placeholder(int),
+                "max_minutes": config_dict.placeholder(float),
                 "init": {"kind": "text", "num_slots": 2048},
                 "optim": {"lr": 2e-2},
+                "evals": {"every": config_dict.placeholder(int), "off_topic": True},
+                "track": {"tensorboard": False, "wandb": "off", "project": "cartridges"},
             },
             "evaluate": {
                 "cartridge": f"{RUN}/train/cartridge.safetensors",

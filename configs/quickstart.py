@@ -25,7 +25,7 @@ What was found while tuning it:
 - Training multiplies in bfloat16 where the CPU has units for it (AMX), twice as fast; decoding stays in float32.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 MODEL = "smollm2-135m"
 
@@ -59,8 +59,12 @@ def get_config(stage: str = "") -> ConfigDict:
                 "seq_len": 256,
                 "batch_size": 4,
                 "num_epochs": 1,
+                "num_steps": config_dict.placeholder(int),  # 0: the cartridge of attention matching alone, in seconds
+                "max_minutes": config_dict.placeholder(float),
                 "checkpoint_every": 10,
                 "init": {"kind": "attention_matching", "num_slots": 500},
+                "evals": {"every": config_dict.placeholder(int), "off_topic": False},
+                "track": {"tensorboard": False, "wandb": "off"},
                 "tail": "bucket",
                 "optim": {"lr": 4e-3, "warmup_steps": 4},
             },

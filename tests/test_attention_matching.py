@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from jaxtyping import Array
 
-from cartridges_jax.attention_matching import attention_matching
+from cartridges_jax.attention_matching import MatchingConfig, attention_matching
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import Example, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
@@ -63,5 +65,30 @@ def test_the_sink_comes_first_and_keeps_its_key(examples: list[Example], documen
 
 
 def test_a_document_shorter_than_the_slots_is_refused(examples: list[Example]):
-    with pytest.raises(ValueError, match="choose fewer slots"):
+    with pytest.raises(ValueError, match="at least the 900 slots"):
         initial_cartridge(InitConfig("attention_matching", 900), tiny.model(), "A cat.", examples, seed=0)
+
+
+def test_queries_of_either_kind_give_other_slots(examples: list[Example]):
+    found = [
+        attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 64, config=MatchingConfig(queries))
+        for queries in ("both", "conversations", "repeat")
+    ]
+    assert all(float(jnp.abs(a.values - b.values).max()) > 1e-3 for a, b in itertools.combinations(found, 2))
+    alone = attention_matching(tiny.model(), tiny.TEXT[:1200], [], 64)
+    np.testing.assert_array_equal(alone.values, found[2].values)
+    with pytest.raises(ValueError, match="'conversations' and there are none"):
+        attention_matching(tiny.model(), tiny.TEXT[:1200], [], 64, config=MatchingConfig("conversations"))
+
+
+def test_a_long_document_is_compacted_in_chunks(examples: list[Example], document: list[int]):
+    p = len(document) // 3
+    config = MatchingConfig(chunk_tokens=len(document) // 2)
+    found = attention_matching(tiny.model(), tiny.TEXT[:1200], examples, p, config=config)
+    assert found.num_slots == p and found.provenance.recipe.count("3 chunks") == 1
+    assert _error(found, document) < _error(Cartridge.from_tokens(tiny.model(), document[:p]), document)
+    # beyond the window there is no other way
+    long = attention_matching(tiny.model(), tiny.TEXT, examples, 60)
+    assert long.num_slots == 60
+    with pytest.raises(ValueError, match="two of them for each chunk"):
+        attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 2, config=config)

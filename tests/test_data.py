@@ -18,6 +18,7 @@ from cartridges_jax.data import (
     Example,
     PackedRows,
     batches,
+    dataset_hash,
     example_of,
     exchanges,
     pack,
@@ -309,3 +310,29 @@ def test_exchanges_are_questions_with_their_answers(tmp_path: Path):
     whole = conversation.read(path)
     assert exchanges(path) == [(c.messages[0].content, c.messages[1].content) for c in whole]
     assert exchanges(path)[0][0].startswith("What is in box")
+
+
+def test_next_tokens_are_targets_of_every_answer(tokenizer: Tokenizer):
+    said = answer(tokenizer, SAMPLED, ended=True)
+    asked, plain = Message("question", "user"), Message("later", "assistant")
+    example = example_of(talk(asked, said, asked, plain), tokenizer, "tokens")
+    expected = [*(said.token_ids or ()), *tokenizer.encode("later")]
+    assert example.target_ids.tolist() == expected
+    np.testing.assert_array_equal(example.tokens[example.target_index + 1], expected)
+    assert not example.target_logprobs.any()
+
+
+def test_answers_without_log_probabilities_do_for_next_tokens(tmp_path: Path, tokenizer: Tokenizer):
+    conversation.write(tmp_path / "plain.parquet", [talk(Message("q", "user"), Message("a", "assistant"))])
+    with pytest.raises(ValueError, match="or train on targets='tokens'"):
+        read_examples(tmp_path / "plain.parquet", tokenizer)
+    assert len(read_examples(tmp_path / "plain.parquet", tokenizer, "tokens")) == 1
+    conversation.write(tmp_path / "none.parquet", [talk(Message("q", "user"))])
+    with pytest.raises(ValueError, match="holds no answer"):
+        read_examples(tmp_path / "none.parquet", tokenizer, "tokens")
+
+
+def test_a_datasets_hash_is_that_of_its_bytes(tmp_path: Path):
+    paths = [tiny.write_dataset(tmp_path / f"{i}.parquet", tiny.model(), count=3, seed=i // 2) for i in range(3)]
+    first, same, other = map(dataset_hash, paths)
+    assert first == same != other and dataset_hash(*paths[:2]) != first

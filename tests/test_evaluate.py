@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from safetensors import safe_open
 
 from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge_file import record_evaluation
 from cartridges_jax.data import exchanges, split_dataset
+from cartridges_jax.evals.questions import questions_of
+from cartridges_jax.evals.scorers import contains, normalized, token_f1
 from cartridges_jax.evaluate import (
     EvalConfig,
     answer_nll,
-    contains,
     evaluate,
     gap_closed,
-    normalized,
-    questions_of,
-    token_f1,
 )
 from cartridges_jax.report import samples, table
 
@@ -118,6 +118,11 @@ def test_a_whole_evaluation(tmp_path: Path):
     assert rows["nothing"]["gap_closed"] in (0.0, None)
     assert all(row["seconds_to_first_token"] > 0 and row["decode_tokens_per_second"] > 0 for row in rows.values())
     assert json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8")) == report
+    assert report["off_topic"]["alone"] != report["off_topic"]["cartridge"]
+    marked = Cartridge.load(config.cartridge)
+    found = json.loads(marked.provenance.evaluation)
+    assert {row["condition"]: row["nll"] for row in found["rows"]} == {name: row["nll"] for name, row in rows.items()}
+    assert marked.provenance.recipe == cartridge.provenance.recipe
     page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert table(report) in page and samples(report, 3) in page
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -130,3 +135,15 @@ def test_exactly_one_source_of_questions():
         EvalConfig(**fields)
     with pytest.raises(ValueError, match="exactly one"):
         dataclasses.replace(EvalConfig(**fields, questions="q"), held_out="h")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_an_evaluation_is_recorded_beside_the_same_bytes(tmp_path: Path, dtype: str):
+    path = tmp_path / "cartridge.safetensors"
+    Cartridge.from_text(tiny.model(), tiny.TEXT, 8).save(path, dtype)
+    with safe_open(path, framework="numpy") as reader:
+        before = {name: reader.get_tensor(name).tobytes() for name in reader.keys()}  # noqa: SIM118
+    record_evaluation(path, '{"rows": []}')
+    with safe_open(path, framework="numpy") as reader:
+        assert {name: reader.get_tensor(name).tobytes() for name in reader.keys()} == before  # noqa: SIM118
+    assert Cartridge.load(path, model=tiny.model()).provenance.evaluation == '{"rows": []}'

@@ -11,6 +11,7 @@ import tiny
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.initializers import STATISTICS_TOKENS, InitConfig, initial_cartridge
+from cartridges_jax.starting_texts import CHUNK, sampled_chunks
 
 
 def test_text_gives_the_first_tokens_of_the_corpus():
@@ -87,10 +88,51 @@ def test_pretrained_refuses_more_frozen_slots_than_it_has(tmp_path: Path):
         ({"num_slots": 0}, "expected at least one slot"),
         ({"num_slots": 4, "num_frozen": 5}, "num_frozen from 0 to num_slots"),
         ({"num_frozen": -1}, "num_frozen from 0 to num_slots"),
-        ({"kind": "pretrained"}, "a path belongs to 'pretrained' only"),
-        ({"path": "x"}, "a path belongs to 'pretrained' only"),
+        ({"kind": "pretrained"}, "a path belongs to 'pretrained', which needs one"),
+        ({"path": "x"}, "a path belongs to 'pretrained', which needs one, or to 'random_text'"),
+        ({"kind": "summary"}, "set init.summary.base_url"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(settings: dict, sentence: str):
     with pytest.raises(ValueError, match=sentence):
         InitConfig(**settings)
+
+
+def test_sampled_chunks_are_pieces_of_the_corpus_in_its_order():
+    model = tiny.model()
+    tokens = model.tokenizer.encode(tiny.TEXT)
+    drawn = [sampled_chunks(list(range(len(tokens))), 150, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for places in drawn:
+        steps = np.diff(places)
+        assert len(places) == 150 and (steps > 0).all()
+        assert set(np.flatnonzero(steps > 1) % CHUNK) <= {CHUNK - 1}  # whole chunks, none of them twice
+    assert sampled_chunks(tokens, len(tokens), 3) == tokens
+    found = initial_cartridge(InitConfig("sampled_chunks", 150, 2), model, tiny.TEXT, [], seed=0)
+    expected = Cartridge.from_tokens(model, [tokens[i] for i in drawn[0]])
+    np.testing.assert_array_equal(found.keys, expected.keys)
+    assert found.num_frozen == 2
+    with pytest.raises(ValueError, match=r"the corpus has \d+ tokens, fewer than init.num_slots, 900"):
+        initial_cartridge(InitConfig("sampled_chunks", 900), model, "A cat.", [], seed=0)
+
+
+def test_random_text_is_another_text(tmp_path: Path):
+    model = tiny.model()
+    ours, again = (
+        initial_cartridge(InitConfig("random_text", 300), model, corpus, [], seed)
+        for corpus, seed in ((tiny.TEXT, 0), ("A cat.", 1))
+    )
+    np.testing.assert_array_equal(ours.keys, again.keys)
+    assert ours.num_slots == 300
+    (tmp_path / "other.txt").write_text(tiny.TEXT[::-1], encoding="utf-8")
+    theirs = initial_cartridge(InitConfig("random_text", 20, path=str(tmp_path / "other.txt")), model, "A cat.", [], 0)
+    np.testing.assert_array_equal(theirs.keys, Cartridge.from_text(model, tiny.TEXT[::-1], 20).keys)
+    with pytest.raises(ValueError, match=r"the text of init\.path has \d+ tokens, fewer"):
+        initial_cartridge(InitConfig("random_text", 5000, path=str(tmp_path / "other.txt")), model, "A cat.", [], 0)
+
+
+def test_normal_vectors_are_upstreams():
+    found = initial_cartridge(InitConfig("random_vectors", 2000, vectors="normal"), tiny.model(), "A", [], seed=0)
+    for array in (found.keys, found.values):
+        assert abs(float(array.mean())) < 0.01 and float(array.std()) == pytest.approx(1, abs=0.01)
+        assert float(jnp.abs(array[:, 0]).mean()) < 1.5  # no sink of a real text

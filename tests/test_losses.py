@@ -19,7 +19,7 @@ from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.transformer import Remat, init_params
 
 TAILS: tuple[Tail, ...] = ("drop", "bucket")
-REDUCTIONS: tuple[Reduction, ...] = ("token", "entry")
+REDUCTIONS: tuple[Reduction, ...] = ("token", "entry", "row")
 BOTH = [(tail, reduction) for tail in TAILS for reduction in REDUCTIONS]
 LossAndGradient = Callable[..., tuple[jax.Array, cj.Cartridge]]
 
@@ -90,6 +90,11 @@ def dense_logits(slots: dict[str, Any], batch: cj.Batch) -> Any:
 
 def dense_loss(slots: dict[str, Any], batch: cj.Batch, tail: Tail, reduction: Reduction) -> Any:
     """The teacher's entries against the student's log-probabilities, then what is left over on both sides."""
+    if reduction == "row":  # upstream: each packed row's mean over its entries, and the mean of those
+        rows = [jax.tree.map(lambda a, i=i: a[i : i + 1], batch) for i in range(batch.tokens.shape[0])]
+        return sum(dense_loss(slots, row, tail, "entry") for row in rows if row.target_mask.any()) / sum(
+            bool(row.target_mask.any()) for row in rows
+        )
     logprobs = jax.nn.log_softmax(dense_logits(slots, batch), -1)
     v = logprobs.shape[-1]
     teacher = np.where(batch.target_mask, np.exp(batch.target_logprobs.astype(float)), 0)
@@ -192,8 +197,9 @@ def test_no_targets_cost_nothing(tail: Tail, reduction: Reduction, loss_and_grad
 
 def test_reductions_differ_by_what_they_count(loss_and_gradient: LossAndGradient) -> None:
     batch, cartridge = small_case()
-    token, entry = (loss_and_gradient(cartridge, batch, "drop", r)[0] for r in REDUCTIONS)
+    token, entry, row = (loss_and_gradient(cartridge, batch, "drop", r)[0] for r in REDUCTIONS)
     assert_allclose(token * batch.target_mask.any(-1).sum(), entry * batch.target_mask.sum(), rtol=1e-6)
+    assert abs(row - entry) > 1e-3 * entry
 
 
 def own_targets(model: cj.LanguageModel, cartridge: cj.Cartridge, j: int) -> tuple[cj.Batch, np.ndarray]:
@@ -310,7 +316,7 @@ def test_logits_of_all_positions_never_exist(tail: Tail) -> None:
 
 def test_choices_that_do_not_exist(tiny_llama: cj.LanguageModel) -> None:
     batch, cartridge = small_case()
-    with pytest.raises(ValueError, match="tail is 'keep' and reduction 'token', expected drop or bucket and token or"):
+    with pytest.raises(ValueError, match="tail is 'keep' and reduction 'token', expected drop or bucket and token, "):
         cj.distillation_loss(cartridge, tiny_llama, batch, tail="keep")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction 'mean'"):
         cj.distillation_loss(cartridge, tiny_llama, batch, reduction="mean")  # type: ignore[arg-type]

@@ -86,3 +86,23 @@ def test_the_first_update_of_adam_is_the_learning_rate():
 def test_settings_out_of_range_are_refused(bad: dict[str, float]):
     with pytest.raises(ValueError, match="expected lr > 0, warmup_steps >= 0 and final_fraction from 0 to 1"):
         OptimConfig(**bad)
+
+
+def test_a_long_gradient_is_clipped_without_what_is_frozen():
+    shape = (1, 3, 1, 2)
+    start = Cartridge(jnp.zeros(shape), jnp.zeros(shape), None, 1)
+    long = jax.tree.map(lambda a: jnp.full(a.shape, 2.0).at[:, 0].set(1e6), start)
+    short = jax.tree.map(lambda a: jnp.full(a.shape, 0.01), start)
+
+    def second_update(config: OptimConfig, first: Cartridge) -> np.ndarray:
+        tx = optimizer(config, STEPS, 1)
+        state = tx.update(first, tx.init(start), start)[1]
+        return np.asarray(tx.update(short, state, start)[0].keys)
+
+    clipped = second_update(OptimConfig(clip_norm=1.0), long)
+    norm = math.sqrt(8 * 2.0**2)  # of the eight numbers that move
+    by_hand = second_update(OptimConfig(), jax.tree.map(lambda g: g / norm, long))
+    np.testing.assert_allclose(clipped, by_hand, rtol=1e-5)
+    assert (np.abs(clipped - second_update(OptimConfig(), long)) > 1e-4)[:, 1:].all()
+    with pytest.raises(ValueError, match=r"clip_norm is 0\.0, expected a length above 0"):
+        OptimConfig(clip_norm=0.0)

@@ -45,6 +45,12 @@ def start(folder: Path, name: str, count: int, devices: int = 1, **changes: Any)
         "distributed": count > 1,
         "init": {"num_slots": 16, "num_frozen": 2},
         "optim": {"lr": LEARNING_RATE, "warmup_steps": 2},
+        "evals": {
+            "every": 3,
+            "loss": ({"name": "seen", "dataset": str(folder / "dataset.parquet")},),
+            "off_topic": True,
+            "patience": 9,
+        },
     } | changes
     config = folder / f"{name}.py"
     config.write_text(
@@ -92,7 +98,7 @@ def test_two_processes_are_one_bit_for_bit(folder: Path, alone: dict[str, np.nda
     theirs, ours = ((folder / name / "cartridge.safetensors").read_bytes() for name in ("alone", "two"))
     assert ours == theirs
     lines = [(folder / name / "metrics.jsonl").read_text().count("\n") for name in ("alone", "two")]
-    assert lines == [STEPS, STEPS]
+    assert lines == [STEPS + 3] * 2  # evaluated before, in the middle and after
 
 
 def test_a_process_reads_its_part_of_the_weights_and_no_more(tmp_path: Path):

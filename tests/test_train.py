@@ -23,19 +23,20 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny_runs import STEPS, TIMING, bytes_of, config_of, metrics_of, settings_in
 
+from cartridges_jax import loop as loop_module
 from cartridges_jax import train as train_module
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import PackedRows, batches, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.models.language_model import load_model
-from cartridges_jax.optim import OptimConfig
-from cartridges_jax.train import TrainConfig, TrainState, train, train_step
+from cartridges_jax.step import TrainState, train_step
+from cartridges_jax.train import train
 from command_line.config import run
 
 ROOT = Path(__file__).parent.parent
-STEPS = 24
 BEGUN = {"checkpoints", "config.json", "initial.safetensors", "metrics.jsonl"}
 # ml_collections loads a config file by a method that importlib is going to remove
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -57,45 +58,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings_in(folder: Path, inputs: Path) -> dict[str, Any]:
-    return {
-        "dataset": str(inputs / "dataset.parquet"),
-        "corpus": str(inputs / "corpus.txt"),
-        "output_dir": str(folder / "run"),
-        "model": str(tiny.folder()),
-        "seq_len": 192,
-        "batch_size": 2,
-        "num_epochs": 6,
-        "num_steps": STEPS,
-        "checkpoint_every": 3,
-        "init": {"num_slots": 16, "num_frozen": 2},
-        "optim": {"lr": 5e-2, "warmup_steps": 2},
-    }
-
-
 @pytest.fixture
 def settings(inputs: Path, tmp_path: Path) -> dict[str, Any]:
     return settings_in(tmp_path, inputs)
-
-
-def config_of(settings: dict[str, Any], **changes: Any) -> TrainConfig:
-    values = settings | changes
-    return TrainConfig(**values | {"init": InitConfig(**values["init"]), "optim": OptimConfig(**values["optim"])})
 
 
 def write_config(settings: dict[str, Any], **changes: Any) -> Path:
     path = Path(settings["output_dir"]).with_name("config.py")
     path.write_text(CONFIG.format(values=settings | changes))
     return path
-
-
-def metrics_of(folder: str | Path, timing: bool = False) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return lines if timing else [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def bytes_of(tree: Any) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -127,12 +98,13 @@ def same_outcome(settings: dict[str, Any], reference: dict[str, Any]) -> None:
 
 def test_a_run_leaves_what_design_says(finished: dict[str, Any]):
     folder = Path(finished["output_dir"])
-    assert set(os.listdir(folder)) == {*BEGUN, "cartridge.safetensors"}
+    assert set(os.listdir(folder)) == {*BEGUN, "cartridge.safetensors", "report.md", "report.png"}
     assert leftovers(folder) == []
     config = json.loads((folder / "config.json").read_text())
-    assert config == dataclasses.asdict(config_of(finished)) | {"output_dir": ""}
+    ours = dataclasses.asdict(config_of(finished)) | {"output_dir": "", "dataset_hash": config["dataset_hash"]}
+    assert config == json.loads(json.dumps(ours))
     lines = metrics_of(folder, timing=True)
-    assert set(lines[0]) == {"step", "loss", "targets", "grad_norm", "lr", "tokens", "tokens_per_second"}
+    assert set(lines[0]) == {"step", "loss", "targets", "grad_norm", "lr", "tokens", *TIMING}
     np.testing.assert_allclose([line["lr"] for line in lines[:3]], [0.025, 0.05, 0.05], rtol=1e-6)
     assert (np.diff([line["tokens"] for line in lines]) > 0).all()
 
@@ -263,7 +235,7 @@ def test_a_finished_run_is_not_run_again(
     settings: dict[str, Any], finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copytree(finished["output_dir"], settings["output_dir"])
-    monkeypatch.setattr(train_module, "train_step", None)
+    monkeypatch.setattr(loop_module, "train_step", None)
     train(config_of(settings), tiny.model())
     same_outcome(settings, finished)
     (Path(settings["output_dir"]) / "cartridge.safetensors").unlink()
@@ -453,7 +425,7 @@ def test_slots_that_overflow_in_the_last_step_are_no_cartridge(
         metrics = {name: jnp.ones(()) for name in ("loss", "targets", "grad_norm")}
         return state.replace(cartridge=cartridge, step=state.step + 1), metrics
 
-    monkeypatch.setattr(train_module, "train_step", overflow)
+    monkeypatch.setattr(loop_module, "train_step", overflow)
     with pytest.raises(ValueError, match="the trained slots are not finite: training diverged"):
         train(config_of(settings, num_steps=1), tiny.model())
     assert not (Path(settings["output_dir"]) / "cartridge.safetensors").exists()
@@ -483,7 +455,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(settings: dict[str, An
     before our sentence, which is the last line."""
     settings |= {"init": {"num_slots": 256}, "num_steps": 4}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(loop_module, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
         train(config_of(settings), tiny.model())  # the initial state is there and needs no room any more
     limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command(settings)]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=240)

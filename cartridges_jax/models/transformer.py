@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from cartridges_jax import collectives
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.quantization import dequantized
 from cartridges_jax.sharding import WEIGHTS
 
 Params = dict[str, Any]
@@ -91,7 +92,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def block_of(config: ModelConfig, layer_params: Params) -> Block:
     """A block over one layer's arrays: for `jax.lax.scan` bodies and for unrolled decoding."""
-    return nnx.merge(_split(config)[2], collectives.whole_layer(layer_params))
+    return nnx.merge(_split(config)[2], collectives.whole_layer(dequantized(layer_params)))
 
 
 def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
@@ -203,15 +204,19 @@ def rope_tables(positions: Int[Array, "b t"], config: ModelConfig) -> Rope:
 def rotate(x_btnh: Float[Array, "b t n h"], rope: Rope) -> Float[Array, "b t n h"]:
     """RoPE on halves, not on interleaved pairs: the layout of Hugging Face's checkpoints."""
     cos, sin = (table[:, :, None] for table in rope)
-    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(_wide(x_btnh), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
     """No gradient flows to the scale: it is frozen."""
-    x_float = x.astype(jnp.float32)
+    x_float = _wide(x)
     return (x_float * _inverse_rms(x_float, eps)).astype(x.dtype) * scale
+
+
+def _wide(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
 def _inverse_rms(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b 1"]:
@@ -220,7 +225,7 @@ def _inverse_rms(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b 1"]:
 
 def _rms_norm_backward(eps: float, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
     x, scale = saved
-    x_float, gradient = x.astype(jnp.float32), (gradient * scale).astype(jnp.float32)
+    x_float, gradient = _wide(x), _wide(gradient * scale)
     inverse = _inverse_rms(x_float, eps)
     # a product of two: autodiff sums one of three, which XLA:CPU does ten times slower
     mean = jnp.einsum("...d,...d->...", gradient, x_float)[..., None] / x.shape[-1]

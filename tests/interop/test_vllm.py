@@ -25,7 +25,7 @@ from hf_folder import write_folder
 
 import cartridges_jax as cj
 from cartridges_jax.ask import post, vllm_request
-from cartridges_jax.evaluate import questions_of
+from cartridges_jax.evals.questions import questions_of
 from cartridges_jax.initializers import InitConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.optim import OptimConfig

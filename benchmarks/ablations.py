@@ -1,0 +1,348 @@
+"""What the trainer's choices are worth, each measured: the paper's ablations, and gap closed against time.
+
+    make quickstart                                              # leaves conversations and questions behind
+    python benchmarks/ablations.py --run=runs/document-… [--seeds=3] [--only=starts-4,objectives] [--shares=4,10,20]
+    python benchmarks/ablations.py --run=runs/document-… --second=runs/story-…  # also composition, of two documents
+    python benchmarks/ablations.py --run=… --five=A/dataset.parquet --generic=B/dataset.parquet  # also seed prompts
+    python benchmarks/ablations.py --document=D.txt --dataset=S.parquet --questions=Q.jsonl      # any other document
+
+Every run is a training run of the library in OUTPUT/runs/, and its result a file there: the command, given again, goes
+on where it ended, and report.md shows what is there so far. A dataset of other seed prompts comes from
+`python -m synth --config=configs/quickstart.py:synth --config.seed_prompts=…` with a server running.
+
+Measured is the gap closed on the reference answers (no text is generated), before the first step and every few steps.
+Time is that of the initial state, compilation included, plus steps times the time of a step: within a study, every run
+counts the median step of the run in which it was fastest, since steps of one size cost the same and other work on the
+machine does not. Evaluation does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.data import read_corpus, read_examples
+from cartridges_jax.evals.during import EvalsConfig, LossEval, general_nll
+from cartridges_jax.evals.loss import answer_loss
+from cartridges_jax.evals.questions import answer_examples, questions_of
+from cartridges_jax.initializers import InitConfig, initial_cartridge
+from cartridges_jax.metrics import METRICS, history
+from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.optim import OptimConfig
+from cartridges_jax.train import INITIAL, TrainConfig, train
+from command_line import files
+
+MODEL = "smollm2-135m"
+INSTRUCTION = "{question} Answer with a short phrase only."
+KEY = "eval_questions/loss"
+STARTS = ("attention_matching", "text", "sampled_chunks", "random_text", "random_vectors")
+SIZES = (40, 20, 10, 4, 2)  # p is the document's tokens over this
+MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
+PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
+RECIPE = "upstream's recipe"  # its start, loss, reduction, learning rate and schedule, in our batches
+UPSTREAM = OptimConfig(lr=2e-2, schedule="constant")
+UPSTREAM_EPOCHS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    text: Path
+    dataset: Path
+    questions: Path
+
+    @classmethod
+    def of_run(cls, folder: Path, questions: Path | None) -> Document:
+        """The document of a quickstart's run directory, as its report names it."""
+        config = json.loads((folder / "report.json").read_text(encoding="utf-8"))["config"]
+        asked = questions or Path(config["questions"] or folder / "held_out.parquet")
+        return cls(Path(config["corpus"]), folder / "synth" / "dataset.parquet", asked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One line of a table and one curve: what differs from the quickstart's training."""
+
+    study: str
+    label: str
+    document: Document
+    share: int
+    kind: str = "attention_matching"
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    num_frozen: int = 1
+
+    def run_name(self, seed: int) -> str:
+        """Of what is trained, whatever study asks for it."""
+        changes = repr((str(self.document.dataset), sorted(self.changes.items()))).encode()
+        digest = hashlib.sha256(changes).hexdigest()[:8]
+        return f"{self.document.text.stem}-{self.kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
+
+
+def main() -> None:
+    args = _arguments()
+    model = load_model(MODEL, "auto")
+    first = args.own or Document.of_run(args.run, args.questions)
+    trials = [t for t in _trials(first, args) if args.only is None or t.study in args.only]
+    bench = Bench(model, args.output)
+    for seed in range(args.seeds):
+        for trial in trials:
+            bench.run(trial, seed)
+            bench.report(trials, args.seeds)
+        if args.second and (args.only is None or "composition" in args.only):
+            bench.compose(first, Document.of_run(args.second, args.second_questions), seed)
+            bench.report(trials, args.seeds)
+    print(f"report: {args.output / 'report.md'}")
+
+
+def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
+    upstream = {"tail": "drop", "reduction": "row", "optim": UPSTREAM, "num_epochs": UPSTREAM_EPOCHS}
+    tokens = {"targets": "tokens", "tail": "drop"}
+
+    first, *others = args.shares
+    for kind in STARTS:
+        yield Trial(f"starts-{first}", kind, document, first, kind)
+    for kind in ("attention_matching", "text"):
+        for label, changes in (("bucket", {}), ("drop", {"tail": "drop"}), ("next token", tokens)):
+            yield Trial("objectives", f"{label} after {kind}", document, 4, kind, changes)
+        for num_frozen in (1, 0):
+            label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
+            yield Trial("sink", label, document, 4, kind, num_frozen=num_frozen)
+    yield Trial(f"starts-{first}", RECIPE, document, first, "text", upstream)
+    yield Trial("int8", "as loaded", document, 4)
+    yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
+    for share in others:
+        for kind in STARTS:
+            yield Trial(f"starts-{share}", kind, document, share, kind)
+        yield Trial(f"starts-{share}", RECIPE, document, share, "text", upstream)
+    for share in SIZES:
+        yield Trial("sizes", f"1 of {share}", document, share)
+    if args.five and args.generic:
+        for label, dataset in (("five", args.five), ("generic", args.generic)):
+            other = dataclasses.replace(document, dataset=dataset)
+            for kind in ("attention_matching", "text"):
+                yield Trial("seed-prompts", f"{label} after {kind}", other, 4, kind)
+
+
+class Bench:
+    def __init__(self, model: LanguageModel, output: Path):
+        self._model, self._output = model, output
+
+    def run(self, trial: Trial, seed: int) -> dict[str, Any]:
+        """The result of a trial: from its file, or else by training."""
+        folder = self._output / "runs" / trial.run_name(seed)
+        path = folder / "result.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        nothing, full, tokens = self._bounds(trial.document)
+        init = InitConfig(trial.kind, num_slots=tokens // trial.share, num_frozen=trial.num_frozen)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"tail": "bucket", "optim": MATCHED if "matching" in trial.kind else PLAIN}
+        config = TrainConfig(
+            corpus=str(trial.document.text),
+            dataset=str(trial.document.dataset),
+            output_dir=str(folder),
+            model=MODEL,
+            seed=seed,
+            seq_len=256,
+            batch_size=4,
+            checkpoint_every=10,
+            init=init,
+            evals=EvalsConfig(5, (LossEval("questions", None, str(trial.document.questions), INSTRUCTION),)),
+            **settings | trial.changes,
+        )
+        init_seconds = self._start(config, folder)
+        cartridge = Cartridge.load(train(config, self._model))
+        lines = history(folder / METRICS)
+        taken = [line["seconds"] for line in lines if "loss" in line]
+        step_seconds = statistics.median(b - a for a, b in itertools.pairwise(taken))
+        curve = [(line["step"] + 1, (nothing - line[KEY]) / (nothing - full)) for line in lines if KEY in line]
+        result = {
+            "slots": cartridge.num_slots,
+            "steps": len(taken),
+            "init_seconds": init_seconds,
+            "step_seconds": step_seconds,
+            "curve": curve,
+            "off_topic": general_nll(self._model, cartridge) - general_nll(self._model, None),
+        }
+        files.write_text(path, json.dumps(result, indent=1) + "\n")
+        return result
+
+    def compose(self, a: Document, b: Document, seed: int) -> None:
+        """Each document's questions behind its own cartridge, the other's, and both in either order."""
+        path = self._output / "runs" / f"composition-{a.text.stem}-{b.text.stem}-seed{seed}.json"
+        if path.is_file():
+            return
+        slots = {}
+        for name, document in (("a", a), ("b", b)):
+            trial = Trial("composed", "quickstart", document, 4)
+            self.run(trial, seed)
+            slots[name] = Cartridge.load(self._output / "runs" / trial.run_name(seed) / "cartridge.safetensors")
+        prefixes = slots | {"a + b": _composed(slots["a"], slots["b"]), "b + a": _composed(slots["b"], slots["a"])}
+        result = {}
+        for name, document in (("a", a), ("b", b)):
+            nothing, full, _ = self._bounds(document)
+            gaps = {of: (nothing - self._nll(document, c)) / (nothing - full) for of, c in prefixes.items()}
+            result[name] = {"document": document.text.stem, **gaps}
+        files.write_text(path, json.dumps(result, indent=1) + "\n")
+
+    def report(self, trials: list[Trial], seeds: int) -> None:
+        """Writes report.md and a plot for each study, of the results that are there."""
+        studies: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        for trial, seed in itertools.product(trials, range(seeds)):
+            path = self._output / "runs" / trial.run_name(seed) / "result.json"
+            if path.is_file():
+                studies[trial.study][trial.label].append(json.loads(path.read_text(encoding="utf-8")))
+        text = ["# Ablations", str(__doc__).split("\n\n")[-1].strip()]
+        for study, results in studies.items():
+            _put_on_one_clock([result for of_label in results.values() for result in of_label])
+            _plot(self._output / f"{study}.png", results)
+            text += [f"## {study}", _table(results), *_against_upstream(results)]
+            text.append(f"![gap closed against seconds]({study}.png)")
+        for path in sorted((self._output / "runs").glob("composition-*.json")):
+            text += [f"## {path.stem}", "```\n" + path.read_text(encoding="utf-8") + "```"]
+        files.write_text(self._output / "report.md", "\n\n".join(text) + "\n")
+
+    def _start(self, config: TrainConfig, folder: Path) -> float:
+        """Puts the initial state where training finds it; the seconds that it took, once."""
+        timed = folder / "init_seconds.json"
+        if not (folder / INITIAL).is_file() or not timed.is_file():
+            examples = read_examples(str(config.dataset), self._model.tokenizer)
+            begun = time.monotonic()
+            start = initial_cartridge(config.init, self._model, read_corpus(config.corpus), examples, config.seed)
+            jax.block_until_ready(start)
+            files.write_text(timed, json.dumps(time.monotonic() - begun))
+            start.save(folder / INITIAL)
+        return json.loads(timed.read_text(encoding="utf-8"))
+
+    def _bounds(self, document: Document) -> tuple[float, float, int]:
+        """NLL of the answers knowing nothing and with the full document before the question; the document's tokens."""
+        path = self._output / f"bounds-{document.text.stem}.json"
+        if not path.is_file():
+            corpus, tokenizer = read_corpus(document.text), self._model.tokenizer
+            message = tokenizer.chat_ids([{"role": "system", "content": corpus}], add_generation_prompt=False)
+            full = self._nll(document, Cartridge.from_tokens(self._model, message))
+            files.write_text(path, json.dumps([self._nll(document, None), full, len(tokenizer.encode(corpus))]))
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
+
+    def _nll(self, document: Document, prefix: Cartridge | None) -> float:
+        tokenizer = self._model.tokenizer
+        lay_out = tokenizer.chat_ids if prefix is None else tokenizer.turn_ids
+        questions = questions_of(document.questions)
+        asked = [[{"role": "user", "content": question.asked(INSTRUCTION)}] for question in questions]
+        prompts = [lay_out(messages, add_generation_prompt=True) for messages in asked]
+        answers = [tokenizer.encode(question.answer) for question in questions]
+        total, count = answer_loss(self._model, prefix, answer_examples(prompts, answers))
+        return total / count
+
+
+def _composed(a: Cartridge, b: Cartridge) -> Cartridge:
+    """The slots of both, without the second's attention sink."""
+    joined = [jnp.concatenate([one, other[:, 1:]], axis=1) for one, other in zip(a.prefix, b.prefix, strict=True)]
+    return Cartridge(*joined, num_frozen=1)
+
+
+def _put_on_one_clock(results: list[dict[str, Any]]) -> None:
+    """Adds to each result the seconds of its curve, by the fastest step among those of its number of slots."""
+    for result in results:
+        step = min(other["step_seconds"] for other in results if other["slots"] == result["slots"])
+        result["seconds"] = [result["init_seconds"] + steps * step for steps, _ in result["curve"]]
+
+
+def _table(trials: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "| | slots | steps | seconds | gap closed at the start | at the end | best | off the topic, nats | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for label, results in trials.items():
+        start, end, best = (
+            [read([gap for _, gap in result["curve"]]) for result in results]
+            for read in (lambda gaps: gaps[0], lambda gaps: gaps[-1], max)
+        )
+        one = results[0]
+        seconds = statistics.mean(result["seconds"][-1] for result in results)
+        cells = [label, one["slots"], one["steps"], f"{seconds:.0f}", _spread(start), _spread(end), _spread(best)]
+        cells += [_spread([result["off_topic"] for result in results]), len(results)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _against_upstream(trials: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """When attention matching and distillation come to what upstream's recipe ends with."""
+    sentences = []
+    for ours, theirs in zip(trials.get("attention_matching", []), trials.get(RECIPE, []), strict=False):
+        seconds, (_, aim) = theirs["seconds"][-1], theirs["curve"][-1]
+        timed = zip(ours["seconds"], ours["curve"], strict=True)
+        reached = next((when for when, (_, gap) in timed if gap >= aim), None)
+        found = "never" if reached is None else f"after {reached:.0f} s, {reached / seconds:.2f} of the time"
+        sentences.append(f"{RECIPE} ends at {aim:.3f} after {seconds:.0f} s; attention matching reaches that {found}.")
+    return sentences
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def _plot(path: Path, trials: dict[str, list[dict[str, Any]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for color, (label, results) in enumerate(trials.items()):
+        for i, result in enumerate(results):
+            gaps = [gap for _, gap in result["curve"]]
+            axis.plot(result["seconds"], gaps, marker=".", color=f"C{color % 10}", label=None if i else label)
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("gap closed")
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    with files.atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a quickstart's run directory")
+    parser.add_argument("--document", type=Path)
+    parser.add_argument("--dataset", type=Path)
+    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--second", type=Path, help="another run directory, for composition")
+    parser.add_argument("--second-questions", type=Path)
+    parser.add_argument("--five", type=Path, help="conversations from the paper's five seed prompts")
+    parser.add_argument("--generic", type=Path, help="as many from one generic prompt")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shares", type=_numbers, default=[4, 10, 20], help="default: 4,10,20")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="studies, such as starts-4,objectives,sink")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    args = parser.parse_args()
+    args.own = None
+    if args.document is not None:
+        if args.dataset is None or args.questions is None:
+            parser.error("--document needs --dataset and --questions")
+        args.own = Document(args.document, args.dataset, args.questions)
+    elif args.run is None:
+        parser.error("give --run, or --document with --dataset and --questions")
+    return args
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

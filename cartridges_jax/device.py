@@ -1,0 +1,34 @@
+"""What the device can do and what a run takes of it, as measured here."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+CPU_SIZE, ACCELERATOR_SIZE = 1024, 8192  # of the square matrices that are multiplied
+
+
+@functools.cache
+def matmul_peak(dtype: str) -> float:
+    """FLOPs a second of one device, by its fastest product of two matrices of `dtype`: a moment's measurement."""
+    size = CPU_SIZE if jax.default_backend() == "cpu" else ACCELERATOR_SIZE
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.dot)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def memory_in_use() -> int:
+    """Peak bytes of the first device, or of this process where the device does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,183 @@
+"""The evaluations of a training run, under upstream's key names."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from cartridges_jax import sharding
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.data import Example, Targets, typed_examples
+from cartridges_jax.evals.loss import answer_loss
+from cartridges_jax.evals.questions import Question, answer_examples, general_questions, questions_of
+from cartridges_jax.evals.scorers import Scorer, score
+from cartridges_jax.losses import Tail
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.generate import generate_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEval:
+    name: str
+    dataset: str | None = None  # conversations kept out of training, with the run's targets
+    questions: str | None = None  # or JSON lines of {"question", "answer"}, whose answers' tokens are the targets
+    instruction: str = "{question}"
+
+    def __post_init__(self) -> None:
+        if (self.dataset is None) == (self.questions is None):
+            raise ValueError(f"set exactly one of dataset and questions of the evaluation {self.name}")
+
+    def examples(self, model: LanguageModel, targets: Targets) -> dict[str, list[Example]]:
+        """By type of seed prompt; questions have none."""
+        if self.dataset is not None:
+            groups = defaultdict(list)
+            for kind, example in typed_examples(self.dataset, model.tokenizer, targets):
+                groups[kind].append(example)
+            return dict(groups)
+        assert self.questions is not None
+        questions = questions_of(self.questions)
+        prompts = [_turn(model, question.asked(self.instruction)) for question in questions]
+        return {"": answer_examples(prompts, [model.tokenizer.encode(question.answer) for question in questions])}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationEval:
+    name: str
+    questions: str  # JSON lines of {"question", "answer"}, with "choices" for the scorer `choice`
+    scorer: Scorer = "contained"
+    instruction: str = "{question}"
+    max_tokens: int = 32
+    temperature: float = 0.0
+    num_samples: int = 1  # answers to each question, which above temperature 0 differ
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.num_samples < 1 or self.temperature < 0 or "{question}" not in self.instruction:
+            raise ValueError(
+                f"the evaluation {self.name} has max_tokens {self.max_tokens}, num_samples {self.num_samples}, "
+                f"temperature {self.temperature} and instruction {self.instruction!r}: expected at least 1, 1, 0 and "
+                "a {question}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalsConfig:
+    """All are run before the first step and after the last."""
+
+    every: int | None = None  # steps; None: only then
+    loss: tuple[LossEval, ...] = ()
+    generation: tuple[GenerationEval, ...] = ()
+    off_topic: bool = False  # what the cartridge does to the loss of general questions
+    patience: int | None = None  # evaluations in a row without a better first loss, after which training stops
+
+    def __post_init__(self) -> None:
+        for kind in (self.loss, self.generation):
+            names = [one.name for one in kind]
+            if len(set(names)) < len(names):
+                raise ValueError(f"evals has the names {', '.join(names)}: expected each once")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"evals.every is {self.every}, expected at least 1 step")
+        if self.patience is not None and (self.patience < 1 or not self.loss or self.every is None):
+            raise ValueError(
+                f"evals.patience is {self.patience}: it takes at least 1, evals.every, and in evals.loss what to watch"
+            )
+
+
+class Evals:
+    """The configured evaluations with their inputs, which are read once.
+
+    Raises:
+      FileNotFoundError, ValueError: an input is missing or unusable.
+    """
+
+    def __init__(self, config: EvalsConfig, model: LanguageModel, targets: Targets, tail: Tail):
+        if config.generation and sharding.mesh_of(model.params).size > 1:
+            raise ValueError("evals.generation needs a model on one device: drop it here, and ask the cartridge later")
+        self._config, self._model, self._tail = config, model, tail
+        self._losses = {one.name: one.examples(model, targets) for one in config.loss}
+        self._questions = {one.name: questions_of(one.questions) for one in config.generation}
+        for one in config.generation:
+            if one.scorer == "choice" and not all(q.choices for q in self._questions[one.name]):
+                raise ValueError(f"{one.questions} has a question without choices, which the scorer 'choice' needs")
+            if one.scorer == "chrf":
+                score("chrf", "a", "a")  # says now that sacrebleu is missing
+        self._without = general_nll(model, None) if config.off_topic else None
+
+    def __bool__(self) -> bool:
+        return bool(self._losses or self._questions or self._config.off_topic)
+
+    @property
+    def watched(self) -> str | None:
+        """The key of the loss that early stopping watches."""
+        return f"eval_{self._config.loss[0].name}/loss" if self._config.loss else None
+
+    def run(self, cartridge: Cartridge) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics by upstream's keys, and every answer that was generated, for tables."""
+        metrics: dict[str, float] = {}
+        for name, groups in self._losses.items():
+            metrics |= self._loss(name, groups, cartridge)
+        if self._without is not None:
+            loss = general_nll(self._model, cartridge)
+            metrics |= {
+                "eval_off_topic/loss": loss,
+                "eval_off_topic/loss_without_cartridge": self._without,
+                "eval_off_topic/damage": loss - self._without,
+            }
+        answers = []
+        for one in self._config.generation:
+            rows, num_tokens = self._answers(one, self._questions[one.name], cartridge)
+            metrics[f"generate_{one.name}/score"] = statistics.mean(row["score"] for row in rows)
+            metrics[f"generate_{one.name}/num_assistant_tokens"] = num_tokens
+            answers += rows
+        return metrics, answers
+
+    def _loss(self, name: str, groups: dict[str, list[Example]], cartridge: Cartridge) -> dict[str, float]:
+        sums = {kind: answer_loss(self._model, cartridge, members, self._tail) for kind, members in groups.items()}
+        total, count = (sum(column) for column in zip(*sums.values(), strict=True))
+        metrics = _losses(f"eval_{name}", total / count)
+        for kind, (total, count) in sums.items() if "" not in sums else ():
+            metrics |= _losses(f"eval_{name}/seed_prompt_{kind}", total / count)
+            metrics[f"eval_{name}/seed_prompt_{kind}/count"] = len(groups[kind])
+        return metrics
+
+    def _answers(
+        self, one: GenerationEval, questions: list[Question], cartridge: Cartridge
+    ) -> tuple[list[dict[str, Any]], int]:
+        asked = [(i, sample) for i in range(len(questions)) for sample in range(one.num_samples)]
+        prompts = [tuple(_turn(self._model, questions[i].asked(one.instruction))) for i, _ in asked]
+        ids = generate_ids(self._model, prompts, cartridge, one.max_tokens, one.temperature)
+        rows = []
+        for (i, sample), answer in zip(asked, ids, strict=True):
+            question, text = questions[i], self._model.tokenizer.decode(answer).strip()
+            rows.append(
+                {
+                    "eval": one.name,
+                    "index": i,
+                    "sample_idx": sample,
+                    "prompt": question.question,
+                    "answer": question.answer,
+                    "pred": text,
+                    "score": score(one.scorer, text, question.answer, question.choices),
+                }
+            )
+        return rows, sum(map(len, ids))
+
+
+def general_nll(model: LanguageModel, prefix: Cartridge | None) -> float:
+    """Nats per token of the answers to general questions, asked behind a cartridge, or of the model alone."""
+    questions = general_questions()
+    lay_out = model.tokenizer.chat_ids if prefix is None else model.tokenizer.turn_ids
+    prompts = [lay_out([{"role": "user", "content": q.question}], add_generation_prompt=True) for q in questions]
+    answers = [model.tokenizer.encode(question.answer) for question in questions]
+    total, count = answer_loss(model, prefix, answer_examples(prompts, answers))
+    return total / count
+
+
+def _turn(model: LanguageModel, text: str) -> list[int]:
+    return model.tokenizer.turn_ids([{"role": "user", "content": text}], add_generation_prompt=True)
+
+
+def _losses(key: str, loss: float) -> dict[str, float]:
+    return {f"{key}/loss": loss, f"{key}/perplexity": math.exp(min(loss, 700.0))}

@@ -1,0 +1,74 @@
+"""Questions with their answers, in a file of JSON lines, and as what a model continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from cartridges_jax.data import Example
+
+EXPECTED = '{"question": "…", "answer": "…"}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()  # of a multiple-choice question; the answer is one of them
+
+    def asked(self, instruction: str) -> str:
+        """What the model is told: the instruction with its {question} and {choices}."""
+        listed = "\n".join(f"- {choice}" for choice in self.choices)
+        return instruction.replace("{choices}", listed).replace("{question}", self.question)
+
+
+def questions_of(path: str | os.PathLike[str]) -> list[Question]:
+    """Reads JSON lines of {"question", "answer"} and, for a multiple choice, "choices".
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, no question in it, or a line that is something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} does not exist: expected one {{"question", "answer"}} a line')
+    return _parsed(Path(path).read_text(encoding="utf-8"), str(path))
+
+
+def general_questions() -> list[Question]:
+    """A fixed set about the world at large, which no cartridge should make a model forget."""
+    name = "general.jsonl"
+    return _parsed(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"), name)
+
+
+def _parsed(text: str, source: str) -> list[Question]:
+    questions = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            choices = tuple(choice.strip() for choice in entry.get("choices", ()))
+            question = Question(entry["question"].strip(), entry["answer"].strip(), choices)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{source}, line {number}: expected {EXPECTED}") from error
+        if choices and question.answer not in choices:
+            raise ValueError(f"{source}, line {number}: the answer {question.answer!r} is none of its choices")
+        questions.append(question)
+    if not questions:
+        raise ValueError(f'{source} holds no question: expected one {{"question", "answer"}} a line')
+    return questions
+
+
+def answer_examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Example]:
+    """Prompts followed by their answers, whose tokens are the targets."""
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        index = np.arange(len(answer), dtype=np.int32) + len(prompt) - 1
+        tokens = np.asarray([*prompt, *answer], np.int32)
+        examples.append(Example(tokens, index, np.asarray(answer, np.int32), np.zeros(len(answer), np.float32)))
+    return examples

@@ -1,0 +1,63 @@
+"""Dashboards, read back from the files that they write."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tensorboardX.proto import event_pb2
+from tiny_runs import config_of, metrics_of, settings_in
+
+from cartridges_jax.evals.during import EvalsConfig, LossEval
+from cartridges_jax.trackers import TrackConfig, answers_table
+from cartridges_jax.train import train
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    tiny.write_dataset(tmp_path / "dataset.parquet", tiny.model())
+    (tmp_path / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
+    evals = EvalsConfig(loss=(LossEval("held_out", str(tmp_path / "dataset.parquet")),))
+    return settings_in(tmp_path, tmp_path) | {"num_steps": 3, "evals": evals}
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    found = {}
+    for path in folder.iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # TFRecord: length, its checksum, content, its checksum
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            at += 16 + length
+    return found
+
+
+def test_tensorboard_gets_upstreams_names(settings: dict[str, Any]):
+    config = config_of(settings, track=TrackConfig(tensorboard=True))
+    train(config, tiny.model())
+    found, lines = scalars(Path(config.output_dir) / "tensorboard"), metrics_of(config.output_dir)
+    for line in lines:
+        names = {"loss": "train/loss", "lr": "optimizer/lr_group0", "eval_held_out/loss": "eval_held_out/loss"}
+        for ours, theirs in names.items():
+            if ours in line:
+                assert found[theirs, line["step"] + 1] == pytest.approx(line[ours], rel=1e-6)
+    assert found["train/num_input_tokens", 3] == lines[-2]["tokens"]
+
+
+def test_weights_and_biases_gets_them_offline(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = config_of(settings, track=TrackConfig(wandb="offline"))
+    train(config, tiny.model())
+    (log,) = (Path(config.output_dir) / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for name in (b"train/loss", b"optimizer/lr_group0", b"train/num_target_tokens", b"eval_held_out/loss"):
+        assert (name in content) == (name != b"train/num_target_tokens"), name
+
+
+def test_answers_stay_in_their_cells():
+    row = dict.fromkeys(("eval", "index", "sample_idx", "prompt", "answer", "score"), 1) | {"pred": "a | b\nc"}
+    assert answers_table([row]).splitlines()[2] == "| 1 | 1 | 1 | 1 | 1 | a \\| b c | 1 |"

@@ -1,0 +1,48 @@
+"""Training runs of the tiny model: their settings, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tiny
+
+from cartridges_jax.initializers import InitConfig
+from cartridges_jax.optim import OptimConfig
+from cartridges_jax.train import TrainConfig
+
+STEPS = 24
+TIMING = {"tokens_per_second", "target_tokens_per_second", "seconds"}
+
+
+def settings_in(folder: Path, inputs: Path) -> dict[str, Any]:
+    return {
+        "dataset": str(inputs / "dataset.parquet"),
+        "corpus": str(inputs / "corpus.txt"),
+        "output_dir": str(folder / "run"),
+        "model": str(tiny.folder()),
+        "seq_len": 192,
+        "batch_size": 2,
+        "num_epochs": 6,
+        "num_steps": STEPS,
+        "checkpoint_every": 3,
+        "init": {"num_slots": 16, "num_frozen": 2},
+        "optim": {"lr": 5e-2, "warmup_steps": 2},
+    }
+
+
+def config_of(settings: dict[str, Any], **changes: Any) -> TrainConfig:
+    values = settings | changes
+    return TrainConfig(**values | {"init": InitConfig(**values["init"]), "optim": OptimConfig(**values["optim"])})
+
+
+def metrics_of(folder: str | Path, timing: bool = False) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return lines if timing else [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def bytes_of(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
