@@ -17,6 +17,7 @@ class Sampling:
     top_k: Int[Array, " b"]
     seed: Int[Array, " b"]
     step: Int[Array, " b"]  # counts a request's tokens: the same seed gives the same answer whatever shares the batch
+    num_top: Int[Array, " b"]  # alternatives that are wanted: looked for if any row wants some
 
 
 def sample(
@@ -25,17 +26,27 @@ def sample(
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
 
     Log-probabilities are those of the model, before temperature, top-k and top-p: what distillation needs.
+    Where no row wants alternatives, theirs are meaningless.
     """
     normalizer_b1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    top_logits_bj, top_ids_bj = jax.lax.top_k(logits, num_top)
+    top_logits_bj, top_ids_bj = jax.lax.cond(
+        (sampling.num_top > 0).any(),
+        lambda: tuple(jax.lax.top_k(logits, num_top)),
+        lambda: (jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)),
+    )
+    best_b = _best(logits)
     is_random_b = sampling.temperature > 0
     token_b = jax.lax.cond(
-        is_random_b.any(),
-        lambda: jnp.where(is_random_b, _draw(logits, sampling), top_ids_bj[:, 0]),
-        lambda: top_ids_bj[:, 0],
+        is_random_b.any(), lambda: jnp.where(is_random_b, _draw(logits, sampling), best_b), lambda: best_b
     )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1
+
+
+def _best(logits_bv: Array) -> Array:
+    """The first of the best: `argmax`, of which XLA makes a loop without vectors on a CPU."""
+    ids_v = jnp.arange(logits_bv.shape[1])
+    return jnp.where(logits_bv == logits_bv.max(-1, keepdims=True), ids_v, logits_bv.shape[1]).min(-1)
 
 
 def _draw(logits_bv: Array, sampling: Sampling) -> Array:

@@ -31,6 +31,7 @@ def wishes(
         jnp.full(count, top_k, jnp.int32),
         jnp.full(count, seed, jnp.int32),
         first_step + jnp.arange(count, dtype=jnp.int32),
+        jnp.ones(count, jnp.int32),
     )
 
 
@@ -184,6 +185,7 @@ def test_a_row_draws_the_same_whatever_the_others_wish_for():
         jnp.asarray([0, 0, 0, 4, 2, 0, 3, 0], jnp.int32),
         jnp.arange(8, dtype=jnp.int32) * 11,
         jnp.arange(8, dtype=jnp.int32),
+        jnp.zeros(8, jnp.int32),
     )
     together = np.asarray(run(logits, mixed, 1)[0])
     for i in range(8):
