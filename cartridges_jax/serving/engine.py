@@ -33,7 +33,7 @@ from cartridges_jax.serving.sampling import Sampling, sample
 from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
 PAGE_SIZE = 128
-PREFILL_SIZES = (16, 32, 64, 128, 256)  # tokens of one prefill program; fewer are padded, the padding written nowhere
+PREFILL_SIZES = (16, 32, 64, 96, 128, 192, 256)  # tokens of a program; fewer are padded, the padding written nowhere
 SCORE_SIZE = 64  # tokens whose logits over the vocabulary exist together
 
 
@@ -86,8 +86,9 @@ class Engine:
         self._batch_sizes = batch_sizes or sorted({min(1 << i, num_slots) for i in range(num_slots.bit_length() + 1)})
         self._config = model.config
         self._weights = decoder.rearranged(model.params, model.config)
-        # scoring has pages of its own
-        self._cache = _new_cache(model.config, self.num_pages + self._pages_each, self._weights["embed"].dtype)
+        all_pages = self.num_pages + self._pages_each  # scoring has pages of its own
+        self._cache = _new_cache(model.config, all_pages, self._weights["embed"].dtype)
+        self._nowhere = (all_pages, 0)  # a write to a page that does not exist is dropped
         self._last = jnp.zeros(num_slots, jnp.int32)  # what was sampled last for each slot
 
     def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
@@ -115,26 +116,32 @@ class Engine:
 
     def decode(self, inputs: Sequence[SlotInput]) -> Any:
         """Writes each input's token at its position and samples the token that follows it; `harvest` waits for it."""
+        return self._run(*self._batch(inputs)), [i.top_logprobs for i in inputs]
+
+    def _batch(self, inputs: Sequence[SlotInput]) -> tuple[np.ndarray, Step, Sampling]:
+        """What a step of decoding takes: slots, tokens (-1: the slot's last) and wishes, padded to a size of batch."""
         b = next(size for size in self._batch_sizes if size >= len(inputs))
         padding = b - len(inputs)
-        last_page = self.num_pages + self._pages_each
-        positions = np.array([i.position for i in inputs] + [0] * padding, np.int32)
-        written = [_written(i.place, i.position) for i in inputs] + [(last_page, 0)] * padding
-        page, place = np.array(written, np.int32).T
-        given = np.array([-1 if i.token is None else i.token for i in inputs] + [0] * padding, np.int32)
         slots = np.array([i.slot for i in inputs] + [self.num_slots] * padding, np.int32)
-        step = Step(given[:, None], positions[:, None], page[:, None], place[:, None], self._plan(inputs, b))
+        tokens = np.array([-1 if i.token is None else i.token for i in inputs] + [0] * padding, np.int32)
+        positions = np.array([i.position for i in inputs] + [0] * padding, np.int32)
+        written = [_written(i.place, i.position) for i in inputs] + [self._nowhere] * padding
+        page, place = np.array(written, np.int32).T
+        step = Step(tokens[:, None], positions[:, None], page[:, None], place[:, None], self._plan(inputs, b))
+        return slots, step, _wishes(inputs, padding)
+
+    def _run(self, slots: np.ndarray, step: Step, sampling: Sampling) -> Any:
         self._cache, self._last, sampled = _decode(
             self._weights,
             self._cache,
             self._last,
             slots,
             step,
-            _wishes(inputs, padding),
+            sampling,
             config=self._config,
             num_top=self.max_top_logprobs,
         )
-        return sampled, [i.top_logprobs for i in inputs]
+        return sampled
 
     def harvest(self, decoded: Any) -> list[Sampled]:
         """The tokens of a `decode`, in the order of its inputs, each with the alternatives that it asked for."""
@@ -187,7 +194,7 @@ class Engine:
         padding = size - len(tokens)
         tokens_t = np.pad(np.asarray(tokens, np.int32), (0, padding))
         written = [_written(place, position + i) for i in range(len(tokens))]
-        written += [(self.num_pages + self._pages_each, 0)] * padding
+        written += [self._nowhere] * padding
         page_t, place_t = np.array(written, np.int32).T
         seen = _seen(place, position + len(tokens) - 1)
         plan = Plan(

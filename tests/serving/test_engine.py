@@ -423,5 +423,5 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
 def test_scoring_touches_no_request(engine: Engine):
     place = place_of(engine, engine.num_slots - 1, "a")
     fill(engine, place, "a", TOKENS[:20])
-    engine.score(TOKENS[30:460], prefix_of("b"), 3)
+    engine.score(TOKENS[30:400], prefix_of("b"), 3)
     same(continue_greedily(engine, place, TOKENS[:21], 1)[0], expected(TOKENS[:21], "a")[-1])
