@@ -18,13 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_decode_attention import (
-    SHARED_AT_ONCE,
-    Pages,
-    Plan,
-    Reading,
-    own_at_once,
-)
+from cartridges_jax.kernels.prefix_decode_attention import SHARED_AT_ONCE, Pages, Plan, Reading, own_at_once
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving import decoder
@@ -34,6 +28,8 @@ from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
 PAGE_SIZE = 128
 PREFILL_SIZES = (16, 32, 64, 96, 128, 192, 256)  # tokens of a program; fewer are padded, the padding written nowhere
+BATCH_SIZES = (1, 4, 16, *(32 << i for i in range(8)))  # on a CPU, 2 cost as much as 4, and 8 nearly as much as 16
+ROWS_PER_USER = 8  # multiplying so many rows by a page, all but one for nothing, costs what reading it once more costs
 SCORE_SIZE = 64  # tokens whose logits over the vocabulary exist together
 
 
@@ -55,7 +51,7 @@ class Engine:
       num_slots: requests that decode together.
       max_top_logprobs: alternatives that a request may ask for with each token.
       cache_tokens: positions that the memory holds; by default enough for every slot to be as long as it may be.
-      batch_sizes: the sizes that decoding is compiled for, `num_slots` the largest; by default the powers of two.
+      batch_sizes: the sizes that decoding is compiled for, `num_slots` the largest; a smaller batch is padded.
     """
 
     def __init__(
@@ -83,7 +79,7 @@ class Engine:
             )
         self.num_slots, self.max_length, self.max_top_logprobs = num_slots, max_length, max_top_logprobs
         self.page_size = PAGE_SIZE
-        self._batch_sizes = batch_sizes or sorted({min(1 << i, num_slots) for i in range(num_slots.bit_length() + 1)})
+        self._batch_sizes = batch_sizes or sorted({size for size in BATCH_SIZES if size < num_slots} | {num_slots})
         self._config = model.config
         self._weights = decoder.rearranged(model.params, model.config)
         all_pages = self.num_pages + self._pages_each  # scoring has pages of its own
@@ -203,15 +199,15 @@ class Engine:
             _reading([], 0, 1),
             np.zeros(0, np.int32),
         )
-        return Step(
-            tokens_t[None], (position + np.arange(size, dtype=np.int32))[None], page_t[None], place_t[None], plan
-        )
+        positions_t = np.arange(position, position + size, dtype=np.int32)
+        return Step(tokens_t[None], positions_t[None], page_t[None], place_t[None], plan)
 
     def _plan(self, inputs: Sequence[SlotInput], b: int) -> Plan:
-        """A page that several requests see is read once for all of them."""
+        """A page that several requests see is read once, and meets the queries of the whole batch."""
         seen = [_seen(i.place, i.position) for i in inputs]
         users = Counter(page for reading in seen for page, _, _ in reading)
-        is_shared = {page for page, count in users.items() if count > 1 or b == 1}
+        fewest = max(2, b // ROWS_PER_USER) if b > 1 else 1
+        is_shared = {page for page, count in users.items() if count >= fewest}
         shared = {page: (page, count, first) for reading in seen for page, count, first in reading if page in is_shared}
         order = {page: c for c, page in enumerate(shared)}
         members = np.zeros((_rounded(self._pages_each if b == 1 else self.num_pages, SHARED_AT_ONCE), b), bool)
@@ -227,12 +223,8 @@ class Engine:
         most = 0 if b == 1 else b * self._pages_each
         readers = np.zeros(_rounded(most, at_once), np.int32)
         readers[: len(reader)] = reader
-        return Plan(
-            _reading(list(shared.values()), len(members), SHARED_AT_ONCE),
-            members,
-            _reading(own, most, at_once),
-            readers,
-        )
+        together = _reading(list(shared.values()), len(members), SHARED_AT_ONCE)
+        return Plan(together, members, _reading(own, most, at_once), readers)
 
 
 def _seen(place: Place, position: int) -> list[tuple[int, int, int]]:

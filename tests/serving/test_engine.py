@@ -257,6 +257,17 @@ def test_an_engine_that_cannot_be_is_refused():
         Engine(tiny.model(), max_length=200, cache_tokens=256)
 
 
+def test_an_engine_needs_nothing_of_the_model_s_weights():
+    """So that a server holds them once."""
+    model = replace(tiny.model(), params=jax.tree.map(jnp.copy, tiny.model().params))
+    engine = Engine(model, num_slots=1, max_length=128)
+    for leaf in jax.tree.leaves(model.params):
+        leaf.delete()
+    place = place_of(engine, 0, "none")
+    fill(engine, place, "none", TOKENS[:19])
+    same(continue_greedily(engine, place, TOKENS[:20], 1)[0], expected(TOKENS[:20], "none")[-1])
+
+
 def test_a_cartridge_of_another_shape_is_refused(engine: Engine):
     wrong = Cartridge(jnp.zeros((2, 3, 4, 8)), jnp.zeros((2, 3, 4, 8)))
     with pytest.raises(ValueError, match="the cartridge's keys are"):
