@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+SORTED = 256  # best tokens among which the last one kept is looked for first
+
 
 @flax.struct.dataclass
 class Sampling:
@@ -73,7 +75,25 @@ def _draw(logits_bv: Array, sampling: Sampling) -> Array:
 def _threshold(probs_bv: Array, sampling: Sampling) -> Array:
     """The largest probability such that the tokens at or above it are enough for top-p and for top-k.
 
-    Found by bisection: sorting a vocabulary costs a CPU twenty times more. Equal probabilities stay together.
+    Read off the best `SORTED`, if they are enough for every row, as they nearly always are. Equal ones stay together.
+    """
+    best_bj = jax.lax.top_k(probs_bv, min(SORTED, probs_bv.shape[1]))[0]
+    enough_bj = (jnp.cumsum(best_bj, axis=-1) >= jnp.where(sampling.top_p < 1, sampling.top_p, 2.0)[:, None]) | (
+        jnp.arange(1, best_bj.shape[1] + 1)
+        >= jnp.where(sampling.top_k > 0, sampling.top_k, probs_bv.shape[1] + 1)[:, None]
+    )
+    keeps_all_b = (sampling.top_p >= 1) & (sampling.top_k <= 0)
+    last_b1 = jnp.take_along_axis(best_bj, jnp.argmax(enough_bj, axis=-1, keepdims=True), axis=-1)
+    return jax.lax.cond(
+        (enough_bj.any(-1) | keeps_all_b).all(),
+        lambda: jnp.where(keeps_all_b[:, None], 0.0, last_b1),
+        lambda: _bisected(probs_bv, sampling),
+    )
+
+
+def _bisected(probs_bv: Array, sampling: Sampling) -> Array:
+    """The threshold by bisection: sorting a vocabulary costs a CPU twenty times more.
+
     Positive floats are ordered as their bits are, and halving those ends at the exact value.
     """
     bits_bv = jax.lax.bitcast_convert_type(probs_bv, jnp.int32)
