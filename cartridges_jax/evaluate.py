@@ -28,7 +28,7 @@ from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.report import table, write_report
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids
-from cartridges_jax.serving.scheduler import Prefix, SlotInput
+from cartridges_jax.serving.scheduler import Place, Prefix, SlotInput
 from cartridges_jax.train import INITIAL
 from command_line.config import build, load, run
 from command_line.progress import Progress
@@ -201,17 +201,24 @@ def _timing(
     held = None if prefix is None else Prefix("timed", prefix.num_slots, prefix)
     p = 0 if held is None else held.length
     engine = Engine(model, 1, length, max_top_logprobs=1)
+    place = Place(range(engine.num_pages), p)
+
+    def decode(token: int, position: int, step: int) -> int:
+        [sampled] = engine.harvest(engine.decode([SlotInput(0, token, position, place, 0.0, 1.0, 0, 0, step)]))
+        return sampled.token
+
     first_token, rate = [], []
     for prompt in [prompts[0], *prompts]:  # the first run compiles
         start = time.perf_counter()
-        engine.clear(0, held)
-        engine.prefill(0, prompt[:-1], p)
-        token, position = prompt[-1], p + len(prompt) - 1
-        sampled = engine.decode([SlotInput(0, token, position, 0.0, 1.0, 0, 0, 0)])[0]
+        if held is not None:
+            engine.load(held, place.pages[: -(-p // engine.page_size)])
+        engine.prefill(prompt[:-1], p, place)
+        position = p + len(prompt) - 1
+        token = decode(prompt[-1], position, 0)
         first_token.append(time.perf_counter() - start)
         start = time.perf_counter()
         for step in range(1, TIMED_TOKENS):
-            sampled = engine.decode([SlotInput(0, sampled.token, position + step, 0.0, 1.0, 0, 0, step)])[0]
+            token = decode(token, position + step, step)
         rate.append((TIMED_TOKENS - 1) / (time.perf_counter() - start))
     return {
         "seconds_to_first_token": statistics.median(first_token[1:]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import errno
 import ipaddress
 import signal
@@ -120,6 +121,7 @@ def _load(args: argparse.Namespace, folder: Path, api_key: str | None) -> tuple[
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype=args.dtype)
         engine = Engine(model, num_slots=args.slots, max_length=args.max_length, max_top_logprobs=20)
+        model = dataclasses.replace(model, params={})  # the engine has them in an order of its own
     if args.warmup:
         with progress.stage("compiling"):
             engine.warmup()

@@ -1,15 +1,18 @@
-"""`prefix_decode_attention`: a step of decoding, for requests that share cartridges and have caches of their own.
+"""`prefix_decode_attention`: queries over keys and values that lie in pages, of which requests share some.
 
-Requests of one cartridge form a group, whose queries meet the slots in one product, so that a step reads a cartridge
-once however many requests use it. Each request's own cache is read beside it, and the two partial softmaxes merge by
-their maxima and sums. Arrays lie as serving keeps them: heads first, then positions.
+A page that several requests see (of a cartridge, or of a beginning that their prompts have in common) meets the queries
+of the whole batch in one product, so that a step reads it once; those who do not see it are masked. Every other page
+meets its own request only: pages stand in one list, whoever they belong to, so that a long request costs the others
+nothing. Partial softmaxes merge by their maxima and sums as they come.
 
-Axis letters beyond the README's: r requests, c cartridges on the device, e the places of a group.
+Both loops run as often as there are pages: their number is data, and one compiled program serves every length.
+
+Axis letters beyond the README's: r requests, c shared pages, w pages of single requests, z a page's positions, m the
+queries of a request that share a kv head (t times g).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -18,123 +21,140 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
+SHARED_AT_ONCE = 4  # pages that meet the whole batch in one turn; their scores should stay in a CPU's cache
+Partial = tuple[Array, Array, Array]  # the scores' maximum, and relative to it the sums of weights and weighted values
 
-class Shared(NamedTuple):
-    """The cartridges of one layer, filled up to one length, and who uses them."""
 
-    keys: Float[Array, "c k p h"]
-    values: Float[Array, "c k p h"]
-    bias: Float[Array, "c k p"]  # log-weights of the slots; zero for none
-    lengths: Int[Array, " c"]  # slots that are in use
-    members: Int[Array, "c e"]  # each cartridge's requests, a request in one group at most; r or more where none is
+class Pages(NamedTuple):
+    """One layer's keys and values. Keys lie with their positions last, which is how a CPU multiplies them fastest."""
+
+    keys: Float[Array, "pages k h z"]
+    values: Float[Array, "pages k z h"]
+    bias: Float[Array, "pages k z"]  # log-weights of a cartridge's slots; zero for everything else
+
+
+class Reading(NamedTuple):
+    """Pages in the order in which they are read. Position `first` + i of a sequence lies at place i of a page."""
+
+    page: Int[Array, " c"]
+    count: Int[Array, " c"]  # places that are filled; 0 for entries that only pad
+    first: Int[Array, " c"]
+    length: Int[Array, ""]  # entries that are to be read
+
+
+class Plan(NamedTuple):
+    """Who reads what. A request's sequence is made of its shared pages and its own."""
+
+    shared: Reading
+    members: Bool[Array, "c r"]  # who sees a shared page
+    own: Reading
+    reader: Int[Array, " w"]  # whose page it is
 
 
 def prefix_decode_attention(
-    q: Float[Array, "r t n h"],
-    keys: Float[Array, "r k s h"],
-    values: Float[Array, "r k s h"],
-    lengths: Int[Array, " r"],
-    shared: Shared,
-    implementation: str | None = None,
-    window: int | None = None,
+    q: Float[Array, "r t n h"], positions: Int[Array, "r t"], pages: Pages, plan: Plan
 ) -> Float[Array, "r t n h"]:
-    """The last t tokens of each request attend to its cartridge's slots and, causally, to its own cache.
+    """Each query attends to the positions up to its own of the pages that its request sees.
 
     Args:
-      q: of the last t tokens, rotated; t is 1 for plain decoding. n is a multiple of k.
-      keys, values: each request's cache, rotated, the t tokens' own included; without its cartridge.
-      lengths: positions of the cache that are filled, so that query i stands at lengths - t + i.
-      shared: the cartridges. A request that is in no group has none.
-      implementation: "reference" (each request alone), "xla" (by groups), or None for the fastest.
-      window: how many of its own positions a query sees, its own included; none means all.
-
-    Raises:
-      ValueError: an unknown implementation, or shapes that do not belong together.
+      q: rotated. n is a multiple of k.
+      positions: of the queries in their sequences, a cartridge's slots counted.
+      pages: where the queries' own keys and values have been written already.
+      plan: the lists' sizes are multiples of `SHARED_AT_ONCE` and of `own_at_once(r)`.
     """
-    r, _, n, h = q.shape
-    c, kv_heads, p = shared.bias.shape
-    own, slots = (r, kv_heads, keys.shape[2], h), (c, kv_heads, p, h)
-    given = [keys.shape, values.shape, lengths.shape, shared.keys.shape, shared.values.shape, shared.lengths.shape]
-    if n % kv_heads or given != [own, own, (r,), slots, slots, (c,)] or shared.members.shape[0] != c:
-        raise ValueError(
-            f"queries {q.shape}, caches {keys.shape} and {values.shape} of lengths {lengths.shape}, cartridges "
-            f"{shared.keys.shape}, {shared.values.shape} and {shared.bias.shape} of lengths {shared.lengths.shape} and "
-            f"members {shared.members.shape} do not belong together: expected [r,t,n,h], twice [r,k,s,h], [r], twice "
-            "[c,k,p,h], [c,k,p], [c] and [c,e] with n a multiple of k"
+    r, t, n, h = q.shape
+    k = pages.bias.shape[1]
+    g = n // k
+    q_rkmh = (q * h**-0.5).reshape(r, t, k, g, h).transpose(0, 2, 1, 3, 4).reshape(r, k, t * g, h)
+    partial = _shared(q_rkmh, positions, pages, plan)
+    if r > 1:  # the pages of a request that is alone are its "shared" ones
+        partial = _own(q_rkmh, positions, pages, plan, partial)
+    _, total_rkm, o_rkmh = partial
+    o_rkmh = o_rkmh / jnp.maximum(total_rkm, 1e-30)[..., None]  # rows that pad a batch see nothing
+    return o_rkmh.reshape(r, k, t, g, h).transpose(0, 2, 1, 3, 4).reshape(r, t, n, h).astype(q.dtype)
+
+
+def own_at_once(r: int) -> int:
+    """Pages of single requests that are read in one turn."""
+    return min(max(r, 4), 64)
+
+
+def _shared(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan) -> Partial:
+    r, k, m, h = q_rkmh.shape
+    t = positions_rt.shape[1]
+    q_kxh = q_rkmh.transpose(1, 0, 2, 3).reshape(k, r * m, h)
+
+    def turn(i: Array, partial: Partial) -> Partial:
+        page_c, count_c, first_c = _entries(plan.shared, i, SHARED_AT_ONCE)
+        members_rc = _at(plan.members, i, SHARED_AT_ONCE).T
+        keys_khs = pages.keys[page_c].transpose(1, 2, 0, 3).reshape(k, h, -1)  # s: the places of all c pages
+        values_ksh = pages.values[page_c].swapaxes(0, 1).reshape(k, -1, h)
+        bias_k1s = pages.bias[page_c].swapaxes(0, 1).reshape(k, 1, -1)
+        seen_rtcz = _seen(positions_rt[..., None], count_c, first_c, pages) & members_rc[:, None, :, None]
+        seen_xs = jnp.repeat(seen_rtcz.reshape(r, t, -1), m // t, axis=1).reshape(r * m, -1)
+        scores_kxs = jnp.einsum("kxh,khs->kxs", q_kxh, keys_khs, preferred_element_type=jnp.float32)
+        scores_kxs = jnp.where(seen_xs, scores_kxs + bias_k1s, MASKED)
+        top_kx, total_kx, o_kxh = partial
+        new_top_kx = jnp.maximum(top_kx, scores_kxs.max(-1))
+        weights_kxs = jnp.exp(scores_kxs - new_top_kx[..., None])
+        kept_kx = jnp.exp(top_kx - new_top_kx)
+        o_kxh = o_kxh * kept_kx[..., None] + _weighed("kxs,ksh->kxh", weights_kxs, values_ksh)
+        return new_top_kx, total_kx * kept_kx + weights_kxs.sum(-1), o_kxh
+
+    partial = _turns(turn, plan.shared.length, SHARED_AT_ONCE, _nothing(k, r * m, h))
+    top_rkm, total_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in partial[:2])
+    return top_rkm, total_rkm, partial[2].reshape(k, r, m, h).swapaxes(0, 1)
+
+
+def _own(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan, partial: Partial) -> Partial:
+    r, _, m, _ = q_rkmh.shape
+    t, at_once = positions_rt.shape[1], own_at_once(r)
+
+    def turn(i: Array, partial: Partial) -> Partial:
+        (page_w, count_w, first_w), row_w = _entries(plan.own, i, at_once), _at(plan.reader, i, at_once)
+        scores_wkmz = jnp.einsum(
+            "wkmh,wkhz->wkmz", q_rkmh[row_w], pages.keys[page_w], preferred_element_type=jnp.float32
         )
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation or "xla"](q, keys, values, lengths, shared, window)
+        seen_wtz = _seen(positions_rt[row_w], count_w[:, None], first_w[:, None], pages)
+        seen_wmz = jnp.repeat(seen_wtz, m // t, axis=1)
+        scores_wkmz = jnp.where(seen_wmz[:, None], scores_wkmz + pages.bias[page_w][:, :, None], MASKED)
+        top_rkm, total_rkm, o_rkmh = partial
+        new_top_rkm = top_rkm.at[row_w].max(scores_wkmz.max(3))
+        weights_wkmz = jnp.exp(scores_wkmz - new_top_rkm[row_w][..., None])
+        weighed_wkmh = _weighed("wkmz,wkzh->wkmh", weights_wkmz, pages.values[page_w])
+        kept_rkm = jnp.exp(top_rkm - new_top_rkm)
+        return (
+            new_top_rkm,
+            (total_rkm * kept_rkm).at[row_w].add(weights_wkmz.sum(3)),
+            (o_rkmh * kept_rkm[..., None]).at[row_w].add(weighed_wkmh),
+        )
+
+    return _turns(turn, plan.own.length, at_once, partial)
 
 
-def _by_group(q: Array, keys: Array, values: Array, lengths: Array, shared: Shared, window: int | None) -> Array:
-    r, t, n, h = q.shape
-    c, e = shared.members.shape
-    kv_heads = keys.shape[1]
-    q_rkmh = (q * h**-0.5).reshape(r, t, kv_heads, -1, h).transpose(0, 2, 1, 3, 4).reshape(r, kv_heads, -1, h)
-    m = q_rkmh.shape[2]
-    visible_rst = _visible(lengths, t, keys.shape[2], window).transpose(0, 2, 1)
-    visible_r1sm = jnp.repeat(visible_rst, m // t, axis=2)[:, None]
-    own = _partial(q_rkmh, keys, values, jnp.where(visible_r1sm, 0.0, MASKED))
-    # a group's queries lie side by side; zeros where there is no request
-    q_cekmh = q_rkmh.at[shared.members].get(mode="fill", fill_value=0)
-    q_ckxh = q_cekmh.transpose(0, 2, 1, 3, 4).reshape(c, kv_heads, e * m, h)
-    in_use_c1p = (jnp.arange(shared.bias.shape[2]) < shared.lengths[:, None])[:, None]
-    bias_ckp1 = jnp.where(in_use_c1p, shared.bias, MASKED)[..., None]
-    of_groups = _partial(q_ckxh, shared.keys, shared.values, bias_ckp1)
-    slots = []
-    for of_group, alone in zip(of_groups, (MASKED, 0.0, 0.0), strict=True):
-        of_group = of_group.reshape(c, kv_heads, e, m, *of_group.shape[3:]).swapaxes(1, 2)
-        nobody = jnp.full((r, *of_group.shape[2:]), alone)
-        slots.append(nobody.at[shared.members].set(of_group, mode="drop"))
-    o_rkmh = _merged(own, tuple(slots))
-    return o_rkmh.reshape(r, kv_heads, t, -1, h).transpose(0, 2, 1, 3, 4).reshape(r, t, n, h).astype(q.dtype)
+def _nothing(*shape_kxh: int) -> Partial:
+    none_kx = jnp.zeros(shape_kxh[:-1])
+    return none_kx + MASKED, none_kx, jnp.zeros(shape_kxh)
 
 
-def _partial(q_rkmh: Array, keys_rksh: Array, values_rksh: Array, bias: Array) -> tuple[Array, Array, Array]:
-    """The scores' maximum [r,k,m], and relative to it the sum of weights [r,k,m] and of weighted values [r,k,m,h].
-
-    Scores lie as [s, m]: keys are then read once, along their rows.
-    """
-    scores_rksm = jnp.einsum("rksh,rkmh->rksm", keys_rksh, q_rkmh, preferred_element_type=jnp.float32) + bias
-    top_rkm = scores_rksm.max(2, initial=MASKED)
-    weights_rksm = jnp.exp(scores_rksm - top_rkm[:, :, None])
-    weighed = weights_rksm.astype(values_rksh.dtype)
-    o_rkmh = jnp.einsum("rksm,rksh->rkmh", weighed, values_rksh, preferred_element_type=jnp.float32)
-    return top_rkm, weights_rksm.sum(2), o_rkmh
+def _turns(turn, length: Array, at_once: int, partial: Partial) -> Partial:
+    return jax.lax.fori_loop(0, (length + at_once - 1) // at_once, turn, partial)
 
 
-def _merged(*parts: tuple[Array, Array, Array]) -> Float[Array, "r k m h"]:
-    """One softmax of several partial ones."""
-    top_rkm = functools.reduce(jnp.maximum, (top for top, _, _ in parts))
-    shares = [jnp.exp(top - top_rkm) for top, _, _ in parts]
-    total_rkm = sum(share * total for share, (_, total, _) in zip(shares, parts, strict=True))
-    o_rkmh = sum(share[..., None] * o for share, (_, _, o) in zip(shares, parts, strict=True))
-    return o_rkmh / total_rkm[..., None]
+def _at(array: Array, i: Array, at_once: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(array, i * at_once, at_once)
 
 
-def _alone(q: Array, keys: Array, values: Array, lengths: Array, shared: Shared, window: int | None) -> Array:
-    """The definition: each request with a copy of its cartridge, one dense softmax in the inputs' own precision."""
-    r, t, n, h = q.shape
-    kv_heads, p = keys.shape[1], shared.bias.shape[2]
-    is_member_rc = (shared.members == jnp.arange(r)[:, None, None]).any(-1)
-    cartridge_r = jnp.argmax(is_member_rc, axis=1)
-    used_rp = is_member_rc.any(1)[:, None] & (jnp.arange(p) < shared.lengths[cartridge_r][:, None])
-    visible_rts = _visible(lengths, t, keys.shape[2], window)
-    seen_rts = jnp.concatenate([jnp.broadcast_to(used_rp[:, None], (r, t, p)), visible_rts], axis=2)
-    keys_rksh = jnp.concatenate([shared.keys[cartridge_r].astype(keys.dtype), keys], axis=2)
-    values_rksh = jnp.concatenate([shared.values[cartridge_r].astype(values.dtype), values], axis=2)
-    bias_rks = jnp.pad(shared.bias[cartridge_r].astype(q.dtype), ((0, 0), (0, 0), (0, keys.shape[2])))
-    q_rtkgh = q.reshape(r, t, kv_heads, n // kv_heads, h)
-    scores_rkgts = jnp.einsum("rtkgh,rksh->rkgts", q_rtkgh, keys_rksh) * h**-0.5 + bias_rks[:, :, None, None]
-    weights_rkgts = jax.nn.softmax(jnp.where(seen_rts[:, None, None], scores_rkgts, -jnp.inf), axis=-1)
-    return jnp.einsum("rkgts,rksh->rtkgh", weights_rkgts, values_rksh).reshape(r, t, n, h)
+def _entries(reading: Reading, i: Array, at_once: int) -> tuple[Array, Array, Array]:
+    page, count, first = (_at(a, i, at_once) for a in (reading.page, reading.count, reading.first))
+    return page, count, first
 
 
-def _visible(lengths: Int[Array, " r"], t: int, s: int, window: int | None) -> Bool[Array, "r t s"]:
-    position_rt = lengths[:, None] - t + jnp.arange(t)
-    visible_rts = jnp.arange(s) <= position_rt[..., None]
-    return visible_rts if window is None else visible_rts & (jnp.arange(s) > position_rt[..., None] - window)
+def _seen(positions: Array, count: Array, first: Array, pages: Pages) -> Bool[Array, "... z"]:
+    """Which places of a page lie at or before a position."""
+    places_z = jnp.arange(pages.bias.shape[2])
+    return (places_z < count[..., None]) & (first[..., None] + places_z <= positions[..., None])
 
 
-IMPLEMENTATIONS = {"reference": _alone, "xla": _by_group}
+def _weighed(spec: str, weights: Array, values: Array) -> Array:
+    return jnp.einsum(spec, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)

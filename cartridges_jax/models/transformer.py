@@ -1,7 +1,7 @@
 """One decoder for every family. NNX modules say what a parameter is; plain pytrees of arrays travel (design §4).
 
-A block is one function of (x, rope, attend): the drivers differ in `attend`, which owns the cache. Training scans the
-stacked blocks together with the cartridge's layers; decoding on a CPU (`serving/engine.py`) unrolls them.
+A block is one function of (x, rope, attend): the drivers differ in `attend`. Training scans the stacked blocks together
+with the cartridge's layers. Serving has the same block in the order that a CPU decodes fastest (`serving/decoder.py`).
 
 Axis letters: b batch, t query, s key, p prefix slot, l layer, d model width, n query heads, k kv heads, h head size,
 f mlp width, v vocabulary.

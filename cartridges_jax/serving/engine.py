@@ -1,15 +1,14 @@
-"""The only jitted code of serving: a static cache of slots, and the four things done to it.
+"""The only jitted code of serving: pages of keys and values on the device, and what is done to them.
 
-A slot is one row of every layer's cache. A cartridge is copied to the row's first p positions (its keys are already
-rotated for them) and a request's tokens follow at p, p+1, …, so that attention sees one contiguous cache. Layers are
-unrolled, each with its own weights and cache: a scanned stack would be copied at every step on a CPU.
-
-Axis letters: b slots, t tokens, s cache position, n query heads, k kv heads, g = n/k, h head size, v vocabulary.
+Which page holds what is the scheduler's business. A call turns that into arrays of fixed sizes, so that a handful of
+compiled programs serves every mixture of requests: decoding for a few sizes of batch, prefill for a few sizes of chunk,
+and one program each to load, to copy and to score.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,230 +16,325 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.prefix_decode_attention import SHARED_AT_ONCE, Pages, Plan, Reading, own_at_once
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.language_model import LanguageModel, no_prefix
-from cartridges_jax.models.transformer import Params, block_of, head_weights, rms_norm, rope_tables
-from cartridges_jax.serving import scoring
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving import decoder
+from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.sampling import Sampling, sample
-from cartridges_jax.serving.scheduler import Prefix, Sampled, Scored, SlotInput
+from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
-PREFILL_SIZES = (
-    16,
-    32,
-    64,
-    128,
-    256,
-)  # tokens of one prefill program; fewer are padded, and the padding is not written
+PAGE_SIZE = 128
+PREFILL_SIZES = (16, 32, 64, 96, 128, 192, 256)  # tokens of a program; fewer are padded, the padding written nowhere
+BATCH_SIZES = (1, 4, 16, *(32 << i for i in range(8)))  # on a CPU, 2 cost as much as 4, and 8 nearly as much as 16
+ROWS_PER_USER = 8  # multiplying so many rows by a page, all but one for nothing, costs what reading it once more costs
+SCORE_SIZE = 64  # tokens whose logits over the vocabulary exist together
 
 
 @flax.struct.dataclass
-class Layer:
-    """One layer's weights and its rows of the cache."""
+class Step:
+    """Where the tokens of one forward pass are, and what they see."""
 
-    keys: Float[Array, "b k s h"]
-    values: Float[Array, "b k s h"]
-    bias: Float[Array, "b k s"]  # log-weight of each position's score: a cartridge's, else zero
+    tokens: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
+    page: Int[Array, "b t"]
+    place: Int[Array, "b t"]
+    plan: Plan
 
 
 class Engine:
-    """Slots on the device. One thread calls it; `max_length` counts cartridge slots, prompt and answer of a slot."""
+    """Memory and programs. One thread calls it; `max_length` counts cartridge slots, prompt and answer of a request.
 
-    def __init__(self, model: LanguageModel, num_slots: int = 16, max_length: int = 2048, max_top_logprobs: int = 20):
+    Args:
+      num_slots: requests that decode together.
+      max_top_logprobs: alternatives that a request may ask for with each token.
+      cache_tokens: positions that the memory holds; by default enough for every slot to be as long as it may be.
+      batch_sizes: the sizes that decoding is compiled for, `num_slots` the largest; a smaller batch is padded.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        num_slots: int = 16,
+        max_length: int = 2048,
+        max_top_logprobs: int = 20,
+        cache_tokens: int | None = None,
+        batch_sizes: Sequence[int] | None = None,
+    ):
         if max_length > model.config.window:
             raise ValueError(
                 f"max_length is {max_length}, expected at most {model.name}'s window, {model.config.window}"
             )
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}, expected at least 1")
-        self.num_slots, self.max_length, self.max_top_logprobs = num_slots, max_length, max_top_logprobs
-        self._config = model.config
-        self._blocks = _unstacked(model.params["blocks"], model.config.num_layers)
-        self._top = {name: leaf for name, leaf in model.params.items() if name != "blocks"}
-        shape = (num_slots, model.config.num_kv_heads, max_length)
-        dtype = self._top["embed"].dtype
-        self._cache = [
-            Layer(
-                jnp.zeros((*shape, model.config.head_dim), dtype),
-                jnp.zeros((*shape, model.config.head_dim), dtype),
-                jnp.zeros(shape, jnp.float32),
+        # a cartridge and the tokens behind it each end on a page of their own
+        self._pages_each = -(-max_length // PAGE_SIZE) + 1
+        self.num_pages = num_slots * self._pages_each if cache_tokens is None else -(-cache_tokens // PAGE_SIZE)
+        if self.num_pages < self._pages_each:
+            raise ValueError(
+                f"cache_tokens is {cache_tokens}, expected at least {self._pages_each * PAGE_SIZE} for a request of "
+                f"{max_length} positions"
             )
-            for _ in range(model.config.num_layers)
-        ]
+        self.num_slots, self.max_length, self.max_top_logprobs = num_slots, max_length, max_top_logprobs
+        self.page_size = PAGE_SIZE
+        self._batch_sizes = batch_sizes or sorted({size for size in BATCH_SIZES if size < num_slots} | {num_slots})
+        self._config = model.config
+        self._weights = decoder.rearranged(model.params, model.config)
+        all_pages = self.num_pages + self._pages_each  # scoring has pages of its own
+        self._cache = _new_cache(model.config, all_pages, self._weights["embed"].dtype)
+        self._nowhere = (all_pages, 0)  # a write to a page that does not exist is dropped
+        self._last = jnp.zeros(num_slots, jnp.int32)  # what was sampled last for each slot
 
-    def clear(self, slot: int, prefix: Prefix | None) -> None:
-        """The slot now holds the cartridge's p positions, or nothing."""
-        if prefix is not None:
-            cartridge: Any = prefix.cartridge
-            keys, values, bias = cartridge.checked(self._config).prefix
-            if bias is None:
-                bias = jnp.zeros(keys.shape[:3])
-            self._cache = _insert(self._cache, slot, keys, values, bias)
-        else:
-            self._cache = _clear_bias(self._cache, slot)
+    def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
+        """Writes a cartridge to these pages."""
+        cartridge: Any = prefix.cartridge
+        keys, values, bias = cartridge.checked(self._config).prefix
+        bias = np.zeros(keys.shape[:3], np.float32) if bias is None else bias
+        whole = len(pages) * PAGE_SIZE
+        arrays = [np.pad(a, [(0, 0), (0, whole - a.shape[1])] + [(0, 0)] * (a.ndim - 2)) for a in (keys, values, bias)]
+        for i, page in enumerate(pages):
+            slots = slice(i * PAGE_SIZE, (i + 1) * PAGE_SIZE)
+            self._cache = _load(self._cache, page, *(a[:, slots] for a in arrays))
 
     def copy(self, source: int, target: int) -> None:
-        """The target's cache becomes a copy of the source's."""
+        """The target page becomes a copy of the source."""
         self._cache = _copy(self._cache, source, target)
 
-    def prefill(self, slot: int, tokens: Sequence[int], position: int) -> None:
-        """Writes the keys and values of `tokens` at cache positions `position`, `position` + 1, …"""
+    def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
+        """Writes the keys and values of `tokens` at `position`, `position` + 1, …"""
         for start in range(0, len(tokens), PREFILL_SIZES[-1]):
             part = tokens[start : start + PREFILL_SIZES[-1]]
             size = next(s for s in PREFILL_SIZES if s >= len(part))
-            padded_t = np.zeros(size, np.int32)
-            padded_t[: len(part)] = part
-            self._cache = _prefill(
-                self._top, self._blocks, self._cache, slot, padded_t, position + start, len(part), config=self._config
-            )
+            step = self._chunk(part, size, position + start, place)
+            self._cache = _prefill(self._weights, self._cache, step, config=self._config)
 
-    def decode(self, inputs: Sequence[SlotInput]) -> list[Sampled]:
-        """Writes each input's token at its position and samples the token that follows it."""
-        # positions of slots that are not in use lie past the cache, where writes are dropped
-        token_b = np.zeros(self.num_slots, np.int32)
-        position_b = np.full(self.num_slots, self.max_length, np.int32)
-        temperature_b, top_p_b = np.zeros(self.num_slots, np.float32), np.ones(self.num_slots, np.float32)
-        top_k_b, seed_b, step_b = (np.zeros(self.num_slots, np.int32) for _ in range(3))
-        for i in inputs:
-            token_b[i.slot], position_b[i.slot] = i.token, i.position
-            temperature_b[i.slot], top_p_b[i.slot], top_k_b[i.slot] = i.temperature, i.top_p, i.top_k
-            seed_b[i.slot], step_b[i.slot] = i.seed & 0x7FFFFFFF, i.step
-        self._cache, sampled = _decode(
-            self._top,
-            self._blocks,
+    def decode(self, inputs: Sequence[SlotInput]) -> Any:
+        """Writes each input's token at its position and samples the token that follows it; `harvest` waits for it."""
+        return self._run(*self._batch(inputs)), [i.top_logprobs for i in inputs]
+
+    def _batch(self, inputs: Sequence[SlotInput]) -> tuple[np.ndarray, Step, Sampling]:
+        """What a step of decoding takes: slots, tokens (-1: the slot's last) and wishes, padded to a size of batch."""
+        b = next(size for size in self._batch_sizes if size >= len(inputs))
+        padding = b - len(inputs)
+        slots = np.array([i.slot for i in inputs] + [self.num_slots] * padding, np.int32)
+        tokens = np.array([-1 if i.token is None else i.token for i in inputs] + [0] * padding, np.int32)
+        positions = np.array([i.position for i in inputs] + [0] * padding, np.int32)
+        written = [_written(i.place, i.position) for i in inputs] + [self._nowhere] * padding
+        page, place = np.array(written, np.int32).T
+        step = Step(tokens[:, None], positions[:, None], page[:, None], place[:, None], self._plan(inputs, b))
+        return slots, step, _wishes(inputs, padding)
+
+    def _run(self, slots: np.ndarray, step: Step, sampling: Sampling) -> Any:
+        self._cache, self._last, sampled = _decode(
+            self._weights,
             self._cache,
-            token_b,
-            position_b,
-            Sampling(temperature_b, top_p_b, top_k_b, seed_b, step_b),
+            self._last,
+            slots,
+            step,
+            sampling,
             config=self._config,
             num_top=self.max_top_logprobs,
         )
+        return sampled
+
+    def harvest(self, decoded: Any) -> list[Sampled]:
+        """The tokens of a `decode`, in the order of its inputs, each with the alternatives that it asked for."""
+        sampled, counts = decoded
         tokens, logprobs, top_ids, top_logprobs = (a.tolist() for a in jax.device_get(sampled))
         return [
-            Sampled(tokens[i.slot], logprobs[i.slot], tuple(top_ids[i.slot]), tuple(top_logprobs[i.slot]))
-            for i in inputs
+            Sampled(tokens[i], logprobs[i], tuple(top_ids[i][:count]), tuple(top_logprobs[i][:count]))
+            for i, count in enumerate(counts)
         ]
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
-        """Every token but the first, as the model would have sampled it; no slot is touched."""
-        cartridge: Any = prefix and prefix.cartridge
-        slots = cartridge.checked(self._config).prefix if cartridge else no_prefix(self._config)
-        return scoring.score(self._top, self._blocks, slots, tokens, num_top, self._config)
+        """Every token but the first, as the model would have sampled it; no request is touched."""
+        p = prefix.length if prefix else 0
+        pages = range(self.num_pages, self.num_pages + self._pages_each)
+        if prefix is not None:
+            self.load(prefix, pages[: -(-p // PAGE_SIZE)])
+        scored = []
+        for start in range(0, len(tokens) - 1, SCORE_SIZE):
+            part = tokens[start : start + SCORE_SIZE]
+            step = self._chunk(part, SCORE_SIZE, p + start, Place(pages, p))
+            following = np.zeros(SCORE_SIZE, np.int32)
+            following[: len(tokens) - 1 - start] = tokens[start + 1 : start + SCORE_SIZE + 1]
+            self._cache, found = _score(
+                self._weights, self._cache, step, following, config=self._config, num_top=self.max_top_logprobs
+            )
+            rows = zip(following.tolist(), *(a.tolist() for a in jax.device_get(found)), strict=True)
+            scored += [
+                Scored(Sampled(token, logprob, tuple(ids[:num_top]), tuple(logprobs[:num_top])), rank)
+                for token, logprob, rank, ids, logprobs in rows
+            ]
+        return scored[: len(tokens) - 1]
 
     def warmup(self) -> None:
-        """Compiles every program but those that depend on a cartridge's size; slot 0 holds rubbish afterwards."""
+        """Compiles every program; no request may be under way. Nothing else is compiled afterwards."""
+        place = Place(range(self._pages_each), 0)
         for size in PREFILL_SIZES:
-            if size <= self.max_length:
-                self.prefill(0, [0] * size, 0)
-        self.copy(0, self.num_slots - 1)
-        self.decode([SlotInput(0, 0, 0, 0.0, 1.0, 0, 0, 0)])
+            self.prefill([0] * min(size, self.max_length), 0, place)
+        for size in self._batch_sizes:
+            inputs = [SlotInput(i, 0, 0, Place([i], 0), 0.0, 1.0, 0, 0, 0) for i in range(size)]
+            self.harvest(self.decode(inputs))
+        c = self._config
+        zeros = np.zeros((c.num_layers, PAGE_SIZE, c.num_kv_heads, c.head_dim), np.float32)
+        self._cache = _load(self._cache, 0, zeros, zeros, zeros[..., 0])
+        self.copy(0, 0)
+        self.score([0, 0], None, 1)
+        jax.block_until_ready(self._cache)
+
+    def _chunk(self, tokens: Sequence[int], size: int, position: int, place: Place) -> Step:
+        """Tokens of one request, padded to `size`."""
+        padding = size - len(tokens)
+        tokens_t = np.pad(np.asarray(tokens, np.int32), (0, padding))
+        written = [_written(place, position + i) for i in range(len(tokens))]
+        written += [self._nowhere] * padding
+        page_t, place_t = np.array(written, np.int32).T
+        seen = _seen(place, position + len(tokens) - 1)
+        plan = Plan(
+            _reading(seen, self._pages_each, SHARED_AT_ONCE),
+            np.ones((_rounded(self._pages_each, SHARED_AT_ONCE), 1), bool),
+            _reading([], 0, 1),
+            np.zeros(0, np.int32),
+        )
+        positions_t = np.arange(position, position + size, dtype=np.int32)
+        return Step(tokens_t[None], positions_t[None], page_t[None], place_t[None], plan)
+
+    def _plan(self, inputs: Sequence[SlotInput], b: int) -> Plan:
+        """A page that several requests see is read once, and meets the queries of the whole batch."""
+        seen = [_seen(i.place, i.position) for i in inputs]
+        users = Counter(page for reading in seen for page, _, _ in reading)
+        fewest = max(2, b // ROWS_PER_USER) if b > 1 else 1
+        is_shared = {page for page, count in users.items() if count >= fewest}
+        shared = {page: (page, count, first) for reading in seen for page, count, first in reading if page in is_shared}
+        order = {page: c for c, page in enumerate(shared)}
+        members = np.zeros((_rounded(self._pages_each if b == 1 else self.num_pages, SHARED_AT_ONCE), b), bool)
+        own, reader = [], []
+        for r, reading in enumerate(seen):
+            for entry in reading:
+                if entry[0] in order:
+                    members[order[entry[0]], r] = True
+                else:
+                    own.append(entry)
+                    reader.append(r)
+        at_once = own_at_once(b)
+        most = 0 if b == 1 else b * self._pages_each
+        readers = np.zeros(_rounded(most, at_once), np.int32)
+        readers[: len(reader)] = reader
+        together = _reading(list(shared.values()), len(members), SHARED_AT_ONCE)
+        return Plan(together, members, _reading(own, most, at_once), readers)
 
 
-@functools.partial(jax.jit, static_argnames="num_layers")
-def _unstacked(blocks: Params, num_layers: int) -> list[Params]:
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(num_layers)]
+def _seen(place: Place, position: int) -> list[tuple[int, int, int]]:
+    """The pages that hold a sequence up to `position`, each with how many of its places are in use and the first's."""
+    p, own = place.prefix_length, -(-place.prefix_length // PAGE_SIZE)
+    slots = [(place.pages[i], min(PAGE_SIZE, p - i * PAGE_SIZE), i * PAGE_SIZE) for i in range(own)]
+    count = (position - p) // PAGE_SIZE + 1
+    return slots + [(place.pages[own + i], PAGE_SIZE, p + i * PAGE_SIZE) for i in range(count)]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(cache: list[Layer], slot: Int[Array, ""], keys: Array, values: Array, bias: Array) -> list[Layer]:
-    def write(row: Array, l: int, new_lpk: Array) -> Array:
-        new = jnp.swapaxes(new_lpk[l], 0, 1)[None].astype(row.dtype)
-        return jax.lax.dynamic_update_slice(row, new, (slot,) + (0,) * (row.ndim - 1))
+def _written(place: Place, position: int) -> tuple[int, int]:
+    """The page and the place in it of one position behind the cartridge."""
+    page, place_in_page = divmod(position - place.prefix_length, PAGE_SIZE)
+    return place.pages[-(-place.prefix_length // PAGE_SIZE) + page], place_in_page
 
+
+def _reading(entries: Sequence[tuple[int, int, int]], most: int, at_once: int) -> Reading:
+    padded = np.zeros((_rounded(most, at_once), 3), np.int32)
+    padded[: len(entries)] = np.array(entries, np.int32).reshape(-1, 3)
+    return Reading(*padded.T, np.int32(len(entries)))
+
+
+def _rounded(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _wishes(inputs: Sequence[SlotInput], padding: int) -> Sampling:
+    rows = [(i.temperature, i.top_p, i.top_k, i.seed & 0x7FFFFFFF, i.step, i.top_logprobs) for i in inputs]
+    columns = zip(*rows, *[(0.0, 1.0, 0, 0, 0, 0)] * padding, strict=True)
+    dtypes = (np.float32, np.float32, np.int32, np.int32, np.int32, np.int32)
+    return Sampling(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _new_cache(config: ModelConfig, num_pages: int, dtype: Any) -> list[Pages]:
+    k, h = config.num_kv_heads, config.head_dim
     return [
-        Layer(write(c.keys, l, keys), write(c.values, l, values), write(c.bias.at[slot].set(0), l, bias))
-        for l, c in enumerate(cache)
+        Pages(
+            jnp.zeros((num_pages, k, h, PAGE_SIZE), dtype),
+            jnp.zeros((num_pages, k, PAGE_SIZE, h), dtype),
+            jnp.zeros((num_pages, k, PAGE_SIZE), jnp.float32),
+        )
+        for _ in range(config.num_layers)
     ]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _clear_bias(cache: list[Layer], slot: Int[Array, ""]) -> list[Layer]:
-    return [c.replace(bias=c.bias.at[slot].set(0)) for c in cache]
+def _load(
+    cache: list[Pages],
+    page: Int[Array, ""],
+    keys: Float[Array, "l z k h"],
+    values: Float[Array, "l z k h"],
+    bias: Float[Array, "l z k"],
+) -> list[Pages]:
+    return [
+        Pages(
+            pages.keys.at[page].set(keys[l].transpose(1, 2, 0).astype(pages.keys.dtype)),
+            pages.values.at[page].set(values[l].swapaxes(0, 1).astype(pages.values.dtype)),
+            pages.bias.at[page].set(bias[l].T),
+        )
+        for l, pages in enumerate(cache)
+    ]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _copy(cache: list[Layer], source: Int[Array, ""], target: Int[Array, ""]) -> list[Layer]:
-    return jax.tree.map(lambda row: row.at[target].set(row[source]), cache)
+def _copy(cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""]) -> list[Pages]:
+    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=2)
-def _prefill(
-    top: Params,
-    blocks: list[Params],
-    cache: list[Layer],
-    slot: Int[Array, ""],
-    tokens: Int[Array, " t"],
-    position: Int[Array, ""],
-    length: Int[Array, ""],
-    *,
-    config: ModelConfig,
-) -> list[Layer]:
-    t = tokens.shape[0]
-    positions_t = position + jnp.arange(t)
-    rope = rope_tables(positions_t[None], config)
-    x_1td = top["embed"][tokens[None]]
-    new_cache = []
-    for block, layer in zip(blocks, cache, strict=True):
-        max_length = layer.keys.shape[2]
-        write_t = jnp.where(jnp.arange(t) < length, positions_t, max_length)
-        visible_1ts = (jnp.arange(max_length) <= positions_t[:, None])[None]
-
-        def attend(
-            q: Array, k: Array, v: Array, layer: Layer = layer, write_t: Array = write_t, visible: Array = visible_1ts
-        ) -> tuple[Array, Layer]:
-            keys = layer.keys.at[slot, :, write_t].set(k[0], mode="drop")
-            values = layer.values.at[slot, :, write_t].set(v[0], mode="drop")
-            row = jax.tree.map(lambda a: a[slot][None], Layer(keys, values, layer.bias))
-            return cache_attention(q, row, visible), layer.replace(keys=keys, values=values)
-
-        x_1td, layer = block_of(config, block)(x_1td, rope, attend)
-        new_cache.append(layer)
-    return new_cache
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
+def _prefill(weights: decoder.Weights, cache: list[Pages], step: Step, *, config: ModelConfig) -> list[Pages]:
+    return _forward(weights, cache, step, config)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_top"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=("config", "num_top"), donate_argnums=(1, 2))
 def _decode(
-    top: Params,
-    blocks: list[Params],
-    cache: list[Layer],
-    tokens: Int[Array, " b"],
-    positions: Int[Array, " b"],
+    weights: decoder.Weights,
+    cache: list[Pages],
+    last: Int[Array, " slots"],
+    slots: Int[Array, " b"],
+    step: Step,
     sampling: Sampling,
     *,
     config: ModelConfig,
     num_top: int,
-) -> tuple[list[Layer], Any]:
-    b = tokens.shape[0]
-    rope = rope_tables(positions[:, None], config)
-    x_b1d = top["embed"][tokens[:, None]]
-    visible_b1s = (jnp.arange(cache[0].keys.shape[2]) <= positions[:, None])[:, None]
-    new_cache = []
-    for block, layer in zip(blocks, cache, strict=True):
-
-        def attend(q: Array, k: Array, v: Array, layer: Layer = layer) -> tuple[Array, Layer]:
-            layer = layer.replace(
-                keys=layer.keys.at[jnp.arange(b), :, positions].set(k[:, 0], mode="drop"),
-                values=layer.values.at[jnp.arange(b), :, positions].set(v[:, 0], mode="drop"),
-            )
-            return cache_attention(q, layer, visible_b1s), layer
-
-        x_b1d, layer = block_of(config, block)(x_b1d, rope, attend)
-        new_cache.append(layer)
-    hidden_bd = rms_norm(x_b1d[:, 0], top["final_norm"], config.norm_eps)
-    logits_bv = jnp.einsum("bd,vd->bv", hidden_bd, head_weights(top), preferred_element_type=jnp.float32)
-    return new_cache, sample(logits_bv, sampling, num_top)
+) -> tuple[list[Pages], Array, Any]:
+    tokens = jnp.where(step.tokens < 0, last[slots][:, None], step.tokens)
+    hidden_db, cache = _forward(weights, cache, step.replace(tokens=tokens), config)
+    sampled = sample(decoder.logits(weights, hidden_db), sampling, num_top)
+    return cache, last.at[slots].set(sampled[0], mode="drop"), sampled
 
 
-def cache_attention(q: Float[Array, "b t n h"], layer: Layer, visible: Bool[Array, "b t s"]) -> Float[Array, "b t n h"]:
-    """Queries over their own slot's cache. Scores lie as [s, queries]: the cache is then read once, along its rows."""
-    b, t, n, h = q.shape
-    kv_heads = layer.keys.shape[1]
-    g = n // kv_heads
-    q_bkqh = (q * h**-0.5).reshape(b, t, kv_heads, g, h).transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, t * g, h)
-    scores_bksq = jnp.einsum("bksh,bkqh->bksq", layer.keys, q_bkqh, preferred_element_type=jnp.float32)
-    visible_b1sq = jnp.repeat(visible.transpose(0, 2, 1), g, axis=-1)[:, None]
-    scores_bksq = jnp.where(visible_b1sq, scores_bksq + layer.bias[..., None], -1e30)
-    weights_bksq = jax.nn.softmax(scores_bksq, axis=2).astype(layer.values.dtype)
-    o_bkqh = jnp.einsum("bksq,bksh->bkqh", weights_bksq, layer.values, preferred_element_type=jnp.float32)
-    return o_bkqh.reshape(b, kv_heads, t, g, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h).astype(q.dtype)
+@functools.partial(jax.jit, static_argnames=("config", "num_top"), donate_argnums=1)
+def _score(
+    weights: decoder.Weights,
+    cache: list[Pages],
+    step: Step,
+    following: Int[Array, " t"],
+    *,
+    config: ModelConfig,
+    num_top: int,
+) -> tuple[list[Pages], Any]:
+    hidden_dt, cache = _forward(weights, cache, step, config)
+    logits_tv = decoder.logits(weights, hidden_dt)
+    normalizer_t1 = jax.nn.logsumexp(logits_tv, axis=-1, keepdims=True)
+    own_t1 = jnp.take_along_axis(logits_tv, following[:, None], axis=-1)
+    top_tj, ids_tj = jax.lax.top_k(logits_tv, num_top)
+    rank_t = 1 + (logits_tv > own_t1).sum(-1)
+    return cache, ((own_t1 - normalizer_t1)[:, 0], rank_t, ids_tj, top_tj - normalizer_t1)
+
+
+def _forward(weights: decoder.Weights, cache: list[Pages], step: Step, config: ModelConfig) -> Any:
+    return decoder.forward(weights, cache, step.tokens, step.positions, step.page, step.place, step.plan, config)

@@ -62,7 +62,9 @@ def generate_ids(
         )
     if max_length is None:
         max_length = min(-(-longest // 128) * 128, model.config.window)  # few sizes, so few compilations
-    engine = Engine(model, min(MAX_SLOTS, len(prompts)), max_length, max_top_logprobs=1)
+    num_slots = min(MAX_SLOTS, len(prompts))
+    # one size of batch: compiling others would take longer than running them saves
+    engine = Engine(model, num_slots, max_length, max_top_logprobs=1, batch_sizes=[num_slots])
     stop_ids = model.tokenizer.stop_ids
     requests = [
         Request(str(i), prompt, prefix, max_tokens, temperature, top_p, seed=seed + i, stop_ids=stop_ids)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+SORTED = 256  # best tokens among which the last one kept is looked for first
+
 
 @flax.struct.dataclass
 class Sampling:
@@ -17,6 +19,7 @@ class Sampling:
     top_k: Int[Array, " b"]
     seed: Int[Array, " b"]
     step: Int[Array, " b"]  # counts a request's tokens: the same seed gives the same answer whatever shares the batch
+    num_top: Int[Array, " b"]  # alternatives that are wanted: looked for if any row wants some
 
 
 def sample(
@@ -25,17 +28,27 @@ def sample(
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
 
     Log-probabilities are those of the model, before temperature, top-k and top-p: what distillation needs.
+    Where no row wants alternatives, theirs are meaningless.
     """
     normalizer_b1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    top_logits_bj, top_ids_bj = jax.lax.top_k(logits, num_top)
+    top_logits_bj, top_ids_bj = jax.lax.cond(
+        (sampling.num_top > 0).any(),
+        lambda: tuple(jax.lax.top_k(logits, num_top)),
+        lambda: (jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)),
+    )
+    best_b = _best(logits)
     is_random_b = sampling.temperature > 0
     token_b = jax.lax.cond(
-        is_random_b.any(),
-        lambda: jnp.where(is_random_b, _draw(logits, sampling), top_ids_bj[:, 0]),
-        lambda: top_ids_bj[:, 0],
+        is_random_b.any(), lambda: jnp.where(is_random_b, _draw(logits, sampling), best_b), lambda: best_b
     )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1
+
+
+def _best(logits_bv: Array) -> Array:
+    """The first of the best: `argmax`, of which XLA makes a loop without vectors on a CPU."""
+    ids_v = jnp.arange(logits_bv.shape[1])
+    return jnp.where(logits_bv == logits_bv.max(-1, keepdims=True), ids_v, logits_bv.shape[1]).min(-1)
 
 
 def _draw(logits_bv: Array, sampling: Sampling) -> Array:
@@ -62,7 +75,25 @@ def _draw(logits_bv: Array, sampling: Sampling) -> Array:
 def _threshold(probs_bv: Array, sampling: Sampling) -> Array:
     """The largest probability such that the tokens at or above it are enough for top-p and for top-k.
 
-    Found by bisection: sorting a vocabulary costs a CPU twenty times more. Equal probabilities stay together.
+    Read off the best `SORTED`, if they are enough for every row, as they nearly always are. Equal ones stay together.
+    """
+    best_bj = jax.lax.top_k(probs_bv, min(SORTED, probs_bv.shape[1]))[0]
+    enough_bj = (jnp.cumsum(best_bj, axis=-1) >= jnp.where(sampling.top_p < 1, sampling.top_p, 2.0)[:, None]) | (
+        jnp.arange(1, best_bj.shape[1] + 1)
+        >= jnp.where(sampling.top_k > 0, sampling.top_k, probs_bv.shape[1] + 1)[:, None]
+    )
+    keeps_all_b = (sampling.top_p >= 1) & (sampling.top_k <= 0)
+    last_b1 = jnp.take_along_axis(best_bj, jnp.argmax(enough_bj, axis=-1, keepdims=True), axis=-1)
+    return jax.lax.cond(
+        (enough_bj.any(-1) | keeps_all_b).all(),
+        lambda: jnp.where(keeps_all_b[:, None], 0.0, last_b1),
+        lambda: _bisected(probs_bv, sampling),
+    )
+
+
+def _bisected(probs_bv: Array, sampling: Sampling) -> Array:
+    """The threshold by bisection: sorting a vocabulary costs a CPU twenty times more.
+
     Positive floats are ordered as their bits are, and halving those ends at the exact value.
     """
     bits_bv = jax.lax.bitcast_convert_type(probs_bv, jnp.int32)

@@ -1,37 +1,42 @@
-"""Who uses which slot of the engine, and when: continuous batching with automatic prefix reuse.
+"""Who uses the engine's slots and memory, and when: continuous batching with automatic prefix reuse.
 
-No JAX, no asyncio, no clock and no randomness: the same calls give the same events. The one idea: a slot is described
-by what its cache holds (a cartridge and the tokens written after it), also after its request has ended, so that a new
-request starts from the slot that already holds most of its prompt.
+No JAX, no asyncio, no clock and no randomness: the same calls give the same events. Tokens are harvested a step late:
+the next step is under way, with tokens that only the device knows yet, when the host looks at what the last one gave.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+from cartridges_jax.serving.cache import Lease, PageCache, Prefix
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """A loaded cartridge: `key` is its identity, version included, and `length` its number of slots p."""
+class Place:
+    """Where a sequence lies: `prefix_length` slots in the first pages, and its tokens from the next page on."""
 
-    key: str
-    length: int
-    cartridge: object = field(compare=False)
+    pages: Sequence[int]
+    prefix_length: int
 
 
 @dataclass(frozen=True)
 class SlotInput:
+    """One request's part of a decoding step."""
+
     slot: int
-    token: int
-    position: int
+    token: int | None  # None: the one that the last step sampled for this slot
+    position: int  # of the token in its sequence, the cartridge's slots counted
+    place: Place
     temperature: float
     top_p: float
     top_k: int
     seed: int
     step: int
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,10 @@ class Scored:
 
 
 class Engine(Protocol):
-    """What the scheduler needs of a device; `max_length` counts cartridge slots, prompt and answer of one slot."""
+    """What the scheduler needs of a device; `max_length` counts cartridge slots, prompt and answer of a request.
+
+    What is called first is done first, also if a call returns before it is done.
+    """
 
     @property
     def num_slots(self) -> int: ...
@@ -61,22 +69,30 @@ class Engine(Protocol):
     def max_length(self) -> int: ...
     @property
     def max_top_logprobs(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
 
-    def clear(self, slot: int, prefix: Prefix | None) -> None:
-        """From here on the slot holds the cartridge's positions, or nothing."""
+    def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
+        """Writes a cartridge to these pages."""
 
     def copy(self, source: int, target: int) -> None:
-        """Makes the target's cache a copy of the source's."""
+        """Makes the target page a copy of the source."""
 
-    def prefill(self, slot: int, tokens: Sequence[int], position: int) -> None:
+    def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
         """Writes the tokens' keys and values at `position`, `position` + 1, …"""
 
-    def decode(self, inputs: Sequence[SlotInput]) -> list[Sampled]:
-        """Writes each input's token at its position and samples the one that follows."""
+    def decode(self, inputs: Sequence[SlotInput]) -> Any:
+        """Writes each input's token at its position and samples the one that follows; need not wait for the result."""
+        ...
+
+    def harvest(self, decoded: Any) -> list[Sampled]:
+        """What a `decode` sampled, in the order of its inputs, with at least the alternatives that each asked for."""
         ...
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
-        """Every token but the first, as the model would have sampled it; no slot is touched."""
+        """Every token but the first, as the model would have sampled it; no request is touched."""
         ...
 
 
@@ -95,11 +111,12 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    deadline: float = math.inf  # on the clock that `Scheduler.step` is told
 
 
 @dataclass(frozen=True)
 class Started:
-    """The request has a slot; `cached_tokens` of its prompt were there already."""
+    """The request has a slot and memory; `cached_tokens` of its prompt were there already."""
 
     id: str
     cached_tokens: int
@@ -116,7 +133,7 @@ class Token:
 @dataclass(frozen=True)
 class Finished:
     id: str
-    reason: Literal["stop", "length", "cancelled"]
+    reason: Literal["stop", "length", "cancelled", "deadline"]
 
 
 Event = Started | Token | Finished
@@ -129,37 +146,32 @@ class QueueFull(Exception):
 @dataclass
 class _Slot:
     index: int
-    key: str | None = None
-    tokens: list[int] = field(default_factory=list)  # written after the cartridge's positions
     request: Request | None = None
-    next_token: int = 0  # what the next decode writes
-    generated: int = 0
-    last_used: int = 0
+    lease: Lease | None = None
+    prefilled: int = 0  # tokens of the prompt that are written
+    dispatched: int = 0  # answer tokens that were sampled or are being sampled
+    answer: list[int] = field(default_factory=list)  # those that were harvested
 
 
 class Scheduler:
     """Admits requests first come, first served; `step` prefills a little, then decodes one token for everyone.
 
+    A request is admitted when a slot is free and the memory that it may come to need; then it never waits again.
     A step makes at most `prefills_per_step` engine prefills of at most `prefill_chunk` tokens, so that arrivals and
-    long prompts never starve those who decode. Copying a slot costs the same however little of it is wanted: it is done
-    when it saves `min_copy` tokens.
+    long prompts never starve those who decode.
     """
 
-    def __init__(
-        self, engine: Engine, max_queue: int, prefills_per_step: int = 4, prefill_chunk: int = 256, min_copy: int = 16
-    ):
+    def __init__(self, engine: Engine, max_queue: int, prefills_per_step: int = 4, prefill_chunk: int = 256):
         self._engine = engine
         self._max_queue = max_queue
         self._prefills_per_step = prefills_per_step
         self._prefill_chunk = prefill_chunk
-        self._min_copy = min_copy
+        self._cache = PageCache(engine.num_pages, engine.page_size)
         self._queue: deque[Request] = deque()
         self._slots = [_Slot(i) for i in range(engine.num_slots)]
         self._filling: _Slot | None = None  # the one slot whose prompt is not written yet
+        self._decoding: tuple[list[tuple[_Slot, Request]], Any] = ([], None)  # the step that is under way
         self._events: list[Event] = []
-        self._uses = 0
-        for slot in self._slots:
-            engine.clear(slot.index, None)
 
     @property
     def has_work(self) -> bool:
@@ -173,6 +185,12 @@ class Scheduler:
           QueueFull: `max_queue` requests wait already, beyond those that a free slot will take.
         """
         check(request, self._engine.max_length)
+        needed = self._cache.pages_needed(request.prefix, len(request.prompt) + request.max_tokens)
+        if needed > self._cache.num_pages:
+            raise ValueError(
+                f"the request needs {needed} pages of {self._cache.page_size} positions and the engine has "
+                f"{self._cache.num_pages}: shorten the prompt or lower max_tokens"
+            )
         if any(request.id == r.id for r in self._live()):
             raise ValueError(f"request id {request.id!r} is in use: give every request its own id")
         free = sum(slot.request is None for slot in self._slots)
@@ -182,33 +200,40 @@ class Scheduler:
 
     def cancel(self, id: str) -> None:
         """Ends a request where it stands; the next step reports it. One that has ended already is left alone."""
-        for request in self._live():
-            if request.id == id:
-                self._drop(request)
-                self._events.append(Finished(id, "cancelled"))
-                return
+        self._end([request for request in self._live() if request.id == id], "cancelled")
 
-    def step(self) -> list[Event]:
-        """Prefills a little, decodes one token for every request whose prompt is written, and reports what happened."""
+    def step(self, now: float = -math.inf) -> list[Event]:
+        """Prefills a little, starts a step for every request whose prompt is written, and reports the step before.
+
+        Args:
+          now: the time, if requests have deadlines; those whose deadline has passed end.
+        """
+        self._end([request for request in self._live() if request.deadline <= now], "deadline")
         self._prefill()
-        self._decode()
+        before, self._decoding = self._decoding, self._dispatch()
+        self._harvest(*before)
         events, self._events = self._events, []
         return events
 
     def _live(self) -> list[Request]:
         return [s.request for s in self._slots if s.request] + list(self._queue)
 
-    def _drop(self, request: Request) -> None:
-        for slot in self._slots:
-            if slot.request is request:
+    def _end(self, requests: Sequence[Request], reason: Literal["cancelled", "deadline"]) -> None:
+        for request in requests:
+            slot = next((slot for slot in self._slots if slot.request is request), None)
+            if slot is None:
+                self._queue.remove(request)
+            else:
                 self._release(slot)
-                return
-        self._queue.remove(request)
+            self._events.append(Finished(request.id, reason))
 
     def _release(self, slot: _Slot) -> None:
-        slot.request = None
-        self._uses += 1
-        slot.last_used = self._uses
+        assert slot.request is not None and slot.lease is not None
+        written = slot.request.prompt[: slot.prefilled]
+        if slot.answer:  # what was sampled last has not been written, as far as the host knows
+            written = (*slot.request.prompt, *slot.answer[:-1])
+        self._cache.release(slot.lease, written)
+        slot.request = slot.lease = None
         if self._filling is slot:
             self._filling = None
 
@@ -219,71 +244,65 @@ class Scheduler:
             self._fill_chunk()
 
     def _admit(self) -> bool:
-        free = [slot for slot in self._slots if slot.request is None]
-        if not self._queue or not free:
+        slot = next((slot for slot in self._slots if slot.request is None), None)
+        if not self._queue or slot is None:
             return False
-        request = self._queue.popleft()
-        slot = self._place(request, min(free, key=_last_used))
-        cached = len(slot.tokens)
-        slot.request, slot.next_token, slot.generated = request, request.prompt[-1], 0
+        request = self._queue[0]
+        lease = self._cache.lease(request.prefix, request.prompt, len(request.prompt) + request.max_tokens)
+        if lease is None:
+            return False
+        self._queue.popleft()
+        if lease.load:
+            assert request.prefix is not None
+            self._engine.load(request.prefix, lease.path[0].pages)
+        if lease.copy is not None:
+            self._engine.copy(*lease.copy)
+        slot.request, slot.lease, slot.prefilled, slot.dispatched, slot.answer = request, lease, lease.cached, 0, []
         self._filling = slot
-        self._events.append(Started(request.id, cached))
+        self._events.append(Started(request.id, lease.cached))
         return True
-
-    def _place(self, request: Request, victim: _Slot) -> _Slot:
-        """Makes a free slot hold as much of the prompt as any slot does: itself, as a copy, or else only the cartridge.
-
-        `victim` is the free slot that was used longest ago. Another free slot is taken instead when all it holds is the
-        beginning of this prompt (a conversation goes on), since nothing is lost then.
-        """
-        key = request.prefix.key if request.prefix else None
-        shared = {s.index: _shared(s, key, request.prompt) for s in self._slots}
-        source = max(
-            self._slots, key=lambda s: (shared[s.index], s.request is None and shared[s.index] == len(s.tokens))
-        )
-        length = shared[source.index]
-        if source.request is None and 0 < length == len(source.tokens):
-            return source
-        if length - shared[victim.index] >= self._min_copy:
-            self._engine.copy(source.index, victim.index)
-            victim.key, victim.tokens = key, source.tokens[:length]
-            return victim
-        if victim.key != key:
-            self._engine.clear(victim.index, request.prefix)
-            victim.key = key
-        del victim.tokens[shared[victim.index] :]
-        return victim
 
     def _fill_chunk(self) -> None:
         """Writes the next part of the filling slot's prompt."""
         slot = self._filling
-        assert slot is not None and slot.request is not None
+        assert slot is not None and slot.request is not None and slot.lease is not None
         prompt = slot.request.prompt
         # The last prompt token is left for the first decode, which samples what follows it.
-        chunk = prompt[len(slot.tokens) : -1][: self._prefill_chunk]
+        chunk = prompt[slot.prefilled : -1][: self._prefill_chunk]
         if chunk:
-            self._engine.prefill(slot.index, chunk, _position(slot))
-            slot.tokens += chunk
-        if len(slot.tokens) == len(prompt) - 1:
+            place = _place(slot)
+            self._engine.prefill(chunk, place.prefix_length + slot.prefilled, place)
+            slot.prefilled += len(chunk)
+        if slot.prefilled == len(prompt) - 1:
+            self._cache.publish(slot.lease, prompt[:-1])
             self._filling = None
 
-    def _decode(self) -> None:
-        ready = [slot for slot in self._slots if slot.request and slot is not self._filling]
+    def _dispatch(self) -> tuple[list[tuple[_Slot, Request]], Any]:
+        ready = [
+            (slot, slot.request)
+            for slot in self._slots
+            if slot.request and slot is not self._filling and slot.dispatched < slot.request.max_tokens
+        ]
         if not ready:
-            return
-        for slot, sampled in zip(ready, self._engine.decode([_input(slot) for slot in ready]), strict=True):
-            self._take(slot, sampled)
+            return [], None
+        decoded = self._engine.decode([_input(slot) for slot, _ in ready])
+        for slot, _ in ready:
+            slot.dispatched += 1
+        return ready, decoded
 
-    def _take(self, slot: _Slot, sampled: Sampled) -> None:
-        request = slot.request
-        assert request is not None
-        slot.tokens.append(slot.next_token)
-        slot.next_token = sampled.token
-        slot.generated += 1
+    def _harvest(self, ready: list[tuple[_Slot, Request]], decoded: Any) -> None:
+        if not any(slot.request is request for slot, request in ready):
+            return  # all have ended meanwhile
+        for (slot, request), sampled in zip(ready, self._engine.harvest(decoded), strict=True):
+            if slot.request is request:
+                self._take(slot, request, sampled)
+
+    def _take(self, slot: _Slot, request: Request, sampled: Sampled) -> None:
+        slot.answer.append(sampled.token)
         self._events.append(Token(request.id, _trim(sampled, request.top_logprobs)))
         if sampled.token in request.stop_ids and not request.ignore_eos:
             self._finish(slot, Finished(request.id, "stop"))
-        elif slot.generated == request.max_tokens:
+        elif len(slot.answer) == request.max_tokens:
             self._finish(slot, Finished(request.id, "length"))
 
     def _finish(self, slot: _Slot, event: Finished) -> None:
@@ -310,39 +329,25 @@ def check(request: Request, max_length: int) -> None:
         )
 
 
-def _shared(slot: _Slot, key: str | None, prompt: tuple[int, ...]) -> int:
-    """How many tokens of the prompt the slot holds already; never the last one, whose decode samples the answer."""
-    if slot.key != key:
-        return 0
-    length = 0
-    for held, wanted in zip(slot.tokens, prompt[:-1], strict=False):
-        if held != wanted:
-            break
-        length += 1
-    return length
-
-
-def _last_used(slot: _Slot) -> int:
-    return slot.last_used
-
-
-def _position(slot: _Slot) -> int:
-    assert slot.request is not None
-    return len(slot.tokens) + (slot.request.prefix.length if slot.request.prefix else 0)
+def _place(slot: _Slot) -> Place:
+    assert slot.request is not None and slot.lease is not None
+    return Place(slot.lease.pages, slot.request.prefix.length if slot.request.prefix else 0)
 
 
 def _input(slot: _Slot) -> SlotInput:
-    request = slot.request
+    request, place = slot.request, _place(slot)
     assert request is not None
     return SlotInput(
         slot=slot.index,
-        token=slot.next_token,
-        position=_position(slot),
+        token=None if slot.dispatched else request.prompt[-1],
+        position=place.prefix_length + len(request.prompt) - 1 + slot.dispatched,
+        place=place,
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
         seed=request.seed,
-        step=slot.generated,
+        step=slot.dispatched,
+        top_logprobs=request.top_logprobs,
     )
 
 

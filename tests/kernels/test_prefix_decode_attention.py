@@ -1,9 +1,6 @@
-"""Decoding by groups against each request alone, in float64; and against a row of `prefix_attention`."""
+"""Attention over pages against one dense softmax for each request, in float64."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,88 +8,111 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.kernels.prefix_decode_attention import Shared, prefix_decode_attention
+from cartridges_jax.kernels.prefix_decode_attention import (
+    SHARED_AT_ONCE,
+    Pages,
+    Plan,
+    Reading,
+    own_at_once,
+    prefix_decode_attention,
+)
 
-R = 5  # requests: 0 and 3 share the second cartridge, 2 is alone with the first, 1 and 4 have none
-MEMBERS = np.array([[2, R, R], [3, 0, R + 7]], np.int32)
-CARTRIDGE = [1, None, 0, 1, None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    t: int
-    n: int
-    k: int
-    p: int
-    window: int | None = None
-
-
-STEPS = [Step(t=1, n=6, k=2, p=7), Step(t=3, n=4, k=4, p=7, window=4), Step(t=2, n=3, k=1, p=0)]
+Z, K, H, NUM_PAGES = 4, 2, 8, 40
+# (page, places in use, position of the first): two cartridges of 7 and 3 slots, each on pages of its own
+CARTRIDGES = {"a": [(30, 4, 0), (31, 3, 4)], "b": [(33, 3, 0)], None: []}
+# the cartridge of each request, and how many tokens it has behind it
+REQUESTS = [("a", 6), ("b", 1), (None, 9), ("a", 1), ("a", 17)]
+rng = np.random.default_rng(0)
 
 
-def draw(step: Step, s: int = 11, h: int = 8) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32)
-
-    slots = (2, step.k, step.p, h)
-    used = np.array([min(4, step.p), step.p], np.int32)
-    return {
-        "q": 2 * normal(R, step.t, step.n, h),
-        "keys": normal(R, step.k, s, h),
-        "values": normal(R, step.k, s, h),
-        "lengths": np.array([11, 3, 8, 5, 4], np.int32),
-        "shared": Shared(normal(*slots), normal(*slots), normal(*slots[:3]), used, MEMBERS),
-    }
+def normal(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
 
 
-def decode(drawn: dict[str, Any], window: int | None = None) -> np.ndarray:
-    return np.asarray(jax.jit(lambda a: prefix_decode_attention(**a, window=window))(drawn))
+PAGES = Pages(normal(NUM_PAGES, K, H, Z), normal(NUM_PAGES, K, Z, H), normal(NUM_PAGES, K, Z))
 
 
-@pytest.mark.parametrize("step", STEPS, ids=str)
-def test_groups_are_their_requests_alone(step: Step) -> None:
-    drawn = draw(step)
-    found = decode(drawn, step.window)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, drawn)
-        expected = prefix_decode_attention(**wide, implementation="reference", window=step.window)
-        assert expected.dtype == np.float64
-    assert_allclose(found, expected, rtol=0, atol=2e-6)
+def sequence(r: int) -> list[tuple[int, int, int]]:
+    """All pages of a request; its own are 6r, 6r + 1, …"""
+    cartridge, tokens = REQUESTS[r]
+    p = sum(count for _, count, _ in CARTRIDGES[cartridge])
+    return CARTRIDGES[cartridge] + [(6 * r + i, Z, p + i * Z) for i in range(-(-tokens // Z))]
 
 
-def test_a_decoded_token_is_the_last_of_its_row() -> None:
-    step = STEPS[0]
-    drawn = draw(step)
-    shared = drawn["shared"]
-    found = decode(drawn)
-    for r in (0, 1):  # one with a cartridge, one without
-        c, length = CARTRIDGE[r], drawn["lengths"][r]
-        p = 0 if c is None else shared.lengths[c]
-        slots = [jnp.asarray(a[c or 0, :, :p].swapaxes(0, 1)) for a in (shared.keys, shared.values, shared.bias)]
-        k, v = (jnp.asarray(drawn[name][r, :, :length].swapaxes(0, 1))[None] for name in ("keys", "values"))
-        q = jnp.zeros((1, length, step.n, 8)).at[:, -1].set(drawn["q"][r, 0])
-        ids = jnp.ones((1, length), jnp.int32)
-        o = prefix_attention(q, k, v, slots[0], slots[1], ids, slots[2], implementation="reference")
-        assert_allclose(found[r, 0], o[0, -1], rtol=0, atol=2e-6)
+def last_positions(r: int, t: int) -> np.ndarray:
+    cartridge, tokens = REQUESTS[r]
+    return sum(count for _, count, _ in CARTRIDGES[cartridge]) + tokens - t + np.arange(t)
 
 
-def test_what_nobody_reads_changes_nothing() -> None:
-    """Positions past a length, slots past a cartridge's, and places of a group that hold no request."""
-    drawn = draw(STEPS[0])
-    before = decode(drawn)
-    for name in ("keys", "values"):
-        for r, length in enumerate(drawn["lengths"]):
-            drawn[name][r, :, length:] = 1e3
-    drawn["shared"].keys[0, :, 4:] = drawn["shared"].values[0, :, 4:] = 1e3
-    assert_array_equal(decode(drawn), before)
+def reading(entries: list[tuple[int, int, int]], at_once: int) -> Reading:
+    padding = [(0, 0, 0)] * (-len(entries) % at_once + at_once)  # a whole turn of padding, which is never taken
+    return Reading(*np.array(entries + padding, np.int32).T, np.int32(len(entries)))
 
 
-def test_mistakes() -> None:
-    drawn = draw(STEPS[0])
-    with pytest.raises(ValueError, match="implementation is 'tpu', expected one of reference, xla"):
-        prefix_decode_attention(**drawn, implementation="tpu")
-    with pytest.raises(ValueError, match=r"do not belong together: expected \[r,t,n,h\]"):
-        prefix_decode_attention(**{**drawn, "lengths": drawn["lengths"][:2]})
+def plan_of(requests: list[int], shared: bool) -> Plan:
+    together = [page for cartridge in ("a", "b") for page in CARTRIDGES[cartridge]] if shared else []
+    if len(requests) == 1:
+        together = sequence(requests[0])
+    listed = reading(together, SHARED_AT_ONCE)
+    members = np.array([[page in sequence(r) for r in requests] for page in together], bool)
+    members = np.pad(members.reshape(-1, len(requests)), ((0, len(listed.page) - len(together)), (0, 0)))
+    own = [(row, page) for row, r in enumerate(requests) for page in sequence(r) if page not in together]
+    own_reading = reading([page for _, page in own], own_at_once(len(requests)))
+    reader = np.zeros(len(own_reading.page), np.int32)
+    reader[: len(own)] = [row for row, _ in own]
+    return Plan(listed, members, own_reading, reader)
+
+
+def alone(q_tnh: np.ndarray, positions_t: np.ndarray, r: int, pages: Pages) -> np.ndarray:
+    """The definition."""
+    keys_skh, values_skh, bias_sk, position_s = [], [], [], []
+    for page, count, first in sequence(r):
+        for i in range(count):
+            keys_skh.append(pages.keys[page, :, :, i])
+            values_skh.append(pages.values[page, :, i])
+            bias_sk.append(pages.bias[page, :, i])
+            position_s.append(first + i)
+    keys, values, bias = (np.array(a, np.float64) for a in (keys_skh, values_skh, bias_sk))
+    t, n, h = q_tnh.shape
+    q_tkgh = q_tnh.astype(np.float64).reshape(t, K, n // K, h)
+    scores = np.einsum("tkgh,skh->tkgs", q_tkgh, keys) * h**-0.5 + bias.T[None, :, None]
+    scores = np.where((np.array(position_s) <= positions_t[:, None])[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("tkgs,skh->tkgh", weights / weights.sum(-1, keepdims=True), values).reshape(t, n, h)
+
+
+run = jax.jit(prefix_decode_attention)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("requests", "t", "n"), [([0, 1, 2, 3, 4], 1, 6), ([4, 2], 1, 2), ([3], 1, 4), ([4], 9, 6), ([2, 0], 3, 4)]
+)
+def test_every_request_gets_what_it_gets_alone(requests: list[int], t: int, n: int, shared: bool) -> None:
+    q = 2 * normal(len(requests), t, n, H)
+    positions = np.array([last_positions(r, t) for r in requests], np.int32)
+    found = run(q, positions, PAGES, plan_of(requests, shared))
+    for row, r in enumerate(requests):
+        assert_allclose(found[row], alone(q[row], positions[row], r, PAGES), rtol=0, atol=3e-6)
+
+
+def test_what_nobody_sees_changes_nothing() -> None:
+    """Places past a count or a position, pages that only pad, and rows of a batch that are no request."""
+    requests = [0, 1, 2]
+    q, plan = normal(4, 1, 4, H), plan_of(requests, shared=True)
+    positions = np.array([*(last_positions(r, 1) for r in requests), [0]], np.int32)
+    plan = plan._replace(members=np.pad(plan.members, ((0, 0), (0, 1))))
+    before = run(q, positions, PAGES, plan)
+    seen = np.zeros((NUM_PAGES, Z), bool)
+    for row, r in enumerate(requests):
+        for page, count, first in sequence(r):
+            seen[page, :count] |= first + np.arange(count) <= positions[row, 0]
+    keys, values, bias = (jnp.asarray(a) for a in PAGES)
+    hidden = ~seen[:, None]
+    loud = Pages(
+        jnp.where(hidden[:, :, None], 1e3, keys),
+        jnp.where(hidden[..., None], 1e3, values),
+        jnp.where(hidden, 50.0, bias),
+    )
+    assert_array_equal(run(q, positions, loud, plan)[:3], before[:3])
+    assert np.isfinite(before).all()

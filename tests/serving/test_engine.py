@@ -1,8 +1,9 @@
-"""The engine and offline generation against the plain forward pass: the cache, its slots and what shares them."""
+"""The engine and offline generation against the plain forward pass: pages, what shares them, and what is compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,12 +13,23 @@ import pytest
 import tiny
 
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.serving.engine import PREFILL_SIZES, Engine
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
 from cartridges_jax.serving.generate import generate, generate_ids, run
-from cartridges_jax.serving.scheduler import Finished, Prefix, Request, Sampled, Scheduler, SlotInput, Token
+from cartridges_jax.serving.scheduler import (
+    Finished,
+    Place,
+    Prefix,
+    Request,
+    Sampled,
+    Scheduler,
+    SlotInput,
+    Started,
+    Token,
+)
 
 TOLERANCE = 1e-4
-LENGTH = 384
+LENGTH = 512
 TOKENS = tuple(tiny.model().tokenizer.encode(tiny.TEXT))
 
 
@@ -32,7 +44,7 @@ def cartridge_of(num_slots: int, seed: int, with_bias: bool = False) -> Cartridg
     return start.replace(keys=keys, values=values, bias=bias)
 
 
-CARTRIDGES = {"none": None, "a": cartridge_of(7, 0), "b": cartridge_of(20, 1), "biased": cartridge_of(12, 2, True)}
+CARTRIDGES = {"none": None, "a": cartridge_of(7, 0), "b": cartridge_of(140, 1), "biased": cartridge_of(12, 2, True)}
 
 
 def prefix_of(name: str) -> Prefix | None:
@@ -45,10 +57,18 @@ def slots_of(name: str) -> int:
     return 0 if cartridge is None else cartridge.num_slots
 
 
-def inputs(slot: int, token: int, position: int, **how: Any) -> SlotInput:
-    return SlotInput(
-        slot, token, position, **({"temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "step": 0} | how)
-    )
+def place_of(engine: Engine, slot: int, name: str) -> Place:
+    """Pages that no other slot has."""
+    each = engine.num_pages // engine.num_slots
+    return Place(range(slot * each, (slot + 1) * each), slots_of(name))
+
+
+def inputs(place: Place, slot: int, token: int | None, position: int, step: int = 0) -> SlotInput:
+    return SlotInput(slot, token, position, place, 0.0, 1.0, 0, seed=0, step=step, top_logprobs=20)
+
+
+def decode(engine: Engine, batch: Sequence[SlotInput]) -> list[Sampled]:
+    return engine.harvest(engine.decode(batch))
 
 
 def expected(tokens: Sequence[int], name: str) -> np.ndarray:
@@ -66,19 +86,20 @@ def same(sampled: Sampled, log_probs: np.ndarray) -> None:
     np.testing.assert_allclose(log_probs[list(sampled.top_ids)], sampled.top_logprobs, atol=TOLERANCE)
 
 
-def fill(engine: Engine, slot: int, name: str, tokens: Sequence[int]) -> None:
-    engine.clear(slot, prefix_of(name))
-    engine.prefill(slot, tokens, slots_of(name))
+def fill(engine: Engine, place: Place, name: str, tokens: Sequence[int]) -> None:
+    prefix = prefix_of(name)
+    if prefix is not None:
+        engine.load(prefix, place.pages[: -(-prefix.length // PAGE_SIZE)])
+    if tokens:
+        engine.prefill(tokens, slots_of(name), place)
 
 
-def continue_greedily(engine: Engine, slot: int, name: str, tokens: Sequence[int], count: int) -> list[Sampled]:
-    """`tokens[:-1]` are in the cache already."""
-    token, position, out = tokens[-1], slots_of(name) + len(tokens) - 1, []
-    for step in range(count):
-        (sampled,) = engine.decode([inputs(slot, token, position + step, step=step)])
-        out.append(sampled)
-        token = sampled.token
-    return out
+def continue_greedily(engine: Engine, place: Place, tokens: Sequence[int], count: int, slot: int = 0) -> list[Sampled]:
+    """`tokens[:-1]` are in the cache already. Nothing is looked at before the last step has begun."""
+    position = place.prefix_length + len(tokens) - 1
+    first = [engine.decode([inputs(place, slot, tokens[-1], position)])]
+    rest = [engine.decode([inputs(place, slot, None, position + step, step)]) for step in range(1, count)]
+    return [engine.harvest(decoded)[0] for decoded in first + rest]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +109,24 @@ def engine() -> Engine:
 
 @pytest.mark.parametrize("name", CARTRIDGES)
 def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
-    tokens, start = TOKENS[100:154], slots_of(name)
-    fill(engine, 1, name, tokens[:30])
-    sampled = [engine.decode([inputs(1, tokens[i], start + i)])[0] for i in range(30, 54)]
+    tokens, start, place = TOKENS[100:154], slots_of(name), place_of(engine, 1, name)
+    fill(engine, place, name, tokens[:30])
+    sampled = [decode(engine, [inputs(place, 1, tokens[i], start + i)])[0] for i in range(30, 54)]
     log_probs = expected(tokens, name)
     for i, s in enumerate(sampled, start=30):
         same(s, log_probs[i])
     assert len({s.token for s in sampled}) > 5  # a model that always says one thing would prove little
+
+
+def test_every_family_decodes_as_its_forward_pass(tiny_model: LanguageModel):
+    tokens = np.random.default_rng(0).integers(0, tiny_model.config.vocab_size, 30).tolist()
+    engine = Engine(tiny_model, 1, 64, batch_sizes=[1])
+    place = Place(range(engine.num_pages), 0)
+    engine.prefill(tokens[:10], 0, place)
+    wanted = np.asarray(jax.nn.log_softmax(tiny_model.logits(np.asarray([tokens]))))[0]
+    for i in range(10, 30):
+        [sampled] = decode(engine, [inputs(place, 0, tokens[i], i)])
+        same(sampled, wanted[i])
 
 
 def test_a_cartridge_and_its_bias_matter():
@@ -107,31 +139,28 @@ def test_a_cartridge_and_its_bias_matter():
 
 @pytest.mark.parametrize("token_by_token", [False, True])
 def test_prefill_is_decoding_what_is_known(engine: Engine, token_by_token: bool):
-    tokens = TOKENS[:20]
-    engine.clear(0, prefix_of("biased"))
+    tokens, place = TOKENS[:20], place_of(engine, 0, "biased")
+    fill(engine, place, "biased", [] if token_by_token else tokens[:-1])
     if token_by_token:
         for i, token in enumerate(tokens[:-1]):
-            engine.decode([inputs(0, token, slots_of("biased") + i)])
-    else:
-        engine.prefill(0, tokens[:-1], slots_of("biased"))
-    (sampled,) = continue_greedily(engine, 0, "biased", tokens, 1)
-    same(sampled, expected(tokens, "biased")[-1])
+            decode(engine, [inputs(place, 0, token, slots_of("biased") + i)])
+    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "biased")[-1])
 
 
-def test_slots_with_different_cartridges_decode_together(engine: Engine):
+def test_requests_with_different_cartridges_decode_together(engine: Engine):
     prompts = {name: TOKENS[40 * i : 40 * i + 10 + 7 * i] for i, name in enumerate(CARTRIDGES)}
-    for slot, (name, prompt) in enumerate(prompts.items()):
-        fill(engine, slot, name, prompt[:-1])
+    places = {name: place_of(engine, slot, name) for slot, name in enumerate(prompts)}
+    for name, prompt in prompts.items():
+        fill(engine, places[name], name, prompt[:-1])
     said: dict[str, list[Sampled]] = {name: [] for name in prompts}
     for step in range(8):
-        batch = []
+        batch = {}
         for slot, (name, prompt) in enumerate(prompts.items()):
-            token = said[name][-1].token if step else prompt[-1]
-            batch.append(inputs(slot, token, slots_of(name) + len(prompt) - 1 + step))
+            token = None if step else prompt[-1]
+            batch[name] = inputs(places[name], slot, token, slots_of(name) + len(prompt) - 1 + step)
         if step % 2:
-            batch.reverse()  # the order of the inputs is the order of the results, not of the slots
-        names = list(prompts) if step % 2 == 0 else list(reversed(prompts))
-        for name, sampled in zip(names, engine.decode(batch), strict=True):
+            batch = dict(reversed(batch.items()))  # the order of the inputs is that of the results, not of the slots
+        for name, sampled in zip(batch, decode(engine, list(batch.values())), strict=True):
             said[name].append(sampled)
     for name, prompt in prompts.items():
         log_probs = expected([*prompt, *(s.token for s in said[name])], name)
@@ -139,70 +168,84 @@ def test_slots_with_different_cartridges_decode_together(engine: Engine):
             same(sampled, log_probs[len(prompt) - 1 + i])
 
 
+@pytest.mark.parametrize("name", ["b", "biased"])
+def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
+    """Two share one, a third has its own and a fourth none."""
+    cartridge = [engine.num_pages - 2, engine.num_pages - 1][: -(-slots_of(name) // PAGE_SIZE)]
+    fill(engine, Place(cartridge, slots_of(name)), name, [])
+    places = [Place([*cartridge, 2 * i, 2 * i + 1], slots_of(name)) for i in range(2)]
+    places += [place_of(engine, 2, name), Place([4], 0)]
+    fill(engine, places[2], name, [])
+    prompts, names = [TOKENS[9 * i : 20 + 20 * i] for i in range(4)], [name] * 3 + ["none"]
+    for place, prompt in zip(places, prompts, strict=True):
+        engine.prefill(prompt[:-1], place.prefix_length, place)
+    batch = [
+        inputs(place, slot, prompt[-1], place.prefix_length + len(prompt) - 1)
+        for slot, (place, prompt) in enumerate(zip(places, prompts, strict=True))
+    ]
+    for sampled, prompt, of in zip(decode(engine, batch), prompts, names, strict=True):
+        same(sampled, expected(prompt, of)[-1])
+
+
 @pytest.mark.parametrize("name", ["none", "biased"])
 def test_a_copy_goes_its_own_way(engine: Engine, name: str):
-    common = TOKENS[:30]
-    fill(engine, 0, name, common)
-    fill(engine, 3, "b", TOKENS[50:150])  # what the copy must overwrite
-    engine.copy(0, 3)
-    ours, theirs = (*common, *TOKENS[200:210]), (*common, *TOKENS[300:320])
-    engine.prefill(0, ours[30:-1], slots_of(name) + 30)
-    engine.prefill(3, theirs[30:-1], slots_of(name) + 30)
-    for slot, tokens in ((0, ours), (3, theirs)):
-        (sampled,) = continue_greedily(engine, slot, name, tokens, 1)
-        same(sampled, expected(tokens, name)[-1])
+    common, ours, theirs = TOKENS[:30], (*TOKENS[:30], *TOKENS[200:210]), (*TOKENS[:30], *TOKENS[300:320])
+    mine, other = place_of(engine, 0, name), place_of(engine, 3, name)
+    fill(engine, mine, name, common)
+    fill(engine, other, name, TOKENS[50:150])  # what the copy must overwrite
+    own = -(-slots_of(name) // PAGE_SIZE)
+    engine.copy(mine.pages[own], other.pages[own])
+    for place, tokens in ((mine, ours), (other, theirs)):
+        engine.prefill(tokens[30:-1], slots_of(name) + 30, place)
+        same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, name)[-1])
 
 
 @pytest.mark.parametrize("size", sorted({s + d for s in PREFILL_SIZES for d in (-1, 0, 1)} | {1, 300}))
 def test_prefill_of_any_size(engine: Engine, size: int):
-    tokens = TOKENS[: size + 1]
-    fill(engine, 2, "b", tokens[:-1])
-    (sampled,) = continue_greedily(engine, 2, "b", tokens, 1)
-    same(sampled, expected(tokens, "b")[-1])
+    tokens, place = TOKENS[: size + 1], place_of(engine, 2, "b")
+    fill(engine, place, "b", tokens[:-1])
+    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "b")[-1])
 
 
 def test_prefill_in_pieces_is_prefill_at_once(engine: Engine):
-    tokens, start = TOKENS[:101], slots_of("a")
-    engine.clear(2, prefix_of("a"))
-    for first, last in ((0, 3), (3, 20), (20, 36), (36, 100)):
-        engine.prefill(2, tokens[first:last], start + first)
-    (sampled,) = continue_greedily(engine, 2, "a", tokens, 1)
-    same(sampled, expected(tokens, "a")[-1])
+    tokens, start, place = TOKENS[:201], slots_of("a"), place_of(engine, 2, "a")
+    fill(engine, place, "a", [])
+    for first, last in ((0, 3), (3, 20), (20, 36), (36, 200)):
+        engine.prefill(tokens[first:last], start + first, place)
+    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
 @pytest.mark.parametrize("tail", [1, 5, 17])
 def test_prefill_and_decoding_reach_the_last_position(engine: Engine, tail: int):
-    """The padding of the last prefill lies past the cache: it must not wrap around or be clamped onto real tokens."""
-    tokens = TOKENS[: LENGTH - slots_of("a")]
-    fill(engine, 1, "a", tokens[: -tail - 1])
-    engine.prefill(1, tokens[-tail - 1 : -1], LENGTH - tail - 1)
-    (sampled,) = continue_greedily(engine, 1, "a", tokens, 1)
-    same(sampled, expected(tokens, "a")[-1])
+    """The padding of the last prefill lies past the pages: it must not wrap around or be clamped onto real tokens."""
+    tokens, place = TOKENS[: LENGTH - slots_of("a")], place_of(engine, 1, "a")
+    fill(engine, place, "a", tokens[: -tail - 1])
+    engine.prefill(tokens[-tail - 1 : -1], LENGTH - tail - 1, place)
+    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
 @pytest.mark.parametrize("name", ["none", "a"])
-def test_a_used_slot_is_as_good_as_new(name: str):
+def test_a_used_page_is_as_good_as_new(name: str):
     """Bit for bit: neither older tokens nor an older cartridge's bias are left."""
-    used, fresh = (Engine(tiny.model(), num_slots=2, max_length=128) for _ in range(2))
-    fill(used, 0, "biased", TOKENS[:100])
-    continue_greedily(used, 0, "biased", TOKENS[:101], 3)
+    used, fresh = (Engine(tiny.model(), num_slots=1, max_length=128) for _ in range(2))
+    pages = range(used.num_pages)
+    fill(used, Place(pages, slots_of("biased")), "biased", TOKENS[:100])
     used.copy(0, 1)
     tokens = TOKENS[200:225]
-    for slot in (0, 1):
-        answers = []
-        for engine in (used, fresh):
-            fill(engine, slot, name, tokens[:-1])
-            answers.append(continue_greedily(engine, slot, name, tokens, 5))
-        assert answers[0] == answers[1]
+    place = Place(pages, slots_of(name))
+    answers = []
+    for engine in (used, fresh):
+        fill(engine, place, name, tokens[:-1])
+        answers.append(continue_greedily(engine, place, tokens, 5))
+    assert answers[0] == answers[1]
 
 
-def test_a_slot_that_waits_is_left_alone(engine: Engine):
-    fill(engine, 0, "none", TOKENS[:29])
-    fill(engine, 1, "a", TOKENS[:40])
-    for i in range(5):
-        engine.decode([inputs(1, TOKENS[40 + i], slots_of("a") + 40 + i)])
-    (sampled,) = continue_greedily(engine, 0, "none", TOKENS[:30], 1)
-    same(sampled, expected(TOKENS[:30], "none")[-1])
+def test_a_request_that_waits_is_left_alone(engine: Engine):
+    waiting, other = place_of(engine, 0, "none"), place_of(engine, 1, "a")
+    fill(engine, waiting, "none", TOKENS[:29])
+    fill(engine, other, "a", TOKENS[:40])
+    continue_greedily(engine, other, TOKENS[:41], 5, slot=1)
+    same(continue_greedily(engine, waiting, TOKENS[:30], 1)[0], expected(TOKENS[:30], "none")[-1])
 
 
 def test_an_engine_that_cannot_be_is_refused():
@@ -210,20 +253,25 @@ def test_an_engine_that_cannot_be_is_refused():
         Engine(tiny.model(), max_length=1025)
     with pytest.raises(ValueError, match="num_slots is 0, expected at least 1"):
         Engine(tiny.model(), num_slots=0, max_length=64)
+    with pytest.raises(ValueError, match="cache_tokens is 256, expected at least 384 for a request of 200 positions"):
+        Engine(tiny.model(), max_length=200, cache_tokens=256)
+
+
+def test_an_engine_needs_nothing_of_the_model_s_weights():
+    """So that a server holds them once."""
+    model = replace(tiny.model(), params=jax.tree.map(jnp.copy, tiny.model().params))
+    engine = Engine(model, num_slots=1, max_length=128)
+    for leaf in jax.tree.leaves(model.params):
+        leaf.delete()
+    place = place_of(engine, 0, "none")
+    fill(engine, place, "none", TOKENS[:19])
+    same(continue_greedily(engine, place, TOKENS[:20], 1)[0], expected(TOKENS[:20], "none")[-1])
 
 
 def test_a_cartridge_of_another_shape_is_refused(engine: Engine):
     wrong = Cartridge(jnp.zeros((2, 3, 4, 8)), jnp.zeros((2, 3, 4, 8)))
     with pytest.raises(ValueError, match="the cartridge's keys are"):
-        engine.clear(0, Prefix("wrong", 3, wrong))
-
-
-def test_warmup_leaves_an_engine_that_works():
-    engine = Engine(tiny.model(), num_slots=2, max_length=128)
-    engine.warmup()
-    fill(engine, 0, "a", TOKENS[:29])
-    (sampled,) = continue_greedily(engine, 0, "a", TOKENS[:30], 1)
-    same(sampled, expected(TOKENS[:30], "a")[-1])
+        engine.load(Prefix("wrong", 3, wrong), [0])
 
 
 def greedy(prompt: Sequence[int], name: str, count: int) -> list[int]:
@@ -273,15 +321,15 @@ def test_generation_gives_as_many_tokens_as_asked_for(monkeypatch: pytest.Monkey
 def test_what_does_not_fit_is_refused_in_one_sentence():
     model = tiny.model()
     with pytest.raises(
-        ValueError, match=r"20 slots, a prompt of 1000 tokens and an answer of 10 exceed .* 1024: shorten"
+        ValueError, match=r"140 slots, a prompt of 900 tokens and an answer of 10 exceed .* 1024: shorten"
     ):
-        generate_ids(model, [(1,), TOKENS[:1000]], CARTRIDGES["b"], max_tokens=10)
+        generate_ids(model, [(1,), TOKENS[:900]], CARTRIDGES["b"], max_tokens=10)
     with pytest.raises(ValueError, match="prompt 1 has no tokens: expected at least one"):
         generate(model, ["a", ""])
     with pytest.raises(ValueError, match="max_tokens is 0, expected at least 1"):
         generate(model, ["a"], max_tokens=0)
     assert generate(model, []) == []
-    assert len(generate_ids(model, [TOKENS[: 1024 - 20 - 4]], CARTRIDGES["b"], max_tokens=4)[0]) <= 4
+    assert len(generate_ids(model, [TOKENS[: 1024 - 140 - 4]], CARTRIDGES["b"], max_tokens=4)[0]) <= 4
 
 
 def sampled_tokens(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Sampled]]:
@@ -301,17 +349,57 @@ def request(i: int, **how: Any) -> Request:
     return Request(str(i), prompt, prefix_of(name), **settings | how)
 
 
+def agree(found: Sequence[Sampled], wanted: Sequence[Sampled]) -> None:
+    assert [s.token for s in found] == [s.token for s in wanted]
+    np.testing.assert_allclose([s.logprob for s in found], [s.logprob for s in wanted], atol=TOLERANCE)
+    np.testing.assert_allclose([s.top_logprobs for s in found], [s.top_logprobs for s in wanted], atol=TOLERANCE)
+
+
 def test_a_request_answers_the_same_alone_as_among_others():
-    engine = Engine(tiny.model(), num_slots=3, max_length=128)
+    engine = Engine(tiny.model(), num_slots=3, max_length=256)
     requests = [request(i) for i in range(9)]
     together = sampled_tokens(engine, requests)
     backwards = sampled_tokens(engine, requests[::-1])
     for r in requests:
         alone = sampled_tokens(engine, [r])[r.id]
-        for other in (together[r.id], backwards[r.id]):
-            assert [s.token for s in other] == [s.token for s in alone]
-            np.testing.assert_allclose([s.logprob for s in other], [s.logprob for s in alone], atol=TOLERANCE)
-            np.testing.assert_allclose([s.top_logprobs for s in other], [s.top_logprobs for s in alone], atol=TOLERANCE)
+        agree(together[r.id], alone)
+        agree(backwards[r.id], alone)
+
+
+def test_with_too_little_memory_for_all_cartridges_each_is_loaded_again():
+    plenty = Engine(tiny.model(), num_slots=2, max_length=256, batch_sizes=[2])
+    scarce = Engine(tiny.model(), num_slots=2, max_length=256, cache_tokens=4 * PAGE_SIZE, batch_sizes=[2])
+    requests = [request(i) for i in range(8)] + [replace(request(i), id=str(8 + i)) for i in range(8)]
+    wanted, found = sampled_tokens(plenty, requests), sampled_tokens(scarce, requests)
+    for r in requests:
+        agree(found[r.id], wanted[r.id])
+
+
+def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all():
+    engine = Engine(tiny.model(), num_slots=4, max_length=512, batch_sizes=[4])
+    requests = [replace(request(1), id=str(i), prompt=(*TOKENS[:300], *TOKENS[10 * i : 10 * i + 7])) for i in range(4)]
+    started = [e for e in run(Scheduler(engine, 4), requests) if isinstance(e, Started)]
+    assert [e.cached_tokens for e in started] == [0, 300, 300, 300]
+    together = sampled_tokens(engine, requests)
+    for r in requests:
+        agree(together[r.id], sampled_tokens(Engine(tiny.model(), 1, 512, batch_sizes=[1]), [r])[r.id])
+
+
+def test_nothing_is_compiled_after_warmup():
+    engine = Engine(tiny.model(), num_slots=3, max_length=384, batch_sizes=[1, 3])
+    engine.warmup()
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
+    try:
+        requests = [replace(request(i), prompt=TOKENS[i : i + 1 + 29 * i]) for i in range(8)]
+        assert len(sampled_tokens(engine, requests)) == 8
+        engine.score(TOKENS[:100], prefix_of("b"), 5)
+        engine.score(TOKENS[:7], None, 0)
+        assert not [name for name in compiled if "compile" in name]
+        jax.jit(lambda x: x + 1)(1)
+        assert [name for name in compiled if "compile" in name]  # the listener does listen
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 def test_a_seed_is_a_sample():
@@ -343,8 +431,8 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
         np.testing.assert_allclose(row_v[list(found.sampled.top_ids)], found.sampled.top_logprobs, atol=TOLERANCE)
 
 
-def test_scoring_touches_no_slot(engine: Engine):
-    fill(engine, 0, "a", TOKENS[:20])
-    before = jax.tree.map(np.asarray, engine._cache)
-    engine.score(TOKENS[30:60], prefix_of("b"), 3)
-    jax.tree.map(np.testing.assert_array_equal, before, engine._cache)
+def test_scoring_touches_no_request(engine: Engine):
+    place = place_of(engine, engine.num_slots - 1, "a")
+    fill(engine, place, "a", TOKENS[:20])
+    engine.score(TOKENS[30:400], prefix_of("b"), 3)
+    same(continue_greedily(engine, place, TOKENS[:21], 1)[0], expected(TOKENS[:21], "a")[-1])

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cartridges_jax.serving.sampling import Sampling, _threshold, sample
+from cartridges_jax.serving.sampling import SORTED, Sampling, _bisected, _threshold, sample
 
 V = 16
 DRAWS = 4000
 run = jax.jit(sample, static_argnums=2)
-threshold_of = jax.jit(_threshold)
+threshold_of, bisected = jax.jit(_threshold), jax.jit(_bisected)
 
 
 def wishes(
@@ -31,6 +31,7 @@ def wishes(
         jnp.full(count, top_k, jnp.int32),
         jnp.full(count, seed, jnp.int32),
         first_step + jnp.arange(count, dtype=jnp.int32),
+        jnp.ones(count, jnp.int32),
     )
 
 
@@ -55,7 +56,8 @@ def draws(logits: np.ndarray, **how: float) -> np.ndarray:
     return np.asarray(run(jnp.broadcast_to(jnp.asarray(logits), (DRAWS, V)), wishes(DRAWS, **how), 1)[0])
 
 
-LOGITS = hnp.arrays(np.float32, V, elements=st.floats(-40, 40, width=32))
+# a CPU may take subnormal numbers for zero
+LOGITS = hnp.arrays(np.float32, V, elements=st.floats(-40, 40, width=32, allow_subnormal=False))
 FLAT_LOGITS = hnp.arrays(np.float32, V, elements=st.floats(-3, 3, width=32))
 
 
@@ -86,11 +88,11 @@ def test_top_k_never_leaves_its_support(logits: np.ndarray, top_k: int, seed: in
 def test_top_p_keeps_exactly_its_support(logits: np.ndarray, rank: int, beyond: float, seed: int):
     probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
     top_p = min(float(np.sort(probs)[::-1][:rank].sum()) * (1 + beyond), 0.9999)  # just short of a token, or just over
-    threshold = threshold_of(jnp.asarray(probs)[None], wishes(1, top_p=top_p))
-    found = probs >= np.asarray(threshold)[0]
-    # the mass is a sum in float32: a top_p within its rounding may take one more or less
-    assert (found >= kept(probs, top_p * (1 - 1e-6), 0)).all()
-    assert (found <= kept(probs, min(top_p * (1 + 1e-6), 0.9999999), 0)).all()
+    for find in (bisected, threshold_of):
+        found = probs >= np.asarray(find(jnp.asarray(probs)[None], wishes(1, top_p=top_p)))[0]
+        # the mass is a sum in float32: a top_p within its rounding may take one more or less
+        assert (found >= kept(probs, top_p * (1 - 1e-6), 0)).all()
+        assert (found <= kept(probs, min(top_p * (1 + 1e-6), 0.9999999), 0)).all()
     rows = jnp.broadcast_to(jnp.asarray(logits), (64, V))
     tokens = np.asarray(run(rows, wishes(64, top_p=top_p, seed=seed), 1)[0])
     assert found[tokens].all()
@@ -121,17 +123,29 @@ def test_the_threshold_is_exact_far_below_the_best():
     logits[[3, 5, 7]] = [20.0, -5.0, -5.001]
     probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
     for top_k, support in ((1, {3}), (2, {3, 5}), (3, {3, 5, 7})):
-        threshold = _threshold(jnp.asarray(probs)[None], wishes(1, top_k=top_k))
-        assert set(np.flatnonzero(probs >= np.asarray(threshold)[0])) == support
+        for find in (bisected, threshold_of):
+            threshold = find(jnp.asarray(probs)[None], wishes(1, top_k=top_k))
+            assert set(np.flatnonzero(probs >= np.asarray(threshold)[0])) == support
 
 
 @settings(max_examples=200, deadline=None)
 @given(LOGITS, st.integers(1, V))
 def test_the_threshold_of_top_k_is_the_kth_probability(logits: np.ndarray, top_k: int):
     probs = jax.nn.softmax(jnp.asarray(logits))
-    found = float(threshold_of(probs[None], wishes(1, top_k=top_k))[0, 0])
     expected = float(np.sort(np.asarray(probs))[::-1][top_k - 1])
-    assert found == expected or expected < np.finfo(np.float32).tiny  # a CPU may take subnormal numbers for zero
+    for find in (bisected, threshold_of):
+        found = float(find(probs[None], wishes(1, top_k=top_k))[0, 0])
+        assert found == expected or expected < np.finfo(np.float32).tiny  # a CPU may take subnormal numbers for zero
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (1.0, SORTED), (1.0, SORTED + 50), (0.999, 700), (1.0, 0)])
+def test_what_the_best_do_not_tell_is_bisected(top_p: float, top_k: int):
+    """A vocabulary larger than what is sorted, and so flat that most of it is kept."""
+    probs = jax.nn.softmax(jnp.asarray(np.random.default_rng(4).standard_normal((1, 3 * SORTED)) / 4, jnp.float32))
+    wish = wishes(1, top_p=top_p, top_k=top_k)
+    found = np.asarray(probs >= threshold_of(probs, wish))[0]
+    assert found.sum() == kept(np.asarray(probs)[0], top_p, top_k).sum() >= SORTED
+    np.testing.assert_array_equal(found, np.asarray(probs >= bisected(probs, wish))[0])
 
 
 def test_a_token_that_was_left_out_is_never_drawn_from_a_large_vocabulary():
@@ -184,6 +198,7 @@ def test_a_row_draws_the_same_whatever_the_others_wish_for():
         jnp.asarray([0, 0, 0, 4, 2, 0, 3, 0], jnp.int32),
         jnp.arange(8, dtype=jnp.int32) * 11,
         jnp.arange(8, dtype=jnp.int32),
+        jnp.zeros(8, jnp.int32),
     )
     together = np.asarray(run(logits, mixed, 1)[0])
     for i in range(8):

@@ -1,0 +1,290 @@
+"""How fast the engine decodes: against its own bare loop, `transformers`, llama.cpp and vLLM, on the same weights.
+
+    python benchmarks/engine.py [--torch-python=PYTHON] [--llama-server=FILE] [--vllm-python=PYTHON] [--rounds=3]
+
+First table: scheduler and engine with n requests under way, and the compiled decoding step alone, called in a loop with
+everything prepared: what the scheduler costs. Second table: whole jobs, prefill included, from the first request to the
+last token: one request of 200 + 128 tokens, and 16 requests of mixed lengths. Others are asked over HTTP, whole answers
+at a time; `transformers` pads a batch of 16 to its longest. Every side runs in a process of its own, one after another,
+is warmed up first, and its best of `--rounds` counts, since another job on the machine only ever slows one down.
+`--torch-python` is a Python with torch, transformers and gguf (`make test-parity` makes one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+BATCHES = (1, 4, 16, 64)
+PROMPT, STEPS = 100, 48  # of the first table
+THREADS = len(os.sched_getaffinity(0))
+HERE = Path(__file__).parent
+
+
+def jobs() -> dict[str, list[dict[str, Any]]]:
+    """Prompts are random ids: no side can find one in a cache of prefixes; every answer is as long as it may be."""
+    rng = random.Random(0)
+
+    def request(prompt: int, answer: int) -> dict[str, Any]:
+        return {"prompt": [rng.randrange(100, 40_000) for _ in range(prompt)], "max_tokens": answer}
+
+    mixed = [request(rng.randrange(16, 384), rng.randrange(32, 128)) for _ in range(16)]
+    return {"1 request": [request(200, 128)], "16 mixed": mixed}
+
+
+def ours(rounds: int) -> dict[str, float]:
+    import cartridges_jax as cj
+    from cartridges_jax.serving.engine import Engine
+    from cartridges_jax.serving.generate import run
+    from cartridges_jax.serving.scheduler import Request, Scheduler, Token
+
+    model = cj.load_model("smollm2-135m", dtype="float32")
+    found = {}
+    for n in BATCHES:
+        engine = Engine(model, n, 512, batch_sizes=[n])
+
+        def decode(engine: Engine = engine, n: int = n) -> float:
+            """Steps, from the one that has all requests to the last."""
+            scheduler, seen, start = Scheduler(engine, n), dict.fromkeys(map(str, range(n)), 0), 0.0
+            for event in run(scheduler, [_request(i, n) for i in range(n)]):
+                if isinstance(event, Token):
+                    seen[event.id] += 1
+                    if not start and min(seen.values()) >= 1:
+                        start, before = time.perf_counter(), sum(seen.values())
+                    if max(seen.values()) == STEPS:
+                        return (sum(seen.values()) - before) / (time.perf_counter() - start)
+            raise AssertionError
+
+        found[f"decode {n}"] = best(decode, rounds)
+    engine = Engine(model, 16, 512)
+    engine.warmup()
+
+    def whole(job: list[dict[str, Any]]) -> float:
+        requests = [Request(str(i), tuple(r["prompt"]), None, r["max_tokens"]) for i, r in enumerate(job)]
+        start = time.perf_counter()
+        count = sum(isinstance(event, Token) for event in run(Scheduler(engine, len(job)), requests))
+        return count / (time.perf_counter() - start)
+
+    return found | {name: best(lambda job=job: whole(job), rounds) for name, job in jobs().items()}
+
+
+def bare(rounds: int) -> dict[str, float]:
+    import jax
+
+    import cartridges_jax as cj
+    from cartridges_jax.serving.engine import Engine
+    from cartridges_jax.serving.scheduler import Place, SlotInput
+
+    model = cj.load_model("smollm2-135m", dtype="float32")
+    found = {}
+    for n in BATCHES:
+        engine = Engine(model, n, 512, batch_sizes=[n])
+        each = engine.num_pages // n
+        places = [Place(range(i * each, (i + 1) * each), 0) for i in range(n)]
+        for place in places:
+            engine.prefill([5] * PROMPT, 0, place)
+        batches = [
+            engine._batch(
+                [SlotInput(i, None, PROMPT + step, place, 0.0, 1.0, 0, 0, step) for i, place in enumerate(places)]
+            )
+            for step in range(STEPS)
+        ]
+
+        def loop(engine: Engine = engine, batches: list[Any] = batches, n: int = n) -> float:
+            start = time.perf_counter()
+            for batch in batches:
+                engine._run(*batch)
+            jax.block_until_ready(engine._last)
+            return n * STEPS / (time.perf_counter() - start)
+
+        found[f"decode {n}"] = best(loop, rounds)
+    return found
+
+
+def llama_cpp(rounds: int, binary: str, kind: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        write_gguf(file, kind)
+        command = [binary, "-m", str(file), "-t", str(THREADS), "-np", "16", "-c", str(16 * 512)]
+        command += ["--no-webui", "--offline", "--log-disable"]
+
+        def ask(root: str, request: dict[str, Any]) -> int:
+            fields = {"n_predict": request["max_tokens"], "ignore_eos": True, "temperature": 0, "cache_prompt": False}
+            return post(f"{root}/completion", {"prompt": request["prompt"]} | fields)["tokens_predicted"]
+
+        return over_http(rounds, command, ask)
+
+
+def vllm(rounds: int, python: str, folder: str) -> dict[str, float]:
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m"]
+    command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+    def ask(root: str, request: dict[str, Any]) -> int:
+        fields = {"model": "m", "ignore_eos": True, "temperature": 0}
+        return post(f"{root}/v1/completions", request | fields)["usage"]["completion_tokens"]
+
+    return over_http(rounds, command, ask, environment)
+
+
+def over_http(
+    rounds: int,
+    command: list[str],
+    ask: Callable[[str, dict[str, Any]], int],
+    environment: dict[str, str] | None = None,
+) -> dict[str, float]:
+    def whole(root: str, job: list[dict[str, Any]]) -> float:
+        with concurrent.futures.ThreadPoolExecutor(len(job)) as pool:
+            start = time.perf_counter()
+            count = sum(pool.map(lambda request: ask(root, request), job))
+            return count / (time.perf_counter() - start)
+
+    with serving(command, environment or {}) as root:
+        return {name: best(lambda job=job: whole(root, job), rounds) for name, job in jobs().items()}
+
+
+@contextlib.contextmanager
+def serving(command: list[str], environment: dict[str, str], seconds: float = 600) -> Iterator[str]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    root, deadline = f"http://127.0.0.1:{port}", time.monotonic() + seconds
+    try:
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{root}/health", timeout=5):
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[0]} does not serve: run {' '.join(command)} by hand to see why")
+            time.sleep(0.5)
+        yield root
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        return json.load(reply)
+
+
+def write_gguf(target: Path, kind: str) -> None:
+    """The quickstart's model with matrices as F32 or Q8_0, from the values that its own file stands for."""
+    from cartridges_jax.models import hub
+
+    reader = gguf.GGUFReader(hub.resolve("smollm2-135m").gguf)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        of_list = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], of_list)
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        as_kind = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        shape = tuple(map(int, reversed(tensor.shape)))
+        writer.add_tensor(tensor.name, gguf.quantize(values.reshape(shape), as_kind), raw_dtype=as_kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _request(i: int, n: int) -> Any:
+    from cartridges_jax.serving.scheduler import Request
+
+    rng = random.Random(i)
+    # the first comes first: enough tokens for all to be under way together for `STEPS` steps of the last
+    return Request(str(i), tuple(rng.choices(range(100, 40_000), k=PROMPT)), None, STEPS + n)
+
+
+def best(measure: Callable[[], float], rounds: int) -> float:
+    """One more round than counts: what the first has to compile or to allocate, it is too slow to win with."""
+    return max(measure() for _ in range(rounds + 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch-python")
+    parser.add_argument("--llama-server")
+    parser.add_argument("--vllm-python", help="needs --torch-python too, which writes the weights for it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)  # how this script runs itself
+    args = parser.parse_args()
+    if args.side:
+        name, *rest = args.side
+        sides = {"ours": ours, "bare": bare, "llama_cpp": llama_cpp, "vllm": vllm}
+        print(json.dumps(sides[name](args.rounds, *rest)))
+        return
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in _sides(args, folder):
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
+            measured[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    _print(measured)
+
+
+def _sides(args: argparse.Namespace, folder: str) -> Iterator[tuple[str, list[str]]]:
+    def itself(*side: str) -> list[str]:
+        return [sys.executable, __file__, f"--rounds={args.rounds}", "--side", *side]
+
+    yield "ours", itself("ours")
+    yield "bare", itself("bare")
+    if args.torch_python:
+        script = str(HERE / "engine_transformers.py")
+        from cartridges_jax.models import hub
+
+        subprocess.run([args.torch_python, script, "model", str(hub.resolve("smollm2-135m").gguf), folder], check=True)
+        Path(folder, "jobs.json").write_text(json.dumps(jobs()))
+        yield "transformers", [args.torch_python, script, "measure", folder, str(args.rounds)]
+    if args.llama_server:
+        yield "llama.cpp F32", itself("llama_cpp", args.llama_server, "F32")
+        yield "llama.cpp Q8_0", itself("llama_cpp", args.llama_server, "Q8_0")
+    if args.vllm_python:
+        yield "vLLM", itself("vllm", args.vllm_python, folder)
+
+
+def _print(measured: dict[str, dict[str, float]]) -> None:
+    print(f"load average {os.getloadavg()[0]:.1f} on {THREADS} cores\n")
+    print("| requests | engine, tokens/s | bare loop, tokens/s | ratio |\n|---|---|---|---|")
+    for n in BATCHES:
+        engine, loop = (measured[side][f"decode {n}"] for side in ("ours", "bare"))
+        print(f"| {n} | {engine:.0f} | {loop:.0f} | {engine / loop:.2f} |")
+    names = list(jobs())
+    print(f"\n| tokens/s, prefill included | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for side, found in measured.items():
+        if side != "bare":
+            ratios = (
+                f"{found[name]:.0f} (ours is {measured['ours'][name] / found[name]:.2f} times that)" for name in names
+            )
+            print(f"| {side} | {' | '.join(ratios)} |")
+
+
+if __name__ == "__main__":
+    main()

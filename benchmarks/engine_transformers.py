@@ -1,0 +1,58 @@
+"""`transformers`' side of `engine.py`, for a Python that has torch, transformers and gguf. It imports nothing of ours.
+
+python benchmarks/engine_transformers.py model GGUF DIRECTORY        writes a file's weights as a model of theirs
+python benchmarks/engine_transformers.py measure DIRECTORY ROUNDS    runs the jobs, prints one line of JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def write_model(file: Path, directory: Path) -> None:
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    AutoModelForCausalLM.from_pretrained(file.parent, **options).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
+
+
+def tokens_per_second(model: Any, job: list[dict[str, Any]]) -> float:
+    """The longest answer is how long the batch runs; tokens that were asked for count."""
+    longest = max(len(request["prompt"]) for request in job)
+    ids = torch.tensor([[0] * (longest - len(r["prompt"])) + r["prompt"] for r in job])
+    mask = torch.tensor([[0] * (longest - len(r["prompt"])) + [1] * len(r["prompt"]) for r in job])
+    most = max(request["max_tokens"] for request in job)
+    start = time.perf_counter()
+    model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, min_new_tokens=most, max_new_tokens=most, pad_token_id=0
+    )
+    return sum(request["max_tokens"] for request in job) / (time.perf_counter() - start)
+
+
+def measure(directory: Path, rounds: int) -> dict[str, float]:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    found = {}
+    for name, job in json.loads((directory / "jobs.json").read_text()).items():
+        tokens_per_second(model, job)
+        found[name] = max(tokens_per_second(model, job) for _ in range(rounds))
+    return found
+
+
+def main() -> None:
+    kind, first, second = sys.argv[1:4]
+    if kind == "model":
+        write_model(Path(first), Path(second))
+    else:
+        print(json.dumps(measure(Path(first), int(second))))
+
+
+if __name__ == "__main__":
+    main()
