@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
     name, sides = chips.parse(args.topology)
     compile_here(sides[0] if name == "cpu" else 1)
-    config = build(TrainConfig, load(rest))
+    config = build(TrainConfig, load(rest, TrainConfig))
     query = Query(args.document_tokens, args.question_tokens, args.answer_tokens)
     requests = Requests(args.requests, args.cartridges, args.length)
     model = shape_of(config.model)

@@ -6,31 +6,45 @@ import argparse
 import asyncio
 import dataclasses
 import errno
-import ipaddress
+import json
 import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cartridges_jax.serving.server import Server
+from cartridges_jax.serving.server import Server, is_loopback
 from cartridges_jax.serving.store import NAME, CartridgeStore
-from command_line import config, progress
+from command_line import config, files, progress
+
+if TYPE_CHECKING:
+    from cartridges_jax.cartridge import Cartridge
 
 DEFAULT_FOLDER = "cartridges"
+LIMITS = {
+    "port": (0, 65535),
+    "slots": (1, 4096),
+    "max_length": (2, 1 << 20),
+    "max_queue": (0, 4096),
+    "max_body": (1024, 1 << 30),
+    "max_seconds": (1, 1 << 20),
+    "max_cartridges": (1, 4096),
+}
 
 
 def main(argv: list[str]) -> int:
     args = _arguments(argv)
     folder = _folder(args.cartridges)
     api_key = _read_key(args.api_key_file)
+    document = None if args.document is None else files.read_text(args.document, "a text for the page to compare with")
     # Taken before the model is loaded, which may take a minute: a port in use is better known at once.
     with bind(args.host, args.port) as sock:
-        if api_key is None and not _is_loopback(sock):
+        if api_key is None and not is_loopback(sock):
             print(f"warning: {args.host} can be reached from other machines, without an API key", file=sys.stderr)
-        server, name = _load(args, folder, api_key)
+        server, name = _load(args, folder, api_key, document)
         host, port = sock.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        ready = f"ready: {url} (model {name}, {args.slots} slots of {args.max_length} positions)"
+        ready = f"ready: {url} (model {name}, {args.slots} slots of {args.max_length} positions; a page at {url[:-2]})"
         return asyncio.run(run(server, sock, ready))
 
 
@@ -74,10 +88,17 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=16, help="requests that are answered at the same time")
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge, prompt and answer of one request")
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for a slot")
+    parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request")
+    parser.add_argument("--max-seconds", type=int, default=600, help="that a request may take, waiting included")
+    parser.add_argument("--max-cartridges", type=int, default=32, help="that are in memory at the same time")
+    parser.add_argument(
+        "--remote-sources", action="store_true", help="requests may name cartridges of the Hugging Face Hub and W&B"
+    )
+    parser.add_argument("--document", type=Path, help="a text that the page at / compares cartridges with")
     parser.add_argument("--api-key-file", type=Path, help="file with the key that clients must send")
     parser.add_argument("--warmup", action="store_true", help="compile before the first request instead of at it")
     args = parser.parse_args(argv)
-    for name, low, high in (("port", 0, 65535), ("slots", 1, 4096), ("max_length", 2, 1 << 20), ("max_queue", 0, 4096)):
+    for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
         if not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
@@ -106,17 +127,23 @@ def _read_key(path: Path | None) -> str | None:
     return key
 
 
-def _is_loopback(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
-
-
-def _load(args: argparse.Namespace, folder: Path, api_key: str | None) -> tuple[Server, str]:
+def _load(
+    args: argparse.Namespace, folder: Path, api_key: str | None, document: str | None = None
+) -> tuple[Server, str]:
     import cartridges_jax as cj
+    from cartridges_jax.composition import compose
+    from cartridges_jax.evaluate import kv_bytes_per_token
     from cartridges_jax.interop.formats import locate
     from cartridges_jax.interop.sources import fetch
     from cartridges_jax.serving.engine import Engine
 
-    named = {name: locate(fetch(source))[1] for name, source in map(_named, args.cartridge)}
+    def fetch_file(source: str) -> Path:
+        return locate(fetch(source))[1]
+
+    def load(path: Path) -> cj.Cartridge:
+        return cj.Cartridge.load(path, model=model)
+
+    named = {name: fetch_file(source) for name, source in map(_named, args.cartridge)}
 
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype=args.dtype)
@@ -126,11 +153,43 @@ def _load(args: argparse.Namespace, folder: Path, api_key: str | None) -> tuple[
         with progress.stage("compiling"):
             engine.warmup()
 
-    def load(path: Path) -> cj.Cartridge:
-        return cj.Cartridge.load(path, model=model)
+    store = CartridgeStore(
+        folder, load, args.max_cartridges, named, fetch_file if args.remote_sources else None, compose
+    )
+    server = Server(
+        engine,
+        model.tokenizer,
+        store,
+        model.name,
+        max_queue=args.max_queue,
+        max_body=args.max_body,
+        max_seconds=args.max_seconds,
+        api_key=api_key,
+        describe=describe,
+        kv_bytes_per_token=kv_bytes_per_token(model),
+        document=document,
+    )
+    return server, model.name
 
-    store = CartridgeStore(folder, load, named=named)
-    return Server(engine, model.tokenizer, store, model.name, max_queue=args.max_queue, api_key=api_key), model.name
+
+def describe(cartridge: Cartridge) -> dict[str, Any]:
+    """Size, origin and quality of a cartridge, as JSON."""
+    provenance = {name: value for name, value in cartridge.provenance.as_dict().items() if value}
+    evaluation = str(provenance.pop("evaluation", ""))
+    provenance.pop("model_config", None)
+    return {
+        "bytes": cartridge.num_bytes,
+        "num_frozen": cartridge.num_frozen,
+        "provenance": provenance,
+        "evaluation": _json_or_text(evaluation) if evaluation else None,
+    }
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # a file may say anything there
+        return text
 
 
 async def run(server: Server, sock: socket.socket, ready: str) -> int:

@@ -67,8 +67,13 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that name no token are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+    ) -> str:
         """The model's own rendering of a conversation, by its Jinja template.
+
+        Args:
+          thinking: the template's `enable_thinking`, for models that know it; None leaves it to the template.
 
         Raises:
           ValueError: the model has no chat template, or its template refuses these messages.
@@ -80,18 +85,25 @@ class Tokenizer:
         conversation = [dict(message) for message in messages]
         try:
             text = self._wrapped.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+                conversation,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **({} if thinking is None else {"enable_thinking": thinking}),
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return text
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+    ) -> list[int]:
         """Ids of `render_chat`'s text; no BOS is added, since templates write their own. Raises: as `render_chat`."""
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking))
 
-    def render_turns(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    def render_turns(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+    ) -> str:
         """`render_chat` as it stands behind a cartridge, which takes the system message's place.
 
         Many templates open with a system message of their own where none is given. Between a cartridge and a question
@@ -99,20 +111,24 @@ class Tokenizer:
         Raises: as `render_chat`.
         """
         if any(message["role"] == "system" for message in messages):
-            return self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+            return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
         system = {"role": "system", "content": "."}
         try:
             opening = self.render_chat([system], add_generation_prompt=False)
-            whole = self.render_chat([system, *messages], add_generation_prompt=add_generation_prompt)
+            whole = self.render_chat(
+                [system, *messages], add_generation_prompt=add_generation_prompt, thinking=thinking
+            )
         except ValueError:  # a template without system messages adds none either
-            return self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+            return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
         if not whole.startswith(opening):
-            return self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+            return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
         return whole[len(opening) :]
 
-    def turn_ids(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
+    def turn_ids(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+    ) -> list[int]:
         """Ids of `render_turns`' text. Raises: as `render_chat`."""
-        return self.encode(self.render_turns(messages, add_generation_prompt=add_generation_prompt))
+        return self.encode(self.render_turns(messages, add_generation_prompt=add_generation_prompt, thinking=thinking))
 
     @functools.cached_property
     def fingerprint(self) -> str:

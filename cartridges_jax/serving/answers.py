@@ -1,125 +1,57 @@
-"""From a job's events to OpenAI's replies: text, stop strings, log-probabilities, usage; whole or as chunks."""
+"""From a job's events to the API's replies, whole or as chunks: OpenAI's shapes, and Tokasaurus' fingerprint."""
 
 from __future__ import annotations
 
+import base64
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from cartridges_jax.serving.choices import Choice, Delta
 from cartridges_jax.serving.engine_thread import Accepted, Job
-from cartridges_jax.serving.protocol import ApiError, Call
-from cartridges_jax.serving.scheduler import Event, Sampled, Scored, Started, Token
-from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
+from cartridges_jax.serving.protocol import ApiError
+from cartridges_jax.serving.scheduler import Scored
+from cartridges_jax.tokenizer import Tokenizer
 
-
-class StopStrings:
-    """Lets text through up to the first stop string; holds back an end that may still become one."""
-
-    def __init__(self, stops: tuple[str, ...]):
-        self._stops = stops
-        self._held = ""
-
-    def push(self, piece: str) -> tuple[str, bool]:
-        """Text that is certain, and whether a stop string follows it."""
-        self._held += piece
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            certain, self._held = self._held[: min(found)], ""
-            return certain, True
-        split = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        certain, self._held = self._held[:split], self._held[split:]
-        return certain, False
-
-    def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(held: str, stop: str) -> int:
-    """Length of the longest end of `held` that begins `stop`."""
-    return next((n for n in range(min(len(held), len(stop) - 1), 0, -1) if held.endswith(stop[:n])), 0)
-
-
-@dataclass
-class Delta:
-    """What one or more events add to a choice."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "cancelled"] | None = None
-
-    def add(self, other: Delta) -> None:
-        self.text += other.text
-        self.token_ids += other.token_ids
-        self.logprobs += other.logprobs
-        self.finish_reason = other.finish_reason
-
-
-class Choice:
-    """Turns the events of one choice into deltas."""
-
-    def __init__(self, call: Call, tokenizer: Tokenizer, token_text: Callable[[int], str]):
-        self._call, self._token_text = call, token_text
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(call.stops)
-        self.num_tokens = self.cached_tokens = 0
-        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
-
-    def take(self, event: Event) -> Delta:
-        delta = Delta()
-        if isinstance(event, Started):
-            self.cached_tokens = event.cached_tokens
-        elif isinstance(event, Token):
-            self.num_tokens += 1
-            delta = self._token(event.sampled)
-        else:
-            delta.text = self._certain(self._decoder.flush())
-            if self.finish_reason is None:  # flushing may have completed a stop string
-                delta.text += self._stops.flush()
-                self.finish_reason = event.reason
-        delta.finish_reason = self.finish_reason
-        return delta
-
-    def _token(self, sampled: Sampled) -> Delta:
-        request = self._call.request
-        hidden = sampled.token in request.stop_ids and not request.ignore_eos
-        text = "" if hidden else self._certain(self._decoder.push(sampled.token))
-        return Delta(text, [sampled.token], [self._entry(sampled)] if self._call.logprobs else [])
-
-    def _certain(self, piece: str) -> str:
-        certain, stopped = self._stops.push(piece)
-        if stopped:
-            self.finish_reason = "stop"
-        return certain
-
-    def _entry(self, sampled: Sampled) -> dict[str, Any]:
-        alternatives = zip(sampled.top_ids, sampled.top_logprobs, strict=True)
-        best = [self._logprob(token, logprob) for token, logprob in alternatives]
-        return {**self._logprob(sampled.token, sampled.logprob), "top_logprobs": best}
-
-    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._token_text(token)
-        name = f"token_id:{token}" if self._call.tokens_as_ids else text
-        return {"token": name, "token_id": token, "logprob": logprob, "bytes": list(text.encode())}
+OBJECTS = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "text": ("cmpl", *["text_completion"] * 2)}
 
 
 class Answer:
-    """The choices of one job, and the JSON that they make."""
+    """The choices of one job, and the JSON that they make; choice i·n + j is the j-th answer to prompt i."""
 
     def __init__(self, job: Job, accepted: Accepted, tokenizer: Tokenizer, token_text: Callable[[int], str]):
-        self.call = job.call
-        self.choices = [Choice(self.call, tokenizer, token_text) for _ in range(self.call.n)]
+        call = self.call = job.call
+        self.choices = [
+            Choice(call, request, tokenizer, token_text) for request in call.requests for _ in range(call.n)
+        ]
+        self.cartridge_tokens = job.prefix.length if job.prefix else 0
+        self.began: float | None = None  # time.monotonic() of its first token
         self._job, self._accepted, self._token_text = job, accepted, token_text
-        self._id, self._created = f"chatcmpl-{job.id}", int(time.time())
+        self._offsets = [0] * len(self.choices)  # of the text that log-probabilities have been told of
+        start, self._whole, self._chunk = OBJECTS[call.kind]
+        self._id, self._created = f"{start}-{job.id}", int(time.time())
 
     @property
     def finished(self) -> bool:
         return all(choice.finish_reason for choice in self.choices)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        # The choices of a prompt share it: what the first of them found is what earlier requests had left.
+        return sum(choice.cached_tokens for choice in self.choices[:: self.call.n])
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(request.prompt) for request in self.call.requests)
+
     async def next(self) -> tuple[int, Delta]:
-        """The next thing that happens to a choice. Raises: ApiError, when the engine ends first."""
+        """The next thing that happens to a choice. Raises: ApiError, when the engine ends first or time is up."""
         while True:
             index, event = await self._job.events.get()
             if isinstance(event, ApiError):
@@ -128,32 +60,49 @@ class Answer:
             choice = self.choices[index]
             if choice.finish_reason is None:  # else a stop string ended it, and these tokens were on their way
                 delta = choice.take(event)
+                if self.began is None and choice.num_tokens:
+                    self.began = time.monotonic()
                 if choice.finish_reason is not None:
                     self._job.cancelled.add(index)
                 return index, delta
 
-    def whole(self, deltas: list[Delta]) -> dict[str, Any]:
+    async def all(self) -> list[Delta]:
+        """Everything that each choice says. Raises: as `next`."""
+        deltas = [Delta() for _ in self.choices]
+        while not self.finished:
+            index, delta = await self.next()
+            deltas[index].add(delta)
+        return deltas
+
+    def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         choices = [
-            {"index": i, "message": {"role": "assistant", "content": delta.text}, **self._details(delta)}
+            {"index": i, **self._said(delta.text, "message"), **self._details(i, delta)}
             for i, delta in enumerate(deltas)
         ]
         about_prompt = self._prompt_ids() | self._prompt_logprobs()
-        return self._envelope("chat.completion", choices) | about_prompt | {"usage": self._usage()}
+        reply = self._envelope(self._whole, choices) | about_prompt | {"usage": self._usage()}
+        return reply | ({"system_fingerprint": self._fingerprint(deltas)} if self._fingerprinted else {})
 
     def first_chunk(self, index: int) -> dict[str, Any]:
-        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, **self._details(Delta())}
-        return self._envelope("chat.completion.chunk", [choice]) | self._prompt_ids()
+        said = {"delta": {"role": "assistant", "content": ""}} if self.call.kind == "chat" else {"text": ""}
+        choice = {"index": index, **said, **self._details(index, Delta())}
+        return self._envelope(self._chunk, [choice]) | self._prompt_ids()
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any] | None:
         """None when there is nothing to tell yet."""
-        details = self._details(delta)
+        details = self._details(index, delta)
         if not (delta.text or details["logprobs"] or details.get("token_ids") or delta.finish_reason):
             return None
-        content = {"content": delta.text} if delta.text else {}
-        return self._envelope("chat.completion.chunk", [{"index": index, "delta": content, **details}])
+        return self._envelope(self._chunk, [{"index": index, **self._said(delta.text, "delta"), **details}])
 
     def usage_chunk(self) -> dict[str, Any]:
-        return self._envelope("chat.completion.chunk", []) | {"usage": self._usage()}
+        return self._envelope(self._chunk, []) | {"usage": self._usage()}
+
+    def _said(self, text: str, name: str) -> dict[str, Any]:
+        if self.call.kind == "text":
+            return {"text": text}
+        role = {"role": "assistant"} if name == "message" else {}
+        return {name: role | ({"content": text} if text or role else {})}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -164,17 +113,51 @@ class Answer:
             "choices": choices,
         }
 
-    def _details(self, delta: Delta) -> dict[str, Any]:
-        details: dict[str, Any] = {
-            "logprobs": {"content": delta.logprobs} if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
-        }
+    def _details(self, index: int, delta: Delta) -> dict[str, Any]:
+        logprobs = None
+        if delta.logprobs and not self.call.packed:
+            logprobs = {"content": delta.logprobs} if self.call.kind == "chat" else self._text_logprobs(index, delta)
+        details: dict[str, Any] = {"logprobs": logprobs, "finish_reason": delta.finish_reason}
         if self.call.return_token_ids:
             details["token_ids"] = delta.token_ids
         return details
 
+    def _text_logprobs(self, index: int, delta: Delta) -> dict[str, Any]:
+        """OpenAI's older shape, of /v1/completions: a list for every field."""
+        tokens = [entry["token"] for entry in delta.logprobs]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry["logprob"] for entry in delta.logprobs],
+            "top_logprobs": [
+                {best["token"]: best["logprob"] for best in entry["top_logprobs"]} for entry in delta.logprobs
+            ],
+            "text_offset": offsets,
+        }
+
+    @property
+    def _fingerprinted(self) -> bool:
+        return self.call.fingerprint or self.call.packed
+
+    def _fingerprint(self, deltas: Sequence[Delta]) -> str:
+        """JSON with every choice's token ids; packed, also base64 of raw little-endian arrays, rows [token][best]."""
+        told: dict[str, Any] = {"completion_ids": [delta.token_ids for delta in deltas]}
+        if self.call.packed and self.call.logprobs:
+            best = [[best for entry in delta.logprobs for best in entry["top_logprobs"]] for delta in deltas]
+            told["packed_chosen_logprobs"] = [
+                _packed("f", [entry["logprob"] for entry in delta.logprobs]) for delta in deltas
+            ]
+            if self.call.requests[0].top_logprobs:
+                told["packed_topk_indices"] = [_packed("i", [entry["token_id"] for entry in row]) for row in best]
+                told["packed_topk_logprobs"] = [_packed("f", [entry["logprob"] for entry in row]) for row in best]
+        return json.dumps(told)
+
     def _prompt_ids(self) -> dict[str, Any]:
-        return {"prompt_token_ids": list(self.call.request.prompt)} if self.call.return_token_ids else {}
+        ids = [list(request.prompt) for request in self.call.requests]
+        return {"prompt_token_ids": ids[0] if len(ids) == 1 else ids} if self.call.return_token_ids else {}
 
     def _prompt_logprobs(self) -> dict[str, Any]:
         """vLLM's shape: for each token of the prompt, itself and the best ones by their ids; nothing for the first."""
@@ -192,12 +175,19 @@ class Answer:
         }
 
     def _usage(self) -> dict[str, Any]:
-        prompt, answer = len(self.call.request.prompt), sum(choice.num_tokens for choice in self.choices)
+        """A cartridge's slots are no tokens of the prompt: they are told apart, and not in the sum."""
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-            # The choices share their prompt: what the first of them found is what earlier requests had left.
-            "prompt_tokens_details": {"cached_tokens": self.choices[0].cached_tokens},
-            "cartridge_tokens": self._accepted.cartridge_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.num_tokens,
+            "total_tokens": self.prompt_tokens + self.num_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": self.cached_tokens,
+                "cartridge_tokens": self.cartridge_tokens,
+            },
         }
+
+
+def _packed(kind: str, values: list[Any]) -> str:
+    packed = array(kind, values)
+    assert packed.itemsize == 4
+    return base64.b64encode(packed.tobytes()).decode()

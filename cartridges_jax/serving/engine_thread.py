@@ -1,4 +1,4 @@
-"""The one thread that owns the scheduler, the engine and the loading of cartridges: the only caller of JAX in a server.
+"""The one thread that owns the scheduler and the engine: the only one in a server that computes anything.
 
 A `Job` comes in through a bounded queue, its events go back by `call_soon_threadsafe`; a job is cancelled by a mark on
 it that the thread looks at between steps, so that cancelling never has to wait for a place in that queue.
@@ -11,44 +11,63 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cartridges_jax.serving.protocol import SEEDS, ApiError, Call
-from cartridges_jax.serving.scheduler import Engine, Event, Finished, QueueFull, Request, Scheduler, Scored
-from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
+from cartridges_jax.serving.calls import Call
+from cartridges_jax.serving.protocol import SEEDS, ApiError
+from cartridges_jax.serving.scheduler import (
+    Engine,
+    Event,
+    Finished,
+    Prefix,
+    QueueFull,
+    Request,
+    Scheduler,
+    Scored,
+)
 
 logger = logging.getLogger(__name__)
+
+PROMPT = {"chat": "messages", "text": "prompt"}  # the field that is too long
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """All choices of a job are queued; they see a cartridge of so many slots. `prompt` is its score, if asked for."""
+    """All choices of a job are queued. `prompt` is the score of its only prompt, if asked for."""
 
-    cartridge_tokens: int
     prompt: list[Scored] | None = None
 
 
 class Job:
     """A call on its way through the engine thread; the numbers in `cancelled` are choices that nobody waits for."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, prefix: Prefix | None, deadline: float):
         self.id = uuid.uuid4().hex
-        self.call = call
+        self.call, self.prefix, self.deadline = call, prefix, deadline
         # No bound of its own: a choice has at most max_tokens + 2 events, and a slow reader must not stop the others.
         self.events: asyncio.Queue[tuple[int, Accepted | ApiError | Event]] = asyncio.Queue()
         self.cancelled: set[int] = set()
 
     def cancel(self) -> None:
-        self.cancelled.update(range(self.call.n))
+        self.cancelled.update(range(self.call.num_choices))
+
+    async def accepted(self) -> Accepted:
+        """Its first event. Raises: ApiError, when it was refused."""
+        _, first = await self.events.get()
+        if isinstance(first, ApiError):
+            raise first
+        assert isinstance(first, Accepted)
+        return first
 
 
 class EngineThread:
     """Runs the scheduler; made and called in the event loop's thread, except for the methods that `_run` calls."""
 
-    def __init__(self, engine: Engine, store: CartridgeStore, max_queue: int):
-        self._engine, self._store, self._max_queue = engine, store, max_queue
+    def __init__(self, engine: Engine, max_queue: int, max_seconds: float):
+        self._engine, self._max_queue, self._max_seconds = engine, max_queue, max_seconds
         self._inbox: queue.Queue[Job | None] = queue.Queue(engine.num_slots + max_queue)
         self._live: dict[str, tuple[Job, int]] = {}
         self._closed = threading.Lock()
@@ -63,9 +82,14 @@ class EngineThread:
     def alive(self) -> bool:
         return self._end is None
 
-    def submit(self, call: Call) -> Job:
+    @property
+    def num_live(self) -> int:
+        """Choices that run or wait."""
+        return len(self._live)
+
+    def submit(self, call: Call, prefix: Prefix | None) -> Job:
         """Hands a call over; its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
-        job = Job(call)
+        job = Job(call, prefix, time.monotonic() + self._max_seconds)
         with self._closed:
             if self._end is not None:
                 raise self._end
@@ -101,7 +125,7 @@ class EngineThread:
             if index in job.cancelled:
                 scheduler.cancel(id)
         updates = []
-        for event in scheduler.step():
+        for event in scheduler.step(time.monotonic()):
             job, index = self._live[event.id]
             updates.append((job, index, event))
             if isinstance(event, Finished):
@@ -117,36 +141,25 @@ class EngineThread:
     def _admit(self, scheduler: Scheduler, job: Job) -> None:
         """Submits the choices of a job: all of them or none."""
         try:
-            request = self._complete(job)
-            for index in range(job.call.n):
-                id = f"{job.id}-{index}"
-                scheduler.submit(replace(request, id=id, seed=(request.seed + index) % SEEDS))
+            requests = [self._complete(job, request) for request in job.call.requests]
+            for index in range(job.call.num_choices):
+                which, nth = divmod(index, job.call.n)
+                request, id = requests[which], f"{job.id}-{index}"
+                scheduler.submit(replace(request, id=id, seed=(request.seed + nth) % SEEDS))
                 self._live[id] = job, index
             count, prompt = job.call.prompt_logprobs, None
             if count is not None:
-                prompt = self._engine.score(request.prompt, request.prefix, count)
-            self._post([(job, 0, Accepted(request.prefix.length if request.prefix else 0, prompt))])
-        except ApiError as error:
-            self._reject(job, error)
+                prompt = self._engine.score(requests[0].prompt, job.prefix, count)
+            self._post([(job, 0, Accepted(prompt))])
         except QueueFull as error:
             self._reject(job, _queue_full(str(error)))
         except ValueError as error:
-            self._reject(job, ApiError(400, str(error), "messages", "context_length_exceeded"))
+            self._reject(job, ApiError(400, str(error), PROMPT[job.call.kind], "context_length_exceeded"))
 
-    def _complete(self, job: Job) -> Request:
-        call = job.call
-        try:
-            prefix = self._store.get(call.cartridge) if call.cartridge else None
-        except UnknownCartridge as error:  # it was there when the call was checked
-            raise ApiError(404, str(error), "cartridges", "cartridge_not_found") from error
-        except ValueError as error:
-            raise ApiError(400, f"cartridge {call.cartridge!r}: {error}", "cartridges", "cartridge_refused") from error
-        except Exception as error:
-            logger.exception("cartridge %r cannot be loaded", call.cartridge)
-            message = f"cartridge {call.cartridge!r} cannot be loaded: the server's log says why"
-            raise ApiError(500, message, "cartridges", "cartridge_broken") from error
-        room = self._engine.max_length - len(call.request.prompt) - (prefix.length if prefix else 0)
-        return replace(call.request, prefix=prefix, max_tokens=call.max_tokens or max(room, 1))
+    def _complete(self, job: Job, request: Request) -> Request:
+        room = self._engine.max_length - len(request.prompt) - (job.prefix.length if job.prefix else 0)
+        max_tokens = job.call.max_tokens or max(room, 1)
+        return replace(request, prefix=job.prefix, max_tokens=max_tokens, deadline=job.deadline)
 
     def _reject(self, job: Job, error: ApiError) -> None:
         job.cancel()  # choices that were submitted before the one that failed

@@ -1,21 +1,22 @@
-"""Requests and errors of the API, as checked Python values; no socket, no thread, no array.
-
-API shapes: OpenAI's chat completions, with vLLM's `return_token_ids`, `return_tokens_as_token_ids` and
-`prompt_logprobs`.
-"""
+"""Fields of a request and errors of the API, as checked Python values; no thread, no array."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import json
+import re
 from typing import Any, NoReturn
 
 from aiohttp import web
 
-from cartridges_jax.serving.scheduler import Request
+from cartridges_jax.serving.store import SOURCES, Reference
 
 MAX_STOPS = 16
+MAX_CARTRIDGES = 8  # in one request
 SEEDS = 2**31
+BODY_SECONDS = 60.0  # for a request's body to arrive
 RETRY_AFTER_SECONDS = 1
+TAG = re.compile(r"<cartridge>(.*?)</cartridge>", re.DOTALL)
 # Fields that would change the answer and that are not there yet: asking for them is refused, a neutral value is not.
 UNSUPPORTED: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -27,6 +28,8 @@ UNSUPPORTED: dict[str, Any] = {
     "response_format": {"type": "text"},
     "continue_final_message": False,
     "echo": False,
+    "suffix": "",
+    "best_of": 1,
 }
 
 
@@ -53,34 +56,16 @@ class ApiError(Exception):
         return web.json_response(self.body, status=self.status, headers=extra.get(self.status))
 
 
-@dataclass(frozen=True)
-class Call:
-    """A chat completion that is asked for, checked; `request` lacks what only the engine thread knows or decides."""
-
-    model: str
-    cartridge: str | None
-    request: Request
-    max_tokens: int | None  # None: as many as fit
-    n: int = 1
-    stops: tuple[str, ...] = ()
-    stream: bool = False
-    include_usage: bool = False
-    logprobs: bool = False
-    return_token_ids: bool = False
-    tokens_as_ids: bool = False
-    prompt_logprobs: int | None = None  # so many alternatives at each token of the prompt; None: nothing about it
-
-
 class Fields:
     """A JSON object, read field by field; null is as good as absent, and every complaint names its field."""
 
-    def __init__(self, values: object):
+    def __init__(self, values: object, name: str = "the body", size: int = 0):
         if not isinstance(values, dict):
-            raise ApiError(400, "the body is not a JSON object")
-        self._values = values
+            raise ApiError(400, f"{name} is not a JSON object", code="invalid_value")
+        self.values, self.size = values, size
 
     def get(self, name: str) -> Any:
-        return self._values.get(name)
+        return self.values.get(name)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = default if self.get(name) is None else self.get(name)
@@ -102,6 +87,21 @@ class Fields:
 
     def text(self, name: str) -> str:
         return text(name, self.get(name))
+
+    def group(self, name: str) -> Fields:
+        return Fields({} if self.get(name) is None else self.get(name), name)
+
+
+async def read_body(request: web.Request) -> Fields:
+    """The JSON object of a request. Raises: ApiError."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            raw = await request.read()
+        return Fields(json.loads(raw), size=len(raw))
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from error
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 
 
 def refuse(name: str, value: object, expected: str) -> NoReturn:
@@ -154,14 +154,41 @@ def read_stops(value: object) -> tuple[str, ...]:
     return stops
 
 
-def read_cartridge(value: object) -> str | None:
-    """The id in `cartridges: [{"id", "source"}]`."""
-    if value is None or value == []:
-        return None
-    if not isinstance(value, list) or not isinstance(value[0], dict):
-        refuse("cartridges", value, 'a list like [{"id": "manual", "source": "local"}]')
-    if len(value) > 1:
-        refuse("cartridges", value, "at most one cartridge: compose several into one file first")
-    if value[0].get("source", "local") != "local":
-        refuse("cartridges", value, 'the source "local": put the file into the folder of cartridges')
-    return text("cartridges[0].id", value[0].get("id"))
+def read_cartridges(value: object) -> tuple[Reference, ...]:
+    """`cartridges: [{"id", "source", "force_redownload"}]`, in their order."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > MAX_CARTRIDGES:
+        example = '[{"id": "manual", "source": "local"}]'
+        refuse("cartridges", value, f"a list of at most {MAX_CARTRIDGES} like {example}")
+    return tuple(read_reference(f"cartridges[{i}]", part) for i, part in enumerate(value))
+
+
+def read_reference(where: str, value: object) -> Reference:
+    fields = Fields(value, where)
+    source = "local" if fields.get("source") is None else fields.get("source")
+    if source not in SOURCES:
+        refuse(f"{where}.source", source, f"one of {', '.join(SOURCES)}")
+    return Reference(text(f"{where}.id", fields.get("id")), source, fields.flag("force_redownload"))
+
+
+def take_tags(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], tuple[Reference, ...]]:
+    """Cartridges that system messages name as `<cartridge>{"id": …}</cartridge>`, and the messages without them.
+
+    A system message that held nothing else is left out, since a cartridge takes its place.
+    """
+    kept, found = [], []
+    for message in messages:
+        tags = TAG.findall(message["content"]) if message["role"] == "system" else []
+        found += [_read_tag(tag) for tag in tags]
+        content = TAG.sub("", message["content"]).strip() if tags else message["content"]
+        if content or not tags:
+            kept.append(message | {"content": content})
+    return kept, tuple(found)
+
+
+def _read_tag(tag: str) -> Reference:
+    try:
+        return read_reference("<cartridge>", json.loads(tag))
+    except (ValueError, RecursionError):
+        refuse("<cartridge>", tag, 'JSON like {"id": "manual", "source": "local"}')

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from test_scheduler import FakeEngine, next_token  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 
 from cartridges_jax import chat, serve
-from cartridges_jax.serving.answers import StopStrings
+from cartridges_jax.serving.choices import StopStrings
 from cartridges_jax.serving.scheduler import Prefix, Request, Sampled, SlotInput
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
@@ -45,13 +45,21 @@ class ByteTokenizer:
         parts = (bytes([i]) if i < END else b"" if skip_special_tokens else b"<end>" for i in ids)
         return b"".join(parts).decode(errors="replace")
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool = False
+    ) -> str:
         if messages[0]["role"] == "martian":
             raise ValueError("the template knows no role 'martian'")
-        return "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages) + ("a:" if add_generation_prompt else "")
+        return (
+            "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages)
+            + ("a:" if add_generation_prompt else "")
+            + "<think>" * thinking
+        )
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool = False
+    ) -> list[int]:
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking))
 
     turn_ids = chat_ids  # this template writes no system message of its own
 
@@ -86,6 +94,13 @@ class FakeCartridge:
             raise ValueError("made for another model")
         self.num_slots = len(self.content)
 
+    @classmethod
+    def compose(cls, parts: Sequence[FakeCartridge]) -> FakeCartridge:
+        made = cls.__new__(cls)
+        made.content = parts[0].content + "".join(part.content[1:] for part in parts[1:])
+        made.num_slots = len(made.content)
+        return made
+
 
 class Client:
     """Talks to one server; `post` and `get` give status and JSON."""
@@ -116,11 +131,19 @@ class Client:
         return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
-def serving(engine: Any, test: Callable[[Client], Awaitable[None]], folder: Path | None = None, **options: Any) -> None:
+def serving(
+    engine: Any,
+    test: Callable[[Client], Awaitable[None]],
+    folder: Path | None = None,
+    fetch: Callable[[str], Path] | None = None,
+    **options: Any,
+) -> None:
     """Runs `test` against a server that is started and stopped around it."""
 
     async def body() -> None:
-        store = CartridgeStore(folder or Path("no-such-folder"), FakeCartridge)
+        store = CartridgeStore(
+            folder or Path("no-such-folder"), FakeCartridge, fetch=fetch, compose=FakeCartridge.compose
+        )
         sock = serve.bind("127.0.0.1", 0)
         server = Server(engine, TOKENIZER, store, "tiny", rng=random.Random(0), **options)
         runner = await server.start(sock)
@@ -174,12 +197,11 @@ def test_a_whole_answer():
             "prompt_tokens": len(prompt),
             "completion_tokens": len(SAID),
             "total_tokens": len(prompt) + len(SAID),
-            "prompt_tokens_details": {"cached_tokens": 0},
-            "cartridge_tokens": 0,
+            "prompt_tokens_details": {"cached_tokens": 0, "cartridge_tokens": 0},
         }
         _, again = await client.chat()
         # all but the last token of the prompt, whose decoding begins the answer
-        assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": len(prompt) - 1}
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == len(prompt) - 1
         assert "token_ids" not in again["choices"][0] and "prompt_token_ids" not in again
 
     serving(ScriptEngine(SAID, num_slots=2), test)
@@ -313,14 +335,19 @@ def test_cartridges_by_body_and_by_model(folder):
         _, by_name = await client.chat(model="tiny:manual", **fields)
         _, both = await client.chat(model="tiny:manual", cartridges=[{"id": "manual"}], **fields)
         _, nested = await client.chat(model="tiny:nested", **fields)
-        usages = [r["usage"]["cartridge_tokens"] for r in (plain, by_body, by_name, both, nested)]
+        usages = [
+            r["usage"]["prompt_tokens_details"]["cartridge_tokens"] for r in (plain, by_body, by_name, both, nested)
+        ]
         assert usages == [0, 5, 5, 5, 9]
         answers = [r["choices"][0]["token_ids"] for r in (plain, by_body, by_name, both, nested)]
         assert answers[1] == answers[2] == answers[3] and len({tuple(a) for a in answers}) == 3
         assert by_name["model"] == "tiny:manual" and by_body["model"] == "tiny"
         (folder / "manual.safetensors").write_text("longer now")
         _, changed = await client.chat(model="tiny:manual", **fields)
-        assert changed["usage"]["cartridge_tokens"] == 10 and changed["choices"][0]["token_ids"] != answers[1]
+        assert (
+            changed["usage"]["prompt_tokens_details"]["cartridge_tokens"] == 10
+            and changed["choices"][0]["token_ids"] != answers[1]
+        )
 
     serving(FakeEngine(3, max_length=100, vocab=257), test, folder)
 
@@ -354,8 +381,11 @@ def test_cartridges_by_body_and_by_model(folder):
         ({"model": "tiny:none"}, 404, "model", "does not exist"),
         ({"model": "tiny:manual", "cartridges": [{"id": "nested"}]}, 400, "cartridges", "'manual'"),
         ({"cartridges": [{"id": "none"}]}, 404, "cartridges", "does not exist"),
-        ({"cartridges": [{"id": "manual", "source": "wandb"}]}, 400, "cartridges", "local"),
-        ({"cartridges": [{"id": "manual"}, {"id": "nested"}]}, 400, "cartridges", "at most one"),
+        ({"cartridges": [{"id": "manual", "source": "wandb"}]}, 400, "cartridges", "switched off"),
+        ({"cartridges": [{"id": "manual", "source": "ftp"}]}, 400, "cartridges[0].source", "one of local, huggingface"),
+        ({"cartridges": [{"id": "manual"}, {"id": "manual"}]}, 400, "cartridges", "not all different"),
+        ({"cartridges": [{"id": "manual"}, {"id": "wrong"}]}, 400, "cartridges", "another model"),
+        ({"cartridges": [{"id": "manual"}] * 9}, 400, "cartridges", "at most 8"),
         ({"cartridges": [{}]}, 400, "cartridges[0].id", "a text"),
         ({"cartridges": [{"id": "wrong"}]}, 400, "cartridges", "another model"),
         ({"cartridges": "manual"}, 400, "cartridges", "a list"),

@@ -1,0 +1,220 @@
+"""From a request's body to a `Call`: what to answer, checked.
+
+API shapes: OpenAI's chat completions and completions, with vLLM's `return_token_ids`, `return_tokens_as_token_ids`,
+`prompt_logprobs` and `chat_template_kwargs`, and Tokasaurus' `cartridges`, `logprobs_in_fingerprint` and
+`apply_chat_template_overrides`.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cartridges_jax.serving.protocol import (
+    SEEDS,
+    UNSUPPORTED,
+    ApiError,
+    Fields,
+    read_cartridges,
+    read_messages,
+    read_stops,
+    refuse,
+    shorten,
+    take_tags,
+    text,
+)
+from cartridges_jax.serving.scheduler import Engine, Request
+from cartridges_jax.serving.store import CartridgeStore, Reference, UnknownCartridge
+from cartridges_jax.tokenizer import Tokenizer
+
+COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+
+
+@dataclass(frozen=True)
+class Call:
+    """Answers that are asked for; its requests, one for each prompt, lack what only the engine thread knows."""
+
+    kind: Literal["chat", "text"]
+    model: str
+    cartridges: tuple[Reference, ...]
+    requests: tuple[Request, ...]
+    max_tokens: int | None  # None: as many as fit
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    logprobs: bool = False
+    return_token_ids: bool = False
+    tokens_as_ids: bool = False
+    prompt_logprobs: int | None = None  # so many alternatives at each token of the prompt; None: nothing about it
+    fingerprint: bool = False  # Tokasaurus' `system_fingerprint` with the token ids
+    packed: bool = False  # and with log-probabilities, instead of `logprobs`
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.requests) * self.n
+
+
+class Reader:
+    """Reads bodies for one model and its cartridges."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        store: CartridgeStore,
+        model: str,
+        *,
+        max_choices: int,
+        rng: random.Random,
+    ):
+        self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
+        self._max_choices, self._rng = max_choices, rng
+
+    def chat(self, fields: Fields, fingerprint: bool = False) -> Call:
+        messages, tagged = take_tags(read_messages(fields.get("messages")))
+        if not messages:
+            refuse("messages", fields.get("messages"), "a message beside the cartridge's")
+        model, cartridges = self._read_model(fields, tagged)
+        top_logprobs = fields.integer("top_logprobs", 0, 0, self._engine.max_top_logprobs)
+        logprobs = fields.flag("logprobs")
+        if top_logprobs and not logprobs:
+            refuse("top_logprobs", top_logprobs, "logprobs to be true as well")
+        encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
+        prompt = self.encode_chat(messages, fields, encode)
+        max_tokens = fields.integer("max_tokens", None, 1, SEEDS)
+        return self._call(
+            fields,
+            [prompt],
+            top_logprobs,
+            kind="chat",
+            model=model,
+            cartridges=cartridges,
+            max_tokens=fields.integer("max_completion_tokens", max_tokens, 1, SEEDS),
+            logprobs=logprobs,
+            fingerprint=fingerprint,
+        )
+
+    def completion(self, fields: Fields, fingerprint: bool = False) -> Call:
+        model, cartridges = self._read_model(fields, ())
+        logprobs = fields.integer("logprobs", None, 0, self._engine.max_top_logprobs)
+        return self._call(
+            fields,
+            self._read_prompts(fields),
+            logprobs or 0,
+            kind="text",
+            model=model,
+            cartridges=cartridges,
+            max_tokens=fields.integer("max_tokens", COMPLETION_TOKENS, 1, SEEDS),
+            logprobs=logprobs is not None,
+            fingerprint=fingerprint,
+        )
+
+    def encode_chat(
+        self, messages: list[dict[str, str]], fields: Fields, encode: Callable[..., list[int]]
+    ) -> tuple[int, ...]:
+        """A conversation's token ids, by the template options in `fields`. Raises: ApiError."""
+        for name in ("chat_template_kwargs", "apply_chat_template_overrides"):
+            options = fields.group(name)
+            if options.get("enable_thinking") is not None:
+                encode = functools.partial(encode, thinking=options.flag("enable_thinking"))
+        try:
+            return tuple(encode(messages, add_generation_prompt=fields.flag("add_generation_prompt", True)))
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages", "invalid_value") from error
+
+    def token_ids(self, name: str, ids: object) -> tuple[int, ...]:
+        size = self._tokenizer.vocab_size
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
+            refuse(name, ids, f"a list of token ids from 0 to {size - 1}")
+        return tuple(ids)
+
+    def _call(self, fields: Fields, prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any) -> Call:
+        """The part that all routes share."""
+        for name, neutral in UNSUPPORTED.items():
+            if fields.get(name) not in (None, neutral):
+                refuse(name, fields.get(name), "nothing: this server does not support it")
+        stream, packed = fields.flag("stream"), fields.flag("logprobs_in_fingerprint")
+        prompt_logprobs = fields.integer("prompt_logprobs", None, 0, self._engine.max_top_logprobs)
+        if prompt_logprobs is not None and (stream or len(prompts) > 1):
+            refuse("prompt_logprobs", prompt_logprobs, "stream to be false and a single prompt")
+        if packed and stream:
+            refuse("logprobs_in_fingerprint", packed, "stream to be false")
+        request = Request(
+            id="",
+            prompt=(),
+            temperature=fields.number("temperature", 1.0, 0.0, 2.0),
+            top_p=fields.number("top_p", 1.0, 0.0, 1.0),
+            top_k=max(fields.integer("top_k", 0, -1, SEEDS - 1), 0),  # vLLM's clients write -1 for "all"
+            seed=fields.integer("seed", self._rng.randrange(SEEDS), -(2**63), 2**63 - 1) % SEEDS,
+            stop_ids=self._tokenizer.stop_ids,
+            ignore_eos=fields.flag("ignore_eos"),
+            top_logprobs=top_logprobs,
+        )
+        n = fields.integer("n", 1, 1, self._max_choices)
+        if n * len(prompts) > self._max_choices:
+            refuse("n", n, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
+        return Call(
+            **known,
+            requests=tuple(replace(request, prompt=prompt) for prompt in prompts),
+            n=n,
+            stops=read_stops(fields.get("stop")),
+            stream=stream,
+            include_usage=fields.group("stream_options").flag("include_usage"),
+            return_token_ids=fields.flag("return_token_ids"),
+            tokens_as_ids=fields.flag("return_tokens_as_token_ids"),
+            prompt_logprobs=prompt_logprobs,
+            packed=packed,
+        )
+
+    def _read_prompts(self, fields: Fields) -> list[tuple[int, ...]]:
+        """A text, a list of token ids, or a list of either."""
+        prompt = fields.get("prompt")
+        single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and type(prompt[0]) is int)
+        prompts = [prompt] if single else prompt
+        if not isinstance(prompts, list) or not 0 < len(prompts) <= self._max_choices:
+            refuse("prompt", prompt, f"a text, a list of token ids, or a list of 1 to {self._max_choices} of either")
+        special = fields.flag("add_special_tokens", True)
+        return [
+            self.token_ids("prompt", one)
+            if isinstance(one, list)
+            else tuple(self._tokenizer.encode(text("prompt", one), add_special_tokens=special))
+            for one in prompts
+        ]
+
+    def _read_model(self, fields: Fields, tagged: tuple[Reference, ...]) -> tuple[str, tuple[Reference, ...]]:
+        """The model's name and the cartridges, which `cartridges`, tags in the messages or the name may choose."""
+        name = self._model if fields.get("model") is None else fields.text("model")
+        asked = read_cartridges(fields.get("cartridges"))
+        if asked and tagged:
+            refuse("cartridges", asked[0].id, "cartridges either here or as tags in the messages")
+        asked = asked or tagged
+        self._check_cartridges(asked, "cartridges", "cartridge_not_found")
+        chosen = self.read_model_name(name)
+        if chosen is None:
+            return name, asked
+        if asked and [reference.name for reference in asked] != [chosen.name]:
+            refuse("cartridges", asked[0].id, f"the cartridge that the model's name chooses, {chosen.id!r}, or none")
+        return name, asked or (chosen,)
+
+    def read_model_name(self, name: str) -> Reference | None:
+        """The cartridge that a model's name chooses, if any. Raises: ApiError, if there is no such model."""
+        if name == self._model:
+            return None
+        base, _, id = name.rpartition(":")
+        if base != self._model:
+            message = f"model {shorten(name)} does not exist: this server has {self._model!r}, see /v1/models"
+            raise ApiError(404, message, "model", "model_not_found")
+        self._check_cartridges([Reference(id)], "model", "model_not_found")
+        return Reference(id)
+
+    def _check_cartridges(self, references: Sequence[Reference], param: str, code: str) -> None:
+        try:
+            self._store.check(references)
+        except ValueError as error:
+            raise ApiError(400, str(error), param, "invalid_value") from error
+        except UnknownCartridge as error:
+            raise ApiError(404, str(error), param, code) from error

@@ -1,0 +1,112 @@
+"""From a choice's events to the text that may be shown: stop strings, incomplete characters, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cartridges_jax.serving.calls import Call
+from cartridges_jax.serving.protocol import ApiError
+from cartridges_jax.serving.scheduler import Event, Request, Sampled, Started, Token
+from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
+
+TOO_LATE = "the answer took longer than this server allows: ask for fewer tokens, or again when it is less busy"
+
+
+class StopStrings:
+    """Lets text through up to the first stop string; holds back an end that may still become one."""
+
+    def __init__(self, stops: tuple[str, ...]):
+        self._stops = stops
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Text that is certain, and whether a stop string follows it."""
+        self._held += piece
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            certain, self._held = self._held[: min(found)], ""
+            return certain, True
+        split = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        certain, self._held = self._held[:split], self._held[split:]
+        return certain, False
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(held: str, stop: str) -> int:
+    """Length of the longest end of `held` that begins `stop`."""
+    return next((n for n in range(min(len(held), len(stop) - 1), 0, -1) if held.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Delta:
+    """What one or more events add to a choice."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.token_ids or self.logprobs or self.finish_reason)
+
+    def add(self, other: Delta) -> None:
+        self.text += other.text
+        self.token_ids += other.token_ids
+        self.logprobs += other.logprobs
+        self.finish_reason = other.finish_reason
+
+
+class Choice:
+    """Turns the events of one choice into deltas."""
+
+    def __init__(self, call: Call, request: Request, tokenizer: Tokenizer, token_text: Callable[[int], str]):
+        self._call, self._request, self._token_text = call, request, token_text
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = StopStrings(call.stops)
+        self.num_tokens = self.cached_tokens = 0
+        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+
+    def take(self, event: Event) -> Delta:
+        """What an event adds. Raises: ApiError, when time is up."""
+        delta = Delta()
+        if isinstance(event, Started):
+            self.cached_tokens = event.cached_tokens
+        elif isinstance(event, Token):
+            self.num_tokens += 1
+            delta = self._token(event.sampled)
+        elif event.reason == "deadline":
+            raise ApiError(504, TOO_LATE, code="timeout")
+        else:
+            delta.text = self._certain(self._decoder.flush())
+            if self.finish_reason is None:  # flushing may have completed a stop string
+                delta.text += self._stops.flush()
+                self.finish_reason = event.reason
+        delta.finish_reason = self.finish_reason
+        return delta
+
+    def _token(self, sampled: Sampled) -> Delta:
+        hidden = sampled.token in self._request.stop_ids and not self._request.ignore_eos
+        text = "" if hidden else self._certain(self._decoder.push(sampled.token))
+        return Delta(text, [sampled.token], [self._entry(sampled)] if self._call.logprobs else [])
+
+    def _certain(self, piece: str) -> str:
+        certain, stopped = self._stops.push(piece)
+        if stopped:
+            self.finish_reason = "stop"
+        return certain
+
+    def _entry(self, sampled: Sampled) -> dict[str, Any]:
+        alternatives = zip(sampled.top_ids, sampled.top_logprobs, strict=True)
+        best = [self._logprob(token, logprob) for token, logprob in alternatives]
+        return {**self._logprob(sampled.token, sampled.logprob), "top_logprobs": best}
+
+    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token)
+        name = f"token_id:{token}" if self._call.tokens_as_ids else text
+        return {"token": name, "token_id": token, "logprob": logprob, "bytes": list(text.encode())}

@@ -1,0 +1,197 @@
+"""The routes that answer: chat completions and completions, whole or streamed, and Tokasaurus' batches of them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+
+from cartridges_jax.serving.answers import Answer
+from cartridges_jax.serving.calls import Call, Reader
+from cartridges_jax.serving.catalog import Catalog
+from cartridges_jax.serving.choices import Delta
+from cartridges_jax.serving.engine_thread import EngineThread
+from cartridges_jax.serving.metrics import Metrics
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse
+from cartridges_jax.tokenizer import Tokenizer
+
+WRITE_SECONDS = 60.0  # for a reader that has stopped reading
+LONG_BODY = 1 << 15  # bytes; tokenizing more than this would hold up the event loop
+MAX_BATCH = 4096
+NPZ = "application/x-npz"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Read = Callable[[Fields], Call]
+
+
+class Completions:
+    """Answers calls on one engine thread."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        catalog: Catalog,
+        tokenizer: Tokenizer,
+        token_text: Callable[[int], str],
+        metrics: Metrics,
+        batch_width: int,
+    ):
+        self._reader, self._catalog, self._metrics = reader, catalog, metrics
+        self._tokenizer, self._token_text = tokenizer, token_text
+        self._batch_width = batch_width
+        self.thread: EngineThread | None = None
+
+    def chat(self, fields: Fields) -> Call:
+        return self._reader.chat(fields)
+
+    def completion(self, fields: Fields) -> Call:
+        return self._reader.completion(fields)
+
+    def tokasaurus_chat(self, fields: Fields) -> Call:
+        return self._reader.chat(fields, fingerprint=True)
+
+    def tokasaurus_completion(self, fields: Fields) -> Call:
+        return self._reader.completion(fields, fingerprint=True)
+
+    def single(self, read: Read) -> Handler:
+        """The handler of a POST whose body asks for one call."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            return await self._one(request, await self._read(read, await read_body(request)))
+
+        return handler
+
+    async def batch(self, request: web.Request) -> web.StreamResponse:
+        """`{"requests": […]}`: the chat completions of all, in their order, as JSON or npz; or one of them, unwrapped.
+
+        None is begun unless all are well-formed. Each waits for its turn, so that a batch may be larger than the queue.
+        """
+        fields = await read_body(request)
+        if fields.get("requests") is None:
+            return await self._one(request, await self._read(self.tokasaurus_chat, fields))
+        bodies = fields.get("requests")
+        if not isinstance(bodies, list) or not 0 < len(bodies) <= MAX_BATCH:
+            refuse("requests", bodies, f"a list of 1 to {MAX_BATCH} chat completions")
+        calls = [await self._read_one_of_many(i, body) for i, body in enumerate(bodies)]
+        turns = asyncio.Semaphore(self._batch_width)
+        tasks = [asyncio.create_task(self._in_turn(call, turns)) for call in calls]
+        try:
+            replies = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if NPZ in request.headers.get("Accept", ""):
+            body = await asyncio.to_thread(_npz, replies)
+            return web.Response(body=body, content_type=NPZ)
+        return web.json_response([reply for reply, _ in replies])
+
+    async def _one(self, request: web.Request, call: Call) -> web.StreamResponse:
+        async with self._answering(call) as answer:
+            if call.stream:
+                return await _stream(request, answer)
+            return web.json_response(answer.whole(await answer.all()))
+
+    @asynccontextmanager
+    async def _answering(self, call: Call) -> AsyncIterator[Answer]:
+        """An answer under way, which ends when nobody waits for it any more."""
+        assert self.thread is not None, "the server has not been started"
+        start = time.monotonic()
+        with self._catalog.using(call.cartridges):
+            job = self.thread.submit(call, await self._catalog.prefix(call.cartridges))
+            answer = None
+            try:
+                answer = Answer(job, await job.accepted(), self._tokenizer, self._token_text)
+                yield answer
+            finally:
+                job.cancel()
+                if answer is not None:
+                    self._metrics.answer(answer, start)
+
+    async def _in_turn(self, call: Call, turns: asyncio.Semaphore) -> tuple[dict[str, Any], list[Delta]]:
+        async with turns:
+            while True:
+                try:
+                    async with self._answering(call) as answer:
+                        deltas = await answer.all()
+                        return answer.whole(deltas), deltas
+                except ApiError as error:
+                    if error.code != "queue_full":
+                        raise
+                await asyncio.sleep(0.05)
+
+    async def _read(self, read: Read, fields: Fields) -> Call:
+        return await asyncio.to_thread(read, fields) if fields.size > LONG_BODY else read(fields)
+
+    async def _read_one_of_many(self, number: int, body: object) -> Call:
+        try:
+            call = await self._read(self.tokasaurus_chat, Fields(body, f"requests[{number}]"))
+        except ApiError as error:
+            where = f"requests[{number}]" + (f".{error.param}" if error.param else "")
+            raise ApiError(error.status, f"requests[{number}]: {error.message}", where, error.code) from error
+        if call.stream:
+            refuse(f"requests[{number}].stream", True, "false: a batch is answered as a whole")
+        return call
+
+
+async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
+    # X-Accel-Buffering: nginx would keep the chunks until they fill a buffer
+    headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)
+    try:
+        await _send(response, (answer.first_chunk(index) for index in range(answer.call.num_choices)))
+        while not answer.finished:
+            index, delta = await answer.next()
+            chunk = answer.chunk(index, delta)
+            await _send(response, [chunk] if chunk else [])
+        await _send(response, [answer.usage_chunk()] if answer.call.include_usage else [])
+        await _finish(response)
+    except ApiError as error:  # the status is out already
+        await _send(response, [error.body])
+        await _finish(response)
+    except ConnectionResetError:
+        if request.transport is not None:
+            request.transport.abort()
+    return response
+
+
+async def _finish(response: web.StreamResponse) -> None:
+    await _write(response, b"data: [DONE]\n\n")
+    await response.write_eof()
+
+
+async def _send(response: web.StreamResponse, chunks: Iterable[dict[str, Any]]) -> None:
+    for chunk in chunks:
+        await _write(response, f"data: {json.dumps(chunk)}\n\n".encode())
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await response.write(data)
+    except TimeoutError:
+        raise ConnectionResetError(f"the client has read nothing for {WRITE_SECONDS:.0f} s") from None
+
+
+def _npz(replies: list[tuple[dict[str, Any], list[Delta]]]) -> bytes:
+    """`replies`, JSON in bytes; of choice j of request i `completion_ids_i_j`, and what log-probabilities it has."""
+    arrays = {"replies": np.frombuffer(json.dumps([reply for reply, _ in replies]).encode(), np.uint8)}
+    for i, (_, deltas) in enumerate(replies):
+        for j, delta in enumerate(deltas):
+            arrays[f"completion_ids_{i}_{j}"] = np.array(delta.token_ids, np.int32)
+            if delta.logprobs:
+                best = [entry["top_logprobs"] for entry in delta.logprobs]
+                chosen = [entry["logprob"] for entry in delta.logprobs]
+                arrays[f"chosen_logprobs_{i}_{j}"] = np.array(chosen, np.float32)
+                arrays[f"topk_indices_{i}_{j}"] = np.array([[b["token_id"] for b in row] for row in best], np.int32)
+                arrays[f"topk_logprobs_{i}_{j}"] = np.array([[b["logprob"] for b in row] for row in best], np.float32)
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # pyrefly: ignore[bad-argument-type]
+    return file.getvalue()

@@ -1,0 +1,188 @@
+"""What `/openapi.json` says: the routes, their bodies and replies, in OpenAPI 3.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cartridges_jax.serving.protocol import MAX_CARTRIDGES, MAX_STOPS, SEEDS
+from cartridges_jax.serving.store import SOURCES
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+FLAG: Schema = {"type": "boolean"}
+IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+
+def document_of(model: str, max_top_logprobs: int) -> Schema:
+    """The API of a server of `model`."""
+    errors = {"4XX": _reply("refused, and why", _ref("Error"))}
+    chat, text = _ref("ChatCompletionRequest"), _ref("CompletionRequest")
+    many = _object({"requests": {"type": "array", "items": chat, "minItems": 1}}, "requests")
+    act = _post("", _ref("CartridgeReference"), "how the cartridge is then", _ref("Cartridge"))
+    paths: Schema = {
+        "/health": _get("Whether the engine runs.", _object({"status": TEXT}, "status"), "503"),
+        "/ping": _get("Whether the server runs.", _object({"message": TEXT}, "message")),
+        "/metrics": _get("Counters in Prometheus' format.", None),
+        "/v1/models": _get("The model, and the model with each cartridge.", _list(_ref("Model"))),
+        "/v1/models/{id}": _get("One of them.", _ref("Model"), parameter=f"such as {model}"),
+        "/v1/chat/completions": _post(
+            "Answers a conversation.", chat, "the answer", _ref("ChatCompletion"), streams=True
+        ),
+        "/v1/completions": _post("Continues texts.", text, "the continuations", _ref("Completion"), streams=True),
+        "/v1/cartridges": _get("Cartridges of the folder, and those that are loaded.", _list(_ref("Cartridge"))),
+        "/v1/cartridges/{id}": _get("One of the folder.", _ref("Cartridge"), parameter="its name"),
+        "/v1/cartridges/load": act | {"post": act["post"] | {"summary": "Loads a cartridge, or its newest version."}},
+        "/v1/cartridges/unload": act | {"post": act["post"] | {"summary": "Drops a cartridge from memory."}},
+        "/v1/cartridges/pin": act | {"post": act["post"] | {"summary": "Loads a cartridge and never drops it."}},
+        "/v1/cartridges/unpin": act | {"post": act["post"] | {"summary": "Lets a pinned cartridge be dropped."}},
+        "/tokenize": _post("Token ids of a text or conversation.", _ref("TokenizeRequest"), "ids", _object({})),
+        "/detokenize": _post(
+            "The text of token ids.", _object({"tokens": IDS}, "tokens"), "text", _object({"prompt": TEXT})
+        ),
+        "/custom/synchronous-batch-completions": _post(
+            "Answers several conversations; as npz where Accept is application/x-npz.",
+            many,
+            "their answers in order",
+            {"type": "array", "items": _ref("ChatCompletion")},
+        ),
+    }
+    for start in ("/custom/cartridge", "/v1/cartridge", "/batch/cartridge"):
+        summary = "As Tokasaurus serves it."
+        paths[f"{start}/completions"] = _post(summary, text, "the continuations", _ref("Completion"), streams=True)
+        batches = paths["/custom/synchronous-batch-completions"]
+        paths[f"{start}/synchronous-batch-completions"] = batches
+        if start != "/batch/cartridge":
+            answered = _post(summary, chat, "the answer", _ref("ChatCompletion"), streams=True)
+            paths[f"{start}/chat/completions"] = answered
+        else:
+            paths[f"{start}/chat/completions"] = batches
+    for operations in paths.values():
+        for operation in operations.values():
+            operation["responses"] |= errors
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "cartridges_jax", "version": "1", "description": __doc__},
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(model, max_top_logprobs),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _schemas(model: str, max_top_logprobs: int) -> Schema:
+    def integer(low: int, high: int) -> Schema:
+        return {"type": ["integer", "null"], "minimum": low, "maximum": high}
+
+    def number(low: float, high: float) -> Schema:
+        return {"type": ["number", "null"], "minimum": low, "maximum": high}
+
+    references = {"type": "array", "items": _ref("CartridgeReference"), "maxItems": MAX_CARTRIDGES}
+    shared = {
+        "model": {"type": "string", "examples": [model]},
+        "cartridges": references,
+        "max_tokens": integer(1, SEEDS),
+        "temperature": number(0, 2),
+        "top_p": number(0, 1),
+        "top_k": integer(-1, SEEDS - 1),
+        "seed": integer(-(2**63), 2**63 - 1),
+        "n": {"type": ["integer", "null"], "minimum": 1},
+        "stop": {"anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOPS}, {"type": "null"}]},
+        "stream": FLAG,
+        "stream_options": _object({"include_usage": FLAG}),
+        "ignore_eos": FLAG,
+        "return_token_ids": FLAG,
+        "return_tokens_as_token_ids": FLAG,
+        "logprobs_in_fingerprint": FLAG,
+        "prompt_logprobs": integer(0, max_top_logprobs),
+    }
+    messages = {"type": "array", "items": _ref("Message"), "minItems": 1}
+    kwargs = _object({"enable_thinking": FLAG})
+    chat = {
+        "messages": messages,
+        "max_completion_tokens": integer(1, SEEDS),
+        "logprobs": FLAG,
+        "top_logprobs": integer(0, max_top_logprobs),
+        "add_generation_prompt": FLAG,
+        "chat_template_kwargs": kwargs,
+        "apply_chat_template_overrides": kwargs,
+    }
+    prompts = {"anyOf": [TEXT, IDS, {"type": "array", "items": {"anyOf": [TEXT, IDS]}, "minItems": 1}]}
+    text = {"prompt": prompts, "logprobs": integer(0, max_top_logprobs), "add_special_tokens": FLAG}
+    count = {"type": "integer", "minimum": 0}
+    details = _object({"cached_tokens": count, "cartridge_tokens": count})
+    usage = _object(
+        {
+            "prompt_tokens": count,
+            "completion_tokens": count,
+            "total_tokens": count,
+            "prompt_tokens_details": details,
+        }
+    )
+    envelope = {"id": TEXT, "object": TEXT, "created": count, "model": TEXT, "usage": usage}
+    ending = {"index": count, "finish_reason": {"enum": ["stop", "length"]}}
+    answers = [ending | {"message": _object({"role": TEXT, "content": TEXT})}, ending | {"text": TEXT}]
+    choices = [{"choices": {"type": "array", "items": _object(answer, "index")}} for answer in answers]
+    error = {"message": TEXT, "type": TEXT, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}
+    return {
+        "Message": _object({"role": {"enum": ["system", "user", "assistant"]}, "content": TEXT}, "role", "content"),
+        "CartridgeReference": _object({"id": TEXT, "source": {"enum": list(SOURCES)}, "force_redownload": FLAG}, "id"),
+        "ChatCompletionRequest": _object(shared | chat, "messages"),
+        "CompletionRequest": _object(shared | text, "prompt"),
+        "TokenizeRequest": {
+            "anyOf": [_object({"prompt": TEXT}, "prompt"), _object({"messages": messages}, "messages")]
+        },
+        "ChatCompletion": _object(envelope | choices[0], "id", "choices", "usage"),
+        "Completion": _object(envelope | choices[1], "id", "choices", "usage"),
+        "Model": _object({"id": TEXT, "object": TEXT, "created": count, "max_model_len": count}, "id", "object"),
+        "Cartridge": _object(
+            {
+                "id": TEXT,
+                "source": {"enum": list(SOURCES)},
+                "loaded": FLAG,
+                "pinned": FLAG,
+                "in_use": count,
+                "version": {"type": ["string", "null"]},
+                "slots": count,
+            },
+            *("id", "source", "loaded", "pinned"),
+        ),
+        "Error": _object({"error": _object(error, *error)}, "error"),
+    }
+
+
+def _get(summary: str, schema: Schema | None, *others: str, parameter: str | None = None) -> Schema:
+    told = _reply(summary, schema) if schema else {"description": summary, "content": {"text/plain": {}}}
+    operation: Schema = {"summary": summary, "responses": {"200": told}}
+    operation["responses"] |= {status: _reply("the engine has failed", schema) for status in others}
+    if parameter is not None:
+        operation["parameters"] = [
+            {"name": "id", "in": "path", "required": True, "schema": TEXT, "description": parameter}
+        ]
+    return {"get": operation}
+
+
+def _post(summary: str, body: Schema, told: str, reply: Schema, streams: bool = False) -> Schema:
+    answer = _reply(told, reply)
+    if streams:
+        answer["content"]["text/event-stream"] = {"schema": TEXT}
+    request = {"required": True, "content": {"application/json": {"schema": body}}}
+    return {"post": {"summary": summary, "requestBody": request, "responses": {"200": answer}}}
+
+
+def _reply(description: str, schema: Schema | None) -> Schema:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _list(schema: Schema) -> Schema:
+    return _object({"object": TEXT, "data": {"type": "array", "items": schema}}, "data")
+
+
+def _object(properties: Schema, *required: str) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}

@@ -1,0 +1,158 @@
+// What both views share: the API, the choice of a cartridge, figures. The page asks the server that gave it, nobody else.
+import { startChat } from "./chat.js";
+import { startCompare } from "./compare.js";
+
+export const $ = (id) => document.getElementById(id);
+export const server = { model: "", bytesPerToken: 0 };
+
+export function element(name, attributes, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+async function ask(path, body, signal) {
+  const headers = {};
+  const key = sessionStorage.getItem("key");
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
+  const response = await fetch(path, options);
+  if (response.status === 401) $("login").hidden = false;
+  if (!response.ok) {
+    const reply = await response.json().catch(() => null);
+    throw new Error(reply?.error?.message ?? `the server answers ${response.status}`);
+  }
+  return response;
+}
+
+// Streams an answer: calls `show(text so far)` as it comes; resolves to the text and what it took.
+export async function answer(messages, cartridge, show, signal) {
+  const body = {
+    model: server.model, messages, stream: true, stream_options: { include_usage: true },
+    max_tokens: Number($("max").value) || 256, temperature: Number($("temperature").value) || 0,
+    ...(cartridge ? { cartridges: [{ id: cartridge, source: "local" }] } : {}),
+  };
+  const start = performance.now();
+  const response = await ask("/v1/chat/completions", body, signal);
+  const made = { text: "", firstSeconds: null, tokensPerSecond: null, usage: null, ending: null };
+  let [first, last, pieces] = [null, null, 0];
+  for await (const event of events(response.body)) {
+    if (event.error) throw new Error(event.error.message);
+    if (event.usage) made.usage = event.usage;
+    const choice = event.choices?.[0];
+    made.ending = choice?.finish_reason ?? made.ending;
+    if (!choice?.delta?.content) continue;
+    last = performance.now();
+    first ??= last;
+    pieces += 1;
+    made.text += choice.delta.content;
+    show(made.text);
+  }
+  if (first !== null) made.firstSeconds = (first - start) / 1000;
+  const count = Math.min(pieces, made.usage?.completion_tokens ?? pieces) - 1;
+  if (count > 0 && last > first) made.tokensPerSecond = (1000 * count) / (last - first);
+  return made;
+}
+
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    const lines = (held + part.value).split("\n\n");
+    held = lines.pop();
+    for (const line of lines) {
+      const data = line.replace(/^data: /, "");
+      if (data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+// Positions of the KV cache that an answer needed: cartridge, prompt and answer.
+export function positions(usage) {
+  return usage.total_tokens + (usage.prompt_tokens_details.cartridge_tokens ?? 0);
+}
+
+export const seconds = (value) => value === null ? "–" : value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(1)} s`;
+export const rate = (value) => value === null ? "–" : value.toFixed(value < 10 ? 1 : 0);
+export const count = (value) => value.toLocaleString("en");
+
+export function bytes(value) {
+  const units = ["B", "kB", "MB", "GB"];
+  let i = 0;
+  for (; value >= 1000 && i < units.length - 1; i += 1) value /= 1000;
+  return `${value >= 100 || i === 0 ? value.toFixed(0) : value.toFixed(1)} ${units[i]}`;
+}
+
+// Enter sends, Shift+Enter begins a line.
+export function sendsOnEnter(field) {
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    field.form.requestSubmit();
+  });
+}
+
+async function describe() {
+  const id = $("cartridge").value;
+  $("about").replaceChildren();
+  if (!id) return;
+  try {
+    const found = await (await ask("/v1/cartridges/load", { id, source: "local" })).json();
+    if ($("cartridge").value !== id) return;
+    const from = found.provenance ?? {};
+    const facts = [
+      ["slots", count(found.slots)],
+      ["in memory", bytes(found.bytes ?? 0)],
+      ["made by", from.recipe],
+      ["training", from.training_tokens && `${count(from.training_tokens)} tokens`],
+      ["version", found.version],
+    ];
+    $("about").replaceChildren(...facts.filter(([, value]) => value).map(([what, value], i) =>
+      element("div", i > 1 ? { class: "more" } : {}, element("dt", {}, what), element("dd", {}, String(value)))));
+  } catch (error) {
+    $("about").replaceChildren(element("div", { class: "error", role: "alert" }, error.message));
+  }
+}
+
+function route() {
+  const view = location.hash === "#compare" ? "compare" : "chat";
+  for (const name of ["chat", "compare"]) $(name).hidden = name !== view;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.dataset.view === view) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+async function start() {
+  const models = (await (await ask("/v1/models")).json()).data;
+  $("login").hidden = true;
+  server.model = models[0].id;
+  server.bytesPerToken = models[0].kv_bytes_per_token;
+  $("model").textContent = server.model;
+  const names = models.slice(1).map((model) => model.id.slice(server.model.length + 1));
+  $("cartridge").replaceChildren(...["", ...names].map((name) => element("option", { value: name }, name || "none")));
+  if (names.length) $("cartridge").value = names[0];
+  await describe();
+  const given = await ask("/document").catch(() => null);
+  if (given) $("document").value = await given.text();
+  $("document").dispatchEvent(new Event("input"));
+}
+
+$("cartridge").addEventListener("change", describe);
+$("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("key", $("key").value);
+  start().catch(complain);
+});
+addEventListener("hashchange", route);
+
+function complain(error) {
+  $("model").textContent = error.message;
+}
+
+startChat();
+startCompare();
+route();
+start().catch(complain);

@@ -1,0 +1,186 @@
+"""The page at `/`, in headless Chromium, against a server whose model says what a test wants."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import chromium
+from playwright.sync_api import Browser, Page, expect
+from running import running  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
+from test_server import END, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
+
+from cartridges_jax.serving.server import Server
+from cartridges_jax.serving.store import CartridgeStore
+
+EVIL = "<img src=x onerror=\"document.title='taken'\"> [a](javascript:b)"
+SAID = f"""## Sizes
+A **bold** one, *softly*, `a_b` and snake_case_word.
+
+- first
+- second
+  1. inner
+
+| part | size |
+|--|-:|
+| lid | 4 cm |
+
+```python
+print("**not bold**")
+```
+> said
+{EVIL}"""
+DOCUMENT = "The lid is 4 cm wide. " * 8
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cartridges")
+    (folder / "manual.safetensors").write_text("five!")
+    (folder / "wrong.safetensors").write_text("bad")
+    return folder
+
+
+@pytest.fixture
+def serve_page(folder: Path) -> Iterator[Callable[..., str]]:
+    servers = []
+
+    def start(said: str = SAID, pause: float = 0.0, **options: Any) -> str:
+        engine = ScriptEngine([*said.encode(), END], num_slots=2, max_length=900, pause=pause)
+        store = CartridgeStore(folder, FakeCartridge, compose=FakeCartridge.compose)
+        options = {"kv_bytes_per_token": 1000, "document": DOCUMENT, **options}
+        server = running(Server(engine, TOKENIZER, store, "tiny", rng=random.Random(0), **options))
+        servers.append(server)
+        return server.__enter__()
+
+    yield start
+    for server in servers:
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    pages: list[Page] = []
+    complaints: list[str] = []
+
+    def open_one(url: str, where: str = "/", quiet: bool = True, **settings: Any) -> Page:
+        page = browser.new_page(**settings)
+        pages.append(page)
+        if quiet:
+            page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith((url, "data:")) else None)
+        page.goto(url + where)
+        return page
+
+    yield open_one
+    for page in pages:
+        page.close()
+    assert not complaints, "the console is silent, and nothing but this server is asked"
+
+
+def test_chatting_with_a_cartridge(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    page = open_page(serve_page(document=None), quiet=False)  # no document is a 404, which the console tells
+    expect(page.locator("#cartridge")).to_have_value("manual")
+    expect(page.locator("#about")).to_contain_text("5")
+    page.fill("#question", "How wide is the lid?")
+    page.press("#question", "Enter")
+    said = page.locator(".assistant .said")
+    expect(said.locator("strong")).to_have_text("bold")
+    expect(said.locator("em")).to_have_text("softly")
+    expect(said.locator("ul > li > ol > li")).to_have_text("inner")
+    expect(said.locator("tbody td").last).to_have_text("4 cm")
+    expect(said.locator("pre")).to_have_text('print("**not bold**")')
+    expect(said.locator("blockquote")).to_contain_text("said")
+    expect(said).to_contain_text("snake_case_word")
+    expect(page.locator(".figures")).to_contain_text("5 slots + ")
+    expect(page.locator(".figures")).to_contain_text("kB of KV")
+    expect(said).to_contain_text(EVIL)
+    assert said.locator("img, a, script").count() == 0 and page.title() == "Cartridges", "text stays text"
+    page.fill("#question", "And then?")
+    page.click("#send")
+    expect(page.locator(".message")).to_have_count(4)
+    page.click("#clear")
+    expect(page.locator(".message")).to_have_count(0)
+
+
+def test_stopping_frees_the_slot_and_keeps_what_was_said(
+    serve_page: Callable[..., str], open_page: Callable[..., Page]
+):
+    page = open_page(serve_page("word " * 100, pause=0.01))
+    expect(page.locator("#cartridge")).to_have_value("manual")
+    page.fill("#question", "Talk")
+    page.click("#send")
+    expect(page.locator(".assistant .said")).to_contain_text("word")
+    page.click("#stop")
+    expect(page.locator(".figures")).to_have_text("stopped")
+    assert len(page.inner_text(".assistant .said")) < 490
+    expect(page.locator("#send")).to_be_visible()
+
+
+def test_comparing_side_by_side(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    page = open_page(serve_page(), "/#compare")
+    expect(page.locator("#size")).to_have_text(f"{len(DOCUMENT)} characters")
+    page.fill("#same", "How wide is the lid?")
+    page.click("#send-all")
+    columns = page.locator(".column")
+    expect(columns).to_have_count(3)
+    for column in columns.all():
+        expect(column.locator("strong")).to_have_text("bold")
+        expect(column.locator("dd")).to_have_count(3)
+    kv = [float(column.locator("dd").last.inner_text().split()[0]) for column in columns.all()]
+    assert kv[0] < kv[1] < kv[2], "nothing, five slots, the whole document"
+    page.fill("#document", "")
+    page.select_option("#cartridge", "")
+    page.click("#send-all")
+    expect(columns.nth(1)).to_contain_text("choose one")
+    expect(columns.nth(2)).to_contain_text("paste it above")
+    expect(columns.nth(0).locator("dd")).to_have_count(3)
+
+
+def test_errors_are_shown(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    page = open_page(serve_page(), quiet=False)
+    page.select_option("#cartridge", "wrong")
+    expect(page.locator("#about [role=alert]")).to_contain_text("made for another model")
+    page.select_option("#cartridge", "")
+    page.fill("#question", "x" * 1000)
+    page.click("#send")
+    expect(page.locator(".figures .error")).to_contain_text("a slot has 900")
+
+
+def test_the_key_is_asked_for(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    page = open_page(serve_page(api_key="secret"), quiet=False)
+    expect(page.locator("#login")).to_be_visible()
+    for key, visible in (("wrong", True), ("secret", False)):
+        page.fill("#key", key)
+        page.click("#login button")
+        expect(page.locator("#login")).to_be_visible(visible=visible)
+    expect(page.locator("#cartridge")).to_have_value("manual")
+    page.goto(page.url + "#compare")
+    expect(page.locator("#document")).to_have_value(DOCUMENT.strip())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_telephone_and_either_scheme(
+    serve_page: Callable[..., str], open_page: Callable[..., Page], scheme: Any
+):
+    page = open_page(serve_page(), viewport={"width": 360, "height": 700}, color_scheme=scheme)
+    expect(page.locator("#cartridge")).to_have_value("manual")
+    page.fill("#question", "How?")
+    page.click("#send")
+    expect(page.locator(".figures")).to_contain_text("KV")
+    for view in ("chat", "compare"):
+        page.click(f"nav a[data-view={view}]")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    text, ground = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    dark = [sum(map(int, part[4:-1].split(","))) < 384 for part in (text, ground)]
+    assert dark == [scheme == "light", scheme == "dark"]
