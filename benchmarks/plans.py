@@ -43,7 +43,7 @@ HEADER = (
 
 def main() -> None:
     compile_here()
-    config = build(TrainConfig, load(["--config=configs/large.py:train"]))
+    config = build(TrainConfig, load(["--config=configs/large.py:train"], TrainConfig))
     print(f"| {HEADER} | compiled in, s |", "|---" * 11 + "|", sep="\n")
     for name, topology, fsdp, tensor in PLANS:
         print(f"| {row(config, name, topology, MeshConfig(None, fsdp, tensor))} |", flush=True)
