@@ -246,7 +246,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, command in _sides(args, folder):
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
-            measured[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            print(f"{name}: {found.strip()}", file=sys.stderr, flush=True)
+            measured[name] = json.loads(found)
     _print(measured)
 
 

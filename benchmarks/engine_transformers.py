@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def write_model(file: Path, directory: Path) -> None:
-    options = {"gguf_file": file.name, "dtype": torch.float32}
-    AutoModelForCausalLM.from_pretrained(file.parent, **options).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(directory)
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    dequantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where), dtype=torch.float32)
+    model.load_state_dict(dequantized.state_dict())  # a model that came from a GGUF file refuses to be saved
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(directory)
 
 
 def tokens_per_second(model: Any, job: list[dict[str, Any]]) -> float:
