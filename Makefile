@@ -12,7 +12,7 @@ MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.vers
 # What `make test` leaves out: each of these has a command of its own below.
 OTHER := not parity and not aot and not real_servers and not vllm
 
-.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-aot golden fuzz lint
+.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-aot golden fuzz fuzz-api soak lint
 
 # large pages for large arrays (glibc asks for them only if told), and vectors as wide as the CPU has them: a training
 # step is a fifth faster on AVX-512
@@ -90,6 +90,13 @@ golden: $(PARITY)/.made
 fuzz: $(PARITY)/.made
 	@$(PARITY)/bin/python $(PIP) 'atheris==3.0.0'
 	$(PARITY)/bin/python tests/fuzz_formats.py -max_total_time=600
+
+# thousands of requests made from /openapi.json; and half an hour of everything that clients do, on a real model
+fuzz-api: install
+	$(BIN)/python -m pytest tests/serving/test_openapi.py
+
+soak: install
+	$(BIN)/python benchmarks/soak.py
 
 lint: install
 	$(BIN)/ruff check --fix .

@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from cartridges_jax.serving.scheduler import Engine, Finished, Prefix, Request, Scheduler, Token
+from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
-from command_line import config, progress
+from command_line import config, files, progress
 
-HELP = "/clear forgets the conversation, /undo the last question and its answer, /quit leaves; Ctrl-C stops an answer"
+HELP = """\
+/clear            forget the conversation
+/undo             forget the last question and its answer
+/cartridge NAME   go on with another cartridge: a name in --cartridges, a file or folder, hf:… or wandb:…; or none
+/compare [TEXT]   ask this, or the last question, with nothing, with the cartridge and with --document in the prompt
+/quit             leave; Ctrl-C stops an answer"""
+
+
+@dataclass
+class Told:
+    """What an answer took."""
+
+    start: float
+    num_prompt: int
+    num_slots: int
+    num_tokens: int = 0
+    first: float | None = None
+    last: float = 0.0
+    cut: str = ""  # why it ends early, if it does
+
+    def token(self) -> None:
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.num_tokens += 1
+
+    def __str__(self) -> str:
+        slots = f"{self.num_slots:,} slots + " if self.num_slots else ""
+        told = f"{slots}{self.num_prompt:,} prompt tokens"
+        if self.first is not None:
+            told += f", first token {1000 * (self.first - self.start):,.0f} ms"
+            if self.num_tokens > 1:
+                told += f", {(self.num_tokens - 1) / (self.last - self.first):.1f} tokens/s"
+        return told
 
 
 class Chat:
-    """A conversation; what the slot already holds of it is not computed again."""
+    """A conversation; what the engine already holds of it is not computed again."""
 
     def __init__(
         self,
@@ -30,11 +67,11 @@ class Chat:
         temperature: float,
         rng: random.Random,
     ):
-        self._engine, self._tokenizer, self._prefix = engine, tokenizer, prefix
+        self._engine, self._tokenizer, self.prefix = engine, tokenizer, prefix
         self._max_tokens, self._temperature, self._rng = max_tokens, temperature, rng
         self._scheduler = Scheduler(engine, max_queue=0)
         self.messages: list[dict[str, str]] = []
-        self.cut = ""  # why the last answer ends early, if it does
+        self.told = Told(0.0, 0, 0)  # of the last answer
 
     def clear(self) -> None:
         self.messages = []
@@ -50,24 +87,7 @@ class Chat:
           ValueError: the window is full; the conversation is then as before.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
-        encode = self._tokenizer.turn_ids if self._prefix else self._tokenizer.chat_ids
-        prompt = tuple(encode(messages, add_generation_prompt=True))
-        slots = self._prefix.length if self._prefix else 0
-        room = self._engine.max_length - slots - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"the window of {self._engine.max_length} positions is full ({slots} of the cartridge, {len(prompt)} "
-                "of the conversation): /undo, /clear, or start again with a larger --max-length"
-            )
-        request = Request(
-            id="chat",
-            prompt=prompt,
-            prefix=self._prefix,
-            max_tokens=min(room, self._max_tokens),
-            temperature=self._temperature,
-            seed=self._rng.randrange(2**31),
-            stop_ids=self._tokenizer.stop_ids,
-        )
+        request = self._request(messages, self.prefix)
         said = ""
         try:
             for piece in self._stream(request):
@@ -76,17 +96,45 @@ class Chat:
         finally:
             self.messages = [*messages, {"role": "assistant", "content": said}]
 
+    def aside(self, question: str, prefix: Prefix | None, document: str | None = None) -> Generator[str, None, None]:
+        """Streams an answer that is no part of the conversation, and knows nothing of it. Raises: as `answer`."""
+        system = [] if document is None else [{"role": "system", "content": document}]
+        yield from self._stream(self._request([*system, {"role": "user", "content": question}], prefix))
+
+    def _request(self, messages: Sequence[Mapping[str, str]], prefix: Prefix | None) -> Request:
+        encode = self._tokenizer.turn_ids if prefix else self._tokenizer.chat_ids
+        prompt = tuple(encode(messages, add_generation_prompt=True))
+        slots = prefix.length if prefix else 0
+        room = self._engine.max_length - slots - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the window of {self._engine.max_length} positions is full ({slots} of the cartridge, {len(prompt)} "
+                "of the conversation): /undo, /clear, or start again with a larger --max-length"
+            )
+        return Request(
+            id="chat",
+            prompt=prompt,
+            prefix=prefix,
+            max_tokens=min(room, self._max_tokens),
+            temperature=self._temperature,
+            seed=self._rng.randrange(2**31),
+            stop_ids=self._tokenizer.stop_ids,
+        )
+
     def _stream(self, request: Request) -> Iterator[str]:
         decoder = StreamDecoder(self._tokenizer)
-        self.cut = ""
+        slots = request.prefix.length if request.prefix else 0
+        self.told = Told(time.monotonic(), len(request.prompt), slots)
         self._scheduler.submit(request)
         try:
             while self._scheduler.has_work:
                 for event in self._scheduler.step():
+                    if isinstance(event, Token):
+                        self.told.token()
                     if isinstance(event, Token) and event.sampled.token not in request.stop_ids:
                         yield decoder.push(event.sampled.token)
                     elif isinstance(event, Finished):
-                        self.cut = self._why_cut(event, request)
+                        self.told.cut = self._why_cut(event, request)
                         yield decoder.flush()
         finally:
             self._scheduler.cancel(request.id)  # nothing, unless the consumer has stopped
@@ -98,37 +146,92 @@ class Chat:
         return "--max-tokens is reached" if request.max_tokens == self._max_tokens else "the window is full"
 
 
-def talk(chat: Chat, read: Callable[[], str], write: Callable[[str], object]) -> None:
-    """Reads questions and commands until /quit or the end of the input."""
-    while True:
-        try:
-            line = read().strip()
-        except (EOFError, KeyboardInterrupt):
-            write("\n")
-            return
-        if line == "/quit":
-            return
-        if line == "/clear":
-            chat.clear()
-        elif line == "/undo":
-            chat.undo()
-        elif line.startswith("/"):
-            write(f"{HELP}\n")
-        elif line:
-            _tell(chat, line, write)
+class Terminal:
+    """Reads questions and commands, and tells what comes of them.
 
+    Args:
+      load: the cartridge of a name or source, as `/cartridge` takes it.
+      document: the text that `/compare` puts into the prompt.
+    """
 
-def _tell(chat: Chat, question: str, write: Callable[[str], object]) -> None:
-    with _interrupts() as stopped, closing(chat.answer(question)) as pieces:
+    def __init__(
+        self,
+        chat: Chat,
+        read: Callable[[], str],
+        write: Callable[[str], object],
+        load: Callable[[str], Prefix],
+        document: str | None = None,
+    ):
+        self._chat, self._read, self._write, self._load, self._document = chat, read, write, load, document
+
+    def talk(self) -> None:
+        """Until /quit or the end of the input."""
+        while True:
+            try:
+                line = self._read().strip()
+            except (EOFError, KeyboardInterrupt):
+                self._write("\n")
+                return
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                name, _, rest = line.partition(" ")
+                self._command(name, rest.strip())
+            elif line:
+                self._tell(self._chat.answer(line))
+
+    def _command(self, name: str, rest: str) -> None:
+        if name == "/clear":
+            self._chat.clear()
+        elif name == "/undo":
+            self._chat.undo()
+        elif name == "/cartridge" and rest:
+            self._change(rest)
+        elif name == "/compare":
+            self._compare(rest)
+        else:
+            self._write(f"{HELP}\n")
+
+    def _change(self, name: str) -> None:
         try:
-            for piece in pieces:
-                write(piece)
-                if stopped.is_set():
-                    break
-            note = "stopped" if stopped.is_set() else chat.cut
-            write(f" [{note}]\n" if note else "\n")
-        except ValueError as error:
-            write(f"{error}\n")
+            self._chat.prefix = None if name == "none" else self._load(name)
+        except (ValueError, OSError, LookupError) as error:
+            self._write(f"{error}\n")
+            return
+        self._write("no cartridge\n" if name == "none" else f"{self._chat.prefix.length:,} slots\n")
+
+    def _compare(self, question: str) -> None:
+        questions = [message["content"] for message in self._chat.messages if message["role"] == "user"]
+        if not question and not questions:
+            self._write("there is no question yet: /compare QUESTION\n")
+            return
+        question, prefix = question or questions[-1], self._chat.prefix
+        self._write("— nothing —\n")
+        going = self._tell(self._chat.aside(question, None), measured=True)
+        if going and prefix is not None:
+            self._write("— cartridge —\n")
+            going = self._tell(self._chat.aside(question, prefix), measured=True)
+        if going and self._document is not None:
+            self._write("— full document —\n")
+            self._tell(self._chat.aside(question, None, self._document), measured=True)
+        elif going:
+            self._write("(start with --document=FILE to compare with the full text)\n")
+
+    def _tell(self, pieces: Generator[str, None, None], measured: bool = False) -> bool:
+        """Whether the answer was told to its end, and not stopped."""
+        with _interrupts() as stopped, closing(pieces):
+            try:
+                for piece in pieces:
+                    self._write(piece)
+                    if stopped.is_set():
+                        break
+                told = self._chat.told
+                note = "stopped" if stopped.is_set() else told.cut
+                self._write(f" [{note}]\n" if note else "\n")
+                self._write(f"({told})\n\n" if measured else "")
+            except ValueError as error:
+                self._write(f"{error}\n")
+            return not stopped.is_set()
 
 
 @contextmanager
@@ -144,28 +247,43 @@ def _interrupts() -> Iterator[threading.Event]:
 
 def main(argv: list[str]) -> int:
     args = _arguments(argv)
+    document = None if args.document is None else files.read_text(args.document, "the text that /compare asks with")
 
     import cartridges_jax as cj
     from cartridges_jax.serving.engine import Engine as DeviceEngine
 
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and earlier questions; not on every system
+
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype="float32")
         engine = DeviceEngine(model, num_slots=1, max_length=args.max_length, max_top_logprobs=1)
-    prefix = None
-    if args.cartridge is not None:
-        cartridge = cj.Cartridge.load(args.cartridge, model=model)
-        prefix = Prefix(args.cartridge, cartridge.num_slots, cartridge)
+
+    def load_file(source: Path | str) -> cj.Cartridge:
+        return cj.Cartridge.load(source, model=model)
+
+    store = CartridgeStore(args.cartridges, load_file)
+
+    def load(name: str) -> Prefix:
+        if name in store.list():
+            return store.get(name)
+        cartridge = load_file(name)
+        return Prefix(f"{name}@{time.monotonic_ns()}", cartridge.num_slots, cartridge)
+
+    prefix = None if args.cartridge is None else load(args.cartridge)
     rng = random.Random(args.seed)
     chat = Chat(engine, model.tokenizer, prefix, max_tokens=args.max_tokens, temperature=args.temperature, rng=rng)
     print(f"{model.name}, {prefix.length if prefix else 0} slots of a cartridge. /help lists the commands.")
-    talk(chat, _read, _write)
+    Terminal(chat, _read, _write, load, document).talk()
     return 0
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cartridges_jax.chat", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="a known name, a Hub id, a folder or a .gguf file")
-    parser.add_argument("--cartridge", help="a cartridge's file or folder, in any format, hf:… or wandb:…")
+    parser.add_argument("--cartridge", help="a name in --cartridges, a file or folder in any format, hf:… or wandb:…")
+    parser.add_argument("--cartridges", type=Path, default=Path("cartridges"), help="folder of cartridges")
+    parser.add_argument("--document", type=Path, help="the full text, for /compare")
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge and conversation together")
     parser.add_argument("--max-tokens", type=int, default=512, help="of one answer")
     parser.add_argument("--temperature", type=float, default=0.0)

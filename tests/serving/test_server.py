@@ -1,4 +1,4 @@
-"""The server over real HTTP, with the scheduler tests' engine and a tokenizer of bytes; and the terminal chat."""
+"""The server over real HTTP, with the scheduler tests' engine and a tokenizer of bytes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduler import FakeEngine, next_token  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 
-from cartridges_jax import chat, serve
+from cartridges_jax import serve
 from cartridges_jax.serving.choices import StopStrings
-from cartridges_jax.serving.scheduler import Prefix, Request, Sampled, SlotInput
+from cartridges_jax.serving.scheduler import Request, Sampled, SlotInput
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 from cartridges_jax.tokenizer import Tokenizer
@@ -657,59 +657,6 @@ def test_an_empty_key_file_is_refused(tmp_path):
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="empty"):
         serve.main([f"--api-key-file={tmp_path / 'key'}"])
-
-
-def talk(
-    engine: Any, lines: Sequence[str], prefix: Prefix | None = None, max_tokens: int = 50
-) -> tuple[chat.Chat, str]:
-    told: list[str] = []
-    rest = iter(lines)
-
-    def read() -> str:
-        try:
-            return next(rest)
-        except StopIteration:
-            raise EOFError from None
-
-    talker = chat.Chat(engine, TOKENIZER, prefix, max_tokens=max_tokens, temperature=0.0, rng=random.Random(0))
-    chat.talk(talker, read, told.append)
-    return talker, "".join(told)
-
-
-def test_chat_in_the_terminal():
-    engine = ScriptEngine(SAID, num_slots=1)
-    talker, told = talk(engine, ["hi", "", "more", "/help", "/undo"], Prefix("key", 7, object()))
-    assert told == f"Grüße!\nGrüße!\n{chat.HELP}\n\n"
-    assert talker.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Grüße!"}]
-    assert engine.prefilled < 25, "the first turn was not computed again"
-    assert talk(engine, ["hi", "/clear"])[0].messages == []
-    assert talk(engine, ["/quit", "hi"])[1] == ""
-
-
-def test_chat_says_when_an_answer_is_cut():
-    endless = list(b"abc")
-    assert talk(ScriptEngine(endless, 1), ["hi"], max_tokens=4)[1] == "abca [--max-tokens is reached]\n\n"
-    talker, told = talk(ScriptEngine(endless, 1, 20), ["hi", "again", "/undo", "x"], Prefix("key", 3, object()))
-    first, second, *_ = told.splitlines()
-    assert first == "abcabcabca [the window is full]"
-    assert "20 positions is full (3 of the cartridge" in second
-    assert talker.messages[0]["content"] == "x", "the refused question is not kept, /undo took the first"
-
-
-def test_ctrl_c_stops_an_answer_and_keeps_it():
-    engine = ScriptEngine(list(b"abc"), 1)
-    talker = chat.Chat(engine, TOKENIZER, None, max_tokens=50, temperature=0.0, rng=random.Random(0))
-    told: list[str] = []
-
-    def write(piece: str) -> None:
-        told.append(piece)
-        if len(told) == 4:
-            signal.raise_signal(signal.SIGINT)
-
-    lines = iter(["hi", "/quit"])
-    chat.talk(talker, lambda: next(lines), write)
-    assert "".join(told) == "abca [stopped]\n" and talker.messages[-1]["content"] == "abca"
-    assert "".join(talker.answer("y"))[:4] == "abca"
 
 
 def test_prompt_logprobs_are_vllms():

@@ -1,0 +1,129 @@
+"""The terminal chat: its commands against a model that says what a test wants, and a real session in a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tiny
+from test_server import SAID, TOKENIZER, ScriptEngine  # pyrefly: ignore[missing-import] (pytest finds this folder)
+
+import cartridges_jax as cj
+from cartridges_jax import chat
+from cartridges_jax.serving.scheduler import Prefix
+
+
+def load(name: str) -> Prefix:
+    if name == "broken":
+        raise ValueError("it is broken")
+    return Prefix(name, 7, object())
+
+
+def talk(
+    engine: Any,
+    lines: Sequence[str],
+    prefix: Prefix | None = None,
+    max_tokens: int = 50,
+    document: str | None = None,
+) -> tuple[chat.Chat, str]:
+    told: list[str] = []
+    rest = iter(lines)
+
+    def read() -> str:
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    talker = chat.Chat(engine, TOKENIZER, prefix, max_tokens=max_tokens, temperature=0.0, rng=random.Random(0))
+    chat.Terminal(talker, read, told.append, load, document).talk()
+    return talker, "".join(told)
+
+
+def test_chat_in_the_terminal():
+    engine = ScriptEngine(SAID, num_slots=1)
+    talker, told = talk(engine, ["hi", "", "more", "/help", "/undo"], Prefix("key", 7, object()))
+    assert told == f"Grüße!\nGrüße!\n{chat.HELP}\n\n"
+    assert talker.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Grüße!"}]
+    assert engine.prefilled < 25, "the first turn was not computed again"
+    assert talk(engine, ["hi", "/clear"])[0].messages == []
+    assert talk(engine, ["/quit", "hi"])[1] == ""
+
+
+def test_chat_says_when_an_answer_is_cut():
+    endless = list(b"abc")
+    assert talk(ScriptEngine(endless, 1), ["hi"], max_tokens=4)[1] == "abca [--max-tokens is reached]\n\n"
+    talker, told = talk(ScriptEngine(endless, 1, 20), ["hi", "again", "/undo", "x"], Prefix("key", 3, object()))
+    first, second, *_ = told.splitlines()
+    assert first == "abcabcabca [the window is full]"
+    assert "20 positions is full (3 of the cartridge" in second
+    assert talker.messages[0]["content"] == "x", "the refused question is not kept, /undo took the first"
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_it():
+    engine = ScriptEngine(list(b"abc"), 1)
+    talker = chat.Chat(engine, TOKENIZER, None, max_tokens=50, temperature=0.0, rng=random.Random(0))
+    told: list[str] = []
+
+    def write(piece: str) -> None:
+        told.append(piece)
+        if len(told) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    lines = iter(["hi", "/quit"])
+    chat.Terminal(talker, lambda: next(lines), write, load).talk()
+    assert "".join(told) == "abca [stopped]\n" and talker.messages[-1]["content"] == "abca"
+    assert "".join(talker.answer("y"))[:4] == "abca"
+
+
+def test_another_cartridge_in_mid_conversation():
+    engine = ScriptEngine(SAID, num_slots=1)
+    talker, told = talk(engine, ["hi", "/cartridge one", "again", "/cartridge broken", "/cartridge none", "/cartridge"])
+    assert told == f"Grüße!\n7 slots\nGrüße!\nit is broken\nno cartridge\n{chat.HELP}\n\n"
+    assert talker.prefix is None and len(talker.messages) == 4, "the conversation goes on"
+
+
+def test_comparing_asks_three_times_and_leaves_the_conversation_alone():
+    engine = ScriptEngine(SAID, num_slots=1)
+    talker, told = talk(engine, ["/compare", "hi", "/compare"], Prefix("key", 7, object()), document="D" * 100)
+    assert talker.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Grüße!"}]
+    assert told.startswith("there is no question yet")
+    parts = re.findall(r"— (.*) —\nGrüße!\n\((.*) prompt tokens, first token \d+ ms, [\d,.]+ tokens/s\)", told)
+    assert parts == [("nothing", "7"), ("cartridge", "7 slots + 7"), ("full document", "110")]
+    assert "--document" in talk(engine, ["/compare x"])[1]
+
+
+def test_a_session_in_a_terminal(tmp_path: Path):
+    cartridge = tmp_path / "cartridges" / "text.safetensors"
+    cartridge.parent.mkdir()
+    cj.Cartridge.from_text(tiny.model(), tiny.TEXT, 20).save(cartridge)
+    (tmp_path / "text.txt").write_text(tiny.TEXT[:200])
+    ours, theirs = pty.openpty()
+    options = [f"--model={tiny.folder()}", "--max-length=512", "--max-tokens=4", "--document=text.txt"]
+    command = [sys.executable, "-m", "cartridges_jax.chat", *options]
+    environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment
+    ) as process:
+        os.close(theirs)
+        os.write(ours, b"hello\n/cartridge text\n/compare\n/cartridge nowhere\n/quit\n")
+        screen = b""
+        try:
+            while part := os.read(ours, 4096):
+                screen += part
+        except OSError:  # the other end is closed
+            pass
+        os.close(ours)
+    assert process.returncode == 0
+    shown = screen.decode()
+    assert "0 slots of a cartridge. /help" in shown and "20 slots\r\n" in shown
+    assert shown.count("--max-tokens is reached") + shown.count("tokens/s)") >= 4, shown
+    assert "nowhere does not exist" in shown
