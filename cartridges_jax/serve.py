@@ -147,6 +147,7 @@ def _load(
 
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype=args.dtype)
+        bytes_per_token = kv_bytes_per_token(model)
         engine = Engine(model, num_slots=args.slots, max_length=args.max_length, max_top_logprobs=20)
         model = dataclasses.replace(model, params={})  # the engine has them in an order of its own
     if args.warmup:
@@ -166,7 +167,7 @@ def _load(
         max_seconds=args.max_seconds,
         api_key=api_key,
         describe=describe,
-        kv_bytes_per_token=kv_bytes_per_token(model),
+        kv_bytes_per_token=bytes_per_token,
         document=document,
     )
     return server, model.name

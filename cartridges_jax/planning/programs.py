@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from cartridges_jax import collectives, sharding
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.kernels.prefix_decode_attention import Shared, prefix_decode_attention
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 from cartridges_jax.losses import CHUNK, Batch
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import (
@@ -163,7 +163,6 @@ def _decode_step(
     model: ModelConfig,
 ) -> tuple[tuple[Array, Array], Array]:
     (tokens_r, lengths_r), members_ce = requests
-    used_c = jnp.full(members_ce.shape[0], shared[0].shape[3], jnp.int32)
     rope = rope_tables(shared[0].shape[3] + lengths_r[:, None], model)
 
     def layer(carry: Any, scanned: Any) -> tuple[Any, None]:
@@ -175,8 +174,8 @@ def _decode_step(
             # the cache is carried and written in place: as a scan's outputs it would exist twice
             keys, values = keys_lrksh.at[where].set(k[:, 0]), values_lrksh.at[where].set(v[:, 0])
             own = collectives.own_heads((keys[i], values[i]), model, axis=1)
-            of_layer = Shared(*collectives.own_heads(slots, model, axis=1), used_c, members_ce)
-            return prefix_decode_attention(q, *own, lengths_r + 1, of_layer), (keys, values)
+            slots_here = collectives.own_heads(slots, model, axis=1)
+            return _attention(q[:, 0], *own, lengths_r, slots_here, members_ce)[:, None], (keys, values)
 
         x_r1d, written = block_of(model, layer_params)(x_r1d, rope, attend)
         return (x_r1d, *written), None
@@ -185,6 +184,29 @@ def _decode_step(
     (x_r1d, *written), _ = jax.lax.scan(layer, (embedded(params, tokens_r[:, None]), *caches), layers)
     hidden_rd = rms_norm(x_r1d[:, 0], params["final_norm"], model.norm_eps)
     return tuple(written), project("rd,vd->rv", hidden_rd.astype(jnp.float32), head_weights(params))
+
+
+def _attention(
+    q: Float[Array, "r n h"],
+    keys: Float[Array, "r k s h"],
+    values: Float[Array, "r k s h"],
+    lengths: Int[Array, " r"],
+    slots: tuple[Array, Array, Array],  # c k p, with h for keys and values
+    members: Int[Array, "c e"],
+) -> Float[Array, "r n h"]:
+    """One softmax over a request's cartridge, whose slots meet all of its requests in one product, and its own cache."""
+    (r, n, h), (_, k, s, _) = q.shape, keys.shape
+    slot_keys, slot_values, bias_ckp = slots
+    q_rkgh = (q * h**-0.5).reshape(r, k, n // k, h)
+    of_groups = jnp.einsum("cekgh,ckph->cekgp", q_rkgh[members], slot_keys, preferred_element_type=jnp.float32)
+    shared_rkgp = jnp.full((r, *of_groups.shape[2:]), MASKED).at[members].set(of_groups + bias_ckp[:, None, :, None])
+    own_rkgs = jnp.einsum("rkgh,rksh->rkgs", q_rkgh, keys, preferred_element_type=jnp.float32)
+    own_rkgs = jnp.where((jnp.arange(s) <= lengths[:, None])[:, None, None], own_rkgs, MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([shared_rkgp, own_rkgs], -1)).astype(values.dtype)
+    shared_rkgp, own_rkgs = jnp.split(weights, [bias_ckp.shape[2]], -1)
+    of_groups = jnp.einsum("cekgp,ckph->cekgh", shared_rkgp[members], slot_values)
+    o_rkgh = jnp.einsum("rkgs,rksh->rkgh", own_rkgs, values).at[members].add(of_groups)
+    return o_rkgh.reshape(r, n, h).astype(q.dtype)
 
 
 def _compiling_for(mesh: Mesh) -> Any:

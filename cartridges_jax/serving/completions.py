@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import numpy as np
 from aiohttp import web
 
 from cartridges_jax.serving.answers import Answer
@@ -182,6 +181,8 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
 
 def _npz(replies: list[tuple[dict[str, Any], list[Delta]]]) -> bytes:
     """`replies`, JSON in bytes; of choice j of request i `completion_ids_i_j`, and what log-probabilities it has."""
+    import numpy as np  # here alone: the server holds no arrays
+
     arrays = {"replies": np.frombuffer(json.dumps([reply for reply, _ in replies]).encode(), np.uint8)}
     for i, (_, deltas) in enumerate(replies):
         for j, delta in enumerate(deltas):
