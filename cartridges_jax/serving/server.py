@@ -32,7 +32,7 @@ from cartridges_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("/", "/health", "/ping", page.PREFIX)  # what needs no key
+OPEN = ("/", "/health", "/ping")  # what needs no key, beside the files of the page
 
 
 class Server:
