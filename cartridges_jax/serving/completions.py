@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -27,7 +27,7 @@ MAX_BATCH = 4096
 NPZ = "application/x-npz"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Read = Callable[[Fields], Call]
+T = TypeVar("T")
 
 
 class Completions:
@@ -41,10 +41,11 @@ class Completions:
         token_text: Callable[[int], str],
         metrics: Metrics,
         batch_width: int,
+        max_seconds: float,
     ):
         self._reader, self._catalog, self._metrics = reader, catalog, metrics
         self._tokenizer, self._token_text = tokenizer, token_text
-        self._batch_width = batch_width
+        self._batch_width, self._max_seconds = batch_width, max_seconds
         self.thread: EngineThread | None = None
 
     def chat(self, fields: Fields) -> Call:
@@ -59,7 +60,7 @@ class Completions:
     def tokasaurus_completion(self, fields: Fields) -> Call:
         return self._reader.completion(fields, fingerprint=True)
 
-    def single(self, read: Read) -> Handler:
+    def single(self, read: Callable[[Fields], Call]) -> Handler:
         """The handler of a POST whose body asks for one call."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
@@ -75,10 +76,7 @@ class Completions:
         fields = await read_body(request)
         if fields.get("requests") is None:
             return await self._one(request, await self._read(self.tokasaurus_chat, fields))
-        bodies = fields.get("requests")
-        if not isinstance(bodies, list) or not 0 < len(bodies) <= MAX_BATCH:
-            refuse("requests", bodies, f"a list of 1 to {MAX_BATCH} chat completions")
-        calls = [await self._read_one_of_many(i, body) for i, body in enumerate(bodies)]
+        calls = await self._read(self._read_batch, fields)
         turns = asyncio.Semaphore(self._batch_width)
         tasks = [asyncio.create_task(self._in_turn(call, turns)) for call in calls]
         try:
@@ -114,28 +112,36 @@ class Completions:
                     self._metrics.answer(answer, start)
 
     async def _in_turn(self, call: Call, turns: asyncio.Semaphore) -> tuple[dict[str, Any], list[Delta]]:
+        """Tries again while others fill the queue, for as long as a request may take."""
         async with turns:
+            end = time.monotonic() + self._max_seconds
             while True:
                 try:
                     async with self._answering(call) as answer:
                         deltas = await answer.all()
                         return answer.whole(deltas), deltas
                 except ApiError as error:
-                    if error.code != "queue_full":
+                    if error.code != "queue_full" or time.monotonic() > end:
                         raise
                 await asyncio.sleep(0.05)
 
-    async def _read(self, read: Read, fields: Fields) -> Call:
+    async def _read(self, read: Callable[[Fields], T], fields: Fields) -> T:
         return await asyncio.to_thread(read, fields) if fields.size > LONG_BODY else read(fields)
 
-    async def _read_one_of_many(self, number: int, body: object) -> Call:
+    def _read_batch(self, fields: Fields) -> list[Call]:
+        bodies = fields.get("requests")
+        if not isinstance(bodies, list) or not 0 < len(bodies) <= MAX_BATCH:
+            refuse("requests", bodies, f"a list of 1 to {MAX_BATCH} chat completions")
+        return [self._read_one_of_many(f"requests[{i}]", body) for i, body in enumerate(bodies)]
+
+    def _read_one_of_many(self, where: str, body: object) -> Call:
         try:
-            call = await self._read(self.tokasaurus_chat, Fields(body, f"requests[{number}]"))
+            call = self.tokasaurus_chat(Fields(body, where))
         except ApiError as error:
-            where = f"requests[{number}]" + (f".{error.param}" if error.param else "")
-            raise ApiError(error.status, f"requests[{number}]: {error.message}", where, error.code) from error
+            param = where + (f".{error.param}" if error.param else "")
+            raise ApiError(error.status, f"{where}: {error.message}", param, error.code) from error
         if call.stream:
-            refuse(f"requests[{number}].stream", True, "false: a batch is answered as a whole")
+            refuse(f"{where}.stream", True, "false: a batch is answered as a whole")
         return call
 
 

@@ -5,6 +5,7 @@ Two worlds that share no state: asyncio speaks HTTP here, one engine thread (`en
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hmac
 import ipaddress
@@ -25,14 +26,14 @@ from cartridges_jax.serving.completions import Completions, Handler
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.openapi import document_of
-from cartridges_jax.serving.protocol import ApiError, read_body, read_messages, shorten
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten
 from cartridges_jax.serving.scheduler import Engine
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("/", "/health", "/ping", page.PREFIX)  # what needs no key
+OPEN = ("/", "/health", "/ping")  # what needs no key, beside the files of the page
 
 
 class Server:
@@ -75,7 +76,7 @@ class Server:
         )
         token_text = functools.lru_cache(1 << 16)(self._decode_token)
         self._completions = Completions(
-            self._reader, self._catalog, tokenizer, token_text, self._metrics, engine.num_slots
+            self._reader, self._catalog, tokenizer, token_text, self._metrics, engine.num_slots, max_seconds
         )
         self._thread: EngineThread | None = None
 
@@ -194,15 +195,15 @@ class Server:
         }
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        fields = await read_body(request)
-        if fields.get("messages") is None:
-            special = fields.flag("add_special_tokens", True)
-            ids = self._tokenizer.encode(fields.text("prompt"), add_special_tokens=special)
-        else:
-            messages = read_messages(fields.get("messages"))
-            ids = list(self._reader.encode_chat(messages, fields, self._tokenizer.chat_ids))
+        ids = await asyncio.to_thread(self._ids, await read_body(request))
         reply = {"count": len(ids), "max_model_len": self._engine.max_length, "tokens": ids, "token_strs": None}
         return web.json_response(reply)
+
+    def _ids(self, fields: Fields) -> list[int]:
+        if fields.get("messages") is not None:
+            messages = read_messages(fields.get("messages"))
+            return list(self._reader.encode_chat(messages, fields, self._tokenizer.chat_ids))
+        return self._tokenizer.encode(fields.text("prompt"), add_special_tokens=fields.flag("add_special_tokens", True))
 
     async def _detokenize(self, request: web.Request) -> web.Response:
         ids = self._reader.token_ids("tokens", (await read_body(request)).get("tokens"))
