@@ -194,7 +194,7 @@ def _attention(
     slots: tuple[Array, Array, Array],  # c k p, with h for keys and values
     members: Int[Array, "c e"],
 ) -> Float[Array, "r n h"]:
-    """One softmax over a request's cartridge, whose slots meet all of its requests in one product, and its own cache."""
+    """One softmax over a request's cartridge, whose slots meet all its requests in one product, and its own cache."""
     (r, n, h), (_, k, s, _) = q.shape, keys.shape
     slot_keys, slot_values, bias_ckp = slots
     q_rkgh = (q * h**-0.5).reshape(r, k, n // k, h)
