@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from cartridges_jax.serving import npz
 from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.calls import Call, Reader
 from cartridges_jax.serving.catalog import Catalog
@@ -85,7 +85,7 @@ class Completions:
             for task in tasks:
                 task.cancel()
         if NPZ in request.headers.get("Accept", ""):
-            body = await asyncio.to_thread(_npz, replies)
+            body = await asyncio.to_thread(npz.of_batch, replies)
             return web.Response(body=body, content_type=NPZ)
         return web.json_response([reply for reply, _ in replies])
 
@@ -183,22 +183,3 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
             await response.write(data)
     except TimeoutError:
         raise ConnectionResetError(f"the client has read nothing for {WRITE_SECONDS:.0f} s") from None
-
-
-def _npz(replies: list[tuple[dict[str, Any], list[Delta]]]) -> bytes:
-    """`replies`, JSON in bytes; of choice j of request i `completion_ids_i_j`, and what log-probabilities it has."""
-    import numpy as np  # here alone: the server holds no arrays
-
-    arrays = {"replies": np.frombuffer(json.dumps([reply for reply, _ in replies]).encode(), np.uint8)}
-    for i, (_, deltas) in enumerate(replies):
-        for j, delta in enumerate(deltas):
-            arrays[f"completion_ids_{i}_{j}"] = np.array(delta.token_ids, np.int32)
-            if delta.logprobs:
-                best = [entry["top_logprobs"] for entry in delta.logprobs]
-                chosen = [entry["logprob"] for entry in delta.logprobs]
-                arrays[f"chosen_logprobs_{i}_{j}"] = np.array(chosen, np.float32)
-                arrays[f"topk_indices_{i}_{j}"] = np.array([[b["token_id"] for b in row] for row in best], np.int32)
-                arrays[f"topk_logprobs_{i}_{j}"] = np.array([[b["logprob"] for b in row] for row in best], np.float32)
-    file = io.BytesIO()
-    np.savez(file, **arrays)  # pyrefly: ignore[bad-argument-type]
-    return file.getvalue()

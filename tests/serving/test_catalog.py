@@ -66,7 +66,7 @@ def test_a_new_version_leaves_those_that_run_alone(folder: Path):
     serving(engine, test, folder)
 
 
-def test_remote_sources_are_fetched_once_and_block_nobody(tmp_path: Path):
+def test_remote_sources_are_fetched_once_and_block_nobody(folder: Path, tmp_path: Path):
     (tmp_path / "far").write_text("far away")
     fetched, gate = [], threading.Event()
 
@@ -85,7 +85,7 @@ def test_remote_sources_are_fetched_once_and_block_nobody(tmp_path: Path):
     async def test(client: Client) -> None:
         waiting = [asyncio.create_task(client.chat(cartridges=remote("org/far"))) for _ in range(2)]
         await until(lambda: bool(fetched))
-        assert (await client.chat())[0] == 200, "others are served meanwhile"
+        assert (await client.chat(model="tiny:manual"))[0] == 200, "others are served meanwhile, cartridges loaded"
         gate.set()
         for task in waiting:
             assert (await task)[1]["usage"]["prompt_tokens_details"]["cartridge_tokens"] == 8
@@ -94,12 +94,15 @@ def test_remote_sources_are_fetched_once_and_block_nobody(tmp_path: Path):
         await client.chat(cartridges=remote("org/far", force_redownload=True))
         await client.chat(cartridges=remote("e/p/run", "wandb"))
         assert fetched == ["hf:org/far", "hf:org/far", "wandb:e/p/run"]
-        assert [c["id"] for c in (await client.get("/v1/cartridges"))[1]["data"]] == ["org/far", "e/p/run"]
+        assert [c["id"] for c in (await client.get("/v1/cartridges"))[1]["data"]] == [
+            *("manual", "nested", "wrong"),
+            *("org/far", "e/p/run"),
+        ]
         for id, wanted in (("org/none", 404), ("org/down", 502)):
             status, reply = await client.chat(cartridges=remote(id))
             assert status == wanted and reply["error"]["param"] == "cartridges"
 
-    serving(ScriptEngine(SAID), test, fetch=fetch)
+    serving(ScriptEngine(SAID), test, folder, fetch=fetch)
 
 
 def test_compositions_keep_their_order_and_follow_their_parts(folder: Path):

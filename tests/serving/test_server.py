@@ -318,6 +318,20 @@ def test_seeds():
     serving(FakeEngine(2, max_length=100, vocab=257), test)
 
 
+def test_several_prompts_are_each_answered_as_alone():
+    async def test(client: Client) -> None:
+        fields = dict(max_tokens=9, seed=5, return_token_ids=True, ignore_eos=True)
+        prompts = ["one", "two", [104, 105]]
+        _, reply = await client.post("/v1/completions", json={"prompt": prompts, "n": 2, **fields})
+        for i, prompt in enumerate(reply["prompt_token_ids"]):
+            for j in range(2):
+                wanted = Request("", tuple(prompt), max_tokens=9, seed=5 + j)
+                assert reply["choices"][2 * i + j]["token_ids"] == alone_in_bytes(wanted)[:9]
+        assert reply["usage"]["prompt_tokens"] == 4 + 4 + 2 and reply["usage"]["completion_tokens"] == 54
+
+    serving(FakeEngine(3, max_length=100, vocab=256), test)
+
+
 def alone_in_bytes(request: Request) -> list[int]:
     answer: list[int] = []
     while len(answer) < request.max_tokens and END not in answer:
