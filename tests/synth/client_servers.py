@@ -9,14 +9,14 @@ import base64
 import contextlib
 import json
 import pickle
-import sys
-import types
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict
+from openai.types.chat.chat_completion import ChatCompletion, Choice
+from openai.types.chat.chat_completion_message import ChatCompletionMessage as ChatMessage
+from openai.types.completion_usage import CompletionUsage as Usage
 
 from synth.clients.local import ChatTokenizer
 
@@ -92,24 +92,6 @@ class SGLang:
         reply = {"text": text, "output_ids": ids, "meta_info": meta}
         self.change(reply)
         return web.json_response(reply)
-
-
-def _reply_type(name: str, module: str) -> type[BaseModel]:
-    """A pydantic model under the name that OpenAI's package gives it, as Tokasaurus pickles it."""
-    made = type(name, (BaseModel,), {"__module__": module, "model_config": ConfigDict(extra="allow")})
-    parts = module.split(".")
-    for i in range(1, len(parts) + 1):  # pickling imports the module, and what it stands in
-        parent = ".".join(parts[:i])
-        sys.modules.setdefault(parent, types.ModuleType(parent)).__dict__.setdefault("__path__", [])
-    sys.modules[module].__dict__[name] = made
-    return made
-
-
-_CHAT = "openai.types.chat.chat_completion"
-ChatCompletion = _reply_type("ChatCompletion", _CHAT)
-Choice = _reply_type("Choice", _CHAT)
-ChatMessage = _reply_type("ChatCompletionMessage", "openai.types.chat.chat_completion_message")
-Usage = _reply_type("CompletionUsage", "openai.types.completion_usage")
 
 
 class Tokasaurus:
