@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_decode_attention import SHARED_AT_ONCE, Pages, Plan, Reading, own_at_once
+from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, Reading, own_at_once
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving import decoder
@@ -28,7 +28,7 @@ from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
 PAGE_SIZE = 128
 PREFILL_SIZES = (16, 32, 64, 96, 128, 192, 256)  # tokens of a program; fewer are padded, the padding written nowhere
-BATCH_SIZES = (1, 4, 16, *(32 << i for i in range(8)))  # on a CPU, 2 cost as much as 4, and 8 nearly as much as 16
+BATCH_SIZES = (1, *(4 << i for i in range(11)))  # on a CPU, 2 cost as much as 4, and 6 more than 8
 ROWS_PER_USER = 8  # multiplying so many rows by a page, all but one for nothing, costs what reading it once more costs
 SCORE_SIZE = 64  # tokens whose logits over the vocabulary exist together
 
@@ -194,9 +194,9 @@ class Engine:
         page_t, place_t = np.array(written, np.int32).T
         seen = _seen(place, position + len(tokens) - 1)
         plan = Plan(
-            _reading(seen, self._pages_each, SHARED_AT_ONCE),
-            np.ones((_rounded(self._pages_each, SHARED_AT_ONCE), 1), bool),
-            _reading([], 0, 1),
+            _reading(seen, self._pages_each),
+            np.ones((self._pages_each, 1), bool),
+            _reading([], 0),
             np.zeros(0, np.int32),
         )
         positions_t = np.arange(position, position + size, dtype=np.int32)
@@ -210,7 +210,7 @@ class Engine:
         is_shared = {page for page, count in users.items() if count >= fewest}
         shared = {page: (page, count, first) for reading in seen for page, count, first in reading if page in is_shared}
         order = {page: c for c, page in enumerate(shared)}
-        members = np.zeros((_rounded(self._pages_each if b == 1 else self.num_pages, SHARED_AT_ONCE), b), bool)
+        members = np.zeros((self._pages_each if b == 1 else self.num_pages, b), bool)
         own, reader = [], []
         for r, reading in enumerate(seen):
             for entry in reading:
@@ -219,12 +219,10 @@ class Engine:
                 else:
                     own.append(entry)
                     reader.append(r)
-        at_once = own_at_once(b)
-        most = 0 if b == 1 else b * self._pages_each
-        readers = np.zeros(_rounded(most, at_once), np.int32)
+        most = 0 if b == 1 else -(-b * self._pages_each // own_at_once(b)) * own_at_once(b)
+        readers = np.zeros(most, np.int32)
         readers[: len(reader)] = reader
-        together = _reading(list(shared.values()), len(members), SHARED_AT_ONCE)
-        return Plan(together, members, _reading(own, most, at_once), readers)
+        return Plan(_reading(list(shared.values()), len(members)), members, _reading(own, most), readers)
 
 
 def _seen(place: Place, position: int) -> list[tuple[int, int, int]]:
@@ -241,14 +239,10 @@ def _written(place: Place, position: int) -> tuple[int, int]:
     return place.pages[-(-place.prefix_length // PAGE_SIZE) + page], place_in_page
 
 
-def _reading(entries: Sequence[tuple[int, int, int]], most: int, at_once: int) -> Reading:
-    padded = np.zeros((_rounded(most, at_once), 3), np.int32)
+def _reading(entries: Sequence[tuple[int, int, int]], most: int) -> Reading:
+    padded = np.zeros((most, 3), np.int32)
     padded[: len(entries)] = np.array(entries, np.int32).reshape(-1, 3)
     return Reading(*padded.T, np.int32(len(entries)))
-
-
-def _rounded(count: int, step: int) -> int:
-    return -(-count // step) * step
 
 
 def _wishes(inputs: Sequence[SlotInput], padding: int) -> Sampling:
