@@ -79,7 +79,7 @@ def own_at_once(r: int) -> int:
 
 
 def _shared(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan) -> Partial:
-    """A page a turn: as it lies, without a copy that puts several side by side, and its scores stay in a CPU's cache."""
+    """A page a turn: it is read where it lies, and its scores stay in a CPU's cache."""
     r, k, m, h = q_rkmh.shape
     t = positions_rt.shape[1]
     q_kxh = q_rkmh.transpose(1, 0, 2, 3).reshape(k, r * m, h)
