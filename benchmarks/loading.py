@@ -3,9 +3,10 @@
     python benchmarks/loading.py [--layers=32] [--processes=4]
 
 The model has Llama 3.1 8B's widths and the given number of layers, in bfloat16, in four files of zeros that take no
-room on the disk. The processes are one job over loopback, each with one device, the weights shared by `fsdp`. For each:
-the bytes that its device holds; the most anonymous memory it had above what it began with, in samples 10 ms apart; and
-the file's pages that it had mapped, which the system takes back when it needs them.
+room on the disk. The processes are one job over loopback, each with one device, the weights shared by `fsdp`. They
+load one after another, so that this machine needs room for one host's part and not for the model. For each: the bytes
+that its device holds; the most anonymous memory it had above what it began with, in samples 10 ms apart; and the file's
+pages that it had mapped, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cartridges_jax import plan, processes, sharding
 from cartridges_jax.models.config import ModelConfig
@@ -118,26 +120,34 @@ def write_zeros(folder: Path, layers: int) -> int:
 
 
 def load(folder: Path, count: int) -> dict[str, float]:
+    found: dict[str, float] = {}
     with processes.joined_job(count > 1):
         mesh = sharding.make_mesh(MeshConfig(fsdp=count))
-        before, most = resident(), {"RssAnon": 0, "RssFile": 0}
-        done = threading.Event()
+        for turn in range(count):
+            if turn == jax.process_index():
+                found = measured(folder, mesh)
+            processes.wait_for_all(f"part {turn} was loaded")
+    return found
 
-        def watch() -> None:
-            while not done.wait(0.01):
-                for name, size in resident().items():
-                    most[name] = max(most[name], size - before[name])
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.monotonic()
-        params = jax.block_until_ready(load_hf(folder, jnp.bfloat16, mesh)[1])
-        seconds = time.monotonic() - start
-        done.set()
-        watcher.join()
-        held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
-        processes.wait_for_all("all are loaded")
-        return {"held": held, "anonymous": most["RssAnon"], "mapped": most["RssFile"], "seconds": seconds}
+def measured(folder: Path, mesh: Mesh) -> dict[str, float]:
+    before, most = resident(), {"RssAnon": 0, "RssFile": 0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            for name, size in resident().items():
+                most[name] = max(most[name], size - before[name])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.monotonic()
+    params = jax.block_until_ready(load_hf(folder, jnp.bfloat16, mesh)[1])
+    seconds = time.monotonic() - start
+    done.set()
+    watcher.join()
+    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+    return {"held": held, "anonymous": most["RssAnon"], "mapped": most["RssFile"], "seconds": seconds}
 
 
 def resident() -> dict[str, int]:
