@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
-        print(json.dumps(load(Path(args.load), args.processes)))
+        load(Path(args.load), args.processes)
     elif args.compile:
         print(json.dumps(compile_once()))
     else:
@@ -68,17 +68,21 @@ def report(folder: Path, layers: int, count: int) -> None:
         subprocess.Popen(
             command,
             env=environment | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         for i in range(count)
     ]
     for i, process in enumerate(job):
-        found = json.loads(process.communicate()[0].splitlines()[-1])  # behind what Gloo says
+        found = in_turn(process)
         print(
             f"process {i}: holds {found['held'] / GB:.2f} GB ({found['held'] / size:.1%}), at most "
             f"{found['anonymous'] / GB:.2f} GB above its start, {found['mapped'] / GB:.2f} GB of files mapped, "
-            f"{found['seconds']:.0f} s"
+            f"{found['seconds']:.0f} s",
+            flush=True,
         )
+    for process in job:
+        process.wait()
     cache = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     for start in ("first", "second"):
         done = subprocess.run([sys.executable, __file__, "--compile"], env=cache, stdout=subprocess.PIPE, check=True)
@@ -119,15 +123,19 @@ def write_zeros(folder: Path, layers: int) -> int:
     return total
 
 
-def load(folder: Path, count: int) -> dict[str, float]:
-    found: dict[str, float] = {}
+def in_turn(process: subprocess.Popen[bytes]) -> dict[str, float]:
+    """Lets this one load, and returns what it found."""
+    assert process.stdin and process.stdout
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    return json.loads(next(line for line in process.stdout if line.startswith(b"{")))  # behind what Gloo says
+
+
+def load(folder: Path, count: int) -> None:
     with processes.joined_job(count > 1):
         mesh = sharding.make_mesh(MeshConfig(fsdp=count))
-        for turn in range(count):
-            if turn == jax.process_index():
-                found = measured(folder, mesh)
-            processes.wait_for_all(f"part {turn} was loaded")
-    return found
+        input()  # until it is this process's turn
+        print(json.dumps(measured(folder, mesh)), flush=True)
 
 
 def measured(folder: Path, mesh: Mesh) -> dict[str, float]:
