@@ -3,9 +3,10 @@
     python benchmarks/loading.py [--layers=32] [--processes=4]
 
 The model has Llama 3.1 8B's widths and the given number of layers, in bfloat16, in four files of zeros that take no
-room on the disk. The processes are one job over loopback, each with one device, the weights shared by `fsdp`. For each:
-the bytes that its device holds; the most anonymous memory it had above what it began with, in samples 10 ms apart; and
-the file's pages that it had mapped, which the system takes back when it needs them.
+room on the disk. The processes are one job over loopback, each with one device, the weights shared by `fsdp`. They
+load one after another, so that this machine needs room for one host's part and not for the model. For each: the bytes
+that its device holds; the most anonymous memory it had above what it began with, in samples 10 ms apart; and the file's
+pages that it had mapped, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cartridges_jax import plan, processes, sharding
 from cartridges_jax.models.config import ModelConfig
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
-        print(json.dumps(load(Path(args.load), args.processes)))
+        load(Path(args.load), args.processes)
     elif args.compile:
         print(json.dumps(compile_once()))
     else:
@@ -66,17 +68,21 @@ def report(folder: Path, layers: int, count: int) -> None:
         subprocess.Popen(
             command,
             env=environment | {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         for i in range(count)
     ]
     for i, process in enumerate(job):
-        found = json.loads(process.communicate()[0].splitlines()[-1])  # behind what Gloo says
+        found = in_turn(process)
         print(
             f"process {i}: holds {found['held'] / GB:.2f} GB ({found['held'] / size:.1%}), at most "
             f"{found['anonymous'] / GB:.2f} GB above its start, {found['mapped'] / GB:.2f} GB of files mapped, "
-            f"{found['seconds']:.0f} s"
+            f"{found['seconds']:.0f} s",
+            flush=True,
         )
+    for process in job:
+        process.wait()
     cache = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     for start in ("first", "second"):
         done = subprocess.run([sys.executable, __file__, "--compile"], env=cache, stdout=subprocess.PIPE, check=True)
@@ -117,27 +123,39 @@ def write_zeros(folder: Path, layers: int) -> int:
     return total
 
 
-def load(folder: Path, count: int) -> dict[str, float]:
+def in_turn(process: subprocess.Popen[bytes]) -> dict[str, float]:
+    """Lets this one load, and returns what it found."""
+    assert process.stdin and process.stdout
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    return json.loads(next(line for line in process.stdout if line.startswith(b"{")))  # behind what Gloo says
+
+
+def load(folder: Path, count: int) -> None:
     with processes.joined_job(count > 1):
         mesh = sharding.make_mesh(MeshConfig(fsdp=count))
-        before, most = resident(), {"RssAnon": 0, "RssFile": 0}
-        done = threading.Event()
+        input()  # until it is this process's turn
+        print(json.dumps(measured(folder, mesh)), flush=True)
 
-        def watch() -> None:
-            while not done.wait(0.01):
-                for name, size in resident().items():
-                    most[name] = max(most[name], size - before[name])
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.monotonic()
-        params = jax.block_until_ready(load_hf(folder, jnp.bfloat16, mesh)[1])
-        seconds = time.monotonic() - start
-        done.set()
-        watcher.join()
-        held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
-        processes.wait_for_all("all are loaded")
-        return {"held": held, "anonymous": most["RssAnon"], "mapped": most["RssFile"], "seconds": seconds}
+def measured(folder: Path, mesh: Mesh) -> dict[str, float]:
+    before, most = resident(), {"RssAnon": 0, "RssFile": 0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            for name, size in resident().items():
+                most[name] = max(most[name], size - before[name])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.monotonic()
+    params = jax.block_until_ready(load_hf(folder, jnp.bfloat16, mesh)[1])
+    seconds = time.monotonic() - start
+    done.set()
+    watcher.join()
+    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+    return {"held": held, "anonymous": most["RssAnon"], "mapped": most["RssFile"], "seconds": seconds}
 
 
 def resident() -> dict[str, int]:

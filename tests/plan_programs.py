@@ -43,7 +43,7 @@ def main(topology: str, cases: list[list[int]]) -> None:
         mesh = sharding.make_mesh(MeshConfig(data, fsdp, tensor), devices[: data * fsdp * tensor])
         program = train_program(config, model(layers), mesh, 10)
         found = {name: getattr(program, name) for name in ("arguments", "activations", "peak")}
-        found |= {"mesh": [data, fsdp, tensor], "layers": layers, "xla_flops": single}
+        found |= {"mesh": [data, fsdp, tensor], "layers": layers, "dtype": config.dtype, "xla_flops": single}
         found["collectives"] = {kind: each.num_bytes for kind, each in program.collectives.items()}
         found["kernels"] = Counter(re.findall(r'custom_call_target="([^"]+)"', program.text))
         print(json.dumps(found), flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cartridges_jax.planning.hlo import Traffic, traffic
+from cartridges_jax.planning.hlo import Traffic, exposed, traffic
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
 
@@ -54,3 +54,15 @@ def test_a_loop_that_says_its_length_in_its_condition_only():
     assert traffic(program, unknown_trips=2)["all-reduce"].count == 7 * 5 + 1
     depends = program.replace("constant(7)", "get-tuple-element(%p), index=1")
     assert traffic(depends, unknown_trips=2)["all-reduce"].count == 2 * 5 + 1
+
+
+def test_what_has_a_product_beside_it_is_not_exposed():
+    alone = {"all-gather": 5 * 8 * 4 * 4, "all-reduce": 2 * 5 * 8 * 4 * 2 + 16}
+    assert exposed(PROGRAM, unknown_trips=2) == alone
+    done = "  %done = f32[8,4]{1,0} all-gather-done(%gather)"
+    product = "%product (a: f32[4,4]) -> f32[4,4] {\n  ROOT %dot.1 = f32[4,4] dot(%a, %a)\n}\n\n"
+    fusion = "  %fusion.1 = f32[4,4]{1,0} fusion(%a), kind=kCustom, calls=%product, metadata={}\n"
+    program = PROGRAM.replace("%inner (p", product + "%inner (p")
+    assert exposed(program.replace(done, fusion + done), unknown_trips=2) == alone | {"all-gather": 0}
+    assert exposed(program.replace(done, done + "\n" + fusion), unknown_trips=2) == alone
+    assert traffic(program.replace(done, fusion + done)) == traffic(PROGRAM)

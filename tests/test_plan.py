@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import plan_programs
 import pytest
 
@@ -60,7 +59,15 @@ def compiled() -> list[dict[str, Any]]:
 
 def case(found: dict[str, Any]) -> tuple[TrainConfig, ModelConfig, tuple[int, int, int]]:
     data, fsdp, tensor = found["mesh"]
-    return plan_programs.CONFIG, plan_programs.model(found["layers"]), (data, fsdp, tensor)
+    config = dataclasses.replace(plan_programs.CONFIG, dtype=found["dtype"])
+    return config, plan_programs.model(found["layers"]), (data, fsdp, tensor)
+
+
+def agree(found: dict[str, Any], expected: dict[str, float]) -> None:
+    for kind in ("all-gather", "all-reduce"):
+        difference = found["collectives"].get(kind, 0) - expected[kind]
+        assert 0 <= difference <= NUMBERS, (found["mesh"], found["layers"], kind, difference)
+    assert set(found["collectives"]) <= {"all-gather", "all-reduce"}
 
 
 def test_what_a_device_holds_is_its_share(compiled: list[dict[str, Any]]):
@@ -82,11 +89,11 @@ def test_what_a_device_holds_is_its_share(compiled: list[dict[str, Any]]):
 def test_collectives_are_those_that_the_design_implies(compiled: list[dict[str, Any]]):
     """The same sums by hand rank the plans of a sweep."""
     for found in compiled:
-        expected = expected_traffic(*case(found))
-        for kind in ("all-gather", "all-reduce"):
-            difference = found["collectives"].get(kind, 0) - expected[kind]
-            assert 0 <= difference <= NUMBERS, (found["mesh"], found["layers"], kind, difference)
-        assert set(found["collectives"]) <= {"all-gather", "all-reduce"}
+        config, model, mesh = case(found)
+        expected = expected_traffic(config, model, mesh)
+        # here embedding and head are gathered before the loop over micro-batches
+        expected["all-gather"] -= (config.accumulation - 1) * 2 * model.vocab_size * model.embed_dim * 4 / mesh[2]
+        agree(found, expected)
 
 
 def test_bytes_and_flops_are_linear_in_layers(compiled: list[dict[str, Any]]):
@@ -134,6 +141,7 @@ def test_a_shape_may_come_from_a_config_json(tmp_path: Path):
 @pytest.mark.parametrize(
     ("topology", "name", "sides"),
     [
+        ("v4-32", "v4", (2, 2, 4)),
         ("v5p-8", "v5p", (2, 2, 1)),
         ("v5p-64", "v5p", (2, 4, 4)),
         ("v5p-128", "v5p", (4, 4, 4)),
@@ -152,7 +160,7 @@ def test_names_of_slices(topology: str, name: str, sides: tuple[int, ...]):
     ("topology", "said"),
     [
         ("v5p", "expected v5p-64 or another slice's name"),
-        ("b9000:8", "chips are v5e, v5p"),
+        ("b9000:8", "chips are v4, v5e, v5p"),
         ("v5p-96", "which has 48 chips: give its torus, as in v5p:4x4x12"),
         ("v5e:2x2x2", "the sides of a v5e are 2 numbers"),
         ("tpu7x-16", "the sides of a tpu7x are 3 numbers"),
@@ -260,7 +268,8 @@ def test_costs_fall_with_devices_and_rise_with_work():
     assert received({"all-reduce": Traffic(1, 3), "all-gather": Traffic(1, 5)}) == 11
 
 
-AOT = [("v5e:2x4", (2, 2, 2), "tpu_custom_call"), ("v5p-16", (1, 4, 2), "tpu_custom_call")]
+AOT = [("v4-16", (8, 1, 1), "tpu_custom_call"), ("v5e:2x4", (2, 2, 2), "tpu_custom_call")]
+AOT += [("v5p-16", (1, 4, 2), "tpu_custom_call")]
 AOT += [("h100:8", (2, 2, 2), "__gpu$xla.gpu.triton"), ("a100:8", (1, 8, 1), "__gpu$xla.gpu.triton")]
 
 
@@ -268,13 +277,8 @@ AOT += [("h100:8", (2, 2, 2), "__gpu$xla.gpu.triton"), ("a100:8", (1, 8, 1), "__
 @pytest.mark.parametrize(("topology", "mesh", "kernel"), AOT)
 def test_compilers_without_devices_agree_with_the_sums_by_hand(topology: str, mesh: tuple[int, int, int], kernel: str):
     """That loops are counted as often as they turn, which TPU programs say otherwise than those of CPUs."""
-    done = run([str(PROGRAM), topology, json.dumps([[*mesh, layers] for layers in (2, 3, 4)])])
+    done = run([str(PROGRAM), topology, json.dumps([[*mesh, 3]])])
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    for one in found:
-        assert one["kernels"][kernel] > 0
-        expected = expected_traffic(*case(one))
-        total = sum(one["collectives"].values())
-        assert total == pytest.approx(sum(expected.values()), rel=0.02), (one, expected)
-    sizes = [sum(one["collectives"].values()) for one in found]
-    np.testing.assert_allclose(np.diff(sizes, 2), 0, atol=NUMBERS)
+    found = json.loads(done.stdout)
+    assert found["kernels"][kernel] > 0
+    agree(found, expected_traffic(*case(found)))

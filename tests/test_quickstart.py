@@ -1,12 +1,14 @@
-"""The whole way, from a document to a report, as a user runs it: real processes, a tiny random model."""
+"""The whole way, from a document to a report, as a user or the notebook runs it: real processes, a tiny model."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,7 +16,7 @@ import tiny
 ROOT = Path(__file__).parents[1]
 
 
-def _quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _overrides() -> list[str]:
     model = tiny.folder()
     settings = {
         "num_held_out": 4,
@@ -25,12 +27,35 @@ def _quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
         "train.model": model,
         "train.init.num_slots": 64,
     }
-    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "cartridges_jax.quickstart", f"--runs={folder / 'runs'}", *overrides, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    return [f"--config.{key}={value}" for key, value in settings.items()]
 
 
-def test_from_a_document_without_questions_to_a_report_and_again(tmp_path: Path):
+def _quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cartridges_jax.quickstart", f"--runs={folder / 'runs'}"]
+    return subprocess.run(
+        [*command, *_overrides(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def _code_cells() -> list[dict[str, Any]]:
+    notebook = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def _notebook(folder: Path, document: Path) -> subprocess.CompletedProcess[str]:
+    """Its cells, first to last, in a folder that has what a clone has; plain Python, which needs no Jupyter."""
+    for name in ("configs", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    cells = "\n".join("".join(cell["source"]) for cell in _code_cells())
+    environment = os.environ | {"DOCUMENT": str(document), "OVERRIDES": " ".join(_overrides())}
+    return subprocess.run(
+        [sys.executable, "-c", cells], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_from_a_document_without_questions_to_a_report_and_again_in_the_notebook(tmp_path: Path):
+    """The notebook runs the same command: what that has made is there, and the last cell chats with it."""
     document = tmp_path / "animals.txt"
     document.write_text(tiny.TEXT[:800], encoding="utf-8")
     first = _quickstart(tmp_path, f"--document={document}")
@@ -46,11 +71,19 @@ def test_from_a_document_without_questions_to_a_report_and_again(tmp_path: Path)
 
     begun = time.monotonic()
     cartridge = (directory / "train" / "cartridge.safetensors").read_bytes()
-    second = _quickstart(tmp_path, f"--document={document}")
+    second = _notebook(tmp_path, document)
     assert second.returncode == 0, second.stderr
-    assert second.stdout.strip().splitlines()[-1] == last
+    table = [line for line in first.stdout.splitlines() if line.startswith("|")]
+    assert len(table) >= len(conditions) and all(line in second.stdout for line in table)
+    assert f"run directory: runs/{directory.name} " in second.stdout
     assert (directory / "train" / "cartridge.safetensors").read_bytes() == cartridge
     assert "server" not in second.stderr and time.monotonic() - begun < 60
+
+
+def test_the_notebook_keeps_no_output_and_every_cell_is_python():
+    for cell in _code_cells():
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        compile("".join(cell["source"]), "cell", "exec")
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,14 @@ AMPERE = "core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 l2_cache_size: 
 AMPERE += "shared_memory_per_block_optin: 166912 shared_memory_per_core: 167936 "
 AMPERE += "cuda_compute_capability { major: 8 minor: 0 }"
 
-# A TPU's `ring` is its interconnect in both directions over its ports (four in a plane, six in a cube): an axis has two
-# ports, and each receives half of the time's sum. A GPU's is half of NVLink's two directions. The two cores of a tpu7x
-# chip are two devices, with half of the chip each; those of v5p are one.
+# Memory and bandwidths as their makers' pages state them, FLOPs without sparsity. A TPU's `ring` is its interconnect in
+# both directions over its ports (four in a plane, six in a cube): an axis has two ports, and each receives half of the
+# time's sum; v4's is the stated all-reduce bandwidth of a pod, by chip and axis, which for the others is the same. It
+# takes an axis that closes to a ring: slices below 16 a side (v5e, v6e) or 4 (others) have ends, which one port feeds.
+# A GPU's is half of NVLink's two directions. The two cores of a tpu7x chip are two devices, with half of the chip each;
+# those of v4 and v5p are one.
 CHIPS = {
+    "v4": Chip("tpu", 275e12, 32 * GIB, 1200e9, 90e9, f"{CLOUD}/v4", 3, 2),
     "v5e": Chip("tpu", 197e12, 16 * GIB, 819e9, 100e9, f"{CLOUD}/v5e", 2),
     "v5p": Chip("tpu", 459e12, 95 * GIB, 2765e9, 200e9, f"{CLOUD}/v5p", 3, 2),
     "v6e": Chip("tpu", 918e12, 32 * GIB, 1638e9, 200e9, f"{CLOUD}/v6e", 2),
@@ -108,8 +112,10 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
         ) from error
     try:
         if chip.platform == "tpu":
-            host = {} if math.prod(sides) >= 4 else {"chips_per_host_bounds": (*sides, 1)}
-            found = topologies.get_topology_desc(f"{name}:{'x'.join(map(str, sides))}", platform="tpu", **host)
+            options: dict[str, Any] = {} if math.prod(sides) >= 4 else {"chips_per_host_bounds": (*sides, 1)}
+            if chip.cores == 2:
+                options["chip_config_name"] = "megacore"  # two cores as one device, which of a v4 has to be said
+            found = topologies.get_topology_desc(f"{name}:{'x'.join(map(str, sides))}", platform="tpu", **options)
         else:
             found = topologies.get_topology_desc(
                 "", platform="cuda", target_config=gpu_target(name), topology=f"1x1x{sides[0]}"

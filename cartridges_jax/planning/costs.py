@@ -97,14 +97,14 @@ def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
 def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> dict[str, float]:
     """Bytes that a step's collectives put out on a device, but for a few numbers (loss, norm, how many chunks).
 
-    By `collectives.py`: a layer's matrices in the forward and in the backward pass, embedding and head once a step
-    where the loop over micro-batches has them outside; over `tensor`, two sums of a layer's forward pass, one of them
-    again in its backward pass, and two of gradients; the cartridge's gradient.
+    By `collectives.py`: a layer's matrices in the forward and in the backward pass, embedding and head once for each
+    micro-batch (a CPU's compiler, which nobody waits for, moves them out of that loop); over `tensor`, two sums of a
+    layer's forward pass, one of them again in its backward pass, and two of gradients; the cartridge's gradient.
     """
     data, fsdp, tensor = mesh
     width = jnp.dtype(config.dtype).itemsize
     ends = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
-    gathered = config.accumulation * 2 * model.num_layers * model.layer_weights + ends
+    gathered = config.accumulation * (2 * model.num_layers * model.layer_weights + ends)
     positions = config.batch_size // (data * fsdp) * config.seq_len
     chunks = target_chunks(positions) * min(CHUNK, positions)
     sums = positions * (5 * model.num_layers + 1) * model.embed_dim * width

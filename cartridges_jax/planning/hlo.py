@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+LONG = ("custom-call", "dot", "while")  # products and kernels, in fusions too, and loops of them
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 WIDTHS |= {"s64": 8, "u64": 8, "f64": 8}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.$-]+ = (\(.*?\)|\S+) ([\w-]+)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (\(.*?\)|\S+) ([\w-]+)\((?:%?([\w.$-]+)\))?")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CONDITION = re.compile(r"condition=%?([\w.$-]+)")
 _CONSTANT = re.compile(r" [su]\d+\[\]\S* constant\((\d+)\)")
@@ -37,12 +38,50 @@ def traffic(text: str, unknown_trips: int = 1) -> dict[str, Traffic]:
     Args:
       unknown_trips: how often a loop turns whose number of turns depends on the data.
     """
-    programs = dict(_computations(text))
-    entry = next(name for name in programs if name.startswith("ENTRY "))
     totals: collections.Counter[tuple[str, str]] = collections.Counter()
-    _count(programs, entry, 1, unknown_trips, totals)
+    programs, entry = _programs(text)
+    for name, times in _run(programs, entry, 1, unknown_trips):
+        for found in filter(None, map(_INSTRUCTION.match, programs[name])):
+            kind = found[3].removesuffix("-start")
+            if kind in KINDS:
+                totals[kind, "count"] += times
+                totals[kind, "bytes"] += times * _bytes(found[2], kind, started=found[3] != kind)
     kinds = sorted({kind for kind, _ in totals})
     return {kind: Traffic(totals[kind, "count"], totals[kind, "bytes"]) for kind in kinds}
+
+
+def exposed(text: str, unknown_trips: int = 1) -> dict[str, int]:
+    """Bytes by kind, as in `traffic`, of the collectives that a GPU's schedule leaves alone.
+
+    Those are they between whose start and end stands no product, no kernel and no loop.
+    """
+    totals: collections.Counter[str] = collections.Counter()
+    programs, entry = _programs(text)
+    for name, times in _run(programs, entry, 1, unknown_trips):
+        under_way: dict[str, tuple[str, int]] = {}
+        for line in programs[name]:
+            found = _INSTRUCTION.match(line)
+            if found is None:
+                continue
+            kind = found[3].removesuffix("-start")
+            if kind in KINDS:
+                size = times * _bytes(found[2], kind, started=found[3] != kind)
+                totals[kind] += size
+                if found[3] != kind:
+                    under_way[found[1]] = kind, size
+            elif found[3].endswith("-done"):
+                under_way.pop(found[4], None)
+            elif _is_long(programs, line, found[3]):
+                for kind, size in under_way.values():
+                    totals[kind] -= size
+                under_way.clear()
+    return dict(totals)
+
+
+def _programs(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation, and which of them is the program's entry."""
+    programs = dict(_computations(text))
+    return programs, next(name for name in programs if name.startswith("ENTRY "))
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -57,23 +96,29 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
-def _count(
-    programs: dict[str, list[str]], name: str, times: int, unknown: int, totals: collections.Counter[tuple[str, str]]
-) -> None:
-    for line in programs.get(name, ()):
+def _run(programs: dict[str, list[str]], name: str, times: int, unknown: int) -> Iterator[tuple[str, int]]:
+    """A computation and those that it calls, each with how often it runs for that."""
+    if name not in programs:
+        return
+    yield name, times
+    for line in programs[name]:
         found = _INSTRUCTION.match(line)
-        if found is None:
+        if found is None or found[3].removesuffix("-start") in KINDS:
             continue
-        shape, operation = found[1], found[2]
-        kind = operation.removesuffix("-start")
-        if kind in KINDS:
-            totals[kind, "count"] += times
-            totals[kind, "bytes"] += times * _bytes(shape, kind, started=operation != kind)
-            continue
-        trips = _trips(programs, line, unknown) if operation == "while" else 1
-        for called in _CALLED.findall(line):
-            for part in called.split(","):
-                _count(programs, part.strip().removeprefix("%"), times * trips, unknown, totals)
+        trips = _trips(programs, line, unknown) if found[3] == "while" else 1
+        for called in _called(line):
+            yield from _run(programs, called, times * trips, unknown)
+
+
+def _called(line: str) -> list[str]:
+    return [part.strip().removeprefix("%") for found in _CALLED.findall(line) for part in found.split(",")]
+
+
+def _is_long(programs: dict[str, list[str]], line: str, operation: str) -> bool:
+    if operation != "fusion":
+        return operation in LONG
+    inside = [_INSTRUCTION.match(inner) for called in _called(line) for inner in programs.get(called, ())]
+    return any(found is not None and found[3] in LONG for found in inside)
 
 
 def _trips(programs: dict[str, list[str]], loop: str, unknown: int) -> int:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.kernels.prefix_attention.shapes import MODELS, Shape
+from cartridges_jax.planning.chips import devices_of
 
 pytestmark = pytest.mark.aot
 
-H100 = (Path(__file__).parent / "h100.txtpb").read_text()
-TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x2"}
+DEVICES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x2", "h100": "h100:8"}
 KERNEL = {"tpu": "tpu_custom_call", "gpu": "__gpu$xla.gpu.triton"}
 BATCH, HEADS = ("data", "fsdp"), "tensor"
 SPECS = {"q": P(BATCH, None, HEADS), "k": P(BATCH, None, HEADS), "v": P(BATCH, None, HEADS)}
@@ -30,11 +28,7 @@ SPECS |= {"prefix_k": P(None, HEADS), "prefix_v": P(None, HEADS), "bias": P(None
 
 def mesh(device: str) -> Mesh:
     """2 x 2 x 2 of them."""
-    if device == "h100":
-        topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x8")
-    else:
-        topology = topologies.get_topology_desc(TPUS[device], platform="tpu")
-    devices = np.array(topology.devices)[:8].reshape(2, 2, 2)
+    devices = np.array(devices_of(DEVICES[device])[1])[:8].reshape(2, 2, 2)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
@@ -77,7 +71,7 @@ def check(program: Any, platform: str, shape: Shape, kernels: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b"])
-@pytest.mark.parametrize("device", [*TPUS, "h100"])
+@pytest.mark.parametrize("device", list(DEVICES))
 def test_both_passes_compile_on_eight_devices(device: str, name: str) -> None:
     """Head sizes 64 and 128 at lengths of training; that includes that blocks fit VMEM, or shared memory."""
     program = compiled(device, MODELS[name], jnp.bfloat16)
