@@ -69,8 +69,6 @@ DECODER = {  # weights as `serving.decoder` has them, output features first; all
 PAGES = P(None, "tensor")  # pages k …: of serving; a device has the kv heads that its query heads read
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
 BATCH = P(None, ROWS)  # accumulation b …
-CACHES = P(None, ROWS, "tensor")  # l r k s h, of requests that are decoded; the slots that they share lie like SLOTS
-SLOTS = P(None, None, "tensor")  # l c k p, with h for keys and values
 LOGITS = P(None, None, "tensor")  # b t v: of small inputs, which every device has
 
 

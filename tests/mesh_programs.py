@@ -23,7 +23,7 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params, init_params
 from cartridges_jax.serving.cache import Prefix
-from cartridges_jax.serving.engine import Engine, _decode
+from cartridges_jax.serving.engine import Engine, decode_step
 from cartridges_jax.serving.generate import run
 from cartridges_jax.serving.scheduler import Place, Request, Scheduler, SlotInput, Token
 from cartridges_jax.sharding import MeshConfig
@@ -118,7 +118,7 @@ def served(config: ModelConfig, shape: tuple[int, int, int], text: Path | None =
         batch = engine._batch([SlotInput(0, 1, 0, Place([0], 0), 0.0, 1.0, 0, 0, 0)] * 3)
         options = {"config": config, "mesh": mesh, "num_top": 5}
         text.write_text(
-            _decode.lower(engine._weights, engine._cache, engine._last, *batch, **options).compile().as_text()
+            decode_step.lower(engine._weights, engine._cache, engine._last, *batch, **options).compile().as_text()
         )
     return {
         "tokens": np.array([sampled.token for sampled in found]),

@@ -197,17 +197,19 @@ def test_the_step_of_decoding_is_planned():
     done = plan("--topology=cpu:4", "--what=decode", "--requests=8", "--length=256")
     assert done.returncode == 0, done.stderr
     model = shape_of("smollm2-135m")
-    caches = 2 * model.num_layers * 2 * 256 * model.num_kv_heads * model.head_dim * 4
-    assert (
-        f"caches       {caches / 2**30:10.3f} GiB" in done.stdout and "tokens/s for 8 requests at once" in done.stdout
-    )
+    # four engines, two requests each; every position has a log-weight beside its key and value
+    caches = model.num_layers * 2 * 256 * model.num_kv_heads * (2 * model.head_dim + 1) * 4
+    weights = sum(a.size for a in jax.tree.leaves(abstract_params(model))) * 4
+    for name, size in (("weights", weights), ("caches", caches)):
+        assert f"{name:<13}{size / 2**30:10.3f} GiB" in done.stdout
+    assert "tokens/s for 8 requests at once" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--topology=cpu:8"], "config.batch_size is 4, which 8 devices"),
-        (["--topology=cpu:4", "--what=decode", "--requests=6"], "--requests is 6, which 4 devices"),
+        (["--topology=cpu:4", "--what=decode", "--requests=6"], "--requests is 6, which 4 engines"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(arguments: list[str], said: str):

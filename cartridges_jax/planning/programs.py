@@ -13,25 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
 
-from cartridges_jax import collectives, sharding
+from cartridges_jax import sharding
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
+from cartridges_jax.kernels.prefix_decode_attention import Plan, Reading, own_at_once
 from cartridges_jax.losses import CHUNK, Batch
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import (
-    Params,
-    abstract_params,
-    block_of,
-    embedded,
-    head_weights,
-    project,
-    rms_norm,
-    rope_tables,
-)
+from cartridges_jax.models.transformer import Params, abstract_params
 from cartridges_jax.optim import optimizer
 from cartridges_jax.planning.hlo import Traffic, traffic
+from cartridges_jax.serving.decoder import rearranged, specs
+from cartridges_jax.serving.engine import PAGE_SIZE, Step, decode_step, new_pages
+from cartridges_jax.serving.sampling import Sampling
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.train import TrainConfig
 
@@ -114,99 +107,59 @@ def target_chunks(positions: int) -> int:
 
 
 def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests: Requests) -> Program:
-    """A step of decoding: one token of every request, which reads its cartridge and its own cache.
+    """A step of a server's engine: a token of every request, which reads its cartridge's pages and its own.
 
-    The step is the planner's own and plainer than a server's: it gives logits and samples nothing, its caches are as
-    long as each request is, and requests use the cartridges evenly. An engine that runs on a mesh can take its place.
+    The devices of `tensor` are one engine, and there are `data` times `fsdp` of them, which share the requests.
 
     Raises:
       ValueError, DoesNotFit: as `train_program`.
     """
     sharding.check(model, mesh)
-    shares = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-    if requests.count % shares:
+    engines = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+    if requests.count % engines:
         raise ValueError(
-            f"--requests is {requests.count}, which {shares} devices (data times fsdp of the mesh) cannot share "
+            f"--requests is {requests.count}, which {engines} engines (data times fsdp of the mesh) cannot share "
             "evenly: choose a multiple"
         )
-    dtype = jnp.dtype(config.dtype)
-    heads = model.num_layers, model.num_kv_heads, model.head_dim
-    cache = jax.ShapeDtypeStruct((heads[0], requests.count, heads[1], requests.length, heads[2]), dtype)
-    slots = jax.ShapeDtypeStruct((heads[0], requests.cartridges, heads[1], config.init.num_slots, heads[2]), dtype)
-    bias = jax.ShapeDtypeStruct(slots.shape[:4], jnp.float32)
-    per_request = jax.ShapeDtypeStruct((2, requests.count), jnp.int32)
-    members = jax.ShapeDtypeStruct((requests.cartridges, requests.count), jnp.int32)
-    given = {
-        "caches": sharding.abstract((cache, cache), sharding.CACHES, mesh),
-        "weights": sharding.abstract(_weights(model, config.dtype), sharding.WEIGHTS, mesh),
-        "cartridge": sharding.abstract((slots, slots, bias), sharding.SLOTS, mesh),
-        "requests": sharding.abstract((per_request, members), sharding.BATCH, mesh),
-    }
-    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, given)
-    step = sharding.on_mesh(
-        functools.partial(_decode_step, model=model),
-        mesh,
-        tuple(specs[name] for name in given),
-        (specs["caches"], P(sharding.ROWS, "tensor")),
-    )
+    b, mesh = requests.count // engines, Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
+    shared = min(requests.cartridges, b) * math.ceil(config.init.num_slots / PAGE_SIZE)
+    at_once = own_at_once(b)
+    own = math.ceil(b * math.ceil(requests.length / PAGE_SIZE) / at_once) * at_once
+
+    def abstract(tree: Any, specs: Any) -> Any:
+        placements = sharding.shardings(specs, mesh)
+        return jax.tree.map(lambda s, a: jax.tree.map(lambda a: _abstract(a, s), a), placements, tree)
+
+    def pages(count: int) -> Any:
+        return abstract(new_pages.eval_shape(model, count, jnp.dtype(config.dtype), mesh), sharding.PAGES)
+
+    given = sharding.abstract(_weights(model, config.dtype), sharding.WEIGHTS, mesh)
+    weights = jax.eval_shape(functools.partial(rearranged, config=model, mesh=mesh), given)
+    weights = abstract(weights, specs(weights))
+    asked = abstract(_decode_inputs(b, shared, own), P())
     with _compiling_for(mesh):
-        lowered = jax.jit(step, donate_argnums=0).lower(*given.values())
-    return _compiled(lowered, given, mesh, 1)
+        lowered = decode_step.lower(weights, pages(shared + own), *asked, config=model, mesh=mesh, num_top=TOP_K)
+    held = {"weights": weights, "cartridge": pages(shared), "caches": pages(own), "requests": asked}
+    return _compiled(lowered, held, mesh, 1)
 
 
-def _decode_step(
-    caches: tuple[Array, Array],  # l r k s h
-    params: Params,
-    shared: tuple[Array, Array, Array],  # l c k p, with h for keys and values
-    requests: tuple[Array, Array],  # token and length of each, and the requests of each cartridge
-    *,
-    model: ModelConfig,
-) -> tuple[tuple[Array, Array], Array]:
-    (tokens_r, lengths_r), members_ce = requests
-    rope = rope_tables(shared[0].shape[3] + lengths_r[:, None], model)
+def _decode_inputs(b: int, shared: int, own: int) -> tuple[Any, ...]:
+    """What a step is told, as shapes: the last tokens, slots, where the tokens are and what they see, and wishes."""
 
-    def layer(carry: Any, scanned: Any) -> tuple[Any, None]:
-        x_r1d, keys_lrksh, values_lrksh = carry
-        i, layer_params, slots = scanned
+    def of(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            where = i, jnp.arange(k.shape[0]), slice(None), lengths_r
-            # the cache is carried and written in place: as a scan's outputs it would exist twice
-            keys, values = keys_lrksh.at[where].set(k[:, 0]), values_lrksh.at[where].set(v[:, 0])
-            own = collectives.own_heads((keys[i], values[i]), model, axis=1)
-            slots_here = collectives.own_heads(slots, model, axis=1)
-            return _attention(q[:, 0], *own, lengths_r, slots_here, members_ce)[:, None], (keys, values)
+    def reading(count: int) -> Reading:
+        return Reading(*[of(np.int32, count)] * 3, of(np.int32))
 
-        x_r1d, written = block_of(model, layer_params)(x_r1d, rope, attend)
-        return (x_r1d, *written), None
-
-    layers = jnp.arange(model.num_layers), params["blocks"], shared
-    (x_r1d, *written), _ = jax.lax.scan(layer, (embedded(params, tokens_r[:, None]), *caches), layers)
-    hidden_rd = rms_norm(x_r1d[:, 0], params["final_norm"], model.norm_eps)
-    return tuple(written), project("rd,vd->rv", hidden_rd.astype(jnp.float32), head_weights(params))
+    ids_b, ids_b1 = of(np.int32, b), of(np.int32, b, 1)
+    plan = Plan(reading(shared), of(np.bool_, shared, b), reading(own), of(np.int32, own))
+    wishes = Sampling(of(np.float32, b), of(np.float32, b), ids_b, ids_b, ids_b, ids_b)
+    return ids_b, ids_b, Step(ids_b1, ids_b1, ids_b1, ids_b1, plan), wishes
 
 
-def _attention(
-    q: Float[Array, "r n h"],
-    keys: Float[Array, "r k s h"],
-    values: Float[Array, "r k s h"],
-    lengths: Int[Array, " r"],
-    slots: tuple[Array, Array, Array],  # c k p, with h for keys and values
-    members: Int[Array, "c e"],
-) -> Float[Array, "r n h"]:
-    """One softmax over a request's cartridge, whose slots meet all its requests in one product, and its own cache."""
-    (r, n, h), (_, k, s, _) = q.shape, keys.shape
-    slot_keys, slot_values, bias_ckp = slots
-    q_rkgh = (q * h**-0.5).reshape(r, k, n // k, h)
-    of_groups = jnp.einsum("cekgh,ckph->cekgp", q_rkgh[members], slot_keys, preferred_element_type=jnp.float32)
-    shared_rkgp = jnp.full((r, *of_groups.shape[2:]), MASKED).at[members].set(of_groups + bias_ckp[:, None, :, None])
-    own_rkgs = jnp.einsum("rkgh,rksh->rkgs", q_rkgh, keys, preferred_element_type=jnp.float32)
-    own_rkgs = jnp.where((jnp.arange(s) <= lengths[:, None])[:, None, None], own_rkgs, MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([shared_rkgp, own_rkgs], -1)).astype(values.dtype)
-    shared_rkgp, own_rkgs = jnp.split(weights, [bias_ckp.shape[2]], -1)
-    of_groups = jnp.einsum("cekgp,ckph->cekgh", shared_rkgp[members], slot_values)
-    o_rkgh = jnp.einsum("rkgs,rksh->rkgh", own_rkgs, values).at[members].add(of_groups)
-    return o_rkgh.reshape(r, n, h).astype(q.dtype)
+def _abstract(a: Any, placement: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement)
 
 
 def _compiling_for(mesh: Mesh) -> Any:

@@ -22,14 +22,14 @@ from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, prefix_d
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, Rope, rms_norm, rope_tables, rotate
 
-Weights = dict[str, Any]  # "embed", "head", "final_norm", and "layers": a dict of arrays for each
+Weights = dict[str, Any]  # "embed", "head" (if it is not tied), "final_norm", and "layers": a dict of arrays for each
 
 
 def rearranged(params: Params, config: ModelConfig, mesh: Mesh) -> Weights:
     """The weights as `forward` takes them, on the mesh's devices; the model's own can be let go of."""
     ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, mesh)
     layers = [_rearranged_layer(params["blocks"], i, config, mesh) for i in range(config.num_layers)]
-    return {"head": ends["embed"], **ends, "layers": layers}
+    return {**ends, "layers": layers}
 
 
 def specs(weights: Weights) -> Weights:
@@ -123,8 +123,9 @@ def _block(
 def logits(weights: Weights, hidden: Float[Array, "d m"]) -> Float[Array, "m v"]:
     """In float32."""
     # turned round first: asked to do it in one, XLA multiplies in an order that is ten times slower on a CPU
-    hidden_md = jax.lax.optimization_barrier(hidden.astype(weights["head"].dtype).T)
-    logits_mv = jnp.einsum("md,vd->mv", hidden_md, weights["head"], preferred_element_type=jnp.float32)
+    head_vd = weights.get("head", weights["embed"])
+    hidden_md = jax.lax.optimization_barrier(hidden.astype(head_vd.dtype).T)
+    logits_mv = jnp.einsum("md,vd->mv", hidden_md, head_vd, preferred_element_type=jnp.float32)
     return collectives.whole_vocabulary(logits_mv)
 
 

@@ -87,7 +87,7 @@ class Engine:
         sharding.check(model.config, self._mesh)
         self._weights = decoder.rearranged(model.params, model.config, self._mesh)
         all_pages = self.num_pages + self._pages_each  # scoring has pages of its own
-        self._cache = _new_cache(model.config, all_pages, self._weights["embed"].dtype, self._mesh)
+        self._cache = new_pages(model.config, all_pages, self._weights["embed"].dtype, self._mesh)
         self._nowhere = (all_pages, 0)  # a write to a page that does not exist is dropped
         self._last = jnp.zeros(num_slots, jnp.int32)  # what was sampled last for each slot
 
@@ -132,7 +132,7 @@ class Engine:
         return slots, step, _wishes(inputs, padding)
 
     def _run(self, slots: np.ndarray, step: Step, sampling: Sampling) -> Any:
-        self._cache, self._last, sampled = _decode(
+        self._cache, self._last, sampled = decode_step(
             self._weights,
             self._cache,
             self._last,
@@ -258,7 +258,7 @@ def _wishes(inputs: Sequence[SlotInput], padding: int) -> Sampling:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _new_cache(config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh) -> list[Pages]:
+def new_pages(config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh) -> list[Pages]:
     def local() -> list[Pages]:
         k = collectives.own_kv_heads(config)
         return [
@@ -320,7 +320,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top"), donate_argnums=(1, 2))
-def _decode(
+def decode_step(
     weights: decoder.Weights,
     cache: list[Pages],
     last: Int[Array, " slots"],

@@ -17,7 +17,7 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.planning.chips import devices_of
 from cartridges_jax.planning.hlo import traffic
 from cartridges_jax.serving import decoder
-from cartridges_jax.serving.engine import Engine, _decode
+from cartridges_jax.serving.engine import Engine, decode_step
 from cartridges_jax.serving.scheduler import Place, SlotInput
 from cartridges_jax.sharding import MeshConfig
 
@@ -37,7 +37,7 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
 
     weights = jax.tree.map(abstract, engine._weights, decoder.specs(engine._weights))
     given = abstract(engine._cache, sharding.PAGES), *abstract((engine._last, *batch), P())
-    compiled = _decode.lower(weights, *given, config=config, mesh=mesh, num_top=5).compile()
+    compiled = decode_step.lower(weights, *given, config=config, mesh=mesh, num_top=5).compile()
     found = traffic(compiled.as_text())
     assert found["all-reduce"].count == 2 * config.num_layers + 1
     assert found["all-gather"].num_bytes == rows * config.vocab_size * 4
