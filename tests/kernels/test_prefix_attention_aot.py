@@ -19,7 +19,14 @@ from cartridges_jax.planning.chips import devices_of
 
 pytestmark = pytest.mark.aot
 
-DEVICES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x2", "h100": "h100:8"}
+DEVICES = {
+    "v4": "v4:2x2x2",
+    "v5e": "v5e:2x4",
+    "v5p": "v5p:2x2x2",
+    "v6e": "v6e:2x4",
+    "tpu7x": "tpu7x:2x2x2",
+    "h100": "h100:8",
+}
 KERNEL = {"tpu": "tpu_custom_call", "gpu": "__gpu$xla.gpu.triton"}
 BATCH, HEADS = ("data", "fsdp"), "tensor"
 SPECS = {"q": P(BATCH, None, HEADS), "k": P(BATCH, None, HEADS), "v": P(BATCH, None, HEADS)}
