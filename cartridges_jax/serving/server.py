@@ -191,7 +191,7 @@ class Server:
         return web.Response(text=self._metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, _: web.Request) -> web.Response:
-        # The model alone: Tokasaurus' clients insist on exactly one. What names there are beside it, /v1/cartridges says.
+        # The model alone: Tokasaurus' clients insist on exactly one, and /v1/cartridges lists the others.
         return web.json_response({"object": "list", "data": [self._model_entry(self._model)]})
 
     async def _one_model(self, request: web.Request) -> web.Response:

@@ -73,7 +73,8 @@ found = []
 jax.monitoring.register_event_listener(lambda name, **_: found.append(name.rpartition("/")[2]))
 keep_programs()
 for _ in range(2):
-    jax.jit(lambda x: jax.lax.fori_loop(0, 9, lambda _, y: jax.numpy.sort(y) @ y + jax.numpy.sin(y), x))(jax.numpy.ones((9, 9)))
+    step = lambda _, y: jax.numpy.sort(y) @ y + jax.numpy.sin(y)
+    jax.jit(lambda x: jax.lax.fori_loop(0, 9, step, x)).lower(jax.ShapeDtypeStruct((9, 9), "float32")).compile()
     jax.clear_caches()
 print(json.dumps([found.count("cache_hits"), jax.config.jax_compilation_cache_dir]))
 """
