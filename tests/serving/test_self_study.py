@@ -70,6 +70,5 @@ def test_a_document_becomes_conversations(tmp_path: Path, monkeypatch: pytest.Mo
     chunks = {one.system_prompt: len(model.tokenizer.encode(one.system_prompt)) for one in made}
     assert len(chunks) == CONVERSATIONS // PER_CHUNK
     # the questions and answers about a chunk share it: it is computed once, or twice by two that came at the same time
-    print(told, chunks)
     assert (2 * PER_CHUNK - 2) * sum(chunks.values()) < told["cached_tokens_total"] < told["prompt_tokens_total"]
     assert told["answers_live"] == 0

@@ -131,7 +131,7 @@ async function watchStart() {
   $("starting").hidden = status !== "starting";
   if (status !== "starting") return;
   $("starting").textContent = `The server is starting: ${compiled} of ${programs} programs are compiled`
-    + `${left === null ? "" : `, about ${seconds(left)} left`}. What you ask is answered then.`;
+    + `${left === null ? "" : `, about ${Math.ceil(left)} s left`}. What you ask is answered then.`;
   setTimeout(watchStart, 1000);
 }
 
