@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def test_stopping_frees_the_slot_and_keeps_what_was_said(
 
 def test_a_server_that_starts_says_so(serve_page: Callable[..., str], open_page: Callable[..., Page]):
     gates = [threading.Event(), threading.Event()]
-    page = open_page(serve_page(programs=[gate.wait for gate in gates]), quiet=False)  # 503s, which the console tells
+    page = open_page(
+        serve_page(programs=[partial(gate.wait, 20) for gate in gates]), quiet=False
+    )  # 503s, which the console tells
     starting = page.locator("#starting")
     expect(starting).to_have_text(
         "The server is starting: 0 of 2 programs are compiled. What you ask is answered then."

@@ -399,6 +399,7 @@ def test_cartridges_by_body_and_by_model(folder):
         ({"cartridges": [{"id": "none"}]}, 404, "cartridges", "does not exist"),
         ({"cartridges": [{"id": "manual", "source": "wandb"}]}, 400, "cartridges", "switched off"),
         ({"cartridges": [{"id": "manual", "source": "ftp"}]}, 400, "cartridges[0].source", "one of local, huggingface"),
+        ({"cartridges": [{"id": "manual", "source": {}}]}, 400, "cartridges[0].source", "one of local, huggingface"),
         ({"cartridges": [{"id": "manual"}, {"id": "manual"}]}, 400, "cartridges", "not all different"),
         ({"cartridges": [{"id": "manual"}, {"id": "wrong"}]}, 400, "cartridges", "another model"),
         ({"cartridges": [{"id": "manual"}] * 9}, 400, "cartridges", "at most 8"),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_requests_wait_and_health_says_how_long():
         assert (await waiting)[0] == 200
         assert await client.get("/health") == (200, {"status": "ok"})
 
-    serving(ScriptEngine(SAID), test, programs=[gate.wait for gate in gates])
+    serving(ScriptEngine(SAID), test, programs=[partial(gate.wait, 20) for gate in gates])
 
 
 def test_a_program_that_cannot_be_compiled_is_a_failed_engine():
