@@ -10,8 +10,8 @@ from pathlib import Path
 
 HF, WANDB = "hf:", "wandb:"
 CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adapter_model.*", "config.yaml")
-CARTRIDGE_BYTES, DATASET_BYTES = 20 * 10**9, 200 * 10**9  # that are fetched at most: a wrong name fills no disk
 DATASET_FILES = ("*.parquet", "data/*.parquet", "config.yaml")
+CARTRIDGE_BYTES, DATASET_BYTES = 20 * 10**9, 200 * 10**9  # that are fetched at most: a wrong name fills no disk
 
 
 def fetch(source: str | os.PathLike[str]) -> Path:
