@@ -10,9 +10,9 @@ CONFIG ?=
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # What `make test` leaves out: each of these has a command of its own below.
-OTHER := not parity and not aot and not real_servers and not vllm
+OTHER := not parity and not aot and not real_servers and not vllm and not litellm
 
-.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-aot golden fuzz fuzz-api soak lint
+.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot golden fuzz fuzz-api soak lint
 
 # large pages for large arrays (glibc asks for them only if told), and vectors as wide as the CPU has them: a training
 # step is a fifth faster on AVX-512
@@ -51,6 +51,7 @@ test-slow: install browser
 # torch's CPU build is needed here and nowhere else, hence environments of their own
 PARITY := .venv-parity
 VLLM := .venv-vllm
+LITELLM := .venv-litellm
 
 $(PARITY)/.made: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(PARITY)
@@ -66,6 +67,15 @@ $(VLLM)/.made:
 
 test-parity: $(PARITY)/.made
 	$(PARITY)/bin/python -m pytest -m parity
+
+# as its users install it: 380 MB, of which nothing else here needs any
+$(LITELLM)/.made:
+	@$(PYTHON) -m venv --clear $(LITELLM)
+	@$(LITELLM)/bin/python $(PIP) 'litellm==1.110.2'
+	@touch $@
+
+test-litellm: install $(LITELLM)/.made
+	$(BIN)/python -m pytest -m litellm
 
 test-vllm: install $(VLLM)/.made
 	$(BIN)/python -m pytest -m vllm

@@ -24,12 +24,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import aiohttp
 
-WORKERS = 12
+WORKERS, WATCH_SECONDS = 12, 5.0
 WORDS = ("the", "a", "lid", "box", "is", "of", "in", "wide", "cat", "owl", "sleeps", "weighs", "what", "seven", "blue")
 NAMES = ("short", "middle", "long")
 GROWTH_MB = 64  # of the server's memory, beyond which it is a leak
@@ -63,7 +63,7 @@ def write_cartridges(model: str, folder: Path, seed: int) -> None:
 def server(model: str, folder: Path, warm: bool) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     options = ["--slots=4", "--max-length=256", "--max-queue=6", "--max-body=40000", "--max-cartridges=4", "--port=0"]
     command = [sys.executable, "-m", "cartridges_jax.serve", f"--model={model}", f"--cartridges={folder}", *options]
-    command += ["--warmup"] if warm else []
+    command += [] if warm else ["--no-warmup"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         found = re.search(r"http://\S+?:\d+", process.stdout.readline())
@@ -96,7 +96,11 @@ class Soak:
         return {
             "seconds": round(seconds),
             "done": dict(sorted(self._done.items())),
-            "server_megabytes": {"first": round(self._memory[0]), "last": round(self._memory[-1])},
+            "server_megabytes": {
+                "first": round(self._memory[0]),
+                "last": round(self._memory[-1]),
+                "more_each_hour": self._slope(),
+            },
             "wrong": self._wrong[:20],
         }
 
@@ -209,7 +213,7 @@ class Soak:
                 self._wrong.append(f"the server ended with {self._process.returncode}")
                 return
             self._memory.append(self._megabytes())
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def _settle(self) -> None:
         """Nothing runs any more, and memory is as it was after the first fifth of the time."""
@@ -225,6 +229,13 @@ class Soak:
             return  # too short to tell
         growth = median(self._memory[-fifth:]) - median(self._memory[fifth : 2 * fifth])
         self._expect(growth < GROWTH_MB, f"the server's memory grew by {growth:.0f} MB")
+
+    def _slope(self) -> float | None:
+        """Megabytes an hour, after the first fifth; None if that is too short to tell."""
+        later = self._memory[len(self._memory) // 5 :]
+        if len(later) < 3:
+            return None
+        return round(linear_regression(range(len(later)), later).slope * 3600 / WATCH_SECONDS, 1)
 
     def _megabytes(self) -> float:
         status = Path(f"/proc/{self._process.pid}/status").read_text()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cartridges_jax import interop as interop
     from cartridges_jax.cartridge import Cartridge as Cartridge
     from cartridges_jax.cartridge import Provenance as Provenance
+    from cartridges_jax.composition import compose as compose
     from cartridges_jax.kernels.prefix_attention import prefix_attention as prefix_attention
     from cartridges_jax.losses import Batch as Batch
     from cartridges_jax.losses import distillation_loss as distillation_loss
@@ -24,6 +25,7 @@ _HOMES = {
     "Cartridge": "cartridges_jax.cartridge",
     "LanguageModel": "cartridges_jax.models.language_model",
     "Provenance": "cartridges_jax.cartridge",
+    "compose": "cartridges_jax.composition",
     "distillation_loss": "cartridges_jax.losses",
     "generate": "cartridges_jax.serving.generate",
     "load_model": "cartridges_jax.models.language_model",

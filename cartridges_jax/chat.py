@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cartridges_jax.serving.scheduler import Engine, Finished, Prefix, Request, Scheduler, Token
 from cartridges_jax.serving.store import CartridgeStore
+from cartridges_jax.serving.warmup import Warmup, keep_programs
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
 from command_line import config, files, progress
 
@@ -252,12 +253,15 @@ def main(argv: list[str]) -> int:
     import cartridges_jax as cj
     from cartridges_jax.serving.engine import Engine as DeviceEngine
 
+    keep_programs()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and earlier questions; not on every system
 
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype="float32")
         engine = DeviceEngine(model, num_slots=1, max_length=args.max_length, max_top_logprobs=1)
+    if args.warmup:
+        Warmup(engine.programs()).run()
 
     def load_file(source: Path | str) -> cj.Cartridge:
         return cj.Cartridge.load(source, model=model)
@@ -288,6 +292,12 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=512, help="of one answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, help="for the same answers again, at a temperature above 0")
+    parser.add_argument(
+        "--warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile every program before the first question, or each when it is first needed",
+    )
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or not 0 <= args.temperature <= 2:
         raise ValueError("--max-tokens is at least 1 and --temperature from 0 to 2")

@@ -129,7 +129,6 @@ def _server(config: ConfigDict, log: Path) -> Iterator[str]:
         "-m",
         "cartridges_jax.serve",
         "--port=0",
-        "--warmup",
         f"--model={config.synth.client.model}",
     ]
     command += [f"--slots={config.server.slots}", f"--max-length={config.server.max_length}", "--max-queue=4096"]

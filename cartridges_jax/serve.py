@@ -13,22 +13,27 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cartridges_jax.serving.scheduler import Engine
 from cartridges_jax.serving.server import Server, is_loopback
 from cartridges_jax.serving.store import NAME, CartridgeStore
 from command_line import config, files, progress
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from cartridges_jax.cartridge import Cartridge
 
 DEFAULT_FOLDER = "cartridges"
 LIMITS = {
     "port": (0, 65535),
     "slots": (1, 4096),
+    "tensor": (1, 4096),
     "max_length": (2, 1 << 20),
     "max_queue": (0, 4096),
     "max_body": (1024, 1 << 30),
     "max_seconds": (1, 1 << 20),
     "max_cartridges": (1, 4096),
+    "cache_tokens": (1, 1 << 40),
 }
 
 
@@ -45,6 +50,8 @@ def main(argv: list[str]) -> int:
         host, port = sock.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         ready = f"ready: {url} (model {name}, {args.slots} slots of {args.max_length} positions; a page at {url[:-2]})"
+        if args.warmup:
+            print(f"{url}: requests wait until all programs are compiled (--no-warmup: for their own)", file=sys.stderr)
         return asyncio.run(run(server, sock, ready))
 
 
@@ -75,6 +82,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cartridges_jax.serve", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="a known name, a Hub id, a folder or a .gguf file")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share heads, MLP and vocabulary")
     parser.add_argument("--cartridges", help=f"folder of cartridges (default: {DEFAULT_FOLDER})")
     parser.add_argument(
         "--cartridge",
@@ -87,6 +95,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one")
     parser.add_argument("--slots", type=int, default=16, help="requests that are answered at the same time")
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge, prompt and answer of one request")
+    parser.add_argument(
+        "--cache-tokens", type=int, help="positions in memory (default: enough for --slots requests of --max-length)"
+    )
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for a slot")
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request")
     parser.add_argument("--max-seconds", type=int, default=600, help="that a request may take, waiting included")
@@ -96,11 +107,16 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--document", type=Path, help="a text that the page at / compares cartridges with")
     parser.add_argument("--api-key-file", type=Path, help="file with the key that clients must send")
-    parser.add_argument("--warmup", action="store_true", help="compile before the first request instead of at it")
+    parser.add_argument(
+        "--warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile every program before the first answer, or each when it is first needed",
+    )
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
     return args
 
@@ -135,7 +151,8 @@ def _load(
     from cartridges_jax.evaluate import kv_bytes_per_token
     from cartridges_jax.interop.formats import locate
     from cartridges_jax.interop.sources import fetch
-    from cartridges_jax.serving.engine import Engine
+    from cartridges_jax.serving import engine as device
+    from cartridges_jax.serving.warmup import keep_programs
 
     def fetch_file(source: str) -> Path:
         return locate(fetch(source))[1]
@@ -145,14 +162,13 @@ def _load(
 
     named = {name: fetch_file(source) for name, source in map(_named, args.cartridge)}
 
+    keep_programs()
     with progress.stage(f"loading {args.model}"):
-        model = cj.load_model(args.model, dtype=args.dtype)
+        model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
         bytes_per_token = kv_bytes_per_token(model)
-        engine = Engine(model, num_slots=args.slots, max_length=args.max_length, max_top_logprobs=20)
+        engine = device.Engine(model, args.slots, args.max_length, max_top_logprobs=20, cache_tokens=args.cache_tokens)
         model = dataclasses.replace(model, params={})  # the engine has them in an order of its own
-    if args.warmup:
-        with progress.stage("compiling"):
-            engine.warmup()
+    print(memory_of(engine, bytes_per_token), file=sys.stderr)
 
     store = CartridgeStore(
         folder, load, args.max_cartridges, named, fetch_file if args.remote_sources else None, compose
@@ -169,8 +185,30 @@ def _load(
         describe=describe,
         kv_bytes_per_token=bytes_per_token,
         document=document,
+        programs=engine.programs() if args.warmup else (),
     )
     return server, model.name
+
+
+def _mesh(tensor: int) -> Mesh | None:
+    import jax
+
+    from cartridges_jax.sharding import MeshConfig, make_mesh
+
+    if tensor > len(jax.devices()):
+        raise ValueError(f"--tensor is {tensor}, and there are {len(jax.devices())} devices here: expected no more")
+    return make_mesh(MeshConfig(tensor=tensor), jax.devices()[:tensor]) if tensor > 1 else None
+
+
+def memory_of(engine: Engine, bytes_per_token: int) -> str:
+    """How much the engine remembers, and what fits, in a sentence."""
+    positions = engine.num_pages * engine.page_size
+    longest = -(-engine.max_length // engine.page_size) + 1  # a cartridge and what follows it begin pages of their own
+    fit = min(engine.num_slots, engine.num_pages // longest)
+    return (
+        f"keys and values: {positions:,} positions in {positions * bytes_per_token / 2**30:.2f} GiB, room for {fit} of "
+        f"{engine.num_slots} requests of {engine.max_length:,} at once; a cartridge or beginning in common counts once"
+    )
 
 
 def describe(cartridge: Cartridge) -> dict[str, Any]:
@@ -201,15 +239,20 @@ async def run(server: Server, sock: socket.socket, ready: str) -> int:
         loop.add_signal_handler(number, stop.set)
     runner = await server.start(sock)
     waits = [asyncio.create_task(stop.wait()), asyncio.create_task(server.failed())]
-    print(ready, flush=True)
+    told = asyncio.create_task(_tell(server, ready))
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for wait in waits:
-            wait.cancel()
+        for task in (*waits, told):
+            task.cancel()
         await runner.cleanup()
     print("stopped" if stop.is_set() else "error: the engine failed, see above", file=sys.stderr)
     return 0 if stop.is_set() else 1
+
+
+async def _tell(server: Server, ready: str) -> None:
+    await server.warm()
+    print(ready, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ import tiny
 
 import cartridges_jax as cj
 
-NAMES = {"Batch", "Cartridge", "LanguageModel", "distillation_loss", "generate", "load_model", "prefix_attention"}
+NAMES = {
+    "Batch",
+    "Cartridge",
+    "LanguageModel",
+    "compose",
+    "distillation_loss",
+    "generate",
+    "load_model",
+    "prefix_attention",
+}
 
 
 def test_dir_lists_the_public_api():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from cartridges_jax import cartridge_file
 from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.interop.sources import check_size
 from cartridges_jax.models.hub import HUB_ID, hub_errors
 from command_line import files
 
@@ -94,19 +95,39 @@ def push_dataset(dataset: str | os.PathLike[str], repo: str, *, private: bool = 
         return _upload(Path(folder), repo, "dataset", private)
 
 
-def download(name: str, patterns: Sequence[str], kind: Literal["model", "dataset"]) -> Path:
+def download(name: str, patterns: Sequence[str], kind: Literal["model", "dataset"], most: int) -> Path:
     """The local folder of a repository's files that match; `name` is `org/name[@revision]`.
 
     Raises:
-      ValueError, FileNotFoundError, PermissionError, ConnectionError: see `hub_errors`.
+      ValueError: no such form of a name, or the files have more than `most` bytes.
+      FileNotFoundError, PermissionError, ConnectionError: see `hub_errors`.
     """
     repo, _, revision = name.partition("@")
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"'hf:{name}' is no Hub source: expected hf:org/name or hf:org/name@revision")
     from huggingface_hub import snapshot_download
 
+    wanted: Any = {"repo_id": repo, "repo_type": kind, "revision": revision or None}
     with hub_errors(repo, "cartridge" if kind == "model" else "dataset"):
-        return Path(snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=list(patterns)))
+        size = _size(wanted, patterns)
+    if size is not None:
+        check_size(f"hf:{name}", size, most)
+    with hub_errors(repo, "cartridge" if kind == "model" else "dataset"):
+        return Path(snapshot_download(**wanted, allow_patterns=list(patterns), local_files_only=size is None))
+
+
+def _size(wanted: Any, patterns: Sequence[str]) -> int | None:
+    """Bytes of the files that match; None if the Hub cannot be asked, so that only what is here already can be had."""
+    from huggingface_hub import HfApi, RepoFile, errors
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        found = [entry for entry in HfApi().list_repo_tree(**wanted, recursive=True) if isinstance(entry, RepoFile)]
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise
+    except Exception:  # which classes mean "no network" depends on the version of the client
+        return None
+    return sum(file.size for file in filter_repo_objects(found, allow_patterns=list(patterns), key=lambda f: f.path))
 
 
 def card(cartridge: Cartridge, repo: str, report: str = "") -> str:

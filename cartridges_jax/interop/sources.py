@@ -11,24 +11,25 @@ from pathlib import Path
 HF, WANDB = "hf:", "wandb:"
 CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adapter_model.*", "config.yaml")
 DATASET_FILES = ("*.parquet", "data/*.parquet", "config.yaml")
+CARTRIDGE_BYTES, DATASET_BYTES = 20 * 10**9, 200 * 10**9  # that are fetched at most: a wrong name fills no disk
 
 
 def fetch(source: str | os.PathLike[str]) -> Path:
     """The local file or folder of a cartridge.
 
     Raises:
-      ValueError: no such form of a source.
+      ValueError: no such form of a source, or files that are too large.
       FileNotFoundError, PermissionError, ConnectionError: it is not there, asks for a login, or cannot be reached.
     """
     text = os.fspath(source)
     if text.startswith(HF):
         from cartridges_jax.interop import hub
 
-        return hub.download(text.removeprefix(HF), CARTRIDGE_FILES, "model")
+        return hub.download(text.removeprefix(HF), CARTRIDGE_FILES, "model", CARTRIDGE_BYTES)
     if text.startswith(WANDB):
         from cartridges_jax.interop import wandb
 
-        return wandb.download(text.removeprefix(WANDB))
+        return wandb.download(text.removeprefix(WANDB), CARTRIDGE_BYTES)
     return Path(source)
 
 
@@ -38,9 +39,18 @@ def fetch_dataset(source: str | os.PathLike[str]) -> Path:
     if text.startswith(HF):
         from cartridges_jax.interop import hub
 
-        return hub.download(text.removeprefix(HF), DATASET_FILES, "dataset")
+        return hub.download(text.removeprefix(HF), DATASET_FILES, "dataset", DATASET_BYTES)
     if text.startswith(WANDB):
         from cartridges_jax.interop import wandb
 
-        return wandb.download_dataset(text.removeprefix(WANDB))
+        return wandb.download_dataset(text.removeprefix(WANDB), DATASET_BYTES)
     return Path(source)
+
+
+def check_size(source: str, size: int, most: int) -> None:
+    """Raises: ValueError, if its files have more bytes than are fetched."""
+    if size > most:
+        raise ValueError(
+            f"the files of {source} have {size / 1e9:,.1f} GB, and at most {most / 1e9:,.1f} GB are fetched: is it the "
+            "right name? If so, download them by hand and give their folder"
+        )

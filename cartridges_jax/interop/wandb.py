@@ -8,13 +8,13 @@ import json
 import netrc
 import os
 import re
-import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+from cartridges_jax.interop.sources import check_size
 from cartridges_jax.models.hub import cache_folder
 from command_line import files
 
@@ -34,13 +34,13 @@ ARTIFACT_QUERY = """query Files($entity: String!, $project: String!, $name: Stri
 }""".replace("FILES", FILES.replace("name %s", "name: displayName"))
 
 
-def download(run: str) -> Path:
+def download(run: str, most: int) -> Path:
     """The folder with a run's newest cartridge file and its config.yaml; `run` is `entity/project/run`.
 
     The key is taken from `$WANDB_API_KEY` or `~/.netrc`, the service from `$WANDB_BASE_URL`.
 
     Raises:
-      ValueError: no such form of a run's name.
+      ValueError: no such form of a run's name, or its files have more than `most` bytes.
       FileNotFoundError: no such run, or no cartridge among its files.
       PermissionError, ConnectionError: the key is missing or wrong, or the service cannot be reached.
     """
@@ -51,24 +51,25 @@ def download(run: str) -> Path:
         raise FileNotFoundError(f"run {run} has no cartridge.safetensors, cartridge.pt or cache-*.pt among its files")
     newest = max(cartridges, key=lambda node: (str(node.get("updatedAt")), node["name"]))
     wanted = [*(node for node in nodes if node["name"] == "config.yaml"), newest]
-    return _fetched(base, wanted, run) / newest["name"]
+    return _fetched(base, wanted, run, most) / newest["name"]
 
 
-def download_dataset(source: str) -> Path:
+def download_dataset(source: str, most: int) -> Path:
     """The folder with the Parquet files of a run, `entity/project/run`, or of a dataset artifact,
     `entity/project/name:version`, which is how upstream publishes one; errors as `download`."""
     base, found = _files(source)
     nodes = [node for node in found if PARQUET.fullmatch(node["name"])]
     if not nodes:
         raise FileNotFoundError(f"wandb:{source} has no Parquet file: expected a run or artifact with a dataset")
-    folder = _fetched(base, nodes, source.replace(":", "@"))
+    folder = _fetched(base, nodes, source, most)
     return folder / Path(nodes[0]["name"]).parent
 
 
-def _fetched(base: str, nodes: list[dict[str, Any]], name: str) -> Path:
+def _fetched(base: str, nodes: list[dict[str, Any]], source: str, most: int) -> Path:
     """The folder, one for each state of these files, that they lie in."""
+    check_size(f"wandb:{source}", sum(int(node["sizeBytes"]) for node in nodes), most)
     state = max(str(node.get("updatedAt")) for node in nodes).replace(":", "-").replace("/", "-")
-    folder = cache_folder() / "wandb" / name / state
+    folder = cache_folder() / "wandb" / source.replace(":", "@") / state
     for node in nodes:
         target = folder / node["name"]
         if not target.is_file() or target.stat().st_size != int(node["sizeBytes"]):
@@ -109,7 +110,9 @@ def _fetch(base: str, node: dict[str, Any], target: Path) -> None:
     size = int(node["sizeBytes"])
     with _open(urllib.request.Request(url), base, node["name"]) as response, files.atomic(target) as temporary:
         with open(temporary, "wb") as file:
-            shutil.copyfileobj(response, file, 1 << 20)
+            left = size + 1  # what is longer than promised is seen without being fetched
+            while part := response.read(min(left, 1 << 20)):
+                left -= file.write(part)
         if temporary.stat().st_size != size:
             raise ConnectionError(f"{node['name']} has {temporary.stat().st_size} bytes, {base} promised {size}: again")
 

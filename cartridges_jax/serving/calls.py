@@ -206,7 +206,7 @@ class Reader:
             return None
         base, _, id = name.rpartition(":")
         if base != self._model:
-            message = f"model {shorten(name)} does not exist: this server has {self._model!r}, see /v1/models"
+            message = f"model {shorten(name)} does not exist: ask for {self._model!r} or '{self._model}:CARTRIDGE'"
             raise ApiError(404, message, "model", "model_not_found")
         self._check_cartridges([Reference(id)], "model", "model_not_found")
         return Reference(id)

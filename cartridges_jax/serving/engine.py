@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -175,19 +175,30 @@ class Engine:
             ]
         return scored[: len(tokens) - 1]
 
-    def warmup(self) -> None:
-        """Compiles every program; no request may be under way. Nothing else is compiled afterwards."""
+    def programs(self) -> list[Callable[[], object]]:
+        """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
         place = Place(range(self._pages_each), 0)
-        for size in PREFILL_SIZES:
-            self.prefill([0] * min(size, self.max_length), 0, place)
-        for size in self._batch_sizes:
-            inputs = [SlotInput(i, 0, 0, Place([i], 0), 0.0, 1.0, 0, 0, 0) for i in range(size)]
-            self.harvest(self.decode(inputs))
         c = self._config
         zeros = np.zeros((c.num_layers, PAGE_SIZE, c.num_kv_heads, c.head_dim), np.float32)
-        self._cache = _load(self._cache, 0, zeros, zeros, zeros[..., 0], config=c, mesh=self._mesh)
-        self.copy(0, 0)
-        self.score([0, 0], None, 1)
+
+        def decode(size: int) -> None:
+            self.harvest(self.decode([SlotInput(i, 0, 0, Place([i], 0), 0.0, 1.0, 0, 0, 0) for i in range(size)]))
+
+        def load() -> None:
+            self._cache = _load(self._cache, 0, zeros, zeros, zeros[..., 0], config=c, mesh=self._mesh)
+
+        return [
+            *(functools.partial(self.prefill, [0] * min(size, self.max_length), 0, place) for size in PREFILL_SIZES),
+            *(functools.partial(decode, size) for size in self._batch_sizes),
+            load,
+            functools.partial(self.copy, 0, 0),
+            functools.partial(self.score, [0, 0], None, 1),
+        ]
+
+    def warmup(self) -> None:
+        """Compiles every program."""
+        for compiled in self.programs():
+            compiled()
         jax.block_until_ready(self._cache)
 
     def _chunk(self, tokens: Sequence[int], size: int, position: int, place: Place) -> Step:

@@ -28,6 +28,7 @@ from cartridges_jax.serving.scheduler import (
     Scheduler,
     Scored,
 )
+from cartridges_jax.serving.warmup import Warmup
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ class Job:
 class EngineThread:
     """Runs the scheduler; made and called in the event loop's thread, except for the methods that `_run` calls."""
 
-    def __init__(self, engine: Engine, max_queue: int, max_seconds: float):
-        self._engine, self._max_queue, self._max_seconds = engine, max_queue, max_seconds
+    def __init__(self, engine: Engine, max_queue: int, max_seconds: float, warmup: Warmup):
+        self._engine, self._max_queue, self._max_seconds, self._warmup = engine, max_queue, max_seconds, warmup
         self._inbox: queue.Queue[Job | None] = queue.Queue(engine.num_slots + max_queue)
         self._live: dict[str, tuple[Job, int]] = {}
         self._closed = threading.Lock()
@@ -75,7 +76,7 @@ class EngineThread:
         self._stopping = False
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.failed = asyncio.Event()
+        self.warm, self.failed = asyncio.Event(), asyncio.Event()
         self._thread.start()
 
     @property
@@ -109,6 +110,8 @@ class EngineThread:
     def _run(self) -> None:
         end = ApiError(503, "the server is stopping", code="stopping")
         try:
+            self._warmup.run(lambda: self._stopping)
+            self._loop.call_soon_threadsafe(self.warm.set)
             scheduler = Scheduler(self._engine, self._max_queue)
             while not self._stopping:
                 self._cycle(scheduler)

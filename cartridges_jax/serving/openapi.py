@@ -21,11 +21,13 @@ def document_of(model: str, max_top_logprobs: int) -> Schema:
     many = _object({"requests": {"type": "array", "items": chat, "minItems": 1}}, "requests")
     act = _post("", _ref("CartridgeReference"), "how the cartridge is then", _ref("Cartridge"))
     paths: Schema = {
-        "/health": _get("Whether the engine runs.", _object({"status": TEXT}, "status"), "503"),
+        "/health": _get("Whether the engine runs.", _ref("Health"), "503"),
         "/ping": _get("Whether the server runs.", _object({"message": TEXT}, "message")),
         "/metrics": _get("Counters in Prometheus' format.", None),
-        "/v1/models": _get("The model, and the model with each cartridge.", _list(_ref("Model"))),
-        "/v1/models/{id}": _get("One of them.", _ref("Model"), parameter=f"such as {model}"),
+        "/v1/models": _get("The model.", _list(_ref("Model"))),
+        "/v1/models/{id}": _get(
+            "The model, or the model with a cartridge.", _ref("Model"), parameter=f"{model} or {model}:CARTRIDGE"
+        ),
         "/v1/chat/completions": _post(
             "Answers a conversation.", chat, "the answer", _ref("ChatCompletion"), streams=True
         ),
@@ -136,6 +138,15 @@ def _schemas(model: str, max_top_logprobs: int) -> Schema:
         },
         "ChatCompletion": _object(envelope | choices[0], "id", "choices", "usage"),
         "Completion": _object(envelope | choices[1], "id", "choices", "usage"),
+        "Health": _object(
+            {
+                "status": {"enum": ["ok", "starting", "failed"]},
+                "programs": count,
+                "compiled": count,
+                "seconds_left": {"type": ["number", "null"]},
+            },
+            "status",
+        ),
         "Model": _object({"id": TEXT, "object": TEXT, "created": count, "max_model_len": count}, "id", "object"),
         "Cartridge": _object(
             {
@@ -156,7 +167,7 @@ def _schemas(model: str, max_top_logprobs: int) -> Schema:
 def _get(summary: str, schema: Schema | None, *others: str, parameter: str | None = None) -> Schema:
     told = _reply(summary, schema) if schema else {"description": summary, "content": {"text/plain": {}}}
     operation: Schema = {"summary": summary, "responses": {"200": told}}
-    operation["responses"] |= {status: _reply("the engine has failed", schema) for status in others}
+    operation["responses"] |= {status: _reply("it is starting, or has failed", schema) for status in others}
     if parameter is not None:
         operation["parameters"] = [
             {"name": "id", "in": "path", "required": True, "schema": TEXT, "description": parameter}

@@ -167,7 +167,7 @@ def read_cartridges(value: object) -> tuple[Reference, ...]:
 def read_reference(where: str, value: object) -> Reference:
     fields = Fields(value, where)
     source = "local" if fields.get("source") is None else fields.get("source")
-    if source not in SOURCES:
+    if not isinstance(source, str) or source not in SOURCES:
         refuse(f"{where}.source", source, f"one of {', '.join(SOURCES)}")
     return Reference(text(f"{where}.id", fields.get("id")), source, fields.flag("force_redownload"))
 

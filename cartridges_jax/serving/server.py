@@ -10,11 +10,12 @@ import functools
 import hmac
 import ipaddress
 import logging
+import math
 import random
 import socket
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -29,6 +30,7 @@ from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten
 from cartridges_jax.serving.scheduler import Engine
 from cartridges_jax.serving.store import CartridgeStore
+from cartridges_jax.serving.warmup import Warmup
 from cartridges_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class Server:
       describe: what a loaded cartridge is made of, as JSON.
       kv_bytes_per_token: what a position of prompt, answer or cartridge costs, for the page to show.
       document: a text that the page compares cartridges with.
+      programs: calls that compile one each, before the first request is answered.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Server:
         describe: Callable[[Any], dict[str, Any]] = no_description,
         kv_bytes_per_token: int = 0,
         document: str | None = None,
+        programs: Sequence[Callable[[], object]] = (),
         rng: random.Random | None = None,
     ):
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
@@ -70,6 +74,7 @@ class Server:
         self._created = int(time.time())
         self._loopback = True
         self._metrics = Metrics()
+        self._warmup = Warmup(programs)
         self._catalog = Catalog(store, describe)
         self._reader = Reader(
             engine, tokenizer, store, model, max_choices=engine.num_slots + max_queue, rng=rng or random.Random()
@@ -88,6 +93,10 @@ class Server:
         await runner.setup()
         await web.SockSite(runner, sock).start()
         return runner
+
+    async def warm(self) -> None:
+        """Returns when every program is compiled: what was asked until then is answered from then on."""
+        await self._running().warm.wait()
 
     async def failed(self) -> None:
         """Returns when the engine has failed: nothing is served from then on."""
@@ -129,7 +138,7 @@ class Server:
         return app
 
     async def _start_thread(self, _: web.Application) -> None:
-        self._thread = EngineThread(self._engine, self._max_queue, self._max_seconds)
+        self._thread = EngineThread(self._engine, self._max_queue, self._max_seconds, self._warmup)
         self._completions.thread = self._thread
 
     async def _stop_thread(self, _: web.Application) -> None:
@@ -167,8 +176,14 @@ class Server:
         return web.json_response(document_of(self._model, self._engine.max_top_logprobs))
 
     async def _health(self, _: web.Request) -> web.Response:
-        alive = self._running().alive
-        return web.json_response({"status": "ok" if alive else "failed"}, status=200 if alive else 503)
+        if not self._running().alive:
+            return web.json_response({"status": "failed"}, status=503)
+        if self._warmup.is_done:
+            return web.json_response({"status": "ok"})
+        left = self._warmup.seconds_left
+        programs = {"programs": self._warmup.total, "compiled": self._warmup.compiled, "seconds_left": left}
+        headers = {"Retry-After": str(math.ceil(left or 1))}
+        return web.json_response({"status": "starting", **programs}, status=503, headers=headers)
 
     async def _metrics_text(self, _: web.Request) -> web.Response:
         live = self._running().num_live
@@ -176,8 +191,8 @@ class Server:
         return web.Response(text=self._metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, _: web.Request) -> web.Response:
-        names = [self._model, *(f"{self._model}:{id}" for id in self._store.list())]
-        return web.json_response({"object": "list", "data": [self._model_entry(name) for name in names]})
+        # The model alone: Tokasaurus' clients insist on exactly one, and /v1/cartridges lists the others.
+        return web.json_response({"object": "list", "data": [self._model_entry(self._model)]})
 
     async def _one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]

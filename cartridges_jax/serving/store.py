@@ -100,10 +100,10 @@ class CartridgeStore:
           UnknownCartridge: no file of that name lies in the folder.
         """
         if not NAME.fullmatch(id):
-            raise ValueError(f"{id[:80]!r} is not a cartridge's name: use a name of /v1/models, never a path")
+            raise ValueError(f"{id[:80]!r} is not a cartridge's name: use a name of /v1/cartridges, never a path")
         path = self._find(id)
         if path is None:
-            raise UnknownCartridge(f"cartridge {id!r} does not exist: /v1/models lists those that do")
+            raise UnknownCartridge(f"cartridge {id!r} does not exist: /v1/cartridges lists those that do")
         return path
 
     def check(self, references: Sequence[Reference]) -> None:

@@ -37,6 +37,6 @@ app = modal.App("cartridges-server", image=image)
 def serve() -> None:
     with open("/tmp/key", "w", encoding="utf-8") as file:
         file.write(os.environ["API_KEY"])
-    command = ["python", "-m", "cartridges_jax.serve", f"--model={MODEL}", "--dtype=bfloat16", "--warmup"]
+    command = ["python", "-m", "cartridges_jax.serve", f"--model={MODEL}", "--dtype=bfloat16"]
     command += ["--host=0.0.0.0", f"--port={PORT}", "--api-key-file=/tmp/key"]
     subprocess.Popen([*command, *(f"--cartridge={cartridge}" for cartridge in CARTRIDGES)])

@@ -7,30 +7,16 @@ at its default is not sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, reading
-from synth.clients.http import Http
-from synth.config import ClientConfig, SamplingConfig
+from synth.clients.http import HttpClient
+from synth.config import SamplingConfig
 
 LENGTH_FIELD = {"openai_api": "max_completion_tokens", "together": "max_tokens"}
 
 
-class HostedClient:
-    def __init__(self, config: ClientConfig, url: str):
-        self._config, self._url = config, url.rstrip("/")
-        self._http = Http(config.timeout_seconds, config.api_key)
-
-    async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.__aexit__()
-
-    async def check(self) -> None:
-        await self._http.check_model(self._url, self._config.model)
-
+class HostedClient(HttpClient):
     async def complete(
         self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
     ) -> Completion:

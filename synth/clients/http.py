@@ -10,6 +10,7 @@ from typing import Any, Self
 import aiohttp
 
 from synth.clients.base import Busy, Refused, Unavailable
+from synth.config import ClientConfig
 
 
 class Http:
@@ -90,6 +91,26 @@ class Http:
         if status >= 500:
             raise Unavailable(problem, f"http {status}")
         raise Refused(problem)
+
+
+class HttpClient:
+    """What the clients share: a session with the server at `url`, which ends in /v1, and the check that begins it."""
+
+    def __init__(self, config: ClientConfig, url: str):
+        self._config = config
+        self._url = url.rstrip("/")
+        self._root = self._url.removesuffix("/v1")  # where routes live that are not OpenAI's
+        self._http = Http(config.timeout_seconds, config.api_key)
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.__aexit__()
+
+    async def check(self) -> None:
+        await self._http.check_model(self._url, self._config.model)
 
 
 def parse(data: bytes, url: str) -> Any:

@@ -9,7 +9,7 @@ give log-probabilities of the model itself, before temperature and truncation (v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from synth.clients.alignment import THEN_ONE_IN, Alignment
 from synth.clients.base import (
@@ -22,29 +22,16 @@ from synth.clients.base import (
     finite,
     reading,
 )
-from synth.clients.http import Http
+from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
 
 
-class OpenAIClient:
+class OpenAIClient(HttpClient):
     def __init__(self, config: ClientConfig, url: str):
-        self._config = config
-        self._url = url.rstrip("/")
-        self._root = self._url.removesuffix("/v1")  # where /tokenize lives
-        self._http = Http(config.timeout_seconds, config.api_key)
+        super().__init__(config, url)
         own = ChatTokenizer(config.tokenizer) if config.tokenizer else None
         self._alignment = Alignment(own.decode) if own else Alignment(self.detokenize, THEN_ONE_IN)
-
-    async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.__aexit__()
-
-    async def check(self) -> None:
-        await self._http.check_model(self._url, self._config.model)
 
     async def complete(
         self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0

@@ -8,33 +8,22 @@ deterministic inference only and older servers refuse the field, so none is sent
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from synth.clients.alignment import Alignment
 from synth.clients.base import ChatMessages, Completion, Refused, TopRows, Unavailable, answer_span, finite, reading
-from synth.clients.http import Http
+from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
 
 
-class SGLangClient:
+class SGLangClient(HttpClient):
     def __init__(self, config: ClientConfig, url: str):
+        super().__init__(config, url)
+        self._url = f"{self._root}/v1"  # for the list of models, whether it was given or not
         assert config.tokenizer, "ClientConfig sees to it"
-        self._config = config
-        self._root = url.rstrip("/").removesuffix("/v1")
-        self._http = Http(config.timeout_seconds, config.api_key)
         self._tokenizer = ChatTokenizer(config.tokenizer)
         self._alignment = Alignment(self._tokenizer.decode)
-
-    async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.__aexit__()
-
-    async def check(self) -> None:
-        await self._http.check_model(f"{self._root}/v1", self._config.model)
 
     async def complete(
         self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0

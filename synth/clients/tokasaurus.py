@@ -11,40 +11,34 @@ import asyncio
 import base64
 import json
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from synth.clients import pickles
 from synth.clients.alignment import Alignment
 from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, TopRows, Unavailable, finite, reading
-from synth.clients.http import Http
+from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
 
 GATHER_SECONDS = 0.01  # how long a batch that is not full waits for more calls
 
 
-class TokasaurusClient:
+class TokasaurusClient(HttpClient):
     def __init__(self, config: ClientConfig, url: str):
-        self._config = config
-        self._root = url.rstrip("/").removesuffix("/v1")
-        self._http = Http(config.timeout_seconds, config.api_key)
+        super().__init__(config, url)
         tokenizer = ChatTokenizer(config.tokenizer) if config.tokenizer else None
         self._tokenizer = tokenizer
         self._alignment = Alignment(tokenizer.decode) if tokenizer else None
         self._waiting: list[tuple[dict[str, Any], asyncio.Future[Any]]] = []
         self._sending: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
-        return self
-
     async def __aexit__(self, *_: object) -> None:
         for task in self._sending:
             task.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
-        await self._http.__aexit__()
+        await super().__aexit__()
 
     async def check(self) -> None:
         served = await self._http.models(f"{self._root}/v1")

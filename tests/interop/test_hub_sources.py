@@ -78,6 +78,21 @@ def test_a_dataset_goes_to_the_hub_and_trains_from_there(hub: Hub, tmp_path: Pat
     assert path.read_bytes() == (tmp_path / "dataset.parquet").read_bytes()
 
 
+def test_what_is_too_large_is_not_fetched_and_what_is_here_needs_no_hub(cartridge: Cartridge, hub: Hub, tmp_path: Path):
+    cartridge.save(tmp_path / "c.safetensors")
+    content = (tmp_path / "c.safetensors").read_bytes()
+    hub.repos["models", "me/c"] = {"cartridge.safetensors": content, "weights.bin": b"0" * 10_000_000}
+    limit = f"from cartridges_jax.interop import sources\nsources.CARTRIDGE_BYTES = {len(content)}"
+    load = "\nCartridge.load('hf:me/c')"
+    refuse = f"{limit} - 1\ntry: Cartridge.load('hf:me/c')\nexcept ValueError as error: print(error)\n"
+    listing = "from pathlib import Path\nprint(len(list(Path(sys.argv[1]).rglob('snapshots/*/*'))))\n"
+    # other files do not count
+    refused, fetched = on_hub(hub, tmp_path, refuse + listing + limit + load, tmp_path).splitlines()
+    assert refused.startswith("the files of hf:me/c have 0.0 GB, and at most") and "is it the right name?" in refused
+    assert fetched == "0"
+    on_hub(hub, tmp_path, limit + load, url=CLOSED)
+
+
 def test_each_failure_of_the_hub_is_a_sentence(cartridge: Cartridge, hub: Hub, tmp_path: Path):
     cartridge.save(tmp_path / "c.safetensors")
     code = (

@@ -14,7 +14,7 @@ from loopback import QuietHandler, serving
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import dataset_files, read_examples
-from cartridges_jax.interop import formats
+from cartridges_jax.interop import formats, sources
 
 KEY = "secret"
 
@@ -25,6 +25,7 @@ class Service:
         self.storage = ""  # another host, to which downloads are redirected
         self.asked: list[tuple[str, str | None]] = []  # path and Authorization
         self.url = ""
+        self.promised: int | None = None  # bytes of every file, if not the truth
 
 
 @contextmanager
@@ -33,7 +34,12 @@ def run_service(service: Service) -> Iterator[str]:
         def do_POST(self) -> None:
             query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["variables"]
             nodes = [
-                {"name": n, "directUrl": f"{service.url}/files/{n}", "sizeBytes": len(c), "updatedAt": t}
+                {
+                    "name": n,
+                    "directUrl": f"{service.url}/files/{n}",
+                    "sizeBytes": service.promised or len(c),
+                    "updatedAt": t,
+                }
                 for n, (t, c) in service.files.items()
             ]
             edges = [{"node": node} for node in nodes]
@@ -86,6 +92,24 @@ def test_the_newest_cartridge_of_a_run_is_fetched_once(cartridge: Cartridge, ser
     service.asked.clear()
     Cartridge.load("wandb:me/project/abc123")
     assert [path for path, _ in service.asked] == ["/graphql"]
+
+
+def test_what_is_too_large_is_not_fetched(
+    cartridge: Cartridge, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    add(service, cartridge, tmp_path, "cartridge.pt", "2026-01-02T00:00:00")
+    monkeypatch.setattr(sources, "CARTRIDGE_BYTES", 10)
+    with pytest.raises(
+        ValueError, match=r"files of wandb:me/project/abc123 have 0\.0 GB, and at most 0\.0 GB are fetched"
+    ):
+        Cartridge.load("wandb:me/project/abc123")
+    monkeypatch.undo()
+    service.promised = 100  # and more comes
+    for name, value in (("WANDB_BASE_URL", service.url), ("WANDB_API_KEY", KEY), ("CARTRIDGES_JAX_CACHE", tmp_path)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConnectionError, match=f"cartridge.pt has 101 bytes, {service.url} promised 100"):
+        Cartridge.load("wandb:me/project/abc123")
+    assert not list((tmp_path / "cache").rglob("*.pt"))
 
 
 @pytest.mark.parametrize("source", ["wandb:me/project/abc123", "wandb:me/project/talks:v2"])

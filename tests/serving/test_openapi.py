@@ -45,7 +45,7 @@ def test_it_describes_every_route(server: Server):
     assert told | pages == routes
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_no_request_meets_a_500(url: str, examples: int):
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for found in schema.get_all_operations():

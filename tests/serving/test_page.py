@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,25 @@ def test_stopping_frees_the_slot_and_keeps_what_was_said(
     expect(page.locator(".figures")).to_have_text("stopped")
     assert len(page.inner_text(".assistant .said")) < 490
     expect(page.locator("#send")).to_be_visible()
+
+
+def test_a_server_that_starts_says_so(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    gates = [threading.Event(), threading.Event()]
+    page = open_page(
+        serve_page(programs=[partial(gate.wait, 20) for gate in gates]), quiet=False
+    )  # 503s, which the console tells
+    starting = page.locator("#starting")
+    expect(starting).to_have_text(
+        "The server is starting: 0 of 2 programs are compiled. What you ask is answered then."
+    )
+    gates[0].set()
+    expect(starting).to_contain_text("1 of 2 programs are compiled, about ")
+    page.fill("#question", "How wide is the lid?")
+    page.press("#question", "Enter")
+    expect(page.locator(".assistant .said.waiting")).to_be_visible()
+    gates[1].set()
+    expect(page.locator(".assistant .said strong")).to_have_text("bold")
+    expect(starting).to_be_hidden()
 
 
 def test_comparing_side_by_side(serve_page: Callable[..., str], open_page: Callable[..., Page]):

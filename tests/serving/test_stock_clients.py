@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -19,6 +20,9 @@ from test_server import SAID, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly:
 
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore
+from synth.clients import connect
+from synth.clients.base import Refused
+from synth.config import ClientConfig
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 TAGGED: Any = [{"role": "system", "content": '<cartridge>{"id": "manual"}</cartridge>'}, *HELLO]
@@ -46,8 +50,21 @@ def slots(reply: Any) -> int:
 
 
 def test_openai_lists_models(client: openai.OpenAI):
-    assert [model.id for model in client.models.list()] == ["tiny", "tiny:manual", "tiny:other"]
+    assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny:manual").owned_by == "cartridges-jax"
+
+
+def test_tokasaurus_clients_find_the_only_model(url: str):
+    """Upstream's begins with this check, and so does ours of that kind, which makes it here."""
+
+    async def check(model: str) -> None:
+        config = ClientConfig(f"{url}/v1", model, kind="tokasaurus", api_key="key")
+        async with connect(config, config.urls[0]) as client:
+            await client.check()
+
+    asyncio.run(check("Tiny"))
+    with pytest.raises(Refused, match="serves tiny, not 'tiny:manual'"):
+        asyncio.run(check("tiny:manual"))
 
 
 def test_openai_chats(client: openai.OpenAI):

@@ -125,13 +125,24 @@ function route() {
   }
 }
 
+// Says how far a server is that compiles its programs still: it answers all the same, later.
+async function watchStart() {
+  const { status, programs, compiled, seconds_left: left } = await (await fetch("/health")).json();
+  $("starting").hidden = status !== "starting";
+  if (status !== "starting") return;
+  $("starting").textContent = `The server is starting: ${compiled} of ${programs} programs are compiled`
+    + `${left === null ? "" : `, about ${Math.ceil(left)} s left`}. What you ask is answered then.`;
+  setTimeout(watchStart, 1000);
+}
+
 async function start() {
   const models = (await (await ask("/v1/models")).json()).data;
   $("login").hidden = true;
   server.model = models[0].id;
   server.bytesPerToken = models[0].kv_bytes_per_token;
   $("model").textContent = server.model;
-  const names = models.slice(1).map((model) => model.id.slice(server.model.length + 1));
+  const { data } = await (await ask("/v1/cartridges")).json();
+  const names = data.filter((cartridge) => cartridge.source === "local").map((cartridge) => cartridge.id);
   $("cartridge").replaceChildren(...["", ...names].map((name) => element("option", { value: name }, name || "none")));
   if (names.length) $("cartridge").value = names[0];
   await describe();
@@ -155,4 +166,5 @@ function complain(error) {
 startChat();
 startCompare();
 route();
+watchStart();
 start().catch(complain);
