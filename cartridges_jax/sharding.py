@@ -129,7 +129,7 @@ def check(config: ModelConfig, mesh: Mesh) -> None:
     for axis, what, size in needs:
         if size % mesh.shape[axis]:
             raise ValueError(
-                f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide this model's {what}, {size}: "
+                f"the mesh's {axis} is {mesh.shape[axis]}, which does not divide this model's {what}, {size}: "
                 "choose a divisor"
             )
 
