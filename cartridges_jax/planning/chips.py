@@ -39,7 +39,7 @@ AMPERE += "cuda_compute_capability { major: 8 minor: 0 }"
 
 # Memory and bandwidths as their makers' pages state them, FLOPs without sparsity. A TPU's `ring` is its interconnect in
 # both directions over its ports (four in a plane, six in a cube): an axis has two ports, and each receives half of the
-# time's sum; v4's is the stated all-reduce bandwidth of a pod, by chip and axis, which for the others is the same. It
+# time's sum; v4's is the stated all-reduce bandwidth of a pod, by chip and axis, which of v5e and v6e is the same. It
 # takes an axis that closes to a ring: slices below 16 a side (v5e, v6e) or 4 (others) have ends, which one port feeds.
 # A GPU's is half of NVLink's two directions. The two cores of a tpu7x chip are two devices, with half of the chip each;
 # those of v4 and v5p are one.
