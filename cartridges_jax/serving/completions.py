@@ -149,8 +149,8 @@ async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
     # X-Accel-Buffering: nginx would keep the chunks until they fill a buffer
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     response = web.StreamResponse(headers=headers)
-    await response.prepare(request)
     try:
+        await response.prepare(request)
         await _send(response, (answer.first_chunk(index) for index in range(answer.call.num_choices)))
         while not answer.finished:
             index, delta = await answer.next()
