@@ -249,7 +249,7 @@ def main() -> None:
         for name, command in _sides(args, folder):
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
             environment = os.environ | ENVIRONMENT
-        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+            found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
             print(f"{name}: {found.strip()}", file=sys.stderr, flush=True)
             measured[name] = json.loads(found)
     _print(measured)
