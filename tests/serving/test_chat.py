@@ -107,9 +107,9 @@ def test_a_session_in_a_terminal(tmp_path: Path):
     cj.Cartridge.from_text(tiny.model(), tiny.TEXT, 20).save(cartridge)
     (tmp_path / "text.txt").write_text(tiny.TEXT[:200])
     ours, theirs = pty.openpty()
-    options = [f"--model={tiny.folder()}", "--max-length=512", "--max-tokens=4", "--document=text.txt"]
+    options = [f"--model={tiny.folder()}", "--max-length=512", "--max-tokens=4", "--document=text.txt", "--no-warmup"]
     command = [sys.executable, "-m", "cartridges_jax.chat", *options]
-    environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.getcwd(), "CARTRIDGES_JAX_CACHE": str(tmp_path)}
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment
     ) as process:
