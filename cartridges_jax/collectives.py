@@ -5,7 +5,8 @@ The model's code is that of a single device but for these words, which on one de
 - `whole`: a weight's parts of `fsdp`, gathered where a layer needs them, in the forward and again in the backward pass;
 - `split` before weights that `tensor` splits: nothing, and on the way back the sum of the parts' gradients;
 - `joined` behind such weights: the sum of the parts, and on the way back nothing;
-- `over_rows`: sums over the rows of all devices, of loss and gradients, once a step.
+- `over_rows`: sums over the rows of all devices, of loss and gradients, once a step;
+- `whole_vocabulary`: logits of which every device has a part, once a step of decoding.
 
 Gradients are taken inside such a program, never through it: `split` and `joined` would be counted twice.
 """
@@ -78,10 +79,20 @@ def own_heads(tree: Any, config: ModelConfig, axis: int) -> Any:
     if config.num_kv_heads % parts == 0:
         return tree  # `tensor` splits them, and queries lie with their keys
     queries, group = config.num_heads // parts, config.num_heads // config.num_kv_heads
-    sharing = math.gcd(queries, group)  # this many neighbours read one kv head, wherever a device's queries begin
+    count = own_kv_heads(config)
     first = jax.lax.axis_index("tensor") * queries
-    heads = (first + sharing * jnp.arange(queries // sharing)) // group
+    heads = (first + queries // count * jnp.arange(count)) // group
     return jax.tree.map(lambda array: jnp.take(array, heads, axis=axis), tree)
+
+
+def own_kv_heads(config: ModelConfig) -> int:
+    """How many `own_heads` gives a device."""
+    parts = _size("tensor")
+    if config.num_kv_heads % parts == 0:
+        return config.num_kv_heads // parts
+    queries = config.num_heads // parts
+    # as many neighbours read one kv head, wherever a device's queries begin
+    return queries // math.gcd(queries, config.num_heads // config.num_kv_heads)
 
 
 def lookup(table: Float[Array, "v d"], ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
@@ -120,6 +131,11 @@ def own_ids(ids: Int[Array, "*b"], part: int) -> tuple[Int[Array, "*b"], Bool[Ar
 def vocabulary(part: int) -> int:
     """Size of a vocabulary of which a device holds `part`."""
     return part * _size("tensor")
+
+
+def whole_vocabulary(logits: Float[Array, "c part"]) -> Float[Array, "c v"]:
+    """The logits of all devices, beside each other on all of them."""
+    return logits if _size("tensor") == 1 else jax.lax.all_gather(logits, "tensor", axis=1, tiled=True)
 
 
 def most(count: Int[Array, ""]) -> Int[Array, ""]:

@@ -52,6 +52,21 @@ WEIGHTS: dict[str, Any] = {
         "down": P(None, "tensor", "fsdp"),  # l f d
     },
 }
+DECODER = {  # weights as `serving.decoder` has them, output features first; all of their width on every device
+    "embed": P("tensor", None),  # v d
+    "head": P("tensor", None),  # v d
+    "final_norm": P(None),  # d
+    "attention_norm": P(None),  # d
+    "mlp_norm": P(None),  # d
+    "qkv": P("tensor", None),  # o d, of a device's own heads
+    "qkv_bias": P("tensor", None),  # n h
+    "q_norm": P(None),  # h
+    "k_norm": P(None),  # h
+    "o": P(None, "tensor"),  # d nh
+    "gate_up": P("tensor", None),  # 2f d
+    "down": P(None, "tensor"),  # d f
+}
+PAGES = P(None, "tensor")  # pages k …: of serving; a device has the kv heads that its query heads read
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
 BATCH = P(None, ROWS)  # accumulation b …
 CACHES = P(None, ROWS, "tensor")  # l r k s h, of requests that are decoded; the slots that they share lie like SLOTS

@@ -22,6 +22,10 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params, init_params
+from cartridges_jax.serving.cache import Prefix
+from cartridges_jax.serving.engine import Engine, _decode
+from cartridges_jax.serving.generate import run
+from cartridges_jax.serving.scheduler import Place, Request, Scheduler, SlotInput, Token
 from cartridges_jax.sharding import MeshConfig
 from cartridges_jax.step import TrainState, train_step
 
@@ -92,6 +96,44 @@ def equality(output: Path) -> None:
     np.savez(output, **{f"{name}/{what}": a for name, values in results.items() for what, a in values.items()})
 
 
+def served(config: ModelConfig, shape: tuple[int, int, int], text: Path | None = None) -> dict[str, np.ndarray]:
+    """What the engine answers and scores, and in `text` the program of a decoding step."""
+    mesh = mesh_of(shape)
+    params, cartridge, _ = inputs(config)
+    params = jax.tree.map(jnp.asarray, sharding.placed(params, sharding.WEIGHTS, mesh))
+    model = LanguageModel("tiny", config, params, None, "")  # type: ignore[arg-type]
+    engine = Engine(model, 3, 256, max_top_logprobs=5, batch_sizes=[3])
+    prefix = Prefix("cartridge", SLOTS, cartridge)
+    rng = np.random.default_rng(1)
+    wishes = [(None, 0.0), (prefix, 0.0), (prefix, 0.7)]
+    requests = [
+        Request(str(i), tuple(rng.integers(0, config.vocab_size, 40)), prefix, 8, temperature, seed=i, top_logprobs=5)
+        for i, (prefix, temperature) in enumerate(wishes)
+    ]
+    events = run(Scheduler(engine, len(requests)), requests)
+    tokens = sorted((event.id, i, event.sampled) for i, event in enumerate(events) if isinstance(event, Token))
+    scored = [s.sampled for s in engine.score(list(range(30)), prefix, 5)]
+    found = [sampled for _, _, sampled in tokens] + scored
+    if text is not None:
+        batch = engine._batch([SlotInput(0, 1, 0, Place([0], 0), 0.0, 1.0, 0, 0, 0)] * 3)
+        options = {"config": config, "mesh": mesh, "num_top": 5}
+        text.write_text(
+            _decode.lower(engine._weights, engine._cache, engine._last, *batch, **options).compile().as_text()
+        )
+    return {
+        "tokens": np.array([sampled.token for sampled in found]),
+        "logprobs": np.array([[sampled.logprob, *sampled.top_logprobs] for sampled in found]),
+    }
+
+
+def serving(output: Path) -> None:
+    results = {"1x1x1": served(CONFIG, (1, 1, 1)), "uneven 1x1x1": served(UNEVEN, (1, 1, 1))}
+    results["2x2x2"] = served(CONFIG, (2, 2, 2), output / "decode.txt")
+    results["uneven 1x1x2"] = served(UNEVEN, (1, 1, 2))
+    arrays = {f"{name}/{what}": a for name, values in results.items() for what, a in values.items()}
+    np.savez(output / "results.npz", **arrays)
+
+
 def compiled(output: Path) -> None:
     """The text of the step for a mesh of 4 by 4 by 2, and that of one device."""
     config = dataclasses.replace(CONFIG, num_layers=3)
@@ -139,4 +181,4 @@ def loading(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"equality": equality, "compiled": compiled, "loading": loading}[sys.argv[1]](Path(sys.argv[2]))
+    {"equality": equality, "compiled": compiled, "loading": loading, "serving": serving}[sys.argv[1]](Path(sys.argv[2]))

@@ -89,6 +89,29 @@ def test_the_step_gathers_weights_and_adds_up_and_does_nothing_else(programs: di
     assert found["all-reduce"].num_bytes == sums + chunk + cartridge + scalars
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    run("serving", 8, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("mesh", "reference"), [("2x2x2", "1x1x1"), ("uneven 1x1x2", "uneven 1x1x1")])
+def test_the_engine_answers_and_scores_alike_on_one_device_and_on_many(served: Path, mesh: str, reference: str):
+    results = np.load(served / "results.npz")
+    np.testing.assert_array_equal(results[f"{mesh}/tokens"], results[f"{reference}/tokens"])
+    found, expected = results[f"{mesh}/logprobs"], results[f"{reference}/logprobs"]
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=BOUND)
+
+
+def test_decoding_adds_up_what_heads_and_mlp_give_and_gathers_logits(served: Path):
+    found = traffic((served / "decode.txt").read_text())
+    config, rows = mesh_programs.CONFIG, 3
+    assert set(found) == {"all-gather", "all-reduce"}
+    assert found["all-reduce"].num_bytes == (2 * config.num_layers + 1) * rows * config.embed_dim * 4
+    assert found["all-gather"].num_bytes == rows * config.vocab_size * 4
+
+
 def test_sizes_that_do_not_go_together_are_refused():
     assert mesh_shape(MeshConfig(fsdp=4, tensor=2), 32) == (4, 4, 2)
     with pytest.raises(ValueError, match="data=None, fsdp=3, tensor=1, which does not come to the 8 devices here"):

@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
-SHARED_AT_ONCE = 4  # pages that meet the whole batch in one turn; their scores should stay in a CPU's cache
 Partial = tuple[Array, Array, Array]  # the scores' maximum, and relative to it the sums of weights and weighted values
 
 
@@ -60,7 +59,7 @@ def prefix_decode_attention(
       q: rotated. n is a multiple of k.
       positions: of the queries in their sequences, a cartridge's slots counted.
       pages: where the queries' own keys and values have been written already.
-      plan: the lists' sizes are multiples of `SHARED_AT_ONCE` and of `own_at_once(r)`.
+      plan: the size of its `own` list is a multiple of `own_at_once(r)`.
     """
     r, t, n, h = q.shape
     k = pages.bias.shape[1]
@@ -80,28 +79,26 @@ def own_at_once(r: int) -> int:
 
 
 def _shared(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan) -> Partial:
+    """A page a turn: it is read where it lies, and its scores stay in a CPU's cache."""
     r, k, m, h = q_rkmh.shape
     t = positions_rt.shape[1]
     q_kxh = q_rkmh.transpose(1, 0, 2, 3).reshape(k, r * m, h)
 
     def turn(i: Array, partial: Partial) -> Partial:
-        page_c, count_c, first_c = _entries(plan.shared, i, SHARED_AT_ONCE)
-        members_rc = _at(plan.members, i, SHARED_AT_ONCE).T
-        keys_khs = pages.keys[page_c].transpose(1, 2, 0, 3).reshape(k, h, -1)  # s: the places of all c pages
-        values_ksh = pages.values[page_c].swapaxes(0, 1).reshape(k, -1, h)
-        bias_k1s = pages.bias[page_c].swapaxes(0, 1).reshape(k, 1, -1)
-        seen_rtcz = _seen(positions_rt[..., None], count_c, first_c, pages) & members_rc[:, None, :, None]
-        seen_xs = jnp.repeat(seen_rtcz.reshape(r, t, -1), m // t, axis=1).reshape(r * m, -1)
-        scores_kxs = jnp.einsum("kxh,khs->kxs", q_kxh, keys_khs, preferred_element_type=jnp.float32)
-        scores_kxs = jnp.where(seen_xs, scores_kxs + bias_k1s, MASKED)
+        page = plan.shared.page[i]
+        seen_rtz = _seen(positions_rt, plan.shared.count[i], plan.shared.first[i], pages)
+        seen_rtz = seen_rtz & plan.members[i][:, None, None]
+        seen_xz = jnp.repeat(seen_rtz, m // t, axis=1).reshape(r * m, -1)
+        scores_kxz = jnp.einsum("kxh,khz->kxz", q_kxh, pages.keys[page], preferred_element_type=jnp.float32)
+        scores_kxz = jnp.where(seen_xz, scores_kxz + pages.bias[page][:, None], MASKED)
         top_kx, total_kx, o_kxh = partial
-        new_top_kx = jnp.maximum(top_kx, scores_kxs.max(-1))
-        weights_kxs = jnp.exp(scores_kxs - new_top_kx[..., None])
+        new_top_kx = jnp.maximum(top_kx, scores_kxz.max(-1))
+        weights_kxz = jnp.exp(scores_kxz - new_top_kx[..., None])
         kept_kx = jnp.exp(top_kx - new_top_kx)
-        o_kxh = o_kxh * kept_kx[..., None] + _weighed("kxs,ksh->kxh", weights_kxs, values_ksh)
-        return new_top_kx, total_kx * kept_kx + weights_kxs.sum(-1), o_kxh
+        o_kxh = o_kxh * kept_kx[..., None] + _weighed("kxz,kzh->kxh", weights_kxz, pages.values[page])
+        return new_top_kx, total_kx * kept_kx + weights_kxz.sum(-1), o_kxh
 
-    partial = _turns(turn, plan.shared.length, SHARED_AT_ONCE, _nothing(k, r * m, h))
+    partial = jax.lax.fori_loop(0, plan.shared.length, turn, _nothing(k, r * m, h))
     top_rkm, total_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in partial[:2])
     return top_rkm, total_rkm, partial[2].reshape(k, r, m, h).swapaxes(0, 1)
 
@@ -129,16 +126,12 @@ def _own(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan, partial: 
             (o_rkmh * kept_rkm[..., None]).at[row_w].add(weighed_wkmh),
         )
 
-    return _turns(turn, plan.own.length, at_once, partial)
+    return jax.lax.fori_loop(0, (plan.own.length + at_once - 1) // at_once, turn, partial)
 
 
 def _nothing(*shape_kxh: int) -> Partial:
     none_kx = jnp.zeros(shape_kxh[:-1])
     return none_kx + MASKED, none_kx, jnp.zeros(shape_kxh)
-
-
-def _turns(turn, length: Array, at_once: int, partial: Partial) -> Partial:
-    return jax.lax.fori_loop(0, (length + at_once - 1) // at_once, turn, partial)
 
 
 def _at(array: Array, i: Array, at_once: int) -> Array:

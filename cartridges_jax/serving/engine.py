@@ -16,9 +16,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_decode_attention import SHARED_AT_ONCE, Pages, Plan, Reading, own_at_once
+from cartridges_jax import collectives, sharding
+from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, Reading, own_at_once
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving import decoder
@@ -28,7 +31,7 @@ from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
 PAGE_SIZE = 128
 PREFILL_SIZES = (16, 32, 64, 96, 128, 192, 256)  # tokens of a program; fewer are padded, the padding written nowhere
-BATCH_SIZES = (1, 4, 16, *(32 << i for i in range(8)))  # on a CPU, 2 cost as much as 4, and 8 nearly as much as 16
+BATCH_SIZES = (1, *(4 << i for i in range(11)))  # on a CPU, 2 cost as much as 4, and 6 more than 8
 ROWS_PER_USER = 8  # multiplying so many rows by a page, all but one for nothing, costs what reading it once more costs
 SCORE_SIZE = 64  # tokens whose logits over the vocabulary exist together
 
@@ -80,10 +83,11 @@ class Engine:
         self.num_slots, self.max_length, self.max_top_logprobs = num_slots, max_length, max_top_logprobs
         self.page_size = PAGE_SIZE
         self._batch_sizes = batch_sizes or sorted({size for size in BATCH_SIZES if size < num_slots} | {num_slots})
-        self._config = model.config
-        self._weights = decoder.rearranged(model.params, model.config)
+        self._config, self._mesh = model.config, sharding.mesh_of(model.params)
+        sharding.check(model.config, self._mesh)
+        self._weights = decoder.rearranged(model.params, model.config, self._mesh)
         all_pages = self.num_pages + self._pages_each  # scoring has pages of its own
-        self._cache = _new_cache(model.config, all_pages, self._weights["embed"].dtype)
+        self._cache = _new_cache(model.config, all_pages, self._weights["embed"].dtype, self._mesh)
         self._nowhere = (all_pages, 0)  # a write to a page that does not exist is dropped
         self._last = jnp.zeros(num_slots, jnp.int32)  # what was sampled last for each slot
 
@@ -96,11 +100,12 @@ class Engine:
         arrays = [np.pad(a, [(0, 0), (0, whole - a.shape[1])] + [(0, 0)] * (a.ndim - 2)) for a in (keys, values, bias)]
         for i, page in enumerate(pages):
             slots = slice(i * PAGE_SIZE, (i + 1) * PAGE_SIZE)
-            self._cache = _load(self._cache, page, *(a[:, slots] for a in arrays))
+            parts = [a[:, slots] for a in arrays]
+            self._cache = _load(self._cache, page, *parts, config=self._config, mesh=self._mesh)
 
     def copy(self, source: int, target: int) -> None:
         """The target page becomes a copy of the source."""
-        self._cache = _copy(self._cache, source, target)
+        self._cache = _copy(self._cache, source, target, mesh=self._mesh)
 
     def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
         """Writes the keys and values of `tokens` at `position`, `position` + 1, …"""
@@ -108,7 +113,7 @@ class Engine:
             part = tokens[start : start + PREFILL_SIZES[-1]]
             size = next(s for s in PREFILL_SIZES if s >= len(part))
             step = self._chunk(part, size, position + start, place)
-            self._cache = _prefill(self._weights, self._cache, step, config=self._config)
+            self._cache = _prefill(self._weights, self._cache, step, config=self._config, mesh=self._mesh)
 
     def decode(self, inputs: Sequence[SlotInput]) -> Any:
         """Writes each input's token at its position and samples the token that follows it; `harvest` waits for it."""
@@ -135,6 +140,7 @@ class Engine:
             step,
             sampling,
             config=self._config,
+            mesh=self._mesh,
             num_top=self.max_top_logprobs,
         )
         return sampled
@@ -160,9 +166,8 @@ class Engine:
             step = self._chunk(part, SCORE_SIZE, p + start, Place(pages, p))
             following = np.zeros(SCORE_SIZE, np.int32)
             following[: len(tokens) - 1 - start] = tokens[start + 1 : start + SCORE_SIZE + 1]
-            self._cache, found = _score(
-                self._weights, self._cache, step, following, config=self._config, num_top=self.max_top_logprobs
-            )
+            options = {"config": self._config, "mesh": self._mesh, "num_top": self.max_top_logprobs}
+            self._cache, found = _score(self._weights, self._cache, step, following, **options)
             rows = zip(following.tolist(), *(a.tolist() for a in jax.device_get(found)), strict=True)
             scored += [
                 Scored(Sampled(token, logprob, tuple(ids[:num_top]), tuple(logprobs[:num_top])), rank)
@@ -180,7 +185,7 @@ class Engine:
             self.harvest(self.decode([SlotInput(i, 0, 0, Place([i], 0), 0.0, 1.0, 0, 0, 0) for i in range(size)]))
 
         def load() -> None:
-            self._cache = _load(self._cache, 0, zeros, zeros, zeros[..., 0])
+            self._cache = _load(self._cache, 0, zeros, zeros, zeros[..., 0], config=c, mesh=self._mesh)
 
         return [
             *(functools.partial(self.prefill, [0] * min(size, self.max_length), 0, place) for size in PREFILL_SIZES),
@@ -205,9 +210,9 @@ class Engine:
         page_t, place_t = np.array(written, np.int32).T
         seen = _seen(place, position + len(tokens) - 1)
         plan = Plan(
-            _reading(seen, self._pages_each, SHARED_AT_ONCE),
-            np.ones((_rounded(self._pages_each, SHARED_AT_ONCE), 1), bool),
-            _reading([], 0, 1),
+            _reading(seen, self._pages_each),
+            np.ones((self._pages_each, 1), bool),
+            _reading([], 0),
             np.zeros(0, np.int32),
         )
         positions_t = np.arange(position, position + size, dtype=np.int32)
@@ -221,7 +226,7 @@ class Engine:
         is_shared = {page for page, count in users.items() if count >= fewest}
         shared = {page: (page, count, first) for reading in seen for page, count, first in reading if page in is_shared}
         order = {page: c for c, page in enumerate(shared)}
-        members = np.zeros((_rounded(self._pages_each if b == 1 else self.num_pages, SHARED_AT_ONCE), b), bool)
+        members = np.zeros((self._pages_each if b == 1 else self.num_pages, b), bool)
         own, reader = [], []
         for r, reading in enumerate(seen):
             for entry in reading:
@@ -230,12 +235,10 @@ class Engine:
                 else:
                     own.append(entry)
                     reader.append(r)
-        at_once = own_at_once(b)
-        most = 0 if b == 1 else b * self._pages_each
-        readers = np.zeros(_rounded(most, at_once), np.int32)
+        most = 0 if b == 1 else -(-b * self._pages_each // own_at_once(b)) * own_at_once(b)
+        readers = np.zeros(most, np.int32)
         readers[: len(reader)] = reader
-        together = _reading(list(shared.values()), len(members), SHARED_AT_ONCE)
-        return Plan(together, members, _reading(own, most, at_once), readers)
+        return Plan(_reading(list(shared.values()), len(members)), members, _reading(own, most), readers)
 
 
 def _seen(place: Place, position: int) -> list[tuple[int, int, int]]:
@@ -252,14 +255,10 @@ def _written(place: Place, position: int) -> tuple[int, int]:
     return place.pages[-(-place.prefix_length // PAGE_SIZE) + page], place_in_page
 
 
-def _reading(entries: Sequence[tuple[int, int, int]], most: int, at_once: int) -> Reading:
-    padded = np.zeros((_rounded(most, at_once), 3), np.int32)
+def _reading(entries: Sequence[tuple[int, int, int]], most: int) -> Reading:
+    padded = np.zeros((most, 3), np.int32)
     padded[: len(entries)] = np.array(entries, np.int32).reshape(-1, 3)
     return Reading(*padded.T, np.int32(len(entries)))
-
-
-def _rounded(count: int, step: int) -> int:
-    return -(-count // step) * step
 
 
 def _wishes(inputs: Sequence[SlotInput], padding: int) -> Sampling:
@@ -269,48 +268,69 @@ def _wishes(inputs: Sequence[SlotInput], padding: int) -> Sampling:
     return Sampling(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _new_cache(config: ModelConfig, num_pages: int, dtype: Any) -> list[Pages]:
-    k, h = config.num_kv_heads, config.head_dim
-    return [
-        Pages(
-            jnp.zeros((num_pages, k, h, PAGE_SIZE), dtype),
-            jnp.zeros((num_pages, k, PAGE_SIZE, h), dtype),
-            jnp.zeros((num_pages, k, PAGE_SIZE), jnp.float32),
-        )
-        for _ in range(config.num_layers)
-    ]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _new_cache(config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh) -> list[Pages]:
+    def local() -> list[Pages]:
+        k = collectives.own_kv_heads(config)
+        return [
+            Pages(
+                jnp.zeros((num_pages, k, config.head_dim, PAGE_SIZE), dtype),
+                jnp.zeros((num_pages, k, PAGE_SIZE, config.head_dim), dtype),
+                jnp.zeros((num_pages, k, PAGE_SIZE), jnp.float32),
+            )
+            for _ in range(config.num_layers)
+        ]
+
+    return sharding.on_mesh(local, mesh, (), sharding.PAGES)()
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=0)
 def _load(
     cache: list[Pages],
     page: Int[Array, ""],
     keys: Float[Array, "l z k h"],
     values: Float[Array, "l z k h"],
     bias: Float[Array, "l z k"],
+    *,
+    config: ModelConfig,
+    mesh: Mesh,
 ) -> list[Pages]:
-    return [
-        Pages(
-            pages.keys.at[page].set(keys[l].transpose(1, 2, 0).astype(pages.keys.dtype)),
-            pages.values.at[page].set(values[l].swapaxes(0, 1).astype(pages.values.dtype)),
-            pages.bias.at[page].set(bias[l].T),
-        )
-        for l, pages in enumerate(cache)
-    ]
+    def local(cache: list[Pages], page: Int[Array, ""], slots: tuple[Array, Array, Array]) -> list[Pages]:
+        keys, values, bias = collectives.own_heads(slots, config, axis=2)
+        return [
+            Pages(
+                pages.keys.at[page].set(keys[l].transpose(1, 2, 0).astype(pages.keys.dtype)),
+                pages.values.at[page].set(values[l].swapaxes(0, 1).astype(pages.values.dtype)),
+                pages.bias.at[page].set(bias[l].T),
+            )
+            for l, pages in enumerate(cache)
+        ]
+
+    slots = keys, values, bias
+    in_specs = sharding.PAGES, P(), sharding.fitted(slots, sharding.CARTRIDGE, mesh)
+    return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(cache, page, slots)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy(cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""]) -> list[Pages]:
-    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _copy(cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""], *, mesh: Mesh) -> list[Pages]:
+    def local(cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""]) -> list[Pages]:
+        return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)
+
+    return sharding.on_mesh(local, mesh, (sharding.PAGES, P(), P()), sharding.PAGES)(cache, source, target)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
-def _prefill(weights: decoder.Weights, cache: list[Pages], step: Step, *, config: ModelConfig) -> list[Pages]:
-    return _forward(weights, cache, step, config)[1]
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=1)
+def _prefill(
+    weights: decoder.Weights, cache: list[Pages], step: Step, *, config: ModelConfig, mesh: Mesh
+) -> list[Pages]:
+    def local(weights: decoder.Weights, cache: list[Pages], step: Step) -> list[Pages]:
+        return _forward(weights, cache, step, config)[1]
+
+    in_specs = decoder.specs(weights), sharding.PAGES, P()
+    return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(weights, cache, step)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_top"), donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top"), donate_argnums=(1, 2))
 def _decode(
     weights: decoder.Weights,
     cache: list[Pages],
@@ -320,15 +340,21 @@ def _decode(
     sampling: Sampling,
     *,
     config: ModelConfig,
+    mesh: Mesh,
     num_top: int,
 ) -> tuple[list[Pages], Array, Any]:
-    tokens = jnp.where(step.tokens < 0, last[slots][:, None], step.tokens)
-    hidden_db, cache = _forward(weights, cache, step.replace(tokens=tokens), config)
-    sampled = sample(decoder.logits(weights, hidden_db), sampling, num_top)
-    return cache, last.at[slots].set(sampled[0], mode="drop"), sampled
+    def local(weights: decoder.Weights, cache: list[Pages], last: Array, slots: Array, step: Step, wishes: Sampling):
+        tokens = jnp.where(step.tokens < 0, last[slots][:, None], step.tokens)
+        hidden_db, cache = _forward(weights, cache, step.replace(tokens=tokens), config)
+        sampled = sample(decoder.logits(weights, hidden_db), wishes, num_top)
+        return cache, last.at[slots].set(sampled[0], mode="drop"), sampled
+
+    in_specs = decoder.specs(weights), sharding.PAGES, *[P()] * 4
+    run = sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P(), P()))
+    return run(weights, cache, last, slots, step, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_top"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top"), donate_argnums=1)
 def _score(
     weights: decoder.Weights,
     cache: list[Pages],
@@ -336,15 +362,20 @@ def _score(
     following: Int[Array, " t"],
     *,
     config: ModelConfig,
+    mesh: Mesh,
     num_top: int,
 ) -> tuple[list[Pages], Any]:
-    hidden_dt, cache = _forward(weights, cache, step, config)
-    logits_tv = decoder.logits(weights, hidden_dt)
-    normalizer_t1 = jax.nn.logsumexp(logits_tv, axis=-1, keepdims=True)
-    own_t1 = jnp.take_along_axis(logits_tv, following[:, None], axis=-1)
-    top_tj, ids_tj = jax.lax.top_k(logits_tv, num_top)
-    rank_t = 1 + (logits_tv > own_t1).sum(-1)
-    return cache, ((own_t1 - normalizer_t1)[:, 0], rank_t, ids_tj, top_tj - normalizer_t1)
+    def local(weights: decoder.Weights, cache: list[Pages], step: Step, following: Array) -> tuple[list[Pages], Any]:
+        hidden_dt, cache = _forward(weights, cache, step, config)
+        logits_tv = decoder.logits(weights, hidden_dt)
+        normalizer_t1 = jax.nn.logsumexp(logits_tv, axis=-1, keepdims=True)
+        own_t1 = jnp.take_along_axis(logits_tv, following[:, None], axis=-1)
+        top_tj, ids_tj = jax.lax.top_k(logits_tv, num_top)
+        rank_t = 1 + (logits_tv > own_t1).sum(-1)
+        return cache, ((own_t1 - normalizer_t1)[:, 0], rank_t, ids_tj, top_tj - normalizer_t1)
+
+    in_specs = decoder.specs(weights), sharding.PAGES, P(), P()
+    return sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P()))(weights, cache, step, following)
 
 
 def _forward(weights: decoder.Weights, cache: list[Pages], step: Step, config: ModelConfig) -> Any:

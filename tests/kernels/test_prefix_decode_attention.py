@@ -9,7 +9,6 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cartridges_jax.kernels.prefix_decode_attention import (
-    SHARED_AT_ONCE,
     Pages,
     Plan,
     Reading,
@@ -53,7 +52,7 @@ def plan_of(requests: list[int], shared: bool) -> Plan:
     together = [page for cartridge in ("a", "b") for page in CARTRIDGES[cartridge]] if shared else []
     if len(requests) == 1:
         together = sequence(requests[0])
-    listed = reading(together, SHARED_AT_ONCE)
+    listed = reading(together, 1)
     members = np.array([[page in sequence(r) for r in requests] for page in together], bool)
     members = np.pad(members.reshape(-1, len(requests)), ((0, len(listed.page) - len(together)), (0, 0)))
     own = [(row, page) for row, r in enumerate(requests) for page in sequence(r) if page not in together]
