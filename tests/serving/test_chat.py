@@ -107,13 +107,12 @@ def test_a_session_in_a_terminal(tmp_path: Path):
     cj.Cartridge.from_text(tiny.model(), tiny.TEXT, 20).save(cartridge)
     (tmp_path / "text.txt").write_text(tiny.TEXT[:200])
     ours, theirs = pty.openpty()
-    options = [f"--model={tiny.folder()}", "--max-length=512", "--max-tokens=4", "--document=text.txt"]
+    options = [f"--model={tiny.folder()}", "--max-length=512", "--max-tokens=4", "--document=text.txt", "--no-warmup"]
     command = [sys.executable, "-m", "cartridges_jax.chat", *options]
     environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.getcwd(), "CARTRIDGES_JAX_CACHE": str(tmp_path)}
-    with (
-        open(tmp_path / "errors.txt", "w+") as errors,
-        subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=errors, cwd=tmp_path, env=environment) as process,
-    ):
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment
+    ) as process:
         os.close(theirs)
         os.write(ours, b"hello\n/cartridge text\n/compare\n/cartridge nowhere\n/quit\n")
         screen = b""
@@ -124,8 +123,6 @@ def test_a_session_in_a_terminal(tmp_path: Path):
             pass
         os.close(ours)
     assert process.returncode == 0
-    compiled = re.findall(r"compiling: (\d+)/(\d+) programs.*, done in", (tmp_path / "errors.txt").read_text())
-    assert len(compiled) == 1 and compiled[0][0] == compiled[0][1]
     shown = screen.decode()
     assert "0 slots of a cartridge. /help" in shown and "20 slots\r\n" in shown
     assert shown.count("--max-tokens is reached") + shown.count("tokens/s)") >= 4, shown
