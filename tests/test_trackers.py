@@ -50,12 +50,13 @@ def test_tensorboard_gets_upstreams_names(settings: dict[str, Any]):
 
 def test_weights_and_biases_gets_them_offline(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = config_of(settings, track=TrackConfig(wandb="offline"))
+    config = config_of(settings, track=TrackConfig(wandb="offline", project="owls", name="first night"))
     train(config, tiny.model())
     (log,) = (Path(config.output_dir) / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
     for name in (b"train/loss", b"optimizer/lr_group0", b"train/num_target_tokens", b"eval_held_out/loss"):
         assert (name in content) == (name != b"train/num_target_tokens"), name
+    assert b"owls" in content and b"first night" in content
 
 
 def test_answers_stay_in_their_cells():
