@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.composition import compose
 from cartridges_jax.data import read_corpus, read_examples
 from cartridges_jax.evals.during import EvalsConfig, LossEval, general_nll
 from cartridges_jax.evals.loss import answer_loss
@@ -105,9 +105,9 @@ def main() -> None:
         for trial in trials:
             bench.run(trial, seed)
             bench.report(trials, args.seeds)
-        if args.second and (args.only is None or "composition" in args.only):
-            bench.compose(first, Document.of_run(args.second, args.second_questions), seed)
-            bench.report(trials, args.seeds)
+    if args.second and (args.only is None or "composition" in args.only):
+        bench.compose((args.run, args.second), (first, Document.of_run(args.second, args.second_questions)))
+        bench.report(trials, args.seeds)
     print(f"report: {args.output / 'report.md'}")
 
 
@@ -192,19 +192,15 @@ class Bench:
         files.write_text(path, json.dumps(result, indent=1) + "\n")
         return result
 
-    def compose(self, a: Document, b: Document, seed: int) -> None:
-        """Each document's questions behind its own cartridge, the other's, and both in either order."""
-        path = self._output / "runs" / f"composition-{a.text.stem}-{b.text.stem}-seed{seed}.json"
+    def compose(self, runs: tuple[Path, Path], documents: tuple[Document, Document]) -> None:
+        """Each run's questions behind its own cartridge, the other's, and both in either order."""
+        path = self._output / "runs" / f"composition-{documents[0].text.stem}-{documents[1].text.stem}.json"
         if path.is_file():
             return
-        slots = {}
-        for name, document in (("a", a), ("b", b)):
-            trial = Trial("composed", "quickstart", document, 4)
-            self.run(trial, seed)
-            slots[name] = Cartridge.load(self._output / "runs" / trial.run_name(seed) / "cartridge.safetensors")
-        prefixes = slots | {"a + b": _composed(slots["a"], slots["b"]), "b + a": _composed(slots["b"], slots["a"])}
+        a, b = (Cartridge.load(run / "train" / "cartridge.safetensors") for run in runs)
+        prefixes = {"a": a, "b": b, "a + b": compose([a, b]), "b + a": compose([b, a])}
         result = {}
-        for name, document in (("a", a), ("b", b)):
+        for name, document in zip("ab", documents, strict=True):
             nothing, full, _ = self._bounds(document)
             gaps = {of: (nothing - self._nll(document, c)) / (nothing - full) for of, c in prefixes.items()}
             result[name] = {"document": document.text.stem, **gaps}
@@ -266,12 +262,6 @@ class Bench:
         answers = [tokenizer.encode(question.answer) for question in questions]
         total, count = answer_loss(self._model, prefix, answer_examples(prompts, answers))
         return total / count
-
-
-def _composed(a: Cartridge, b: Cartridge) -> Cartridge:
-    """The slots of both, without the second's attention sink."""
-    joined = [jnp.concatenate([one, other[:, 1:]], axis=1) for one, other in zip(a.prefix, b.prefix, strict=True)]
-    return Cartridge(*joined, num_frozen=1)
 
 
 def _put_on_one_clock(results: list[dict[str, Any]]) -> None:
@@ -348,7 +338,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--document", type=Path)
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--questions", type=Path)
-    parser.add_argument("--second", type=Path, help="another run directory, for composition")
+    parser.add_argument("--second", type=Path, help="another run directory, whose cartridge is composed with --run's")
     parser.add_argument("--second-questions", type=Path)
     parser.add_argument("--five", type=Path, help="conversations from the paper's five seed prompts")
     parser.add_argument("--generic", type=Path, help="as many from one generic prompt")
@@ -366,6 +356,8 @@ def _arguments() -> argparse.Namespace:
         args.own = Document(args.document, args.dataset, args.questions)
     elif args.run is None:
         parser.error("give --run, or --document with --dataset and --questions")
+    if args.second and args.run is None:
+        parser.error("--second needs --run: the cartridges of two runs are composed")
     return args
 
 

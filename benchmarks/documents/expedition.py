@@ -57,14 +57,14 @@ def made(seed: int = SEED) -> tuple[str, list[dict[str, str]]]:
     """The document, and its questions with their answers."""
     draw = Draw(seed)
     people = [f"{draw('first')} {draw('last')}" for _ in JOBS]
-    camps = [f"Camp {draw('place')}" for _ in range(31)]
+    camps = [f"Camp {draw('place')}" for _ in range(26)]
     sections = (
         _section(draw, "The Members", people, _member),
         _section(draw, "The Camps", camps, lambda draw, camp: _camp(draw, camp, draw.rng.choice(people))),
         _section(draw, "The Finds", range(36), lambda draw, _: _find(draw, draw.rng.choice(camps), people)),
         _section(draw, "The Days", range(1, 48), lambda draw, day: _day(draw, int(day), people)),
-        _section(draw, "The Crates", range(28), lambda draw, _: _crate(draw, draw.rng.choice(people))),
-        _section(draw, "The Letters", draw.rng.sample(people, 24), _letter),
+        _section(draw, "The Crates", range(24), lambda draw, _: _crate(draw, draw.rng.choice(people))),
+        _section(draw, "The Letters", draw.rng.sample(people, 22), _letter),
     )
     return _text(sections), list(_questions(sections))
 
@@ -120,7 +120,7 @@ def _find(draw: Draw, camp: str, people: Sequence[str]) -> Iterator[Fact]:
         f"Who found {find}?",
         person,
     )
-    yield Fact(f"It weighs {weight} grams.", f"How many grams does {find} weigh?", weight)
+    yield Fact(f"{find.capitalize()} weighs {weight} grams.", f"How many grams does {find} weigh?", weight)
     yield Fact(f"Today {find} is in the museum of {room}.", f"In the museum of which town is {find} today?", room)
 
 
@@ -147,8 +147,10 @@ def _day(draw: Draw, day: int, people: Sequence[str]) -> Iterator[Fact]:
 def _crate(draw: Draw, person: str) -> Iterator[Fact]:
     mark, content, price = draw("mark"), draw("content"), draw.number(11, 890)
     yield Fact(f"The crate with {mark} on it held {content}.", f"What did the crate with {mark} on it hold?", content)
-    yield Fact(f"Its price was {price} crowns.", f"How many crowns was the crate with {mark} on it?", price)
-    yield Fact(f"{person} carried the key to it.", f"Who carried the key to the crate with {mark} on it?", person)
+    yield Fact(
+        f"The crate with {mark} on it cost {price} crowns.", f"How many crowns was the crate with {mark} on it?", price
+    )
+    yield Fact(f"{person} had the key to the crate with {mark}.", f"Who had the key to the crate with {mark}?", person)
 
 
 def _letter(draw: Draw, person: str) -> Iterator[Fact]:
@@ -156,7 +158,7 @@ def _letter(draw: Draw, person: str) -> Iterator[Fact]:
     yield Fact(f"{person} sent a letter to {to}.", f"To whom did {person} send a letter?", to)
     yield Fact(f"The letter of {person} was about {topic}.", f"What was the letter of {person} about?", topic)
     yield Fact(
-        draw.rng.choice((f"It arrived after {days} days.", f"It was on the way for {days} days.")),
+        f"The letter of {person} arrived after {days} days.",
         f"After how many days did the letter of {person} arrive?",
         days,
     )
