@@ -120,7 +120,7 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
         yield Trial(f"claim-{share}", "attention_matching", document, share)
         yield Trial(f"claim-{share}", RECIPE, document, share, "text", upstream)
     for kind in ("attention_matching", "text"):
-        for label, changes in (("bucket", {}), ("drop", {"tail": "drop"}), ("next token", tokens)):
+        for label, changes in (("bucket", {}), ("next token", tokens), ("drop", {"tail": "drop"})):
             yield Trial("objectives", f"{label} after {kind}", document, 4, kind, changes)
         for num_frozen in (1, 0):
             label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
@@ -199,12 +199,16 @@ class Bench:
             return
         a, b = (Cartridge.load(run / "train" / "cartridge.safetensors") for run in runs)
         prefixes = {"a": a, "b": b, "a + b": compose([a, b]), "b + a": compose([b, a])}
-        result = {}
-        for name, document in zip("ab", documents, strict=True):
-            nothing, full, _ = self._bounds(document)
-            gaps = {of: (nothing - self._nll(document, c)) / (nothing - full) for of, c in prefixes.items()}
-            result[name] = {"document": document.text.stem, **gaps}
+        result = {
+            name: {"document": document.text.stem} | {of: self.gap(document, c) for of, c in prefixes.items()}
+            for name, document in zip("ab", documents, strict=True)
+        }
         files.write_text(path, json.dumps(result, indent=1) + "\n")
+
+    def gap(self, document: Document, cartridge: Cartridge) -> float:
+        """How far from knowing nothing to knowing the document the cartridge goes."""
+        nothing, full, _ = self._bounds(document)
+        return (nothing - self._nll(document, cartridge)) / (nothing - full)
 
     def report(self, trials: list[Trial], seeds: int) -> None:
         """Writes report.md and a plot for each study, of the results that are there."""
