@@ -128,7 +128,7 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
     yield Trial("int8", "as loaded", document, 4)
     yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
     for share, kind in itertools.product(args.shares, starts):
-        steps = {} if share == args.shares[0] or kind == "attention_matching" else {"num_steps": 0}
+        steps = {} if share == args.shares[0] else {"num_steps": 0}  # of other sizes, before the first step only
         yield Trial(f"starts-{share}", kind, document, share, kind, steps)
     for share in SIZES:
         yield Trial("sizes", f"1 of {share}", document, share)

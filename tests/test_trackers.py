@@ -10,6 +10,7 @@ import pytest
 import tiny
 from tensorboardX.proto import event_pb2
 from tiny_runs import config_of, metrics_of, settings_in
+from wandb.proto.wandb_internal_pb2 import RunRecord
 
 from cartridges_jax.evals.during import EvalsConfig, LossEval
 from cartridges_jax.trackers import TrackConfig, answers_table
@@ -56,7 +57,9 @@ def test_weights_and_biases_gets_them_offline(settings: dict[str, Any], monkeypa
     content = log.read_bytes()
     for name in (b"train/loss", b"optimizer/lr_group0", b"train/num_target_tokens", b"eval_held_out/loss"):
         assert (name in content) == (name != b"train/num_target_tokens"), name
-    assert b"owls" in content and b"first night" in content
+    for field in ({"project": "owls"}, {"display_name": "first night"}):
+        written = RunRecord(**field).SerializeToString() in content  # the settings hold them too, in other fields
+        assert written, field
 
 
 def test_answers_stay_in_their_cells():
