@@ -4,10 +4,12 @@
     python benchmarks/ablations.py --run=runs/document-… [--seeds=3] [--only=starts-4,objectives] [--shares=4,10,20]
     python benchmarks/ablations.py --run=runs/document-… --second=runs/story-…  # also composition, of two documents
     python benchmarks/ablations.py --run=… --five=A/dataset.parquet --generic=B/dataset.parquet  # also seed prompts
+    python benchmarks/ablations.py --run=… --server=http://127.0.0.1:8000/v1  # also a summary, asked of that server
     python benchmarks/ablations.py --document=D.txt --dataset=S.parquet --questions=Q.jsonl      # any other document
 
 Every run is a training run of the library in OUTPUT/runs/, and its result a file there: the command, given again, goes
-on where it ended, and report.md shows what is there so far. A dataset of other seed prompts comes from
+on where it ended, and report.md shows what is there so far. Starts of other sizes than the first of --shares are
+measured without a step behind them. A dataset of other seed prompts comes from
 `python -m synth --config=configs/quickstart.py:synth --config.seed_prompts=…` with a server running.
 
 Measured is the gap closed on the reference answers (no text is generated), before the first step and every few steps.
