@@ -4,22 +4,25 @@
     python benchmarks/ablations.py --run=runs/document-… [--seeds=3] [--only=starts-4,objectives] [--shares=4,10,20]
     python benchmarks/ablations.py --run=runs/document-… --second=runs/story-…  # also composition, of two documents
     python benchmarks/ablations.py --run=… --five=A/dataset.parquet --generic=B/dataset.parquet  # also seed prompts
+    python benchmarks/ablations.py --run=… --server=http://127.0.0.1:8000/v1  # also a summary, asked of that server
     python benchmarks/ablations.py --document=D.txt --dataset=S.parquet --questions=Q.jsonl      # any other document
 
 Every run is a training run of the library in OUTPUT/runs/, and its result a file there: the command, given again, goes
-on where it ended, and report.md shows what is there so far. A dataset of other seed prompts comes from
+on where it ended, and report.md shows what is there so far. Starts of other sizes than the first of --shares are
+measured without a step behind them. A dataset of other seed prompts comes from
 `python -m synth --config=configs/quickstart.py:synth --config.seed_prompts=…` with a server running.
 
 Measured is the gap closed on the reference answers (no text is generated), before the first step and every few steps.
-Time is that of the initial state, compilation included, plus steps times the time of a step: within a study, every run
-counts the median step of the run in which it was fastest, since steps of one size cost the same and other work on the
-machine does not. Evaluation does not count.
+Time is that of the initial state, compilation included, plus steps times the time of a step. An initial state of one
+kind and size costs the same in every run, and so does a step of one size; other work on the machine does not: of both,
+each run counts the fastest run's (of steps, the median). Evaluation does not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -31,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.composition import compose
 from cartridges_jax.data import read_corpus, read_examples
 from cartridges_jax.evals.during import EvalsConfig, LossEval, general_nll
 from cartridges_jax.evals.loss import answer_loss
@@ -42,6 +45,7 @@ from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.metrics import METRICS, history
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.optim import OptimConfig
+from cartridges_jax.starting_texts import SummaryConfig
 from cartridges_jax.train import INITIAL, TrainConfig, train
 from command_line import files
 
@@ -54,7 +58,6 @@ MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as 
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
 RECIPE = "upstream's recipe"  # its start, loss, reduction, learning rate and schedule, in our batches
 UPSTREAM = OptimConfig(lr=2e-2, schedule="constant")
-UPSTREAM_EPOCHS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,43 +92,46 @@ class Trial:
         digest = hashlib.sha256(changes).hexdigest()[:8]
         return f"{self.document.text.stem}-{self.kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
 
+    def start_name(self, seed: int) -> str:
+        """Of the initial state, which trials share."""
+        return dataclasses.replace(self, changes={}, num_frozen=1).run_name(seed)
+
 
 def main() -> None:
     args = _arguments()
     model = load_model(MODEL, "auto")
     first = args.own or Document.of_run(args.run, args.questions)
     trials = [t for t in _trials(first, args) if args.only is None or t.study in args.only]
-    bench = Bench(model, args.output)
+    bench = Bench(model, args.output, args.server)
     for seed in range(args.seeds):
         for trial in trials:
             bench.run(trial, seed)
             bench.report(trials, args.seeds)
-        if args.second and (args.only is None or "composition" in args.only):
-            bench.compose(first, Document.of_run(args.second, args.second_questions), seed)
-            bench.report(trials, args.seeds)
+    if args.second and (args.only is None or "composition" in args.only):
+        bench.compose((args.run, args.second), (first, Document.of_run(args.second, args.second_questions)))
+        bench.report(trials, args.seeds)
     print(f"report: {args.output / 'report.md'}")
 
 
 def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
-    upstream = {"tail": "drop", "reduction": "row", "optim": UPSTREAM, "num_epochs": UPSTREAM_EPOCHS}
+    upstream = {"tail": "drop", "reduction": "row", "optim": UPSTREAM, "num_epochs": args.upstream_epochs}
     tokens = {"targets": "tokens", "tail": "drop"}
 
-    first, *others = args.shares
-    for kind in STARTS:
-        yield Trial(f"starts-{first}", kind, document, first, kind)
+    starts = STARTS if args.server is None else (*STARTS, "summary")
+    for share in args.shares:
+        yield Trial(f"claim-{share}", "attention_matching", document, share)
+        yield Trial(f"claim-{share}", RECIPE, document, share, "text", upstream)
     for kind in ("attention_matching", "text"):
-        for label, changes in (("bucket", {}), ("drop", {"tail": "drop"}), ("next token", tokens)):
+        for label, changes in (("bucket", {}), ("next token", tokens), ("drop", {"tail": "drop"})):
             yield Trial("objectives", f"{label} after {kind}", document, 4, kind, changes)
         for num_frozen in (1, 0):
             label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
             yield Trial("sink", label, document, 4, kind, num_frozen=num_frozen)
-    yield Trial(f"starts-{first}", RECIPE, document, first, "text", upstream)
     yield Trial("int8", "as loaded", document, 4)
     yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
-    for share in others:
-        for kind in STARTS:
-            yield Trial(f"starts-{share}", kind, document, share, kind)
-        yield Trial(f"starts-{share}", RECIPE, document, share, "text", upstream)
+    for share, kind in itertools.product(args.shares, starts):
+        steps = {} if share == args.shares[0] else {"num_steps": 0}  # of other sizes, before the first step only
+        yield Trial(f"starts-{share}", kind, document, share, kind, steps)
     for share in SIZES:
         yield Trial("sizes", f"1 of {share}", document, share)
     if args.five and args.generic:
@@ -136,8 +142,10 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
 
 
 class Bench:
-    def __init__(self, model: LanguageModel, output: Path):
+    def __init__(self, model: LanguageModel, output: Path, server: str | None):
         self._model, self._output = model, output
+        self._summary = SummaryConfig(server, MODEL)
+        self._off_topic = functools.cache(lambda: general_nll(model, None))
 
     def run(self, trial: Trial, seed: int) -> dict[str, Any]:
         """The result of a trial: from its file, or else by training."""
@@ -146,8 +154,16 @@ class Bench:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         nothing, full, tokens = self._bounds(trial.document)
-        init = InitConfig(trial.kind, num_slots=tokens // trial.share, num_frozen=trial.num_frozen)  # type: ignore[arg-type]
+        init = InitConfig(
+            trial.kind,  # type: ignore[arg-type]
+            num_slots=tokens // trial.share,
+            num_frozen=trial.num_frozen,
+            summary=self._summary if trial.kind == "summary" else SummaryConfig(),
+        )
         settings: dict[str, Any] = {"tail": "bucket", "optim": MATCHED if "matching" in trial.kind else PLAIN}
+        settings |= trial.changes
+        every = 5 * settings.get("num_epochs", 1)
+        evaluation = LossEval("questions", None, str(trial.document.questions), INSTRUCTION)
         config = TrainConfig(
             corpus=str(trial.document.text),
             dataset=str(trial.document.dataset),
@@ -158,43 +174,43 @@ class Bench:
             batch_size=4,
             checkpoint_every=10,
             init=init,
-            evals=EvalsConfig(5, (LossEval("questions", None, str(trial.document.questions), INSTRUCTION),)),
-            **settings | trial.changes,
+            evals=EvalsConfig(every, (evaluation,)),
+            **settings,
         )
-        init_seconds = self._start(config, folder)
+        init_seconds = self._start(trial, config, folder)
         cartridge = Cartridge.load(train(config, self._model))
         lines = history(folder / METRICS)
         taken = [line["seconds"] for line in lines if "loss" in line]
-        step_seconds = statistics.median(b - a for a, b in itertools.pairwise(taken))
+        each = [b - a for a, b in itertools.pairwise(taken)]
         curve = [(line["step"] + 1, (nothing - line[KEY]) / (nothing - full)) for line in lines if KEY in line]
         result = {
             "slots": cartridge.num_slots,
             "steps": len(taken),
             "init_seconds": init_seconds,
-            "step_seconds": step_seconds,
+            "step_seconds": statistics.median(each) if each else None,
             "curve": curve,
-            "off_topic": general_nll(self._model, cartridge) - general_nll(self._model, None),
+            "off_topic": general_nll(self._model, cartridge) - self._off_topic(),
         }
         files.write_text(path, json.dumps(result, indent=1) + "\n")
         return result
 
-    def compose(self, a: Document, b: Document, seed: int) -> None:
-        """Each document's questions behind its own cartridge, the other's, and both in either order."""
-        path = self._output / "runs" / f"composition-{a.text.stem}-{b.text.stem}-seed{seed}.json"
+    def compose(self, runs: tuple[Path, Path], documents: tuple[Document, Document]) -> None:
+        """Each run's questions behind its own cartridge, the other's, and both in either order."""
+        path = self._output / "runs" / f"composition-{documents[0].text.stem}-{documents[1].text.stem}.json"
         if path.is_file():
             return
-        slots = {}
-        for name, document in (("a", a), ("b", b)):
-            trial = Trial("composed", "quickstart", document, 4)
-            self.run(trial, seed)
-            slots[name] = Cartridge.load(self._output / "runs" / trial.run_name(seed) / "cartridge.safetensors")
-        prefixes = slots | {"a + b": _composed(slots["a"], slots["b"]), "b + a": _composed(slots["b"], slots["a"])}
-        result = {}
-        for name, document in (("a", a), ("b", b)):
-            nothing, full, _ = self._bounds(document)
-            gaps = {of: (nothing - self._nll(document, c)) / (nothing - full) for of, c in prefixes.items()}
-            result[name] = {"document": document.text.stem, **gaps}
+        a, b = (Cartridge.load(run / "train" / "cartridge.safetensors") for run in runs)
+        prefixes = {"a": a, "b": b, "a + b": compose([a, b]), "b + a": compose([b, a])}
+        result = {
+            name: {"document": document.text.stem} | {of: self.gap(document, c) for of, c in prefixes.items()}
+            for name, document in zip("ab", documents, strict=True)
+        }
         files.write_text(path, json.dumps(result, indent=1) + "\n")
+
+    def gap(self, document: Document, cartridge: Cartridge) -> float:
+        """How far from knowing nothing to knowing the document the cartridge goes."""
+        nothing, full, _ = self._bounds(document)
+        return (nothing - self._nll(document, cartridge)) / (nothing - full)
 
     def report(self, trials: list[Trial], seeds: int) -> None:
         """Writes report.md and a plot for each study, of the results that are there."""
@@ -202,10 +218,13 @@ class Bench:
         for trial, seed in itertools.product(trials, range(seeds)):
             path = self._output / "runs" / trial.run_name(seed) / "result.json"
             if path.is_file():
-                studies[trial.study][trial.label].append(json.loads(path.read_text(encoding="utf-8")))
+                result = json.loads(path.read_text(encoding="utf-8"))
+                result["start"] = trial.document.text.stem, trial.kind, result["slots"]
+                result["step"] = trial.changes.get("quantization"), result["slots"]
+                studies[trial.study][trial.label].append(result)
+        _put_on_one_clock([r for results in studies.values() for of_label in results.values() for r in of_label])
         text = ["# Ablations", str(__doc__).split("\n\n")[-1].strip()]
         for study, results in studies.items():
-            _put_on_one_clock([result for of_label in results.values() for result in of_label])
             _plot(self._output / f"{study}.png", results)
             text += [f"## {study}", _table(results), *_against_upstream(results)]
             text.append(f"![gap closed against seconds]({study}.png)")
@@ -213,16 +232,21 @@ class Bench:
             text += [f"## {path.stem}", "```\n" + path.read_text(encoding="utf-8") + "```"]
         files.write_text(self._output / "report.md", "\n\n".join(text) + "\n")
 
-    def _start(self, config: TrainConfig, folder: Path) -> float:
-        """Puts the initial state where training finds it; the seconds that it took, once."""
-        timed = folder / "init_seconds.json"
-        if not (folder / INITIAL).is_file() or not timed.is_file():
+    def _start(self, trial: Trial, config: TrainConfig, folder: Path) -> float:
+        """Puts the initial state where training finds it; the seconds that it took, when it was made."""
+        made = self._output / "starts" / f"{trial.start_name(config.seed)}.safetensors"
+        timed = made.with_suffix(".json")
+        if not timed.is_file():
             examples = read_examples(str(config.dataset), self._model.tokenizer)
+            jax.clear_caches()  # compilation counts, also behind another run's
             begun = time.monotonic()
             start = initial_cartridge(config.init, self._model, read_corpus(config.corpus), examples, config.seed)
             jax.block_until_ready(start)
-            files.write_text(timed, json.dumps(time.monotonic() - begun))
-            start.save(folder / INITIAL)
+            seconds = time.monotonic() - begun
+            start.save(made)
+            files.write_text(timed, json.dumps(seconds))
+        start: Cartridge = Cartridge.load(made).replace(num_frozen=trial.num_frozen)  # type: ignore[attr-defined]
+        start.save(folder / INITIAL)
         return json.loads(timed.read_text(encoding="utf-8"))
 
     def _bounds(self, document: Document) -> tuple[float, float, int]:
@@ -246,17 +270,16 @@ class Bench:
         return total / count
 
 
-def _composed(a: Cartridge, b: Cartridge) -> Cartridge:
-    """The slots of both, without the second's attention sink."""
-    joined = [jnp.concatenate([one, other[:, 1:]], axis=1) for one, other in zip(a.prefix, b.prefix, strict=True)]
-    return Cartridge(*joined, num_frozen=1)
-
-
 def _put_on_one_clock(results: list[dict[str, Any]]) -> None:
-    """Adds to each result the seconds of its curve, by the fastest step among those of its number of slots."""
+    """Adds to each result the seconds of its curve, by the fastest start and the fastest step of its kind."""
+
+    def fastest(kind: str, seconds: str, result: dict[str, Any]) -> float:
+        alike = [other[seconds] for other in results if other[kind] == result[kind] and other[seconds] is not None]
+        return min(alike, default=0.0)
+
     for result in results:
-        step = min(other["step_seconds"] for other in results if other["slots"] == result["slots"])
-        result["seconds"] = [result["init_seconds"] + steps * step for steps, _ in result["curve"]]
+        start, step = (fastest(*of, result) for of in (("start", "init_seconds"), ("step", "step_seconds")))
+        result["seconds"] = [start + steps * step for steps, _ in result["curve"]]
 
 
 def _table(trials: dict[str, list[dict[str, Any]]]) -> str:
@@ -321,11 +344,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--document", type=Path)
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--questions", type=Path)
-    parser.add_argument("--second", type=Path, help="another run directory, for composition")
+    parser.add_argument("--second", type=Path, help="another run directory, whose cartridge is composed with --run's")
     parser.add_argument("--second-questions", type=Path)
     parser.add_argument("--five", type=Path, help="conversations from the paper's five seed prompts")
     parser.add_argument("--generic", type=Path, help="as many from one generic prompt")
+    parser.add_argument("--server", help="http://…/v1, which writes a summary to start from")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--upstream-epochs", type=int, default=4, help="of upstream's recipe (default: 4)")
     parser.add_argument("--shares", type=_numbers, default=[4, 10, 20], help="default: 4,10,20")
     parser.add_argument("--only", type=lambda text: text.split(","), help="studies, such as starts-4,objectives,sink")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
@@ -337,6 +362,8 @@ def _arguments() -> argparse.Namespace:
         args.own = Document(args.document, args.dataset, args.questions)
     elif args.run is None:
         parser.error("give --run, or --document with --dataset and --questions")
+    if args.second and args.run is None:
+        parser.error("--second needs --run: the cartridges of two runs are composed")
     return args
 
 

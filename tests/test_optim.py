@@ -78,6 +78,17 @@ def test_the_first_update_of_adam_is_the_learning_rate():
     np.testing.assert_allclose(updates.keys.ravel(), [0.0, -0.25], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.999), (0.9, 0.9)])
+def test_the_moments_forget_as_the_config_says(b1: float, b2: float):
+    start = Cartridge(jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1)), None, 0)
+    tx = optimizer(OptimConfig(lr=0.5, schedule="constant", b1=b1, b2=b2), STEPS, 0)
+    gradients = [jax.tree.map(lambda a, g=g: jnp.full_like(a, g), start) for g in (1.0, 3.0)]
+    state = tx.update(gradients[0], tx.init(start), start)[1]
+    second = tx.update(gradients[1], state, start)[0].keys.item()
+    mean, square = (b1 + 3) / (b1 + 1), (b2 + 9) / (b2 + 1)  # (1 - b) / (1 - b^2) = 1 / (1 + b)
+    assert second == pytest.approx(-0.5 * mean / math.sqrt(square), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"lr": 0.0}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}, {"warmup_steps": -1}]

@@ -18,13 +18,14 @@ from tiny_runs import bytes_of, config_of, metrics_of, settings_in
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import MixConfig, PackedRows, batches, read_examples
-from cartridges_jax.evals.during import EvalsConfig, GenerationEval, LossEval
+from cartridges_jax.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
 from cartridges_jax.kernels import prefix_attention as kernel
 from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.models import transformer
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.train import train
 
+SHORT = {"num_steps": 4, "checkpoint_every": 2}
 OWL = {"question": "Where does the owl number 5 sleep?", "answer": "box 5"}
 
 
@@ -42,7 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(inputs: Path, tmp_path: Path) -> dict[str, Any]:
-    return settings_in(tmp_path, inputs) | {"num_steps": 4, "checkpoint_every": 2}
+    return settings_in(tmp_path, inputs) | SHORT
 
 
 def held_out(inputs: Path, **more: Any) -> EvalsConfig:
@@ -54,9 +55,17 @@ def trained(settings: dict[str, Any], name: str = "run", **changes: Any) -> Cart
     return Cartridge.load(train(config_of(settings, output_dir=str(output), **changes), tiny.model()))
 
 
+@pytest.fixture(scope="module")
+def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Cartridge:
+    """What the settings give as they are."""
+    return trained(settings_in(tmp_path_factory.mktemp("plain"), inputs) | SHORT)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"seed": 1},
+        {"accumulation": 2},
         {"targets": "tokens"},
         {"reduction": "row"},
         {"tail": "bucket"},
@@ -65,9 +74,19 @@ def trained(settings: dict[str, Any], name: str = "run", **changes: Any) -> Cart
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_an_option_changes_the_cartridge(settings: dict[str, Any], change: dict[str, Any]):
-    plain, other = trained(settings, "plain"), trained(settings, "other", **change)
-    assert float(jnp.abs(plain.values - other.values).max()) > 1e-6
+def test_an_option_changes_the_cartridge(settings: dict[str, Any], plain: Cartridge, change: dict[str, Any]):
+    assert float(jnp.abs(plain.values - trained(settings, **change).values).max()) > 1e-6
+
+
+def test_a_mix_is_trained_on(settings: dict[str, Any], inputs: Path, plain: Cartridge):
+    mixed = trained(settings, mix=(MixConfig(str(inputs / "general.parquet"), 0.25),))
+    assert float(jnp.abs(plain.values - mixed.values).max()) > 1e-6
+
+
+def test_epochs_end_a_run(settings: dict[str, Any], tmp_path: Path):
+    tiny.write_dataset(tmp_path / "small.parquet", tiny.model(), count=8)  # two steps
+    trained(settings, dataset=str(tmp_path / "small.parquet"), num_epochs=2, num_steps=None)
+    assert len(metrics_of(settings["output_dir"])) == 4
 
 
 def test_a_mix_has_its_weights(inputs: Path):
@@ -138,8 +157,8 @@ def test_early_stop_stops_and_keeps_the_best(settings: dict[str, Any], inputs: P
     losses = {line["step"]: line["eval_held_out/loss"] for line in lines if "loss" not in line}
     best = min(losses, key=lambda step: losses[step])
     assert max(losses) < 11 and max(losses) == best + 2
-    reached = trained(settings, "reached", num_steps=best + 1, optim=settings["optim"])
-    assert bytes_of(stopped) == bytes_of(reached)
+    evals = Evals(held_out(inputs), tiny.model(), "logprobs", "drop")
+    assert evals.run(stopped)[0]["eval_held_out/loss"] == losses[best] < losses[max(losses)]
     assert "; best of " in stopped.provenance.recipe
     train(config_of(settings, evals=held_out(inputs, every=1, patience=2)), tiny.model())
     assert metrics_of(settings["output_dir"]) == lines  # what has stopped stays so

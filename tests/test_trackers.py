@@ -10,6 +10,7 @@ import pytest
 import tiny
 from tensorboardX.proto import event_pb2
 from tiny_runs import config_of, metrics_of, settings_in
+from wandb.proto.wandb_internal_pb2 import RunRecord
 
 from cartridges_jax.evals.during import EvalsConfig, LossEval
 from cartridges_jax.trackers import TrackConfig, answers_table
@@ -50,12 +51,15 @@ def test_tensorboard_gets_upstreams_names(settings: dict[str, Any]):
 
 def test_weights_and_biases_gets_them_offline(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = config_of(settings, track=TrackConfig(wandb="offline"))
+    config = config_of(settings, track=TrackConfig(wandb="offline", project="owls", name="first night"))
     train(config, tiny.model())
     (log,) = (Path(config.output_dir) / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
     for name in (b"train/loss", b"optimizer/lr_group0", b"train/num_target_tokens", b"eval_held_out/loss"):
         assert (name in content) == (name != b"train/num_target_tokens"), name
+    for field in ({"project": "owls"}, {"display_name": "first night"}):
+        written = RunRecord(**field).SerializeToString() in content  # the settings hold them too, in other fields
+        assert written, field
 
 
 def test_answers_stay_in_their_cells():

@@ -29,7 +29,8 @@ def answer_loss(
     Raises:
       ValueError: an example does not fit the window behind the prefix.
     """
-    cartridge = prefix if prefix is not None else Cartridge(*no_prefix(model.config), num_frozen=0)
+    # without its history, which would compile the same program again for each cartridge
+    cartridge = Cartridge(*(no_prefix(model.config) if prefix is None else prefix.prefix), num_frozen=0)
     length = max(ROW, *(len(example.tokens) for example in examples))
     if cartridge.num_slots + length > model.config.window:
         length = max(len(example.tokens) for example in examples)

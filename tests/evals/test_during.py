@@ -17,6 +17,7 @@ from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import typed_examples
 from cartridges_jax.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
 from cartridges_jax.evals.questions import general_questions, questions_of
+from cartridges_jax.evals.scorers import score
 from cartridges_jax.losses import Batch, distillation_loss
 from cartridges_jax.train import train
 from synth import conversation
@@ -41,7 +42,7 @@ def run(config: EvalsConfig, cartridge: Cartridge) -> tuple[dict[str, float], li
 
 @pytest.fixture(scope="module")
 def cartridge() -> Cartridge:
-    return Cartridge.from_text(tiny.model(), tiny.TEXT, 24)
+    return Cartridge.from_text(tiny.model(), tiny.TEXT, 16)
 
 
 def test_the_loss_is_the_mean_over_targets_and_over_those_of_each_type(inputs: Path, cartridge: Cartridge):
@@ -67,18 +68,36 @@ def test_the_loss_is_the_mean_over_targets_and_over_those_of_each_type(inputs: P
     assert answers == []
 
 
-def test_answers_are_scored_and_kept(inputs: Path, cartridge: Cartridge):
-    one = GenerationEval("facts", str(inputs / "questions.jsonl"), "f1", "Say: {question}", 4)
-    metrics, answers = run(EvalsConfig(generation=(one,)), cartridge)
+def test_answers_are_scored_and_kept(inputs: Path, cartridge: Cartridge, tmp_path: Path):
+    """Three prompts whatever is asked, so that the engine compiles once."""
+    one = GenerationEval("facts", str(inputs / "questions.jsonl"), "chrf", max_tokens=4)
+
+    def ask(**changes: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return run(EvalsConfig(generation=(dataclasses.replace(one, **changes),)), cartridge)
+
+    metrics, answers = ask()
     assert [row["prompt"] for row in answers] == [q["question"] for q in QUESTIONS]
-    assert metrics["generate_facts/score"] == pytest.approx(np.mean([row["score"] for row in answers]))
-    again = run(EvalsConfig(generation=(one,)), cartridge)[1]
-    assert again == answers
-    sampled = dataclasses.replace(one, num_samples=3, temperature=2.0)
-    drawn = run(EvalsConfig(generation=(sampled,)), cartridge)[1]
-    assert [row["sample_idx"] for row in drawn] == [0, 1, 2] * 3
-    assert len({row["pred"] for row in drawn if row["index"] == 0}) > 1
-    assert run(EvalsConfig(generation=(sampled,)), cartridge)[1] == drawn
+    scores = [row["score"] for row in answers]
+    assert scores == [score("chrf", row["pred"], row["answer"]) for row in answers] and max(scores) > 0
+    assert metrics["generate_facts/score"] == pytest.approx(np.mean(scores))
+    assert ask()[1] == answers
+    assert ask(instruction="Say it: {question}")[1] != answers
+    assert ask(max_tokens=1)[0]["generate_facts/num_assistant_tokens"] <= 3
+    assert metrics["generate_facts/num_assistant_tokens"] > 3
+    (tmp_path / "one.jsonl").write_text(json.dumps(QUESTIONS[0]) + "\n")
+    several = {"questions": str(tmp_path / "one.jsonl"), "num_samples": 3, "temperature": 2.0}
+    drawn = ask(**several)[1]
+    assert [row["sample_idx"] for row in drawn] == [0, 1, 2]
+    assert len({row["pred"] for row in drawn}) > 1
+    assert ask(**several)[1] == drawn
+
+
+def test_a_loss_is_that_of_the_question_as_it_is_asked(inputs: Path, cartridge: Cartridge):
+    plain, longer = (
+        run(EvalsConfig(loss=(LossEval("x", None, str(inputs / "questions.jsonl"), asked),)), cartridge)[0]
+        for asked in ("{question}", "{question} Answer briefly.")
+    )
+    assert plain["eval_x/loss"] != longer["eval_x/loss"]
 
 
 def test_damage_off_the_topic_is_the_loss_with_less_that_without(cartridge: Cartridge):
