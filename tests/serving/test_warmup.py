@@ -73,6 +73,7 @@ from cartridges_jax.serving.warmup import keep_programs
 found = []
 jax.monitoring.register_event_listener(lambda name, **_: found.append(name.rpartition("/")[2]))
 keep_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # however fast this machine is
 for _ in range(2):
     step = lambda _, y: jax.numpy.sort(y) @ y + jax.numpy.sin(y)
     jax.jit(lambda x: jax.lax.fori_loop(0, 9, step, x)).lower(jax.ShapeDtypeStruct((9, 9), "float32")).compile()
