@@ -52,19 +52,22 @@ WEIGHTS: dict[str, Any] = {
         "down": P(None, "tensor", "fsdp"),  # l f d
     },
 }
-DECODER = {  # weights as `serving.decoder` has them, output features first; all of their width on every device
+# Weights as `serving.decoder` has them: output features first, all of their width on every device.
+DECODER: dict[str, Any] = {
     "embed": P("tensor", None),  # v d
     "head": P("tensor", None),  # v d
     "final_norm": P(None),  # d
-    "attention_norm": P(None),  # d
-    "mlp_norm": P(None),  # d
-    "qkv": P("tensor", None),  # o d, of a device's own heads
-    "qkv_bias": P("tensor", None),  # n h
-    "q_norm": P(None),  # h
-    "k_norm": P(None),  # h
-    "o": P(None, "tensor"),  # d nh
-    "gate_up": P("tensor", None),  # 2f d
-    "down": P(None, "tensor"),  # d f
+    "layers": {  # of each
+        "attention_norm": P(None),  # d
+        "mlp_norm": P(None),  # d
+        "qkv": P("tensor", None),  # o d, of a device's own heads
+        "qkv_bias": P("tensor", None),  # n h
+        "q_norm": P(None),  # h
+        "k_norm": P(None),  # h
+        "o": P(None, "tensor"),  # d nh
+        "gate_up": P("tensor", None),  # 2f d
+        "down": P(None, "tensor"),  # d f
+    },
 }
 PAGES = P(None, "tensor")  # pages k …: of serving; a device has the kv heads that its query heads read
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
@@ -145,7 +148,12 @@ def check_rows(batch_size: int, mesh: Mesh) -> None:
 
 
 def fitted(shapes: Any, table: Specs, mesh: Mesh) -> Specs:
-    """The specs of a tree of arrays (or of their shapes): `table`, without axes that do not divide a dimension."""
+    """The specs of a tree of arrays (or of their shapes): `table`, without axes that do not divide a dimension.
+
+    A list of such trees has one table for all of them.
+    """
+    if isinstance(table, dict) and isinstance(shapes, list):
+        return [fitted(shape, table, mesh) for shape in shapes]
     if isinstance(table, dict):
         return {name: fitted(shape, table[name], mesh) for name, shape in shapes.items()}
     return jax.tree.map(lambda leaf: _fit(leaf.shape, table, mesh), shapes)

@@ -22,7 +22,7 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, abstract_params
 from cartridges_jax.optim import optimizer
 from cartridges_jax.planning.hlo import Traffic, traffic
-from cartridges_jax.serving.decoder import rearranged, specs
+from cartridges_jax.serving.decoder import rearranged
 from cartridges_jax.serving.engine import PAGE_SIZE, Step, decode_step, new_pages
 from cartridges_jax.serving.sampling import Sampling
 from cartridges_jax.step import TrainState, train_step
@@ -126,17 +126,14 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
     at_once = own_at_once(b)
     own = math.ceil(b * math.ceil(requests.length / PAGE_SIZE) / at_once) * at_once
 
-    def abstract(tree: Any, specs: Any) -> Any:
-        placements = sharding.shardings(specs, mesh)
-        return jax.tree.map(lambda s, a: jax.tree.map(lambda a: _abstract(a, s), a), placements, tree)
-
     def pages(count: int) -> Any:
-        return abstract(new_pages.eval_shape(model, count, jnp.dtype(config.dtype), mesh), sharding.PAGES)
+        shapes = new_pages.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
+        return sharding.abstract(shapes, sharding.PAGES, mesh)
 
     given = sharding.abstract(_weights(model, config.dtype), sharding.WEIGHTS, mesh)
     weights = jax.eval_shape(functools.partial(rearranged, config=model, mesh=mesh), given)
-    weights = abstract(weights, specs(weights))
-    asked = abstract(_decode_inputs(b, shared, own), P())
+    weights = sharding.abstract(weights, sharding.DECODER, mesh)
+    asked = sharding.abstract(_decode_inputs(b, shared, own), P(), mesh)
     with _compiling_for(mesh):
         lowered = decode_step.lower(weights, pages(shared + own), *asked, config=model, mesh=mesh, num_top=TOP_K)
     held = {"weights": weights, "cartridge": pages(shared), "caches": pages(own), "requests": asked}
@@ -156,10 +153,6 @@ def _decode_inputs(b: int, shared: int, own: int) -> tuple[Any, ...]:
     plan = Plan(reading(shared), of(np.bool_, shared, b), reading(own), of(np.int32, own))
     wishes = Sampling(of(np.float32, b), of(np.float32, b), ids_b, ids_b, ids_b, ids_b)
     return ids_b, ids_b, Step(ids_b1, ids_b1, ids_b1, ids_b1, plan), wishes
-
-
-def _abstract(a: Any, placement: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement)
 
 
 def _compiling_for(mesh: Mesh) -> Any:

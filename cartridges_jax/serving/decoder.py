@@ -32,12 +32,6 @@ def rearranged(params: Params, config: ModelConfig, mesh: Mesh) -> Weights:
     return {**ends, "layers": layers}
 
 
-def specs(weights: Weights) -> Weights:
-    """How they lie on a mesh."""
-    ends = {name: sharding.DECODER[name] for name in weights if name != "layers"}
-    return ends | {"layers": [{name: sharding.DECODER[name] for name in layer} for layer in weights["layers"]]}
-
-
 @functools.partial(jax.jit, static_argnames="mesh")
 def _ends(ends: Params, mesh: Mesh) -> Params:
     def local(ends: Params) -> Params:
@@ -67,7 +61,8 @@ def _rearranged_layer(blocks: Params, i: Int[Array, ""], config: ModelConfig, me
     names = {"qkv", "gate_up", "down", "o"} | ({"qkv_bias"} if config.qkv_bias else set())
     names |= {name for name in blocks if name.endswith("norm")}
     in_specs = (sharding.fitted(blocks, sharding.WEIGHTS["blocks"], mesh), P())
-    return sharding.on_mesh(local, mesh, in_specs, {name: sharding.DECODER[name] for name in names})(blocks, i)
+    out_specs = {name: sharding.DECODER["layers"][name] for name in names}
+    return sharding.on_mesh(local, mesh, in_specs, out_specs)(blocks, i)
 
 
 def forward(

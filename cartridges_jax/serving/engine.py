@@ -326,7 +326,7 @@ def _prefill(
     def local(weights: decoder.Weights, cache: list[Pages], step: Step) -> list[Pages]:
         return _forward(weights, cache, step, config)[1]
 
-    in_specs = decoder.specs(weights), sharding.PAGES, P()
+    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, P()
     return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(weights, cache, step)
 
 
@@ -349,7 +349,7 @@ def decode_step(
         sampled = sample(decoder.logits(weights, hidden_db), wishes, num_top)
         return cache, last.at[slots].set(sampled[0], mode="drop"), sampled
 
-    in_specs = decoder.specs(weights), sharding.PAGES, *[P()] * 4
+    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, *[P()] * 4
     run = sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P(), P()))
     return run(weights, cache, last, slots, step, sampling)
 
@@ -374,7 +374,7 @@ def _score(
         rank_t = 1 + (logits_tv > own_t1).sum(-1)
         return cache, ((own_t1 - normalizer_t1)[:, 0], rank_t, ids_tj, top_tj - normalizer_t1)
 
-    in_specs = decoder.specs(weights), sharding.PAGES, P(), P()
+    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, P(), P()
     return sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P()))(weights, cache, step, following)
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import mesh_programs
-import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cartridges_jax import sharding
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.planning.chips import devices_of
 from cartridges_jax.planning.hlo import traffic
-from cartridges_jax.serving import decoder
 from cartridges_jax.serving.engine import Engine, decode_step
 from cartridges_jax.serving.scheduler import Place, SlotInput
 from cartridges_jax.sharding import MeshConfig
@@ -31,13 +26,9 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
     batch = engine._batch([SlotInput(0, 1, 0, Place([0], 0), 0.0, 1.0, 0, 0, 0)] * rows)
     mesh = sharding.make_mesh(MeshConfig(tensor=4), devices_of(topology)[1][:4])
 
-    def abstract(tree: Any, spec: P) -> Any:
-        placement = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.asarray(a).dtype, sharding=placement), tree)
-
-    weights = jax.tree.map(abstract, engine._weights, decoder.specs(engine._weights))
-    given = abstract(engine._cache, sharding.PAGES), *abstract((engine._last, *batch), P())
-    compiled = decode_step.lower(weights, *given, config=config, mesh=mesh, num_top=5).compile()
+    trees = (engine._weights, sharding.DECODER), (engine._cache, sharding.PAGES), ((engine._last, *batch), P())
+    weights, cache, asked = (sharding.abstract(tree, table, mesh) for tree, table in trees)
+    compiled = decode_step.lower(weights, cache, *asked, config=config, mesh=mesh, num_top=5).compile()
     found = traffic(compiled.as_text())
     assert found["all-reduce"].count == 2 * config.num_layers + 1
     assert found["all-gather"].num_bytes == rows * config.vocab_size * 4
