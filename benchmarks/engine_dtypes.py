@@ -97,8 +97,8 @@ def step(model: cj.LanguageModel, size: int, names: Sequence[str]) -> Callable[[
     for layer in engine._weights["layers"]:
         layer |= {name: layer[name].astype(jnp.bfloat16) for name in names}
     if size > 64:
-        return lambda: (engine.prefill([5] * size, 0, Place(range(engine._pages_each), 0)), engine._cache)[1]
-    places = [Place(range(i * engine._pages_each, (i + 1) * engine._pages_each), 0) for i in range(size)]
+        return lambda: (engine.prefill([5] * size, 0, Place(range(engine.pages_each), 0)), engine._cache)[1]
+    places = [Place(range(i * engine.pages_each, (i + 1) * engine.pages_each), 0) for i in range(size)]
     batch = engine._batch([SlotInput(i, 5, 300, place, 0.0, 1.0, 0, 0, 1) for i, place in enumerate(places)])
     return lambda: engine._run(*batch)
 

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cartridges_jax.serving.scheduler import Engine
 from cartridges_jax.serving.server import Server, is_loopback
 from cartridges_jax.serving.store import NAME, CartridgeStore
 from command_line import config, files, progress
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.serving.engine import Engine
 
 DEFAULT_FOLDER = "cartridges"
 LIMITS = {
@@ -203,8 +203,7 @@ def _mesh(tensor: int) -> Mesh | None:
 def memory_of(engine: Engine, bytes_per_token: int) -> str:
     """How much the engine remembers, and what fits, in a sentence."""
     positions = engine.num_pages * engine.page_size
-    longest = -(-engine.max_length // engine.page_size) + 1  # a cartridge and what follows it begin pages of their own
-    fit = min(engine.num_slots, engine.num_pages // longest)
+    fit = min(engine.num_slots, engine.num_pages // engine.pages_each)
     return (
         f"keys and values: {positions:,} positions in {positions * bytes_per_token / 2**30:.2f} GiB, room for {fit} of "
         f"{engine.num_slots} requests of {engine.max_length:,} at once; a cartridge or beginning in common counts once"

@@ -73,11 +73,11 @@ class Engine:
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}, expected at least 1")
         # a cartridge and the tokens behind it each end on a page of their own
-        self._pages_each = -(-max_length // PAGE_SIZE) + 1
-        self.num_pages = num_slots * self._pages_each if cache_tokens is None else -(-cache_tokens // PAGE_SIZE)
-        if self.num_pages < self._pages_each:
+        self.pages_each = -(-max_length // PAGE_SIZE) + 1
+        self.num_pages = num_slots * self.pages_each if cache_tokens is None else -(-cache_tokens // PAGE_SIZE)
+        if self.num_pages < self.pages_each:
             raise ValueError(
-                f"cache_tokens is {cache_tokens}, expected at least {self._pages_each * PAGE_SIZE} for a request of "
+                f"cache_tokens is {cache_tokens}, expected at least {self.pages_each * PAGE_SIZE} for a request of "
                 f"{max_length} positions"
             )
         self.num_slots, self.max_length, self.max_top_logprobs = num_slots, max_length, max_top_logprobs
@@ -86,7 +86,7 @@ class Engine:
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
         sharding.check(model.config, self._mesh)
         self._weights = decoder.rearranged(model.params, model.config, self._mesh)
-        all_pages = self.num_pages + self._pages_each  # scoring has pages of its own
+        all_pages = self.num_pages + self.pages_each  # scoring has pages of its own
         self._cache = new_pages(model.config, all_pages, self._weights["embed"].dtype, self._mesh)
         self._nowhere = (all_pages, 0)  # a write to a page that does not exist is dropped
         self._last = jnp.zeros(num_slots, jnp.int32)  # what was sampled last for each slot
@@ -157,7 +157,7 @@ class Engine:
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
         """Every token but the first, as the model would have sampled it; no request is touched."""
         p = prefix.length if prefix else 0
-        pages = range(self.num_pages, self.num_pages + self._pages_each)
+        pages = range(self.num_pages, self.num_pages + self.pages_each)
         if prefix is not None:
             self.load(prefix, pages[: -(-p // PAGE_SIZE)])
         scored = []
@@ -177,7 +177,7 @@ class Engine:
 
     def programs(self) -> list[Callable[[], object]]:
         """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
-        place = Place(range(self._pages_each), 0)
+        place = Place(range(self.pages_each), 0)
         c = self._config
         zeros = np.zeros((c.num_layers, PAGE_SIZE, c.num_kv_heads, c.head_dim), np.float32)
 
@@ -210,8 +210,8 @@ class Engine:
         page_t, place_t = np.array(written, np.int32).T
         seen = _seen(place, position + len(tokens) - 1)
         plan = Plan(
-            _reading(seen, self._pages_each),
-            np.ones((self._pages_each, 1), bool),
+            _reading(seen, self.pages_each),
+            np.ones((self.pages_each, 1), bool),
             _reading([], 0),
             np.zeros(0, np.int32),
         )
@@ -226,7 +226,7 @@ class Engine:
         is_shared = {page for page, count in users.items() if count >= fewest}
         shared = {page: (page, count, first) for reading in seen for page, count, first in reading if page in is_shared}
         order = {page: c for c, page in enumerate(shared)}
-        members = np.zeros((self._pages_each if b == 1 else self.num_pages, b), bool)
+        members = np.zeros((self.pages_each if b == 1 else self.num_pages, b), bool)
         own, reader = [], []
         for r, reading in enumerate(seen):
             for entry in reading:
@@ -235,7 +235,7 @@ class Engine:
                 else:
                     own.append(entry)
                     reader.append(r)
-        most = 0 if b == 1 else -(-b * self._pages_each // own_at_once(b)) * own_at_once(b)
+        most = 0 if b == 1 else -(-b * self.pages_each // own_at_once(b)) * own_at_once(b)
         readers = np.zeros(most, np.int32)
         readers[: len(reader)] = reader
         return Plan(_reading(list(shared.values()), len(members)), members, _reading(own, most), readers)
