@@ -1,15 +1,14 @@
 """What the trainer's choices are worth, each measured: the paper's ablations, and gap closed against time.
 
     make quickstart                                              # leaves conversations and questions behind
-    python benchmarks/ablations.py --run=runs/document-… [--seeds=3] [--only=starts-4,objectives] [--shares=4,10,20]
+    python benchmarks/ablations.py --run=runs/document-… [--seeds=3] [--only=starts-4,objectives-4] [--shares=4,10,20]
     python benchmarks/ablations.py --run=runs/document-… --second=runs/story-…  # also composition, of two documents
     python benchmarks/ablations.py --run=… --five=A/dataset.parquet --generic=B/dataset.parquet  # also seed prompts
     python benchmarks/ablations.py --run=… --server=http://127.0.0.1:8000/v1  # also a summary, asked of that server
     python benchmarks/ablations.py --document=D.txt --dataset=S.parquet --questions=Q.jsonl      # any other document
 
 Every run is a training run of the library in OUTPUT/runs/, and its result a file there: the command, given again, goes
-on where it ended, and report.md shows what is there so far. Starts of other sizes than the first of --shares are
-measured without a step behind them. A dataset of other seed prompts comes from
+on where it ended, and report.md shows what is there so far. A dataset of other seed prompts comes from
 `python -m synth --config=configs/quickstart.py:synth --config.seed_prompts=…` with a server running.
 
 Measured is the gap closed on the reference answers (no text is generated), before the first step and every few steps.
@@ -121,17 +120,16 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
     for share in args.shares:
         yield Trial(f"claim-{share}", "attention_matching", document, share)
         yield Trial(f"claim-{share}", RECIPE, document, share, "text", upstream)
-    for kind in ("attention_matching", "text"):
+    for share, kind in itertools.product(args.shares, ("attention_matching", "text")):
         for label, changes in (("bucket", {}), ("next token", tokens), ("drop", {"tail": "drop"})):
-            yield Trial("objectives", f"{label} after {kind}", document, 4, kind, changes)
-        for num_frozen in (1, 0):
-            label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
-            yield Trial("sink", label, document, 4, kind, num_frozen=num_frozen)
+            yield Trial(f"objectives-{share}", f"{label} after {kind}", document, share, kind, changes)
+    for kind, num_frozen in itertools.product(("attention_matching", "text"), (1, 0)):
+        label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
+        yield Trial("sink", label, document, 4, kind, num_frozen=num_frozen)
     yield Trial("int8", "as loaded", document, 4)
     yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
     for share, kind in itertools.product(args.shares, starts):
-        steps = {} if share == args.shares[0] else {"num_steps": 0}  # of other sizes, before the first step only
-        yield Trial(f"starts-{share}", kind, document, share, kind, steps)
+        yield Trial(f"starts-{share}", kind, document, share, kind)
     for share in SIZES:
         yield Trial("sizes", f"1 of {share}", document, share)
     if args.five and args.generic:
@@ -352,7 +350,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--upstream-epochs", type=int, default=4, help="of upstream's recipe (default: 4)")
     parser.add_argument("--shares", type=_numbers, default=[4, 10, 20], help="default: 4,10,20")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="studies, such as starts-4,objectives,sink")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="studies, such as starts-4,objectives-4,sink")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args()
     args.own = None
