@@ -3,11 +3,12 @@
     make test-parity                      # makes .venv-parity: torch, transformers and peft
     python benchmarks/train_step.py --peft-python=.venv-parity/bin/python [--rounds=3] [--dataset=… --document=…]
 
-SmolLM2-135M's shape with random weights, one row of 1,024 tokens, 256 slots, float32, 20 teacher entries on half of the
-positions. Each side runs in a process of its own, one after the other, round after round; times are medians over rounds
-and steps, after a first step that does not count. MFU divides the FLOPs that the step needs, whatever a side computes,
-by the fastest matrix product of our processes, measured between their steps. With --dataset (`make quickstart` leaves
-one in runs/…/synth/dataset.parquet), also useful target tokens per second against PEFT's own example.
+SmolLM2-135M's shape with random weights, two rows of 1,024 tokens, 256 slots, float32, 20 teacher entries on half of
+the positions. Ours has a device for each row (`JAX_NUM_CPU_DEVICES=2`, which share the CPU's cores). Each side runs in
+a process of its own, one after the other, round after round; times are medians over rounds and steps, after a first
+step that does not count. MFU divides the FLOPs that the step needs, whatever a side computes, by the fastest matrix
+product of our processes, measured between their steps. With --dataset (`make quickstart` leaves one in
+runs/…/synth/dataset.parquet), also useful target tokens per second against PEFT's own example.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cartridges_jax import sharding
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import PackedRows, read_examples
 from cartridges_jax.kernels.prefix_attention import prefix_attention
@@ -38,14 +40,19 @@ from cartridges_jax.models import hub
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.transformer import Params, block_of, head_weights, rms_norm, rope_tables
+from cartridges_jax.sharding import make_mesh
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.tokenizer import load_tokenizer
 
-TOKENS, SLOTS, TOP_K, STEPS = 1024, 256, 20, 4
+ROWS, TOKENS, SLOTS, TOP_K, STEPS = 2, 1024, 256, 20, 4
 VOCABULARY, LARGE_VOCABULARY = 49_152, 151_936
 # What `make quickstart` sets too: large pages for large arrays, whose first use costs most of a page fault's time
 # otherwise, and AVX-512's full width, which XLA halves unless told. PEFT's side gets the same.
-ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512"}
+ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512",
+    "JAX_NUM_CPU_DEVICES": str(ROWS),  # the operations of attention are too short for two cores to share them
+}
 DOCUMENT_TOKENS = 2048  # what PEFT's example keeps of a corpus
 SIDES = {"ours": "elementwise", "ours, least memory": "layers", "naive": None}
 
@@ -114,7 +121,7 @@ def report(results: dict[str, list[dict[str, Any]]]) -> None:
     for side in results:
         seconds, first = of(side, "seconds"), results[side][0]
         print(
-            f"| {side} | {TOKENS / seconds:.0f} | {of('PEFT', 'seconds') / seconds:.2f} "
+            f"| {side} | {ROWS * TOKENS / seconds:.0f} | {of('PEFT', 'seconds') / seconds:.2f} "
             f"| {of(side, 'cpu_seconds'):.2f} | {needed / seconds / peak_flops:.2f} "
             f"| {memory[side] / 1e9:.2f} | {memory[side] / memory['PEFT']:.2f} "
             f"| {first.get('compile_seconds', 0):.1f} | {first['loss']:.5f} |"
@@ -126,23 +133,23 @@ def needed_flops(config: ModelConfig) -> float:
     d, h, n, k = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads
     weights = config.num_layers * (2 * d * h * (n + k) + 3 * d * config.mlp_dim)
     seen = SLOTS + (TOKENS + 1) / 2
-    attention = config.num_layers * n * h * TOKENS * seen * 12  # two products forward, four backward
-    return 4 * weights * TOKENS + 4 * config.vocab_size * d * TOKENS / 2 + attention
+    attention = config.num_layers * n * h * seen * 12  # two products forward, four backward
+    return ROWS * TOKENS * (4 * weights + 4 * config.vocab_size * d / 2 + attention)
 
 
 SMOLLM2 = ModelConfig("llama", VOCABULARY, 30, 576, 9, 3, 64, 1536, 1e-5, 1e5, 8192, True)
 
 
 def synthetic_job(model: Path, vocabulary: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    mask = np.zeros((1, TOKENS, TOP_K), bool)
-    mask[:, TOKENS // 2 :] = True
+    rng, shape = np.random.default_rng(0), (1, ROWS, TOKENS)
+    mask = np.zeros((*shape, TOP_K), bool)
+    mask[:, :, TOKENS // 2 :] = True
     return {
-        "tokens": rng.integers(0, vocabulary, (1, TOKENS)).astype(np.int32),
-        "segment_ids": np.ones((1, TOKENS), np.int32),
-        "positions": np.arange(TOKENS, dtype=np.int32)[None],
-        "target_ids": rng.integers(0, vocabulary, (1, TOKENS, TOP_K)).astype(np.int32),
-        "target_logprobs": np.full((1, TOKENS, TOP_K), -3.5, np.float32),
+        "tokens": rng.integers(0, vocabulary, shape).astype(np.int32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(TOKENS, dtype=np.int32), shape),
+        "target_ids": rng.integers(0, vocabulary, (*shape, TOP_K)).astype(np.int32),
+        "target_logprobs": np.full((*shape, TOP_K), -3.5, np.float32),
         "target_mask": mask,
         **slots_job(model),
     }
@@ -159,44 +166,47 @@ def real_job(directory: Path, dataset: str, document: str) -> tuple[list[int], l
     """Packed rows for our side, conversations and the document for PEFT's; the useful targets in each step of both."""
     tokenizer = load_tokenizer(hub.resolve("smollm2-135m"))
     examples = read_examples(dataset, tokenizer)
-    rows = PackedRows(examples, TOKENS, 1, 1, 0)
-    fields = [rows[i] for i in range(STEPS)]
-    stacked = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
+    rows = PackedRows(examples, TOKENS, ROWS, 1, 0)
+    fields = [rows[i] for i in range(STEPS * ROWS)]
+    batches = {name: np.stack([row[name] for row in fields]) for name in fields[0]}
+    batches = {name: array.reshape(STEPS, ROWS, *array.shape[1:]) for name, array in batches.items()}
     theirs = examples[:: max(1, len(examples) // STEPS)][:STEPS]
     text = tokenizer.encode(Path(document).read_text(encoding="utf-8"))[:DOCUMENT_TOKENS]
     np.savez(
         directory / "job-real" / "job.npz",
         document=np.asarray(text, np.int32),
-        **stacked,
+        **batches,
         **{f"conversation_{i}": example.tokens for i, example in enumerate(theirs)},
         **slots_job(directory / "small"),
     )
-    counts = [int(row["target_mask"].any(-1).sum()) for row in fields]
-    return counts, [len(np.unique(example.target_index)) for example in theirs]
+    counts = batches["target_mask"].any(-1).sum((1, 2))
+    return counts.tolist(), [len(np.unique(example.target_index)) for example in theirs]
 
 
 def measure(side: str, directory: Path) -> dict[str, Any]:
-    """Runs a job's steps in this process. A job has one row, or one a step."""
-    job = np.load(directory / "job.npz")
-    config, params, _ = load_hf(Path(str(job["model"])), jnp.float32)
+    """Runs a job's steps in this process. A job has one batch, or one a step."""
+    job, remat = np.load(directory / "job.npz"), SIDES[side]
+    mesh = make_mesh() if remat else make_mesh(devices=jax.devices()[:1])
+    config, params, _ = load_hf(Path(str(job["model"])), jnp.float32, mesh)
     cartridge = Cartridge(jnp.asarray(job["keys"]), jnp.asarray(job["values"]), None, 1)
-    tx, remat = optax.adam(1e-3), SIDES[side]
+    tx = optax.adam(1e-3)
     state = jax.tree.map(jnp.copy, TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32)))
-    rows = Batch(*(jnp.asarray(job[field.name]) for field in dataclasses.fields(Batch)))
-    batch = jax.tree.map(lambda a: a[None, :1], rows)
+    state = sharding.placed(state, sharding.CARTRIDGE, mesh)
+    fields = {field.name: job[field.name] for field in dataclasses.fields(Batch)}
+    steps = range(int(job["steps"]))
+    numbered = [{name: array[i % len(array)][None] for name, array in fields.items()} for i in steps]
+    batches = [sharding.placed(Batch(**batch), sharding.BATCH, mesh) for batch in numbered]
     if remat is None:
-        lowered = naive_step.lower(state, params, batch, config=config, tx=tx)
+        lowered = naive_step.lower(state, params, batches[0], config=config, tx=tx)
     else:
-        options: Any = {"tail": "drop", "reduction": "token", "remat": remat}
-        lowered = train_step.lower(state, params, batch, config=config, tx=tx, **options)
+        options: Any = {"tail": "drop", "reduction": "token", "remat": remat, "mesh": mesh}
+        lowered = train_step.lower(state, params, batches[0], config=config, tx=tx, **options)
     start = time.perf_counter()
     step = lowered.compile()
     compile_seconds = time.perf_counter() - start
     seconds, cpu_seconds, losses, matmul_flops = [], [], [], 0.0
-    for i in range(int(job["steps"])):
+    for batch in batches:
         matmul_flops = max(matmul_flops, measure_matmul())
-        row = i % rows.tokens.shape[0]
-        batch = jax.tree.map(lambda a, row=row: a[None, row : row + 1], rows)
         start, cpu = time.perf_counter(), time.process_time()
         state, metrics = step(state, params, batch)
         losses.append(float(metrics["loss"]))

@@ -55,9 +55,9 @@ def with_cartridge(model_directory: Path, job: Any) -> Any:
 
 
 def synthetic(model: Any, job: Any) -> Callable[[int], torch.Tensor]:
-    tokens = torch.from_numpy(job["tokens"]).long()
-    mask = torch.from_numpy(job["target_mask"].any(-1))
-    ids, logprobs = (torch.from_numpy(job[name])[mask] for name in ("target_ids", "target_logprobs"))
+    tokens = torch.from_numpy(job["tokens"][0]).long()
+    mask = torch.from_numpy(job["target_mask"][0].any(-1))
+    ids, logprobs = (torch.from_numpy(job[name][0])[mask] for name in ("target_ids", "target_logprobs"))
 
     def loss(_: int) -> torch.Tensor:
         student = model(input_ids=tokens).logits[mask].log_softmax(-1).gather(-1, ids.long())

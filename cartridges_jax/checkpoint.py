@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,9 +73,16 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            self._remove_unfinished()
             if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
                 raise  # another process was lost, which is not the disk's fault
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise OSError(f"cannot write a checkpoint in {self._directory}: {reason}") from error
+
+    def _remove_unfinished(self) -> None:
+        """When one file of a checkpoint cannot be written, TensorStore's threads may still be at others, and make
+        their folders anew."""
+        for _ in range(10):
+            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            time.sleep(0.1)
