@@ -3,11 +3,11 @@
     make test-parity                      # makes .venv-parity: torch, transformers and peft
     python benchmarks/train_step.py --peft-python=.venv-parity/bin/python [--rounds=3] [--dataset=… --document=…]
 
-SmolLM2-135M's shape with random weights, two rows of 1,024 tokens, 256 slots, float32, 20 teacher entries on half of
-the positions. Ours has a device for each row (`JAX_NUM_CPU_DEVICES=2`, which share the CPU's cores). Each side runs in
-a process of its own, one after the other, round after round; times are medians over rounds and steps, after a first
-step that does not count. MFU divides the FLOPs that the step needs, whatever a side computes, by the fastest matrix
-product of our processes, measured between their steps. With --dataset (`make quickstart` leaves one in
+SmolLM2-135M's shape with random weights, four rows of 1,024 tokens, 256 slots, float32, 20 teacher entries on half of
+the positions. Ours has two devices (`JAX_NUM_CPU_DEVICES=2`), which share the CPU's cores and one copy of the weights.
+Each side runs in a process of its own, one after the other, round after round; times are medians over rounds and steps,
+after a first step that does not count. MFU divides the FLOPs that the step needs, whatever a side computes, by the
+fastest matrix product of our processes, measured between their steps. With --dataset (`make quickstart` leaves one in
 runs/…/synth/dataset.parquet), also useful target tokens per second against PEFT's own example.
 """
 
@@ -44,14 +44,15 @@ from cartridges_jax.sharding import make_mesh
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.tokenizer import load_tokenizer
 
-ROWS, TOKENS, SLOTS, TOP_K, STEPS = 2, 1024, 256, 20, 4
+ROWS, TOKENS, SLOTS, TOP_K, STEPS = 4, 1024, 256, 20, 4
+DEVICES = 2
 VOCABULARY, LARGE_VOCABULARY = 49_152, 151_936
 # What `make quickstart` sets too: large pages for large arrays, whose first use costs most of a page fault's time
 # otherwise, and AVX-512's full width, which XLA halves unless told. PEFT's side gets the same.
 ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512",
-    "JAX_NUM_CPU_DEVICES": str(ROWS),  # the operations of attention are too short for two cores to share them
+    "JAX_NUM_CPU_DEVICES": str(DEVICES),  # the operations of attention are too short for two cores to share them
 }
 DOCUMENT_TOKENS = 2048  # what PEFT's example keeps of a corpus
 SIDES = {"ours": "elementwise", "ours, least memory": "layers", "naive": None}
@@ -77,10 +78,10 @@ def main() -> None:
 def compare(directory: Path, args: argparse.Namespace) -> None:
     peft = [args.peft_python, str(Path(__file__).with_name("train_step_peft.py"))]
     ours = [sys.executable, __file__, "--peft-python=", "--worker"]
-    for name, vocabulary in (("small", VOCABULARY), ("large", LARGE_VOCABULARY)):
+    for name, vocabulary, rows in (("small", VOCABULARY, ROWS), ("large", LARGE_VOCABULARY, DEVICES)):
         subprocess.run([*peft, "model", directory / name, str(vocabulary)], check=True)
         (directory / f"job-{name}").mkdir()
-        np.savez(directory / f"job-{name}" / "job.npz", **synthetic_job(directory / name, vocabulary))
+        np.savez(directory / f"job-{name}" / "job.npz", **synthetic_job(directory / name, vocabulary, rows))
     commands = {side: [*ours, side, directory / "job-small"] for side in SIDES}
     commands["PEFT"] = [*peft, "synthetic", directory / "job-small"]
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
@@ -89,7 +90,7 @@ def compare(directory: Path, args: argparse.Namespace) -> None:
             results[side].append(result_of(command))
     report(results)
     large = {side: result_of([*ours, side, directory / "job-large"])["peak_memory"] for side in SIDES}
-    print(f"\nPeak memory at a vocabulary of {LARGE_VOCABULARY:,}:")
+    print(f"\nPeak memory with {DEVICES} rows at a vocabulary of {LARGE_VOCABULARY:,}:")
     for side, peak in large.items():
         print(f"- {side}: {peak / 1e9:.2f} GB, {peak / large['naive']:.2f} of the naive step's")
     if args.dataset:
@@ -140,8 +141,8 @@ def needed_flops(config: ModelConfig) -> float:
 SMOLLM2 = ModelConfig("llama", VOCABULARY, 30, 576, 9, 3, 64, 1536, 1e-5, 1e5, 8192, True)
 
 
-def synthetic_job(model: Path, vocabulary: int) -> dict[str, Any]:
-    rng, shape = np.random.default_rng(0), (1, ROWS, TOKENS)
+def synthetic_job(model: Path, vocabulary: int, rows: int) -> dict[str, Any]:
+    rng, shape = np.random.default_rng(0), (1, rows, TOKENS)
     mask = np.zeros((*shape, TOP_K), bool)
     mask[:, :, TOKENS // 2 :] = True
     return {

@@ -14,9 +14,13 @@ CPU_SIZE, ACCELERATOR_SIZE = 1024, 8192  # of the square matrices that are multi
 
 
 @functools.cache
-def matmul_peak(dtype: str) -> float:
-    """FLOPs a second of one device, by its fastest product of two matrices of `dtype`: a moment's measurement."""
-    size = CPU_SIZE if jax.default_backend() == "cpu" else ACCELERATOR_SIZE
+def matmul_peak(dtype: str, num_devices: int) -> float:
+    """FLOPs a second of the devices of a job, by one's fastest product of two matrices of `dtype`.
+
+    The devices of a CPU share its cores, all of which a product uses: those of a process count as one.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    size = CPU_SIZE if on_cpu else ACCELERATOR_SIZE
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
     seconds = []
@@ -24,7 +28,7 @@ def matmul_peak(dtype: str) -> float:
         start = time.perf_counter()
         product(a, a).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return (jax.process_count() if on_cpu else num_devices) * 2 * size**3 / min(seconds)
 
 
 def memory_in_use() -> int:

@@ -164,7 +164,7 @@ def _finish(job: Job, run_state: RunState, directory: Path, settings: dict[str, 
 
 def _journal(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Journal:
     first = int(run_state.train.step)
-    peak = job.mesh.size * matmul_peak(job.config.dtype) / flops_per_token(job.model.config)
+    peak = matmul_peak(job.config.dtype, job.mesh.size) / flops_per_token(job.model.config)
     where = directory if processes.is_first() else None
     return Journal(where, first, job.num_steps, job.tokens(first), peak, job.config.track, settings)
 

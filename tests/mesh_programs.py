@@ -19,6 +19,7 @@ from cartridges_jax import processes, sharding
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.losses import Batch
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params, init_params
@@ -180,5 +181,14 @@ def loading(output: Path) -> None:
         (output / f"{jax.process_index()}.json").write_text(json.dumps(result))
 
 
+def sharing(output: Path) -> None:
+    """The addresses at which two devices of this process hold each weight that both have whole."""
+    _, params, _ = load_hf(output / "model", np.float32, sharding.make_mesh(MeshConfig(data=2)))
+    leaves = jax.tree.leaves(params)
+    addresses = [[shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards] for leaf in leaves]
+    (output / "addresses.json").write_text(json.dumps(addresses))
+
+
 if __name__ == "__main__":
-    {"equality": equality, "compiled": compiled, "loading": loading, "serving": serving}[sys.argv[1]](Path(sys.argv[2]))
+    programs = {f.__name__: f for f in (equality, compiled, loading, serving, sharing)}
+    programs[sys.argv[1]](Path(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import jax
 import mesh_programs
 import numpy as np
 import pytest
+import tiny
 
 from cartridges_jax import sharding
 from cartridges_jax.models.transformer import abstract_params
@@ -51,6 +53,13 @@ def test_every_slot_has_a_gradient_that_could_be_wrong(results: dict[str, np.nda
     for name in ("keys", "values", "bias"):
         moved = np.abs(results[f"1x1x1/{name}"] - getattr(start, name))
         assert np.median(moved) > 100 * BOUND, name
+
+
+def test_devices_of_a_cpu_share_the_memory_of_a_weight(tmp_path: Path):
+    tiny.write_model(tmp_path / "model", vocab_size=320)
+    run("sharing", 2, tmp_path)
+    for addresses in json.loads((tmp_path / "addresses.json").read_text()):
+        assert len(addresses) == 2 and len(set(addresses)) == 1
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ class Tensor(Protocol):
 
 ReadTensor = Callable[[str], Tensor]
 Bounds = tuple[tuple[int, int], ...]  # first and last index of a part of an array, for each axis
+ALIGNMENT = 64  # bytes
 SAMPLES = 256  # values of a tensor that go into the fingerprint
 
 # Hugging Face name inside a layer -> our name and the einops pattern from theirs to ours.
@@ -133,7 +134,12 @@ def _parts_here(shape: tuple[int, ...], placement: NamedSharding | None) -> list
 
 
 def _empty(bounds: Bounds, dtype: Any) -> np.ndarray:
-    return np.empty([stop - start for start, stop in bounds], jnp.dtype(dtype))
+    """Aligned as XLA wants it: the devices of a CPU then use this memory itself, all of them, instead of copies."""
+    shape, dtype = [stop - start for start, stop in bounds], jnp.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _theirs(pattern: str, ours: Sequence[int], head_dim: int) -> tuple[int, ...]:
