@@ -97,9 +97,8 @@ class Soak:
             "seconds": round(seconds),
             "done": dict(sorted(self._done.items())),
             "server_megabytes": {
-                "first": round(self._memory[0]),
-                "last": round(self._memory[-1]),
-                "more_each_hour": self._slope(),
+                "by_fifth_of_the_time": self._fifths(),
+                "more_each_hour_in_the_last_half": self._slope(),
             },
             "wrong": self._wrong[:20],
         }
@@ -224,15 +223,19 @@ class Soak:
                 break
             await asyncio.sleep(0.1)
         self._expect(bool(live) and live[1] == "0", f"answers are left running: {live and live[0]}")
-        fifth = len(self._memory) // 5
-        if not fifth:
-            return  # too short to tell
-        growth = median(self._memory[-fifth:]) - median(self._memory[fifth : 2 * fifth])
-        self._expect(growth < GROWTH_MB, f"the server's memory grew by {growth:.0f} MB")
+        fifths = self._fifths()
+        if fifths:
+            growth = fifths[-1] - fifths[1]
+            self._expect(growth < GROWTH_MB, f"the server's memory grew by {growth} MB")
+
+    def _fifths(self) -> list[int]:
+        """The median of each fifth of the time: the allocator fills its arenas in the first. Empty if too short."""
+        size = len(self._memory) // 5
+        return [round(median(self._memory[i * size : (i + 1) * size])) for i in range(5)] if size else []
 
     def _slope(self) -> float | None:
-        """Megabytes an hour, after the first fifth; None if that is too short to tell."""
-        later = self._memory[len(self._memory) // 5 :]
+        """Megabytes an hour; None if the time is too short to tell."""
+        later = self._memory[len(self._memory) // 2 :]
         if len(later) < 3:
             return None
         return round(linear_regression(range(len(later)), later).slope * 3600 / WATCH_SECONDS, 1)
