@@ -5,10 +5,11 @@
 
 SmolLM2-135M's shape with random weights, four rows of 1,024 tokens, 256 slots, float32, 20 teacher entries on half of
 the positions. Ours has two devices (`JAX_NUM_CPU_DEVICES=2`), which share the CPU's cores and one copy of the weights.
-Each side runs in a process of its own, one after the other, round after round; times are medians over rounds and steps,
-after a first step that does not count. MFU divides the FLOPs that the step needs, whatever a side computes, by the
-fastest matrix product of our processes, measured between their steps. With --dataset (`make quickstart` leaves one in
-runs/…/synth/dataset.parquet), also useful target tokens per second against PEFT's own example.
+Each side runs in a process of its own, one after the other, round after round; the fastest step counts, but for the
+first of a process: other work on the machine only ever slows one down. MFU divides the FLOPs that the step needs,
+whatever a side computes, by the fastest matrix product of our processes, measured between their steps. With --dataset
+(`make quickstart` leaves one in runs/…/synth/dataset.parquet), also useful target tokens per second against PEFT's own
+example.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -82,6 +82,7 @@ def compare(directory: Path, args: argparse.Namespace) -> None:
         subprocess.run([*peft, "model", directory / name, str(vocabulary)], check=True)
         (directory / f"job-{name}").mkdir()
         np.savez(directory / f"job-{name}" / "job.npz", **synthetic_job(directory / name, vocabulary, rows))
+    os.sync()  # or else the system writes these files while the first side runs
     commands = {side: [*ours, side, directory / "job-small"] for side in SIDES}
     commands["PEFT"] = [*peft, "synthetic", directory / "job-small"]
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
@@ -111,7 +112,7 @@ def result_of(command: list[Any]) -> dict[str, Any]:
 
 def report(results: dict[str, list[dict[str, Any]]]) -> None:
     def of(side: str, what: str) -> float:
-        return median(value for result in results[side] for value in result[what][1:])
+        return min(value for result in results[side] for value in result[what][1:])
 
     peak_flops = max(result["matmul_flops"] for side in SIDES for result in results[side])
     needed = needed_flops(SMOLLM2)
