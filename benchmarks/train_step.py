@@ -40,7 +40,6 @@ from cartridges_jax.models import hub
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.transformer import Params, block_of, head_weights, rms_norm, rope_tables
-from cartridges_jax.sharding import make_mesh
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.tokenizer import load_tokenizer
 
@@ -188,7 +187,7 @@ def real_job(directory: Path, dataset: str, document: str) -> tuple[list[int], l
 def measure(side: str, directory: Path) -> dict[str, Any]:
     """Runs a job's steps in this process. A job has one batch, or one a step."""
     job, remat = np.load(directory / "job.npz"), SIDES[side]
-    mesh = make_mesh() if remat else make_mesh(devices=jax.devices()[:1])
+    mesh = sharding.make_mesh() if remat else sharding.make_mesh(devices=jax.devices()[:1])
     config, params, _ = load_hf(Path(str(job["model"])), jnp.float32, mesh)
     cartridge = Cartridge(jnp.asarray(job["keys"]), jnp.asarray(job["values"]), None, 1)
     tx = optax.adam(1e-3)
