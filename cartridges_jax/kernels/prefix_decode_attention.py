@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
+SHARED_AT_ONCE = 4  # pages that the whole batch reads in one turn
 Partial = tuple[Array, Array, Array]  # the scores' maximum, and relative to it the sums of weights and weighted values
 
 
@@ -79,26 +80,35 @@ def own_at_once(r: int) -> int:
 
 
 def _shared(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan) -> Partial:
-    """A page a turn: it is read where it lies, and its scores stay in a CPU's cache."""
+    """Several pages a turn while there are as many, put behind one another: XLA:CPU shares a product among its cores
+    only if each of the matrices that it multiplies is large. Then one by one."""
     r, k, m, h = q_rkmh.shape
     t = positions_rt.shape[1]
     q_kxh = q_rkmh.transpose(1, 0, 2, 3).reshape(k, r * m, h)
+    positions_rm = jnp.repeat(positions_rt, m // t, axis=1)
 
-    def turn(i: Array, partial: Partial) -> Partial:
-        page = plan.shared.page[i]
-        seen_rtz = _seen(positions_rt, plan.shared.count[i], plan.shared.first[i], pages)
-        seen_rtz = seen_rtz & plan.members[i][:, None, None]
-        seen_xz = jnp.repeat(seen_rtz, m // t, axis=1).reshape(r * m, -1)
-        scores_kxz = jnp.einsum("kxh,khz->kxz", q_kxh, pages.keys[page], preferred_element_type=jnp.float32)
-        scores_kxz = jnp.where(seen_xz, scores_kxz + pages.bias[page][:, None], MASKED)
+    def turn(start: Array, at_once: int, partial: Partial) -> Partial:
+        page_c, count_c, first_c, members_cr = (_at(a, start, at_once) for a in (*plan.shared[:3], plan.members))
+        keys_khz, values_kzh, bias_kz = (
+            jnp.concatenate([a[page_c[c]] for c in range(at_once)], axis=axis)
+            for a, axis in zip(pages, (2, 1, 1), strict=True)
+        )
+        limit_crm = _limit(positions_rm, count_c[:, None, None], first_c[:, None, None])
+        limit_xc = jnp.where(members_cr[:, :, None], limit_crm, 0).reshape(at_once, r * m).T
+        seen_xz = (jnp.arange(pages.bias.shape[2]) < limit_xc[:, :, None]).reshape(r * m, -1)
+        scores_kxz = jnp.einsum("kxh,khz->kxz", q_kxh, keys_khz, preferred_element_type=jnp.float32)
+        scores_kxz = jnp.where(seen_xz, scores_kxz + bias_kz[:, None], MASKED)
         top_kx, total_kx, o_kxh = partial
         new_top_kx = jnp.maximum(top_kx, scores_kxz.max(-1))
         weights_kxz = jnp.exp(scores_kxz - new_top_kx[..., None])
         kept_kx = jnp.exp(top_kx - new_top_kx)
-        o_kxh = o_kxh * kept_kx[..., None] + _weighed("kxz,kzh->kxh", weights_kxz, pages.values[page])
+        o_kxh = o_kxh * kept_kx[..., None] + _weighed("kxz,kzh->kxh", weights_kxz, values_kzh)
         return new_top_kx, total_kx * kept_kx + weights_kxz.sum(-1), o_kxh
 
-    partial = jax.lax.fori_loop(0, plan.shared.length, turn, _nothing(k, r * m, h))
+    several = min(SHARED_AT_ONCE, plan.shared.page.shape[0])
+    turns, length = plan.shared.length // several, plan.shared.length
+    partial = jax.lax.fori_loop(0, turns, lambda i, o: turn(i * several, several, o), _nothing(k, r * m, h))
+    partial = jax.lax.fori_loop(turns * several, length, lambda i, o: turn(i, 1, o), partial)
     top_rkm, total_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in partial[:2])
     return top_rkm, total_rkm, partial[2].reshape(k, r, m, h).swapaxes(0, 1)
 
@@ -108,12 +118,12 @@ def _own(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan, partial: 
     t, at_once = positions_rt.shape[1], own_at_once(r)
 
     def turn(i: Array, partial: Partial) -> Partial:
-        (page_w, count_w, first_w), row_w = _entries(plan.own, i, at_once), _at(plan.reader, i, at_once)
+        page_w, count_w, first_w, row_w = (_at(a, i * at_once, at_once) for a in (*plan.own[:3], plan.reader))
         scores_wkmz = jnp.einsum(
             "wkmh,wkhz->wkmz", q_rkmh[row_w], pages.keys[page_w], preferred_element_type=jnp.float32
         )
-        seen_wtz = _seen(positions_rt[row_w], count_w[:, None], first_w[:, None], pages)
-        seen_wmz = jnp.repeat(seen_wtz, m // t, axis=1)
+        limit_wt = _limit(positions_rt[row_w], count_w[:, None], first_w[:, None])
+        seen_wmz = jnp.arange(pages.bias.shape[2]) < jnp.repeat(limit_wt, m // t, axis=1)[..., None]
         scores_wkmz = jnp.where(seen_wmz[:, None], scores_wkmz + pages.bias[page_w][:, :, None], MASKED)
         top_rkm, total_rkm, o_rkmh = partial
         new_top_rkm = top_rkm.at[row_w].max(scores_wkmz.max(3))
@@ -134,19 +144,13 @@ def _nothing(*shape_kxh: int) -> Partial:
     return none_kx + MASKED, none_kx, jnp.zeros(shape_kxh)
 
 
-def _at(array: Array, i: Array, at_once: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, i * at_once, at_once)
+def _at(array: Array, start: Array, at_once: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, at_once)
 
 
-def _entries(reading: Reading, i: Array, at_once: int) -> tuple[Array, Array, Array]:
-    page, count, first = (_at(a, i, at_once) for a in (reading.page, reading.count, reading.first))
-    return page, count, first
-
-
-def _seen(positions: Array, count: Array, first: Array, pages: Pages) -> Bool[Array, "... z"]:
-    """Which places of a page lie at or before a position."""
-    places_z = jnp.arange(pages.bias.shape[2])
-    return (places_z < count[..., None]) & (first[..., None] + places_z <= positions[..., None])
+def _limit(positions: Array, count: Array, first: Array) -> Array:
+    """How many places of a page lie at or before a position."""
+    return jnp.minimum(count, positions - first + 1)
 
 
 def _weighed(spec: str, weights: Array, values: Array) -> Array:

@@ -30,7 +30,9 @@ from cartridges_jax.serving.sampling import Sampling, sample
 from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
 PAGE_SIZE = 128
-PREFILL_SIZES = (16, 32, 64, 96, 128, 192, 256)  # tokens of a program; fewer are padded, the padding written nowhere
+# Tokens of a program, and how many are worth it; fewer are padded, the padding written nowhere. On a CPU, 129 to 192 take
+# longer in one program of 192, or padded to 256, than 128 and the rest.
+PREFILL_SIZES = {16: 1, 32: 17, 64: 33, 96: 65, 128: 97, 256: 193}
 BATCH_SIZES = (1, *(4 << i for i in range(11)))  # on a CPU, 2 cost as much as 4, and 6 more than 8
 ROWS_PER_USER = 8  # multiplying so many rows by a page, all but one for nothing, costs what reading it once more costs
 SCORE_SIZE = 64  # tokens whose logits over the vocabulary exist together
@@ -109,11 +111,11 @@ class Engine:
 
     def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
         """Writes the keys and values of `tokens` at `position`, `position` + 1, …"""
-        for start in range(0, len(tokens), PREFILL_SIZES[-1]):
-            part = tokens[start : start + PREFILL_SIZES[-1]]
-            size = next(s for s in PREFILL_SIZES if s >= len(part))
-            step = self._chunk(part, size, position + start, place)
+        while tokens:
+            size = max(size for size, fewest in PREFILL_SIZES.items() if fewest <= len(tokens))
+            step = self._chunk(tokens[:size], size, position, place)
             self._cache = _prefill(self._weights, self._cache, step, config=self._config, mesh=self._mesh)
+            tokens, position = tokens[size:], position + size
 
     def decode(self, inputs: Sequence[SlotInput]) -> Any:
         """Writes each input's token at its position and samples the token that follows it; `harvest` waits for it."""
