@@ -62,14 +62,9 @@ def main() -> None:
         matching._fit_head = fit
 
 
-def _mass(q: jax.Array, k: jax.Array, is_query: jax.Array) -> tuple[jax.Array, jax.Array]:
-    weights_ms = jax.nn.softmax(q @ k.T * q.shape[-1] ** -0.5, axis=-1) * is_query[:, None]
-    return weights_ms, jnp.sqrt((weights_ms**2).mean(0))
-
-
 def _recording(fit: Callable, masses: list[np.ndarray]) -> Callable:
     def recorded(q: jax.Array, k: jax.Array, v: jax.Array, *, is_query: jax.Array, num_slots: int) -> tuple:
-        jax.debug.callback(lambda mass: masses.append(np.asarray(mass)), _mass(q, k, is_query)[1])
+        jax.debug.callback(lambda mass: masses.append(np.asarray(mass)), matching._attention(q, k, is_query)[1])
         return fit(q, k, v, is_query=is_query, num_slots=num_slots)
 
     return recorded
@@ -79,22 +74,12 @@ def _above(threshold: float) -> Callable:
     """`_fit_head` with as many slots as receive more attention than that, and empty ones up to `num_slots`."""
 
     def fit(q: jax.Array, k: jax.Array, v: jax.Array, *, is_query: jax.Array, num_slots: int) -> tuple:
-        weights_ms, mass_s = _mass(q, k, is_query)
-        output_mh = weights_ms @ v
-        mass_s = mass_s.at[0].set(jnp.inf)
-        count = jnp.maximum((mass_s > threshold).sum(), FEWEST)
-        kept_p = jax.lax.top_k(mass_s, num_slots)[1]
-        used_p = jnp.arange(num_slots) < count
+        weights_ms, mass_s = matching._attention(q, k, is_query)
+        mass_p, kept_p = jax.lax.top_k(mass_s.at[0].set(jnp.inf), num_slots)
+        used_p = (mass_p > threshold) | (jnp.arange(num_slots) < FEWEST)
         shares_mp = weights_ms[:, kept_p] * used_p
-        weight_p = matching._nnls(shares_mp, is_query.astype(q.dtype)) * used_p
-        shares_mp = shares_mp * weight_p
-        shares_mp = shares_mp / jnp.maximum(shares_mp.sum(-1, keepdims=True), 1e-9)
-        gram_pp = shares_mp.T @ shares_mp
-        ridge = matching.RIDGE * jnp.trace(gram_pp) / count
-        gram_pp = gram_pp + ridge * jnp.eye(num_slots, dtype=q.dtype)
-        residual_ph = shares_mp.T @ (output_mh - shares_mp @ v[kept_p])
-        moved_ph = jax.scipy.linalg.solve(gram_pp, residual_ph, assume_a="pos")
-        return k[kept_p], v[kept_p] + moved_ph, jnp.where(used_p, jnp.log(weight_p), EMPTY)
+        values_ph, bias_p = matching._fit_slots(shares_mp, v[kept_p], weights_ms @ v, is_query)
+        return k[kept_p], values_ph, jnp.where(used_p, bias_p, EMPTY)
 
     return fit
 

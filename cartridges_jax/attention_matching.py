@@ -200,22 +200,32 @@ def _match(
 def _fit_head(
     q: Float[Array, "m h"], k: Float[Array, "s h"], v: Float[Array, "s h"], *, is_query: Array, num_slots: int
 ) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
-    scores_ms = q @ k.T * q.shape[-1] ** -0.5
-    weights_ms = jax.nn.softmax(scores_ms, axis=-1) * is_query[:, None]
-    output_mh = weights_ms @ v
+    weights_ms, mass_s = _attention(q, k, is_query)
     # the first token is the attention sink, which stays first; the others keep their order
-    mass_s = jnp.sqrt((weights_ms**2).mean(0)).at[0].set(jnp.inf)
-    kept_p = jnp.sort(jax.lax.top_k(mass_s, num_slots)[1])
-    shares_mp = weights_ms[:, kept_p]
-    weight_p = _nnls(shares_mp, is_query.astype(q.dtype))
+    kept_p = jnp.sort(jax.lax.top_k(mass_s.at[0].set(jnp.inf), num_slots)[1])
+    return k[kept_p], *_fit_slots(weights_ms[:, kept_p], v[kept_p], weights_ms @ v, is_query)
+
+
+def _attention(
+    q: Float[Array, "m h"], k: Float[Array, "s h"], is_query: Array
+) -> tuple[Float[Array, "m s"], Float[Array, " s"]]:
+    """The queries' weights, and of each token the root of their mean square."""
+    weights_ms = jax.nn.softmax(q @ k.T * q.shape[-1] ** -0.5, axis=-1) * is_query[:, None]
+    return weights_ms, jnp.sqrt((weights_ms**2).mean(0))
+
+
+def _fit_slots(
+    shares_mp: Array, v_ph: Array, output_mh: Array, is_query: Array
+) -> tuple[Float[Array, "p h"], Float[Array, " p"]]:
+    """Values and log-weights of the kept tokens that come closest to the output of all tokens."""
+    weight_p = _nnls(shares_mp, is_query.astype(shares_mp.dtype))
     shares_mp = shares_mp * weight_p
     shares_mp = shares_mp / jnp.maximum(shares_mp.sum(-1, keepdims=True), 1e-9)
     gram_pp = shares_mp.T @ shares_mp
-    ridge = RIDGE * jnp.trace(gram_pp) / num_slots
-    gram_pp = gram_pp + ridge * jnp.eye(num_slots, dtype=q.dtype)
-    residual_ph = shares_mp.T @ (output_mh - shares_mp @ v[kept_p])
-    moved_ph = jax.scipy.linalg.solve(gram_pp, residual_ph, assume_a="pos")
-    return k[kept_p], v[kept_p] + moved_ph, jnp.log(weight_p)
+    ridge = RIDGE * jnp.trace(gram_pp) / len(v_ph)
+    gram_pp = gram_pp + ridge * jnp.eye(len(v_ph), dtype=gram_pp.dtype)
+    residual_ph = shares_mp.T @ (output_mh - shares_mp @ v_ph)
+    return v_ph + jax.scipy.linalg.solve(gram_pp, residual_ph, assume_a="pos"), jnp.log(weight_p)
 
 
 def _nnls(shares: Float[Array, "m p"], target: Float[Array, " m"]) -> Float[Array, " p"]:

@@ -30,8 +30,8 @@ from cartridges_jax.serving.sampling import Sampling, sample
 from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
 PAGE_SIZE = 128
-# Tokens of a program, and how many are worth it; fewer are padded, the padding written nowhere. On a CPU, 129 to 192 take
-# longer in one program of 192, or padded to 256, than 128 and the rest.
+# Tokens of a program, and how many are worth it; fewer are padded, the padding written nowhere. On a CPU, 129 to 192
+# take longer in one program of 192, or padded to 256, than 128 and the rest.
 PREFILL_SIZES = {16: 1, 32: 17, 64: 33, 96: 65, 128: 97, 256: 193}
 BATCH_SIZES = (1, *(4 << i for i in range(11)))  # on a CPU, 2 cost as much as 4, and 6 more than 8
 ROWS_PER_USER = 8  # multiplying so many rows by a page, all but one for nothing, costs what reading it once more costs

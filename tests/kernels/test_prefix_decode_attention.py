@@ -17,8 +17,8 @@ from cartridges_jax.kernels.prefix_decode_attention import (
 )
 
 Z, K, H, NUM_PAGES = 4, 2, 8, 40
-# (page, places in use, position of the first): two cartridges of 19 and 3 slots, each on pages of its own; together they
-# are more pages than are read in one turn
+# (page, places in use, position of the first): two cartridges of 19 and 3 slots, each on pages of its own, and together
+# on more than are read in one turn
 CARTRIDGES = {"a": [(30 + i, min(Z, 19 - i * Z), i * Z) for i in range(5)], "b": [(36, 3, 0)], None: []}
 # the cartridge of each request, and how many tokens it has behind it
 REQUESTS = [("a", 6), ("b", 1), (None, 9), ("a", 1), ("a", 17)]
