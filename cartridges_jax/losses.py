@@ -41,6 +41,15 @@ class Batch:
     target_logprobs: Float[Array, "b t j"]
     target_mask: Bool[Array, "b t j"]
 
+    @property
+    def target_entries(self) -> Bool[Array, "b t j"]:
+        mask = self.target_mask if self.target_mask.ndim == self.target_ids.ndim else self.target_mask[..., None]
+        return jnp.broadcast_to(mask, self.target_ids.shape).astype(bool)
+
+    @property
+    def num_targets(self) -> Float[Array, ""]:
+        return self.target_entries.any(-1).sum().astype(jnp.float32)
+
 
 def distillation_loss(
     cartridge: Cartridge,
@@ -80,8 +89,7 @@ def loss_sum(
     hidden_btd = hidden_states(
         params, batch.tokens, batch.segment_ids, batch.positions, *cartridge.prefix, config=config, remat=remat
     )
-    mask = batch.target_mask if batch.target_mask.ndim == 3 else batch.target_mask[..., None]
-    mask_btj = jnp.broadcast_to(mask, batch.target_ids.shape).astype(bool)
+    mask_btj = batch.target_entries
     targets = hidden_btd, batch.target_ids, batch.target_logprobs, mask_btj
     head_vd = head_weights(params)
     if reduction == "row":
@@ -90,8 +98,7 @@ def loss_sum(
         return (sums_b / jnp.maximum(entries_b, 1)).sum(), (entries_b > 0).sum().astype(jnp.float32)
     hidden_td, *rest = (a.reshape(-1, a.shape[-1]) for a in targets)
     total = top_k_cross_entropy(hidden_td, head_vd, *rest, tail)
-    count = mask_btj.any(-1).sum() if reduction == "token" else mask_btj.sum()
-    return total, count.astype(jnp.float32)
+    return total, batch.num_targets if reduction == "token" else mask_btj.sum().astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -44,29 +44,30 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. Sums are accumulated and divided once, so that accumulation equals one large batch."""
 
-    def sums(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Cartridge]:
-        """Of loss, targets and gradients, over every row of the batch."""
+    def sums(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, Cartridge]:
+        """Of loss, what it is divided by, targets and gradients, over every row of the batch."""
 
         def loss(cartridge: Cartridge, micro: Batch) -> tuple[jax.Array, jax.Array]:
             return loss_sum(cartridge, params, micro, config=config, tail=tail, reduction=reduction, remat=remat)
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
             (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(cartridge, micro)
-            return jax.tree.map(jnp.add, carry, (total, count, gradient)), None
+            return jax.tree.map(jnp.add, carry, (total, count, micro.num_targets, gradient)), None
 
         zero = jnp.zeros((), jnp.promote_types(jnp.float32, params["embed"].dtype))
-        start = (zero, jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, cartridge))
-        (total, count, gradient), _ = jax.lax.scan(accumulate, start, batch)
-        return *collectives.over_rows((total, count)), collectives.gradient_over_rows(gradient, config)
+        none = jnp.zeros((), jnp.float32)
+        start = (zero, none, none, jax.tree.map(jnp.zeros_like, cartridge))
+        (*numbers, gradient), _ = jax.lax.scan(accumulate, start, batch)
+        return *collectives.over_rows(tuple(numbers)), collectives.gradient_over_rows(gradient, config)
 
     if mesh is not None:
         shapes = state.cartridge, params, batch
         tables = sharding.CARTRIDGE, sharding.WEIGHTS, sharding.BATCH
         specs = tuple(sharding.fitted(*pair, mesh) for pair in zip(shapes, tables, strict=True))
-        sums = sharding.on_mesh(sums, mesh, specs, (P(), P(), specs[0]))
-    total, count, gradient = sums(state.cartridge, params, batch)
+        sums = sharding.on_mesh(sums, mesh, specs, (P(), P(), P(), specs[0]))
+    total, count, targets, gradient = sums(state.cartridge, params, batch)
     gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.cartridge)
     cartridge = optax.apply_updates(state.cartridge, updates)
-    metrics = {"loss": total / jnp.maximum(count, 1), "targets": count, "grad_norm": optax.tree.norm(gradient)}
+    metrics = {"loss": total / jnp.maximum(count, 1), "targets": targets, "grad_norm": optax.tree.norm(gradient)}
     return TrainState(cartridge, opt_state, state.step + 1), metrics

@@ -94,7 +94,7 @@ def test_the_step_gathers_weights_and_adds_up_and_does_nothing_else(programs: di
     chunk = mesh_programs.ACCUMULATION * 4 * (b * mesh_programs.T * (d + 2 + mesh_programs.J) + 1)
     config = mesh_programs.CONFIG
     cartridge = layers * mesh_programs.SLOTS * config.num_kv_heads // 2 * (2 * config.head_dim + 1) * 4
-    scalars = 4 * (2 + 3)  # loss and targets; the norm of keys', values' and bias' gradients
+    scalars = 4 * (3 + 3)  # loss, its divisor and targets; the norm of keys', values' and bias' gradients
     assert found["all-reduce"].num_bytes == sums + chunk + cartridge + scalars
 
 

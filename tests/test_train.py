@@ -30,6 +30,7 @@ from cartridges_jax import train as train_module
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import PackedRows, batches, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
+from cartridges_jax.losses import Reduction
 from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.models.language_model import load_model
 from cartridges_jax.step import TrainState, train_step
@@ -178,6 +179,18 @@ def test_accumulation_is_one_large_batch(inputs: Path):
             np.testing.assert_allclose(found[name], metrics[name], rtol=2e-6)
         for ours, theirs in zip(jax.tree.leaves(state.cartridge), jax.tree.leaves(one.cartridge), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token", "entry", "row"])
+def test_targets_are_counted_whatever_the_loss_is_divided_by(inputs: Path, reduction: Reduction):
+    model, tx = tiny.model(), optax.sgd(1.0)
+    rows = PackedRows(read_examples(inputs / "dataset.parquet", model.tokenizer), 192, 4, 1, seed=0)
+    batch = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), next(batches(rows, 4, 0)))
+    start = Cartridge.from_text(model, tiny.TEXT, 16)
+    state = TrainState(start, tx.init(start), jnp.zeros((), jnp.int32))
+    options: Any = {"config": model.config, "tx": tx, "tail": "drop", "reduction": reduction, "remat": "layers"}
+    _, metrics = train_step(state, model.params, batch, **options)
+    assert metrics["targets"] == np.asarray(batch.target_mask).any(-1).sum() > 4
 
 
 def test_no_steps_give_the_initial_cartridge(settings: dict[str, Any]):
