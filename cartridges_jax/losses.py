@@ -43,6 +43,7 @@ class Batch:
 
     @property
     def target_entries(self) -> Bool[Array, "b t j"]:
+        """The mask of every entry, also where `target_mask` has one value for all of a token's."""
         mask = self.target_mask if self.target_mask.ndim == self.target_ids.ndim else self.target_mask[..., None]
         return jnp.broadcast_to(mask, self.target_ids.shape).astype(bool)
 
