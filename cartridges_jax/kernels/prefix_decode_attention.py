@@ -17,11 +17,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from cartridges_jax.kernels.gathered_product import gathered_product
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 SHARED_AT_ONCE = 4  # pages that the whole batch reads in one turn
+MANY_QUERIES = 64  # for which a page is work enough for a turn
 Partial = tuple[Array, Array, Array]  # the scores' maximum, and relative to it the sums of weights and weighted values
 
 
@@ -36,8 +39,8 @@ class Pages(NamedTuple):
 class Reading(NamedTuple):
     """Pages in the order in which they are read. Position `first` + i of a sequence lies at place i of a page."""
 
-    page: Int[Array, " c"]
-    count: Int[Array, " c"]  # places that are filled; 0 for entries that only pad
+    page: Int[Array, " c"]  # -1 for entries that only pad
+    count: Int[Array, " c"]  # places that are filled; 0 in an entry that only pads
     first: Int[Array, " c"]
     length: Int[Array, ""]  # entries that are to be read
 
@@ -60,7 +63,7 @@ def prefix_decode_attention(
       q: rotated. n is a multiple of k.
       positions: of the queries in their sequences, a cartridge's slots counted.
       pages: where the queries' own keys and values have been written already.
-      plan: the size of its `own` list is a multiple of `own_at_once(r)`.
+      plan: its lists are as long as `shared_entries` and `own_entries` say.
     """
     r, t, n, h = q.shape
     k = pages.bias.shape[1]
@@ -74,61 +77,62 @@ def prefix_decode_attention(
     return o_rkmh.reshape(r, k, t, g, h).transpose(0, 2, 1, 3, 4).reshape(r, t, n, h).astype(q.dtype)
 
 
-def own_at_once(r: int) -> int:
-    """Pages of single requests that are read in one turn."""
+def shared_entries(count: int) -> int:
+    """How many entries a list of `count` shared pages has: whole turns."""
+    return -(-count // SHARED_AT_ONCE) * SHARED_AT_ONCE
+
+
+def own_entries(count: int, r: int) -> int:
+    """How many entries the list of `count` pages of r single requests has: whole turns."""
+    return -(-count // _own_at_once(r)) * _own_at_once(r)
+
+
+def _own_at_once(r: int) -> int:
     return min(max(r, 4), 64)
 
 
 def _shared(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan) -> Partial:
-    """Several pages a turn while there are as many, put behind one another: XLA:CPU shares a product among its cores
-    only if each of the matrices that it multiplies is large. Then one by one."""
     r, k, m, h = q_rkmh.shape
     t = positions_rt.shape[1]
     q_kxh = q_rkmh.transpose(1, 0, 2, 3).reshape(k, r * m, h)
     positions_rm = jnp.repeat(positions_rt, m // t, axis=1)
 
-    def turn(start: Array, at_once: int, partial: Partial) -> Partial:
-        page_c, count_c, first_c, members_cr = (_at(a, start, at_once) for a in (*plan.shared[:3], plan.members))
-        keys_khz, values_kzh, bias_kz = (
-            jnp.concatenate([a[page_c[c]] for c in range(at_once)], axis=axis)
-            for a, axis in zip(pages, (2, 1, 1), strict=True)
-        )
+    def turn(i: Array, partial: Partial) -> Partial:
+        page_c, count_c, first_c, members_cr = (_at(a, i * at_once, at_once) for a in (*plan.shared[:3], plan.members))
         limit_crm = _limit(positions_rm, count_c[:, None, None], first_c[:, None, None])
-        limit_xc = jnp.where(members_cr[:, :, None], limit_crm, 0).reshape(at_once, r * m).T
-        seen_xz = (jnp.arange(pages.bias.shape[2]) < limit_xc[:, :, None]).reshape(r * m, -1)
-        scores_kxz = jnp.einsum("kxh,khz->kxz", q_kxh, keys_khz, preferred_element_type=jnp.float32)
-        scores_kxz = jnp.where(seen_xz, scores_kxz + bias_kz[:, None], MASKED)
+        limit_cx = jnp.where(members_cr[:, :, None], limit_crm, 0).reshape(at_once, r * m)
+        seen_cxz = jnp.arange(pages.bias.shape[2]) < limit_cx[:, :, None]
+        scores_ckxz = _by_pages(q_kxh, np.zeros(at_once, np.int32), pages.keys, page_c)
+        scores_ckxz = jnp.where(seen_cxz[:, None], scores_ckxz + pages.bias[page_c][:, :, None], MASKED)
         top_kx, total_kx, o_kxh = partial
-        new_top_kx = jnp.maximum(top_kx, scores_kxz.max(-1))
-        weights_kxz = jnp.exp(scores_kxz - new_top_kx[..., None])
+        new_top_kx = jnp.maximum(top_kx, scores_ckxz.max((0, 3)))
+        weights_ckxz = jnp.exp(scores_ckxz - new_top_kx[..., None])
         kept_kx = jnp.exp(top_kx - new_top_kx)
-        o_kxh = o_kxh * kept_kx[..., None] + _weighed("kxz,kzh->kxh", weights_kxz, values_kzh)
-        return new_top_kx, total_kx * kept_kx + weights_kxz.sum(-1), o_kxh
+        weighed_ckxh = _by_pages(weights_ckxz, np.arange(at_once, dtype=np.int32), pages.values, page_c)
+        o_kxh = o_kxh * kept_kx[..., None] + weighed_ckxh.sum(0)
+        return new_top_kx, total_kx * kept_kx + weights_ckxz.sum((0, 3)), o_kxh
 
-    several = min(SHARED_AT_ONCE, plan.shared.page.shape[0])
-    turns, length = plan.shared.length // several, plan.shared.length
-    partial = jax.lax.fori_loop(0, turns, lambda i, o: turn(i * several, several, o), _nothing(k, r * m, h))
-    partial = jax.lax.fori_loop(turns * several, length, lambda i, o: turn(i, 1, o), partial)
+    at_once = SHARED_AT_ONCE if r * m < MANY_QUERIES else 1
+    turns = (plan.shared.length + at_once - 1) // at_once
+    partial = jax.lax.fori_loop(0, turns, turn, _nothing(k, r * m, h))
     top_rkm, total_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in partial[:2])
     return top_rkm, total_rkm, partial[2].reshape(k, r, m, h).swapaxes(0, 1)
 
 
 def _own(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan, partial: Partial) -> Partial:
     r, _, m, _ = q_rkmh.shape
-    t, at_once = positions_rt.shape[1], own_at_once(r)
+    t, at_once = positions_rt.shape[1], _own_at_once(r)
 
     def turn(i: Array, partial: Partial) -> Partial:
         page_w, count_w, first_w, row_w = (_at(a, i * at_once, at_once) for a in (*plan.own[:3], plan.reader))
-        scores_wkmz = jnp.einsum(
-            "wkmh,wkhz->wkmz", q_rkmh[row_w], pages.keys[page_w], preferred_element_type=jnp.float32
-        )
+        scores_wkmz = _by_pages(q_rkmh, row_w, pages.keys, page_w)
         limit_wt = _limit(positions_rt[row_w], count_w[:, None], first_w[:, None])
         seen_wmz = jnp.arange(pages.bias.shape[2]) < jnp.repeat(limit_wt, m // t, axis=1)[..., None]
         scores_wkmz = jnp.where(seen_wmz[:, None], scores_wkmz + pages.bias[page_w][:, :, None], MASKED)
         top_rkm, total_rkm, o_rkmh = partial
         new_top_rkm = top_rkm.at[row_w].max(scores_wkmz.max(3))
         weights_wkmz = jnp.exp(scores_wkmz - new_top_rkm[row_w][..., None])
-        weighed_wkmh = _weighed("wkmz,wkzh->wkmh", weights_wkmz, pages.values[page_w])
+        weighed_wkmh = _by_pages(weights_wkmz, np.arange(at_once, dtype=np.int32), pages.values, page_w)
         kept_rkm = jnp.exp(top_rkm - new_top_rkm)
         return (
             new_top_rkm,
@@ -153,5 +157,13 @@ def _limit(positions: Array, count: Array, first: Array) -> Array:
     return jnp.minimum(count, positions - first + 1)
 
 
-def _weighed(spec: str, weights: Array, values: Array) -> Array:
-    return jnp.einsum(spec, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+def _by_pages(
+    rows: Float[Array, "*i k m d"], row: Int[Array, " w"], pages: Float[Array, "pages k d y"], page: Int[Array, " w"]
+) -> Float[Array, "w k m y"]:
+    """Each row's matrices, one of a kv head, times those of its page."""
+    k, m, d = rows.shape[-3:]
+    heads = np.arange(k, dtype=np.int32)
+    row_wk = (row[:, None] * k + heads).reshape(-1)
+    page_wk = jnp.where(page[:, None] < 0, -1, page[:, None] * k + heads).reshape(-1)
+    left, right = rows.reshape(-1, m, d), pages.reshape(-1, *pages.shape[2:])
+    return gathered_product(left.astype(right.dtype), row_wk, right, page_wk).reshape(-1, k, m, right.shape[2])

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from cartridges_jax import sharding
 from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.kernels.prefix_decode_attention import Plan, Reading, own_at_once
+from cartridges_jax.kernels.prefix_decode_attention import Plan, Reading, own_entries, shared_entries
 from cartridges_jax.losses import CHUNK, Batch
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, abstract_params
@@ -122,16 +122,16 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
             "evenly: choose a multiple"
         )
     b, mesh = requests.count // engines, Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
-    shared = min(requests.cartridges, b) * math.ceil(config.init.num_slots / PAGE_SIZE)
-    at_once = own_at_once(b)
-    own = math.ceil(b * math.ceil(requests.length / PAGE_SIZE) / at_once) * at_once
+    shared = shared_entries(min(requests.cartridges, b) * math.ceil(config.init.num_slots / PAGE_SIZE))
+    own = own_entries(b * math.ceil(requests.length / PAGE_SIZE), b)
 
     def pages(count: int) -> Any:
         shapes = new_pages.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
         return sharding.abstract(shapes, sharding.PAGES, mesh)
 
     given = sharding.abstract(_weights(model, config.dtype), sharding.WEIGHTS, mesh)
-    weights = jax.eval_shape(functools.partial(rearranged, config=model, mesh=mesh), given)
+    with _compiling_for(mesh):
+        weights = jax.eval_shape(functools.partial(rearranged, config=model, mesh=mesh), given)
     weights = sharding.abstract(weights, sharding.DECODER, mesh)
     asked = sharding.abstract(_decode_inputs(b, shared, own), P(), mesh)
     with _compiling_for(mesh):

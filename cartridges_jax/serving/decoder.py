@@ -1,9 +1,8 @@
 """The model as serving runs it: over pages, a few tokens of each request at a time.
 
 The same mathematics as `models.transformer.Block`, laid out for a CPU, where a step is bound by reading the weights:
-q, k and v in one matrix and gate and up in another, output features first, times activations whose columns are tokens.
-For one token that is half as slow again as the machine's memory, and for sixteen no slower than any other order
-(`benchmarks/engine.md`). Layers are unrolled: a scanned stack would be copied at every step.
+q, k and v in one matrix and gate and up in another, cut into panels for `gathered_product`. Layers are unrolled: a
+scanned stack would be copied at every step.
 """
 
 from __future__ import annotations
@@ -13,29 +12,50 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax import collectives, sharding
+from cartridges_jax import collectives, kernels, sharding
+from cartridges_jax.kernels.gathered_product import gathered_product, has_kernel
 from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, prefix_decode_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, Rope, rms_norm, rope_tables, rotate
 
+PANEL = 16  # outputs of a weight that stand side by side
 Weights = dict[str, Any]  # "embed", "head" (if it is not tied), "final_norm", and "layers": a dict of arrays for each
 
 
 def rearranged(params: Params, config: ModelConfig, mesh: Mesh) -> Weights:
-    """The weights as `forward` takes them, on the mesh's devices; the model's own can be let go of."""
+    """The weights as `forward` takes them, on the mesh's devices; the model's own can be let go of.
+
+    Those that a kernel multiplies in float32 stay in bfloat16 if nothing is lost by it, as those of most models are: a
+    step for a few requests takes as long as reading them does.
+    """
     ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, mesh)
     layers = [_rearranged_layer(params["blocks"], i, config, mesh) for i in range(config.num_layers)]
-    return {**ends, "layers": layers}
+    return {**jax.tree.map(_narrowed, ends), "layers": [jax.tree.map(_narrowed, layer) for layer in layers]}
+
+
+def _narrowed(weight: Array) -> Array:
+    if weight.ndim < 3 or weight.dtype != jnp.float32 or isinstance(weight, jax.core.Tracer):
+        return weight
+    narrow, is_exact = _in_bfloat16(weight)
+    return narrow if is_exact else weight
+
+
+@jax.jit
+def _in_bfloat16(weight: Array) -> tuple[Array, Array]:
+    narrow = weight.astype(jnp.bfloat16)
+    return narrow, (narrow.astype(weight.dtype) == weight).all()
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _ends(ends: Params, mesh: Mesh) -> Params:
     def local(ends: Params) -> Params:
-        return {name: collectives.whole(leaf, sharding.WEIGHTS[name]) for name, leaf in ends.items()}
+        wide = {name: collectives.whole(leaf, sharding.WEIGHTS[name]) for name, leaf in ends.items()}
+        return {name: leaf if leaf.ndim == 1 else _cut(leaf) for name, leaf in wide.items()}
 
     in_specs = (sharding.fitted(ends, {name: sharding.WEIGHTS[name] for name in ends}, mesh),)
     return sharding.on_mesh(local, mesh, in_specs, {name: sharding.DECODER[name] for name in ends})(ends)
@@ -56,6 +76,7 @@ def _rearranged_layer(blocks: Params, i: Int[Array, ""], config: ModelConfig, me
         layer["o"] = block["o"].reshape(-1, config.embed_dim).T
         if config.qkv_bias:
             layer["qkv_bias"] = jnp.concatenate([block[name] for name in ("q_bias", "k_bias", "v_bias")])
+        layer = {name: leaf if leaf.ndim == 1 else _cut(leaf) for name, leaf in layer.items()}
         return layer | {name: leaf for name, leaf in block.items() if name.endswith("norm")}
 
     names = {"qkv", "gate_up", "down", "o"} | ({"qkv_bias"} if config.qkv_bias else set())
@@ -63,6 +84,13 @@ def _rearranged_layer(blocks: Params, i: Int[Array, ""], config: ModelConfig, me
     in_specs = (sharding.fitted(blocks, sharding.WEIGHTS["blocks"], mesh), P())
     out_specs = {name: sharding.DECODER["layers"][name] for name in names}
     return sharding.on_mesh(local, mesh, in_specs, out_specs)(blocks, i)
+
+
+def _cut(weight_od: Float[Array, "o d"]) -> Float[Array, "o d"] | Float[Array, "n d 16"]:
+    """In panels, where there is a kernel for them: outputs that stand side by side, for each input."""
+    if not has_kernel(kernels.platform()) or weight_od.shape[0] % PANEL:
+        return weight_od
+    return weight_od.reshape(-1, PANEL, weight_od.shape[1]).swapaxes(1, 2)
 
 
 def forward(
@@ -74,27 +102,27 @@ def forward(
     place: Int[Array, "b t"],
     plan: Plan,
     config: ModelConfig,
-) -> tuple[Float[Array, "d m"], list[Pages]]:
-    """Final, normed hidden states of the tokens as columns, m = b t; keys and values are written to the cache.
+) -> tuple[Float[Array, "m d"], list[Pages]]:
+    """Final, normed hidden states of the tokens, m = b t; keys and values are written to the cache.
 
     Args:
       page, place: where each token's keys and values go; a page that does not exist means nowhere.
       plan: who sees which page, these tokens' own included.
     """
     rope = rope_tables(positions, config)
-    x_dm = collectives.lookup(weights["embed"], tokens.reshape(-1)).T
+    x_md = _embedded(weights["embed"], tokens.reshape(-1)).astype(weights["final_norm"].dtype)
     written = []
     for layer, pages in zip(weights["layers"], cache, strict=True):
-        x_dm, pages = _block(layer, pages, x_dm, rope, positions, page, place, plan, config)
+        x_md, pages = _block(layer, pages, x_md, rope, positions, page, place, plan, config)
         written.append(pages)
-    return _normed(x_dm, weights["final_norm"], config), written
+    return rms_norm(x_md, weights["final_norm"], config.norm_eps), written
 
 
 @functools.partial(jax.jit, static_argnames="config")  # one jit inside another: traced once, not for every layer
 def _block(
     layer: Params,
     pages: Pages,
-    x_dm: Array,
+    x_md: Array,
     rope: Rope,
     positions: Array,
     page: Array,
@@ -102,7 +130,7 @@ def _block(
     plan: Plan,
     config: ModelConfig,
 ) -> tuple[Array, Pages]:
-    q, k, v = _queries_keys_values(layer, x_dm, (*positions.shape, pages.bias.shape[1]), config)
+    q, k, v = _queries_keys_values(layer, x_md, (*positions.shape, pages.bias.shape[1]), config)
     q, k = rotate(q, rope), rotate(k, rope)
     pages = pages._replace(
         keys=pages.keys.at[page, :, :, place].set(k.astype(pages.keys.dtype), mode="drop"),
@@ -110,44 +138,49 @@ def _block(
         bias=pages.bias.at[page, :, place].set(0, mode="drop"),
     )
     o_btnh = prefix_decode_attention(q, positions, pages, plan)
-    x_dm = x_dm + collectives.joined(project(layer["o"], o_btnh.reshape(x_dm.shape[1], -1).T))
-    gate_fm, up_fm = jnp.split(project(layer["gate_up"], _normed(x_dm, layer["mlp_norm"], config)), 2)
-    return x_dm + collectives.joined(project(layer["down"], jax.nn.silu(gate_fm) * up_fm)), pages
+    x_md = x_md + collectives.joined(project(layer["o"], o_btnh.reshape(x_md.shape[0], -1)))
+    y_md = rms_norm(x_md, layer["mlp_norm"], config.norm_eps)
+    gate_mf, up_mf = jnp.split(project(layer["gate_up"], y_md), 2, axis=1)
+    return x_md + collectives.joined(project(layer["down"], jax.nn.silu(gate_mf) * up_mf)), pages
 
 
-def logits(weights: Weights, hidden: Float[Array, "d m"]) -> Float[Array, "m v"]:
+def _embedded(embed: Array, tokens: Int[Array, " m"]) -> Float[Array, "m d"]:
+    if embed.ndim == 2:
+        return collectives.lookup(embed, tokens)
+    own, here = collectives.own_ids(tokens, embed.shape[0] * PANEL)
+    return collectives.joined(jnp.where(here[:, None], embed[own // PANEL, :, own % PANEL], 0))
+
+
+def logits(weights: Weights, hidden: Float[Array, "m d"]) -> Float[Array, "m v"]:
     """In float32."""
-    # turned round first: asked to do it in one, XLA multiplies in an order that is ten times slower on a CPU
-    head_vd = weights.get("head", weights["embed"])
-    hidden_md = jax.lax.optimization_barrier(hidden.astype(head_vd.dtype).T)
-    logits_mv = jnp.einsum("md,vd->mv", hidden_md, head_vd, preferred_element_type=jnp.float32)
+    logits_mv = _product(weights.get("head", weights["embed"]), hidden)
     return collectives.whole_vocabulary(logits_mv)
 
 
-def project(weight_od: Array, x_dm: Array) -> Array:
-    """Multiplied in the weight's dtype, added up in float32."""
-    y_om = jnp.einsum("od,dm->om", weight_od, x_dm.astype(weight_od.dtype), preferred_element_type=jnp.float32)
-    return y_om.astype(x_dm.dtype)
+def project(weight: Float[Array, "o d"] | Float[Array, "n d 16"], x_md: Float[Array, "m d"]) -> Float[Array, "m o"]:
+    """In the dtype of x."""
+    return _product(weight, x_md).astype(x_md.dtype)
+
+
+def _product(weight: Array, x_md: Array) -> Float[Array, "m o"]:
+    """Multiplied in the weight's dtype, or in float32 if it is cut; added up in float32."""
+    if weight.ndim == 2:
+        return jnp.einsum("md,od->mo", x_md.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+    panels = np.arange(weight.shape[0], dtype=np.int32)
+    return gathered_product(x_md[None], np.zeros_like(panels), weight, panels, side_by_side=True)
 
 
 def _queries_keys_values(
-    layer: Params, x_dm: Array, shape_btk: tuple[int, int, int], config: ModelConfig
+    layer: Params, x_md: Array, shape_btk: tuple[int, int, int], config: ModelConfig
 ) -> tuple[Array, Array, Array]:
     """Of this device's heads."""
     *shape, k = shape_btk
-    n = layer["qkv"].shape[0] // config.head_dim - 2 * k
-    # turned round afterwards: asked to do it in one, XLA multiplies in an order that is several times slower on a CPU
-    qkv_om = jax.lax.optimization_barrier(project(layer["qkv"], _normed(x_dm, layer["attention_norm"], config)))
-    heads_btoh = qkv_om.T.reshape(*shape, n + 2 * k, config.head_dim)
+    qkv_mo = project(layer["qkv"], rms_norm(x_md, layer["attention_norm"], config.norm_eps))
+    n = qkv_mo.shape[1] // config.head_dim - 2 * k
+    heads_btoh = qkv_mo.reshape(*shape, n + 2 * k, config.head_dim)
     if config.qkv_bias:
         heads_btoh = heads_btoh + layer["qkv_bias"]
     q, k, v = jnp.split(heads_btoh, (n, n + k), axis=2)
     if config.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], config.norm_eps), rms_norm(k, layer["k_norm"], config.norm_eps)
     return q, k, v
-
-
-def _normed(x_dm: Array, scale_d: Array, config: ModelConfig) -> Array:
-    x_float = x_dm.astype(jnp.float32)
-    inverse_m = jax.lax.rsqrt(jnp.mean(x_float**2, axis=0) + config.norm_eps)
-    return (x_float * inverse_m).astype(x_dm.dtype) * scale_d[:, None]

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import collectives, sharding
-from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, Reading, own_at_once
+from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, Reading, own_entries, shared_entries
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving import decoder
@@ -30,9 +30,9 @@ from cartridges_jax.serving.sampling import Sampling, sample
 from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 
 PAGE_SIZE = 128
-# Tokens of a program, and how many are worth it; fewer are padded, the padding written nowhere. On a CPU, 129 to 192
-# take longer in one program of 192, or padded to 256, than 128 and the rest.
-PREFILL_SIZES = {16: 1, 32: 17, 64: 33, 96: 65, 128: 97, 256: 193}
+# Tokens of a program, and how many are worth it; fewer are padded, the padding written nowhere. On a CPU, two programs
+# take no longer than one for as many.
+PREFILL_SIZES = {16: 1, 32: 17, 64: 33, 96: 65, 128: 97, 256: 225}
 BATCH_SIZES = (1, *(4 << i for i in range(11)))  # on a CPU, 2 cost as much as 4, and 6 more than 8
 ROWS_PER_USER = 8  # multiplying so many rows by a page, all but one for nothing, costs what reading it once more costs
 SCORE_SIZE = 64  # tokens whose logits over the vocabulary exist together
@@ -89,7 +89,7 @@ class Engine:
         sharding.check(model.config, self._mesh)
         self._weights = decoder.rearranged(model.params, model.config, self._mesh)
         all_pages = self.num_pages + self.pages_each  # scoring has pages of its own
-        self._cache = new_pages(model.config, all_pages, self._weights["embed"].dtype, self._mesh)
+        self._cache = new_pages(model.config, all_pages, self._weights["final_norm"].dtype, self._mesh)
         self._nowhere = (all_pages, 0)  # a write to a page that does not exist is dropped
         self._last = jnp.zeros(num_slots, jnp.int32)  # what was sampled last for each slot
 
@@ -212,8 +212,8 @@ class Engine:
         page_t, place_t = np.array(written, np.int32).T
         seen = _seen(place, position + len(tokens) - 1)
         plan = Plan(
-            _reading(seen, self.pages_each),
-            np.ones((self.pages_each, 1), bool),
+            _reading(seen, shared_entries(self.pages_each)),
+            np.ones((shared_entries(self.pages_each), 1), bool),
             _reading([], 0),
             np.zeros(0, np.int32),
         )
@@ -228,7 +228,7 @@ class Engine:
         is_shared = {page for page, count in users.items() if count >= fewest}
         shared = {page: (page, count, first) for reading in seen for page, count, first in reading if page in is_shared}
         order = {page: c for c, page in enumerate(shared)}
-        members = np.zeros((self.pages_each if b == 1 else self.num_pages, b), bool)
+        members = np.zeros((shared_entries(self.pages_each if b == 1 else self.num_pages), b), bool)
         own, reader = [], []
         for r, reading in enumerate(seen):
             for entry in reading:
@@ -237,7 +237,7 @@ class Engine:
                 else:
                     own.append(entry)
                     reader.append(r)
-        most = 0 if b == 1 else -(-b * self.pages_each // own_at_once(b)) * own_at_once(b)
+        most = 0 if b == 1 else own_entries(b * self.pages_each, b)
         readers = np.zeros(most, np.int32)
         readers[: len(reader)] = reader
         return Plan(_reading(list(shared.values()), len(members)), members, _reading(own, most), readers)
@@ -258,7 +258,7 @@ def _written(place: Place, position: int) -> tuple[int, int]:
 
 
 def _reading(entries: Sequence[tuple[int, int, int]], most: int) -> Reading:
-    padded = np.zeros((most, 3), np.int32)
+    padded = np.tile(np.array([-1, 0, 0], np.int32), (most, 1))
     padded[: len(entries)] = np.array(entries, np.int32).reshape(-1, 3)
     return Reading(*padded.T, np.int32(len(entries)))
 
@@ -347,8 +347,8 @@ def decode_step(
 ) -> tuple[list[Pages], Array, Any]:
     def local(weights: decoder.Weights, cache: list[Pages], last: Array, slots: Array, step: Step, wishes: Sampling):
         tokens = jnp.where(step.tokens < 0, last[slots][:, None], step.tokens)
-        hidden_db, cache = _forward(weights, cache, step.replace(tokens=tokens), config)
-        sampled = sample(decoder.logits(weights, hidden_db), wishes, num_top)
+        hidden_bd, cache = _forward(weights, cache, step.replace(tokens=tokens), config)
+        sampled = sample(decoder.logits(weights, hidden_bd), wishes, num_top)
         return cache, last.at[slots].set(sampled[0], mode="drop"), sampled
 
     in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, *[P()] * 4
@@ -368,8 +368,8 @@ def _score(
     num_top: int,
 ) -> tuple[list[Pages], Any]:
     def local(weights: decoder.Weights, cache: list[Pages], step: Step, following: Array) -> tuple[list[Pages], Any]:
-        hidden_dt, cache = _forward(weights, cache, step, config)
-        logits_tv = decoder.logits(weights, hidden_dt)
+        hidden_td, cache = _forward(weights, cache, step, config)
+        logits_tv = decoder.logits(weights, hidden_td)
         normalizer_t1 = jax.nn.logsumexp(logits_tv, axis=-1, keepdims=True)
         own_t1 = jnp.take_along_axis(logits_tv, following[:, None], axis=-1)
         top_tj, ids_tj = jax.lax.top_k(logits_tv, num_top)

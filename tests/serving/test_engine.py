@@ -268,6 +268,21 @@ def test_an_engine_needs_nothing_of_the_model_s_weights():
     same(continue_greedily(engine, place, TOKENS[:20], 1)[0], expected(TOKENS[:20], "none")[-1])
 
 
+def test_weights_that_bfloat16_holds_lie_in_it_and_nothing_else_does(engine: Engine):
+    """Multiplied in float32 all the same: what is said is what the same weights in float32 say."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), tiny.model().params)
+    model, tokens = replace(tiny.model(), params=params), TOKENS[100:130]
+    rounded = Engine(model, num_slots=4, max_length=LENGTH)
+    fill(rounded, place_of(rounded, 1, "none"), "none", tokens[:-1])
+    [sampled] = continue_greedily(rounded, place_of(rounded, 1, "none"), tokens, 1, slot=1)
+    same(sampled, np.asarray(jax.nn.log_softmax(model.logits(np.asarray([tokens]))))[0, -1])
+    names = {"qkv", "o", "gate_up", "down"}  # the vocabulary is not a multiple of 16
+    for made, dtype in ((rounded, "bfloat16"), (engine, "float32")):
+        weights = made._weights | made._weights["layers"][0]
+        assert {name: weights[name].dtype for name in names} == dict.fromkeys(names, dtype)
+        assert {a.dtype for a in jax.tree.leaves(made._cache)} == {jnp.dtype(jnp.float32)}
+
+
 def test_a_cartridge_of_another_shape_is_refused(engine: Engine):
     wrong = Cartridge(jnp.zeros((2, 3, 4, 8)), jnp.zeros((2, 3, 4, 8)))
     with pytest.raises(ValueError, match="the cartridge's keys are"):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from cartridges_jax import kernels
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 KERNELS = ("tpu", "gpu")  # in Pallas, each for the platform of its name
@@ -65,9 +66,7 @@ def prefix_attention(
 
 def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype]) -> str:
     """The implementation's name: the one asked for if it can run here, or the fastest that can."""
-    # a mesh knows the devices that are compiled for, which may be elsewhere
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
+    platform = kernels.platform()
     supported = h in HEAD_SIZES and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
     if implementation is None:
         return platform if platform in KERNELS and supported else "xla"

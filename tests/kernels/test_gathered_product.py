@@ -1,0 +1,115 @@
+"""The product against its definition in float64, and on a CPU the kernel behind it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from cartridges_jax.kernels import gathered_product as module
+from cartridges_jax.kernels.gathered_product import gathered_product
+from cartridges_jax.kernels.gathered_product.kernel import Kernel
+
+# left matrices, products, x, d, y, right matrices: queries by pages, activations by panels for one token and many, rows
+# that are divided among cores with a rest, vectors that are shorter than the machine's, nothing at all
+SHAPES = [
+    (5, 7, 3, 64, 128, 9),
+    (3, 6, 3, 128, 64, 4),
+    (1, 36, 1, 576, 16, 36),
+    (1, 36, 16, 576, 16, 36),
+    (1, 6, 61, 96, 16, 6),
+    (4, 12, 300, 65, 40, 9),
+    (1, 5, 2, 48, 4, 5),
+    (2, 1, 1, 1, 8, 2),
+    (2, 0, 4, 4, 4, 2),
+]
+rng = np.random.default_rng(0)
+run = jax.jit(gathered_product, static_argnames="side_by_side")
+
+
+def lists(i: int, n: int, x: int, d: int, y: int, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    left, right = rng.standard_normal((i, x, d)), rng.standard_normal((j, d, y))
+    places = rng.integers(i, size=n), rng.integers(j, size=n)
+    return left.astype(np.float32), places[0].astype(np.int32), right.astype(np.float32), places[1].astype(np.int32)
+
+
+def definition(left: jax.Array, left_of: np.ndarray, right: jax.Array, right_of: np.ndarray) -> np.ndarray:
+    products = np.asarray(left, np.float64)[left_of] @ np.asarray(right, np.float64)[right_of]
+    return products * (right_of >= 0)[:, None, None]
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_product_is_that_of_its_two_matrices(
+    shape: tuple[int, ...], side_by_side: bool, dtypes: tuple[str, str]
+) -> None:
+    left, left_of, right, right_of = lists(*shape)
+    left, right = jnp.asarray(left, dtypes[0]), jnp.asarray(right, dtypes[1])
+    right_of[1::3] = -1
+    expected = definition(left, left_of, right, right_of)
+    if side_by_side:
+        expected = expected.swapaxes(0, 1).reshape(left.shape[1], -1)
+    found = run(left, left_of, right, right_of, side_by_side=side_by_side)
+    assert_allclose(found, expected, rtol=0, atol=2e-6 * shape[3])
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_the_kernel_and_xla_agree(side_by_side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = lists(4, 9, 6, 32, 16, 5)
+    arguments[3][4] = -1
+    kernels = run(*arguments, side_by_side=side_by_side)
+    assert "custom_call" in run.lower(*arguments, side_by_side=side_by_side).as_text()
+    monkeypatch.setattr(module, "has_kernel", lambda platform: False)
+    xla = jax.jit(functools.partial(gathered_product, side_by_side=side_by_side))
+    assert "custom_call" not in xla.lower(*arguments).as_text()
+    assert_allclose(xla(*arguments), kernels, rtol=0, atol=1e-5)
+
+
+def test_a_dtype_or_a_width_that_the_kernel_does_not_have_is_xlas() -> None:
+    left, left_of, right, right_of = lists(2, 3, 4, 8, 6, 2)
+    assert_allclose(run(left, left_of, right, right_of), definition(left, left_of, right, right_of), atol=1e-5)
+    halves = left.astype(np.float16), left_of, right[..., :4].astype(np.float16), right_of
+    assert_allclose(run(*halves), definition(*halves), atol=1e-2)
+
+
+def test_calls_of_several_threads_do_not_meet() -> None:
+    """Each call has a list of items of its own, also while XLA's threads still help with another."""
+    calls = [lists(3, 24, 4, 64, 32, 5) for _ in range(4)]
+    alone = [run(*arguments) for arguments in calls]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda i: run(*calls[i % 4]), range(400)))
+    for i, found in enumerate(together):
+        assert_array_equal(found, alone[i % 4])
+
+
+def test_one_program_has_calls_of_any_length() -> None:
+    """The kernel is compiled for matrices, not for how many there are."""
+    left, _, right, _ = lists(3, 1, 2, 16, 16, 7)
+    for n in (1, 2, 50):
+        left_of, right_of = (rng.integers(size, size=n).astype(np.int32) for size in (3, 7))
+        expected = definition(left, left_of, right, right_of)
+        assert_allclose(run(left, left_of, right, right_of), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("lanes", "registers"), [(16, 32), (8, 16), (4, 32)])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1]], ids=str)
+def test_a_tile_fits_the_machine(shape: tuple[int, ...], lanes: int, registers: int) -> None:
+    """Sums, the columns that meet them and one row's number are held at once; columns are divided without a rest."""
+    _, _, x, d, y, _ = shape
+    kernel = Kernel(x, d, y, "float32", "float32", False, lanes, registers)
+    rows, vectors = kernel.tile
+    assert rows * vectors + vectors + 1 < registers
+    assert y % (vectors * kernel.width) == 0
+    assert kernel.part_rows % rows == 0
+
+
+def test_an_error_of_shapes_is_raised() -> None:
+    left, left_of, right, right_of = lists(2, 3, 4, 8, 8, 2)
+    with pytest.raises(ValueError, match=r"left matrices .* do not belong together"):
+        run(left[:, :, :6], left_of, right, right_of)
