@@ -13,6 +13,7 @@ import mmap
 import os
 import pickletools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,12 @@ def load(path: Path, packages: Sequence[str]) -> Any:
         raise FileNotFoundError(f"{path} does not exist: expected a pickle")
     if not 0 < path.stat().st_size <= LARGEST_FILE:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a pickle of at most {LARGEST_FILE}")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # of backslashes in a damaged name
         try:
             return _Machine(path, packages).run(data)
         except Refused:

@@ -223,6 +223,7 @@ def test_names_of_theirs_are_not_imported(tmp_path: Path, monkeypatch: pytest.Mo
         b"}" + b")" + b"\x85" * 200_000 + b"Ns.",  # and as a key
         b"]" + b"]" * 100_000 + b"a" * 100_000 + b".",  # a list as deep
         b"I" + b"9" * 100_000 + b"\n.",
+        b"c\\o\nx\n.",  # Python warns of the escape
     ],
 )
 def test_bombs(tmp_path: Path, data: bytes):
