@@ -5,8 +5,9 @@
 First table: scheduler and engine with n requests under way, and the compiled decoding step alone, called in a loop with
 everything prepared: what the scheduler costs. Second table: whole jobs, prefill included, from the first request to the
 last token: one request of 200 + 128 tokens, and 16 requests of mixed lengths. Others are asked over HTTP, whole answers
-at a time; `transformers` pads a batch of 16 to its longest. Every side runs in a process of its own, one after another,
-is warmed up first, and its best of `--rounds` counts, since another job on the machine only ever slows one down.
+at a time; `transformers` pads a batch of 16 to its longest. Every side is a process of its own, and they take turns:
+all do one thing, then all the next, in each of `--rounds`. The best counts, since another job on the machine only ever
+slows one down, and beside it stands the median of the ratios within a round, as the machine's speed drifts.
 `--torch-python` is a Python with torch, transformers and gguf (`make test-parity` makes one).
 """
 
@@ -15,16 +16,20 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,7 @@ THREADS = len(os.sched_getaffinity(0))
 # as `make quickstart` has it: large pages for every side, and for ours AVX-512's full width
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512"}
 HERE = Path(__file__).parent
+Measures = dict[str, Callable[[], float]]
 
 
 def jobs() -> dict[str, list[dict[str, Any]]]:
@@ -51,54 +57,33 @@ def jobs() -> dict[str, list[dict[str, Any]]]:
     return {"1 request": [request(200, 128)], "16 mixed": mixed}
 
 
-def ours(rounds: int) -> dict[str, float]:
-    import cartridges_jax as cj
-    from cartridges_jax.serving.engine import Engine
-    from cartridges_jax.serving.generate import run
-    from cartridges_jax.serving.scheduler import Request, Scheduler, Token
-
-    model = cj.load_model("smollm2-135m", dtype="float32")
-    found = {}
-    for n in BATCHES:
-        engine = Engine(model, n, 512, batch_sizes=[n])
-
-        def decode(engine: Engine = engine, n: int = n) -> float:
-            """Steps, from the one that has all requests to the last."""
-            scheduler, seen, start = Scheduler(engine, n), dict.fromkeys(map(str, range(n)), 0), 0.0
-            for event in run(scheduler, [_request(i, n) for i in range(n)]):
-                if isinstance(event, Token):
-                    seen[event.id] += 1
-                    if not start and min(seen.values()) >= 1:
-                        start, before = time.perf_counter(), sum(seen.values())
-                    if max(seen.values()) == STEPS:
-                        return (sum(seen.values()) - before) / (time.perf_counter() - start)
-            raise AssertionError
-
-        found[f"decode {n}"] = best(decode, rounds)
-    engine = Engine(model, 16, 512)
-    engine.warmup()
-
-    def whole(job: list[dict[str, Any]]) -> float:
-        requests = [Request(str(i), tuple(r["prompt"]), None, r["max_tokens"]) for i, r in enumerate(job)]
-        start = time.perf_counter()
-        count = sum(isinstance(event, Token) for event in run(Scheduler(engine, len(job)), requests))
-        return count / (time.perf_counter() - start)
-
-    return found | {name: best(lambda job=job: whole(job), rounds) for name, job in jobs().items()}
-
-
-def bare(rounds: int) -> dict[str, float]:
+@contextlib.contextmanager
+def ours() -> Iterator[Measures]:
     import jax
 
     import cartridges_jax as cj
     from cartridges_jax.serving.engine import Engine
-    from cartridges_jax.serving.scheduler import Place, SlotInput
+    from cartridges_jax.serving.generate import run
+    from cartridges_jax.serving.scheduler import Place, Request, Scheduler, SlotInput, Token
 
     model = cj.load_model("smollm2-135m", dtype="float32")
-    found = {}
-    for n in BATCHES:
-        engine = Engine(model, n, 512, batch_sizes=[n])
-        each = engine.num_pages // n
+    engine = Engine(model, max(BATCHES), 512)
+    engine.warmup()
+
+    def decode(n: int) -> float:
+        """Steps, from the one that has all requests to the last."""
+        scheduler, seen, start = Scheduler(engine, n), dict.fromkeys(map(str, range(n)), 0), 0.0
+        for event in run(scheduler, [_request(i, n) for i in range(n)]):
+            if isinstance(event, Token):
+                seen[event.id] += 1
+                if not start and min(seen.values()) >= 1:
+                    start, before = time.perf_counter(), sum(seen.values())
+                if max(seen.values()) == STEPS:
+                    return (sum(seen.values()) - before) / (time.perf_counter() - start)
+        raise AssertionError
+
+    def bare(n: int) -> float:
+        each = engine.pages_each
         places = [Place(range(i * each, (i + 1) * each), 0) for i in range(n)]
         for place in places:
             engine.prefill([5] * PROMPT, 0, place)
@@ -108,19 +93,27 @@ def bare(rounds: int) -> dict[str, float]:
             )
             for step in range(STEPS)
         ]
+        jax.block_until_ready(engine._cache)
+        start = time.perf_counter()
+        for batch in batches:
+            engine._run(*batch)
+        jax.block_until_ready(engine._last)
+        return n * STEPS / (time.perf_counter() - start)
 
-        def loop(engine: Engine = engine, batches: list[Any] = batches, n: int = n) -> float:
-            start = time.perf_counter()
-            for batch in batches:
-                engine._run(*batch)
-            jax.block_until_ready(engine._last)
-            return n * STEPS / (time.perf_counter() - start)
+    def whole(job: list[dict[str, Any]]) -> float:
+        requests = [Request(str(i), tuple(r["prompt"]), None, r["max_tokens"]) for i, r in enumerate(job)]
+        start = time.perf_counter()
+        count = sum(isinstance(event, Token) for event in run(Scheduler(engine, len(job)), requests))
+        return count / (time.perf_counter() - start)
 
-        found[f"decode {n}"] = best(loop, rounds)
-    return found
+    measures: Measures = {}
+    for n in BATCHES:
+        measures |= {f"engine {n}": functools.partial(decode, n), f"loop {n}": functools.partial(bare, n)}
+    yield measures | {name: functools.partial(whole, job) for name, job in jobs().items()}
 
 
-def llama_cpp(rounds: int, binary: str, kind: str) -> dict[str, float]:
+@contextlib.contextmanager
+def llama_cpp(binary: str, kind: str) -> Iterator[Measures]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         write_gguf(file, kind)
@@ -131,10 +124,12 @@ def llama_cpp(rounds: int, binary: str, kind: str) -> dict[str, float]:
             fields = {"n_predict": request["max_tokens"], "ignore_eos": True, "temperature": 0, "cache_prompt": False}
             return post(f"{root}/completion", {"prompt": request["prompt"]} | fields)["tokens_predicted"]
 
-        return over_http(rounds, command, ask)
+        with over_http(command, ask) as measures:
+            yield measures
 
 
-def vllm(rounds: int, python: str, folder: str) -> dict[str, float]:
+@contextlib.contextmanager
+def vllm(python: str, folder: str) -> Iterator[Measures]:
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "m"]
     command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_NO_USAGE_STATS": "1"}
@@ -144,15 +139,16 @@ def vllm(rounds: int, python: str, folder: str) -> dict[str, float]:
         fields = {"model": "m", "ignore_eos": True, "temperature": 0}
         return post(f"{root}/v1/completions", request | fields)["usage"]["completion_tokens"]
 
-    return over_http(rounds, command, ask, environment)
+    with over_http(command, ask, environment) as measures:
+        yield measures
 
 
+@contextlib.contextmanager
 def over_http(
-    rounds: int,
     command: list[str],
     ask: Callable[[str, dict[str, Any]], int],
     environment: dict[str, str] | None = None,
-) -> dict[str, float]:
+) -> Iterator[Measures]:
     def whole(root: str, job: list[dict[str, Any]]) -> float:
         with concurrent.futures.ThreadPoolExecutor(len(job)) as pool:
             start = time.perf_counter()
@@ -160,7 +156,7 @@ def over_http(
             return count / (time.perf_counter() - start)
 
     with serving(command, environment or {}) as root:
-        return {name: best(lambda job=job: whole(root, job), rounds) for name, job in jobs().items()}
+        yield {name: functools.partial(whole, root, job) for name, job in jobs().items()}
 
 
 @contextlib.contextmanager
@@ -226,9 +222,34 @@ def _request(i: int, n: int) -> Any:
     return Request(str(i), tuple(rng.choices(range(100, 40_000), k=PROMPT)), None, STEPS + n)
 
 
-def best(measure: Callable[[], float], rounds: int) -> float:
-    """One more round than counts: what the first has to compile or to allocate, it is too slow to win with."""
-    return max(measure() for _ in range(rounds + 1))
+@dataclasses.dataclass
+class Side:
+    """A process that does what it is asked to by a line, and answers with tokens/s."""
+
+    process: subprocess.Popen[str]
+    names: list[str]
+
+    def measure(self, name: str) -> float:
+        assert self.process.stdin
+        self.process.stdin.write(f"{name}\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"it ended with {self.process.wait()}: {' '.join(map(str, self.process.args))}")
+        return line
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, command: list[str]) -> Iterator[Side]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=os.environ | ENVIRONMENT, **pipes) as process:
+            side = cls(process, [])
+            side.names = json.loads(side._line())
+            yield side
 
 
 def main() -> None:
@@ -236,38 +257,51 @@ def main() -> None:
     parser.add_argument("--torch-python")
     parser.add_argument("--llama-server")
     parser.add_argument("--vllm-python", help="needs --torch-python too, which writes the weights for it")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)  # how this script runs itself
     args = parser.parse_args()
     if args.side:
-        name, *rest = args.side
-        sides = {"ours": ours, "bare": bare, "llama_cpp": llama_cpp, "vllm": vllm}
-        print(json.dumps(sides[name](args.rounds, *rest)))
+        _side(*args.side)
         return
-    measured = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+        sides = {}
         for name, command in _sides(args, folder):
-            print(f"measuring {name} ...", file=sys.stderr, flush=True)
-            environment = os.environ | ENVIRONMENT
-            found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-            print(f"{name}: {found.strip()}", file=sys.stderr, flush=True)
-            measured[name] = json.loads(found)
-    _print(measured)
+            print(f"starting {name} ...", file=sys.stderr, flush=True)
+            sides[name] = running.enter_context(Side.of(command))
+        _print(_rounds(sides, args.rounds))
+
+
+def _side(name: str, *rest: str) -> None:
+    with {"ours": ours, "llama_cpp": llama_cpp, "vllm": vllm}[name](*rest) as measures:
+        print(json.dumps(list(measures)), flush=True)
+        for line in sys.stdin:
+            print(measures[line.strip()](), flush=True)
+
+
+def _rounds(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Tokens/s of each side by measure. One more round than counts: what the first has to compile or to allocate."""
+    found: dict[str, dict[str, list[float]]] = {side: defaultdict(list) for side in sides}
+    for i in range(rounds + 1):
+        for name in sides["ours"].names:
+            for side, process in sides.items():
+                if name in process.names:
+                    found[side][name].append(process.measure(name))
+        print(f"round {i} of {rounds}", file=sys.stderr, flush=True)
+    return {side: {name: values[1:] for name, values in of_side.items()} for side, of_side in found.items()}
 
 
 def _sides(args: argparse.Namespace, folder: str) -> Iterator[tuple[str, list[str]]]:
     def itself(*side: str) -> list[str]:
-        return [sys.executable, __file__, f"--rounds={args.rounds}", "--side", *side]
+        return [sys.executable, __file__, "--side", *side]
 
     yield "ours", itself("ours")
-    yield "bare", itself("bare")
     if args.torch_python:
         script = str(HERE / "engine_transformers.py")
         from cartridges_jax.models import hub
 
         subprocess.run([args.torch_python, script, "model", str(hub.resolve("smollm2-135m").gguf), folder], check=True)
         Path(folder, "jobs.json").write_text(json.dumps(jobs()))
-        yield "transformers", [args.torch_python, script, "measure", folder, str(args.rounds)]
+        yield "transformers", [args.torch_python, script, "measure", folder]
     if args.llama_server:
         yield "llama.cpp F32", itself("llama_cpp", args.llama_server, "F32")
         yield "llama.cpp Q8_0", itself("llama_cpp", args.llama_server, "Q8_0")
@@ -275,20 +309,22 @@ def _sides(args: argparse.Namespace, folder: str) -> Iterator[tuple[str, list[st
         yield "vLLM", itself("vllm", args.vllm_python, folder)
 
 
-def _print(measured: dict[str, dict[str, float]]) -> None:
-    print(f"load average {os.getloadavg()[0]:.1f} on {THREADS} cores\n")
+def _print(measured: dict[str, dict[str, list[float]]]) -> None:
+    def compared(ours: list[float], other: list[float]) -> str:
+        median = statistics.median(a / b for a, b in zip(ours, other, strict=True))
+        return f"{max(ours) / max(other):.2f}, {median:.2f}"
+
+    ours = measured["ours"]
+    print(f"load average {os.getloadavg()[0]:.1f} on {THREADS} cores; ratios: of the best rounds, median of rounds\n")
     print("| requests | engine, tokens/s | bare loop, tokens/s | ratio |\n|---|---|---|---|")
     for n in BATCHES:
-        engine, loop = (measured[side][f"decode {n}"] for side in ("ours", "bare"))
-        print(f"| {n} | {engine:.0f} | {loop:.0f} | {engine / loop:.2f} |")
+        engine, loop = ours[f"engine {n}"], ours[f"loop {n}"]
+        print(f"| {n} | {max(engine):.0f} | {max(loop):.0f} | {compared(engine, loop)} |")
     names = list(jobs())
     print(f"\n| tokens/s, prefill included | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for side, found in measured.items():
-        if side != "bare":
-            ratios = (
-                f"{found[name]:.0f} (ours is {measured['ours'][name] / found[name]:.2f} times that)" for name in names
-            )
-            print(f"| {side} | {' | '.join(ratios)} |")
+        cells = (f"{max(found[name]):.0f} (ours is {compared(ours[name], found[name])} times that)" for name in names)
+        print(f"| {side} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """`transformers`' side of `engine.py`, for a Python that has torch, transformers and gguf. It imports nothing of ours.
 
 python benchmarks/engine_transformers.py model GGUF DIRECTORY        writes a file's weights as a model of theirs
-python benchmarks/engine_transformers.py measure DIRECTORY ROUNDS    runs the jobs, prints one line of JSON
+python benchmarks/engine_transformers.py measure DIRECTORY           runs a job for each line that names one, and prints
+                                                                     its tokens/s
 """
 
 from __future__ import annotations
@@ -39,22 +40,21 @@ def tokens_per_second(model: Any, job: list[dict[str, Any]]) -> float:
     return sum(request["max_tokens"] for request in job) / (time.perf_counter() - start)
 
 
-def measure(directory: Path, rounds: int) -> dict[str, float]:
+def measure(directory: Path) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    found = {}
-    for name, job in json.loads((directory / "jobs.json").read_text()).items():
-        tokens_per_second(model, job)
-        found[name] = max(tokens_per_second(model, job) for _ in range(rounds))
-    return found
+    jobs = json.loads((directory / "jobs.json").read_text())
+    print(json.dumps(list(jobs)), flush=True)
+    for line in sys.stdin:
+        print(tokens_per_second(model, jobs[line.strip()]), flush=True)
 
 
 def main() -> None:
-    kind, first, second = sys.argv[1:4]
+    kind, *paths = sys.argv[1:]
     if kind == "model":
-        write_model(Path(first), Path(second))
+        write_model(*map(Path, paths))
     else:
-        print(json.dumps(measure(Path(first), int(second))))
+        measure(Path(paths[0]))
 
 
 if __name__ == "__main__":

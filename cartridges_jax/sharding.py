@@ -52,7 +52,8 @@ WEIGHTS: dict[str, Any] = {
         "down": P(None, "tensor", "fsdp"),  # l f d
     },
 }
-# Weights as `serving.decoder` has them: output features first, all of their width on every device.
+# Weights as `serving.decoder` has them: output features first, all of their width on every device. On a CPU they are
+# cut into panels of 16 outputs, [o/16, d, 16].
 DECODER: dict[str, Any] = {
     "embed": P("tensor", None),  # v d
     "head": P("tensor", None),  # v d

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from cartridges_jax.kernels.gathered_product import gathered_product
+from cartridges_jax import kernels
+from cartridges_jax.kernels.gathered_product import gathered_product, has_kernel
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 SHARED_AT_ONCE = 4  # pages that the whole batch reads in one turn
-MANY_QUERIES = 64  # for which a page is work enough for a turn
+MANY_QUERIES = 64  # for which a page is work enough for a turn of the kernel
 Partial = tuple[Array, Array, Array]  # the scores' maximum, and relative to it the sums of weights and weighted values
 
 
@@ -112,7 +113,7 @@ def _shared(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan) -> Par
         o_kxh = o_kxh * kept_kx[..., None] + weighed_ckxh.sum(0)
         return new_top_kx, total_kx * kept_kx + weights_ckxz.sum((0, 3)), o_kxh
 
-    at_once = SHARED_AT_ONCE if r * m < MANY_QUERIES else 1
+    at_once = 1 if r * m >= MANY_QUERIES and has_kernel(kernels.platform()) else SHARED_AT_ONCE
     turns = (plan.shared.length + at_once - 1) // at_once
     partial = jax.lax.fori_loop(0, turns, turn, _nothing(k, r * m, h))
     top_rkm, total_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in partial[:2])

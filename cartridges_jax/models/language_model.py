@@ -110,7 +110,7 @@ def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> L
 
 
 def _fastest_dtype() -> str:
-    """For whole rows of tokens; a decode step on a CPU is faster in float32, whatever the CPU."""
+    """For whole rows of tokens."""
     if jax.default_backend() != "cpu":
         return "bfloat16"
     flags = Path("/proc/cpuinfo")

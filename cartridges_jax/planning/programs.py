@@ -109,7 +109,8 @@ def target_chunks(positions: int) -> int:
 def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests: Requests) -> Program:
     """A step of a server's engine: a token of every request, which reads its cartridge's pages and its own.
 
-    The devices of `tensor` are one engine, and there are `data` times `fsdp` of them, which share the requests.
+    The devices of `tensor` are one engine, and there are `data` times `fsdp` of them, which share the requests. On a
+    CPU, an engine may hold weights in half of what is said here (`serving.decoder.rearranged`).
 
     Raises:
       ValueError, DoesNotFit: as `train_program`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import mesh_programs
@@ -12,6 +14,7 @@ from cartridges_jax import sharding
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.planning.chips import devices_of
 from cartridges_jax.planning.hlo import traffic
+from cartridges_jax.serving.decoder import rearranged
 from cartridges_jax.serving.engine import Engine, decode_step
 from cartridges_jax.serving.scheduler import Place, SlotInput
 from cartridges_jax.sharding import MeshConfig
@@ -26,7 +29,10 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
     batch = engine._batch([SlotInput(0, 1, 0, Place([0], 0), 0.0, 1.0, 0, 0, 0)] * rows)
     mesh = sharding.make_mesh(MeshConfig(tensor=4), devices_of(topology)[1][:4])
 
-    trees = (engine._weights, sharding.DECODER), (engine._cache, sharding.PAGES), ((engine._last, *batch), P())
+    with jax.set_mesh(mesh):  # a CPU's own weights lie otherwise
+        given = sharding.abstract(params, sharding.WEIGHTS, mesh)
+        weights = jax.eval_shape(functools.partial(rearranged, config=config, mesh=mesh), given)
+    trees = (weights, sharding.DECODER), (engine._cache, sharding.PAGES), ((engine._last, *batch), P())
     weights, cache, asked = (sharding.abstract(tree, table, mesh) for tree, table in trees)
     compiled = decode_step.lower(weights, cache, *asked, config=config, mesh=mesh, num_top=5).compile()
     found = traffic(compiled.as_text())

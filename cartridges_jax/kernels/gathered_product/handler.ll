@@ -2,7 +2,7 @@
 ; kernel: `run` takes one item after the other until none is left.
 
 %Version = type { i64, ptr, i32, i32 }               ; size, extension, major, minor
-%Api = type { i64, ptr, %Version, ptr, [18 x ptr] }  ; size, extension, version, internal, functions
+%Api = type { i64, ptr, %Version, ptr, [$functions x ptr] }  ; size, extension, version, internal, functions
 %Values = type { i64, ptr, i64, ptr, ptr }           ; size, extension, count, types, values
 %Frame = type { i64, ptr, ptr, ptr, i32, %Values, %Values, %Values, ptr }  ; size, extension, api, context, stage,
                                                                            ; arguments, results, attributes, future
@@ -18,6 +18,7 @@
 
 declare ptr @malloc(i64)
 declare void @free(ptr)
+declare i32 @sched_yield()
 declare i64 @llvm.umin.i64(i64, i64)
 declare i64 @llvm.umax.i64(i64, i64)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
@@ -27,7 +28,12 @@ define ptr @$name(ptr %frame) {
   %failure = alloca %Failure
   %question_at = getelementptr %Frame, ptr %frame, i32 0, i32 1
   %question = load ptr, ptr %question_at
-  %is_asked = icmp ne ptr %question, null
+  %is_extended = icmp ne ptr %question, null
+  br i1 %is_extended, label %extended, label %begin
+extended:
+  %type_at = getelementptr %Question, ptr %question, i32 0, i32 1
+  %type = load i32, ptr %type_at
+  %is_asked = icmp eq i32 %type, 1
   br i1 %is_asked, label %describe, label %begin
 
 describe:                                            ; for which version of the interface this is
@@ -82,7 +88,7 @@ begin:
   %task2 = insertvalue %Task { i64 40, ptr null, ptr null, ptr @help, ptr null }, ptr %context, 2
   %task4 = insertvalue %Task %task2, ptr %job, 4
   store %Task %task4, ptr %task
-  %schedule_at = getelementptr %Api, ptr %api, i32 0, i32 4, i32 11
+  %schedule_at = getelementptr %Api, ptr %api, i32 0, i32 4, i32 $schedule
   %schedule = load ptr, ptr %schedule_at
   br label %more
 
@@ -95,7 +101,7 @@ ask:
   %is_refused = icmp ne ptr %error, null
   br i1 %is_refused, label %refused, label %counted
 refused:                                             ; there are no threads: then without
-  %destroy_at = getelementptr %Api, ptr %api, i32 0, i32 4, i32 2
+  %destroy_at = getelementptr %Api, ptr %api, i32 0, i32 4, i32 $destroy
   %destroy = load ptr, ptr %destroy_at
   %failure2 = insertvalue %Failure { i64 24, ptr null, ptr null }, ptr %error, 2
   store %Failure %failure2, ptr %failure
@@ -111,9 +117,17 @@ work:
   %done_at = getelementptr %Job, ptr %job, i32 0, i32 2
   br label %wait
 wait:                                                ; for items that helpers have begun
+  %turn = phi i64 [ 0, %work ], [ %next_turn, %again ], [ %next_turn, %yield ]
+  %next_turn = add i64 %turn, 1
   %done = load atomic i64, ptr %done_at acquire, align 8
   %is_done = icmp eq i64 %done, %items
-  br i1 %is_done, label %end, label %wait
+  br i1 %is_done, label %end, label %again
+again:
+  %is_long = icmp ugt i64 %turn, 1000
+  br i1 %is_long, label %yield, label %wait
+yield:                                               ; a helper may have lost its core, perhaps to this thread
+  %yielded = call i32 @sched_yield()
+  br label %wait
 end:
   call void @leave(ptr %job)
   ret ptr null

@@ -16,14 +16,14 @@ from typing import Any
 from llvmlite import ir
 
 ITEM_BYTES = 1 << 18  # of right matrices, at most, that are done together
-ITEM_ROWS = 128  # more are divided
+ITEM_ROWS = 128  # about as many; more are divided
 LINE_BYTES = 64
 NEAR_BYTES = 1 << 14  # of right columns, to be read again: half of the smallest nearest cache
 AHEAD_BYTES = 1 << 13  # what a core reads in half a microsecond
 BYTES = {"float32": 4, "bfloat16": 2}
 
 Value = Any  # of LLVM's
-BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+SHORT, INT, LONG = (ir.IntType(bits) for bits in (16, 32, 64))
 FLOAT, POINTER, VOID = ir.FloatType(), ir.PointerType(), ir.VoidType()
 JOB = ir.LiteralStructType([LONG] * 6 + [POINTER] * 5)  # as in handler.ll
 NEXT, DONE, ITEMS, AT_ONCE, PRODUCTS, LEFT, LEFT_OF, RIGHT, RIGHT_OF, OUT = range(1, 11)  # its fields
@@ -35,7 +35,7 @@ class Kernel:
 
     Args:
       left, right: dtypes.
-      side_by_side: the products have one left side, and stand beside one another.
+      side_by_side: the products' rows stand behind one another.
       lanes: floats of a vector of the machine's.
       registers: vectors that it holds.
     """
@@ -87,7 +87,7 @@ class Kernel:
     def part_rows(self) -> int:
         """Rows of one item; only the last part has a tile that is not full."""
         rows = self.tile[0]
-        return max(ITEM_ROWS // rows, 1) * rows
+        return -(-min(self.x, ITEM_ROWS) // rows) * rows
 
     @property
     def asks_ahead(self) -> bool:
