@@ -170,7 +170,6 @@ def serving(command: list[str], environment: dict[str, str], seconds: float = 60
         env=os.environ | environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     root, deadline = f"http://127.0.0.1:{port}", time.monotonic() + seconds
     try:
@@ -182,7 +181,7 @@ def serving(command: list[str], environment: dict[str, str], seconds: float = 60
             time.sleep(0.5)
         yield root
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()
         process.wait(30)
 
 
@@ -224,16 +223,20 @@ def _request(i: int, n: int) -> Any:
 
 @dataclasses.dataclass
 class Side:
-    """A process that does what it is asked to by a line, and answers with tokens/s."""
+    """Processes that do what they are asked to by a line, and answer with tokens/s. Meanwhile they stand still: servers
+    without requests still take a core's time."""
 
     process: subprocess.Popen[str]
     names: list[str]
 
     def measure(self, name: str) -> float:
         assert self.process.stdin
+        os.killpg(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(f"{name}\n")
         self.process.stdin.flush()
-        return float(self._line())
+        found = float(self._line())
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        return found
 
     def _line(self) -> str:
         assert self.process.stdout
@@ -246,10 +249,15 @@ class Side:
     @contextlib.contextmanager
     def of(cls, command: list[str]) -> Iterator[Side]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=os.environ | ENVIRONMENT, **pipes) as process:
+        process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True, **pipes)
+        try:
             side = cls(process, [])
             side.names = json.loads(side._line())
+            os.killpg(process.pid, signal.SIGSTOP)
             yield side
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main() -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -233,8 +232,9 @@ def command(make_config: MakeConfig, tmp_path: Path) -> Callable[..., list[str]]
 
 def test_ctrl_c_stops_cleanly(server: StubServer, command: Callable[..., list[str]]):
     server.latency = 0.5  # no answer is there before the signal is
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also if the tests are a background job
-    process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would inherit deafness
+    process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     while len(server.requests) < 20:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
