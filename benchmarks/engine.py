@@ -1,6 +1,6 @@
 """How fast the engine decodes: against its own bare loop, `transformers`, llama.cpp and vLLM, on the same weights.
 
-    python benchmarks/engine.py [--torch-python=PYTHON] [--llama-server=FILE] [--vllm-python=PYTHON] [--rounds=3]
+    python benchmarks/engine.py [--torch-python=PYTHON] [--llama-server=FILE] [--vllm-python=PYTHON] [--rounds=5]
 
 First table: scheduler and engine with n requests under way, and the compiled decoding step alone, called in a loop with
 everything prepared: what the scheduler costs. Second table: whole jobs, prefill included, from the first request to the
@@ -250,14 +250,20 @@ class Side:
     def of(cls, command: list[str]) -> Iterator[Side]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, start_new_session=True, **pipes)
+        assert process.stdin
         try:
             side = cls(process, [])
             side.names = json.loads(side._line())
             os.killpg(process.pid, signal.SIGSTOP)
             yield side
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        finally:  # at the end of its orders it tidies up
+            os.killpg(process.pid, signal.SIGCONT)
+            process.stdin.close()
+            try:
+                process.wait(60)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from cartridges_jax.kernels.prefix_decode_attention import (
     prefix_decode_attention,
     shared_entries,
 )
-from cartridges_jax.serving.decoder import PANEL, project
+from cartridges_jax.serving.decoder import cut, project
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.scheduler import Place, SlotInput
 
@@ -58,10 +58,6 @@ def int8(weight: tuple[jax.Array, jax.Array], x_dm: jax.Array) -> jax.Array:
 def rounded(w_od: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale_o1 = jnp.abs(w_od).max(1, keepdims=True) / 127
     return jnp.round(w_od / scale_o1).astype(jnp.int8), scale_o1
-
-
-def panels(w_od: jax.Array) -> jax.Array:
-    return w_od.reshape(-1, PANEL, w_od.shape[1]).swapaxes(1, 2)
 
 
 def layers(convert: Callable[[jax.Array], Any]) -> list[Layer]:
@@ -93,14 +89,12 @@ def attention(requests: int, dtype: Any) -> Callable[[], Any]:
     entries = [(page, PAGE, page % PAGES_EACH * PAGE) for page in range(count)]
     shared, own = (entries, []) if requests == 1 else ([], entries)
 
-    def reading(listed: list[tuple[int, int, int]], most: int) -> Reading:
-        padded = np.array(listed + [(-1, 0, 0)] * (most - len(listed)), np.int32).reshape(-1, 3)
-        return Reading(*padded.T, np.int32(len(listed)))
-
     most_shared, most_own = shared_entries(max(len(shared), 1)), own_entries(len(own), requests)
     readers = np.zeros(most_own, np.int32)
     readers[: len(own)] = np.arange(len(own)) // PAGES_EACH
-    plan = Plan(reading(shared, most_shared), np.ones((most_shared, requests), bool), reading(own, most_own), readers)
+    plan = Plan(
+        Reading.of(shared, most_shared), np.ones((most_shared, requests), bool), Reading.of(own, most_own), readers
+    )
     keys = jax.random.normal(jax.random.key(0), (count, K, H, PAGE), dtype)
     values = jax.random.normal(jax.random.key(1), (count, K, PAGE, H), dtype)
     cache = [Pages(keys + i, values + i, jnp.zeros((count, K, PAGE))) for i in range(LAYERS)]
@@ -145,8 +139,8 @@ def main() -> None:
         "XLA, float32": (products(float32, 0), layers(lambda w: w), 0),
         "XLA, bfloat16": (products(bfloat16, 0), layers(lambda w: w.astype(jnp.bfloat16)), 0),
         "XLA, int8": (products(int8, 0), layers(rounded), 0),
-        "kernel, float32": (products(project, 1), layers(panels), 1),
-        "kernel, bfloat16 weights": (products(project, 1), layers(lambda w: panels(w).astype(jnp.bfloat16)), 1),
+        "kernel, float32": (products(project, 1), layers(cut), 1),
+        "kernel, bfloat16 weights": (products(project, 1), layers(lambda w: cut(w).astype(jnp.bfloat16)), 1),
     }
     found = {}
     for m in TOKENS:

@@ -13,6 +13,7 @@ queries of a request that share a kv head (t times g).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,10 +41,17 @@ class Pages(NamedTuple):
 class Reading(NamedTuple):
     """Pages in the order in which they are read. Position `first` + i of a sequence lies at place i of a page."""
 
-    page: Int[Array, " c"]  # -1 for entries that only pad
-    count: Int[Array, " c"]  # places that are filled; 0 in an entry that only pads
-    first: Int[Array, " c"]
-    length: Int[Array, ""]  # entries that are to be read
+    page: Int[Array | np.ndarray, " c"]  # -1 for entries that only pad
+    count: Int[Array | np.ndarray, " c"]  # places that are filled; 0 in an entry that only pads
+    first: Int[Array | np.ndarray, " c"]
+    length: Int[Array | np.ndarray, ""]  # entries that are to be read
+
+    @classmethod
+    def of(cls, entries: Sequence[tuple[int, int, int]], most: int) -> Reading:
+        """Page, count and first of each, padded to `most` entries."""
+        padded = np.tile(np.array([-1, 0, 0], np.int32), (most, 1))
+        padded[: len(entries)] = np.array(entries, np.int32).reshape(-1, 3)
+        return cls(*padded.T, np.int32(len(entries)))
 
 
 class Plan(NamedTuple):

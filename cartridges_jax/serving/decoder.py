@@ -55,7 +55,7 @@ def _is_bfloat16(weight: Array) -> Array:
 def _ends(ends: Params, mesh: Mesh) -> Params:
     def local(ends: Params) -> Params:
         wide = {name: collectives.whole(leaf, sharding.WEIGHTS[name]) for name, leaf in ends.items()}
-        return {name: leaf if leaf.ndim == 1 else _cut(leaf) for name, leaf in wide.items()}
+        return {name: leaf if leaf.ndim == 1 else cut(leaf) for name, leaf in wide.items()}
 
     in_specs = (sharding.fitted(ends, {name: sharding.WEIGHTS[name] for name in ends}, mesh),)
     return sharding.on_mesh(local, mesh, in_specs, {name: sharding.DECODER[name] for name in ends})(ends)
@@ -76,7 +76,7 @@ def _rearranged_layer(blocks: Params, i: Int[Array, ""], config: ModelConfig, me
         layer["o"] = block["o"].reshape(-1, config.embed_dim).T
         if config.qkv_bias:
             layer["qkv_bias"] = jnp.concatenate([block[name] for name in ("q_bias", "k_bias", "v_bias")])
-        layer = {name: leaf if leaf.ndim == 1 else _cut(leaf) for name, leaf in layer.items()}
+        layer = {name: leaf if leaf.ndim == 1 else cut(leaf) for name, leaf in layer.items()}
         return layer | {name: leaf for name, leaf in block.items() if name.endswith("norm")}
 
     names = {"qkv", "gate_up", "down", "o"} | ({"qkv_bias"} if config.qkv_bias else set())
@@ -86,7 +86,7 @@ def _rearranged_layer(blocks: Params, i: Int[Array, ""], config: ModelConfig, me
     return sharding.on_mesh(local, mesh, in_specs, out_specs)(blocks, i)
 
 
-def _cut(weight_od: Float[Array, "o d"]) -> Float[Array, "o d"] | Float[Array, "n d 16"]:
+def cut(weight_od: Float[Array, "o d"]) -> Float[Array, "o d"] | Float[Array, "n d 16"]:
     """In panels, where there is a kernel for them: outputs that stand side by side, for each input."""
     if not has_kernel(kernels.platform()) or weight_od.shape[0] % PANEL:
         return weight_od

@@ -212,9 +212,9 @@ class Engine:
         page_t, place_t = np.array(written, np.int32).T
         seen = _seen(place, position + len(tokens) - 1)
         plan = Plan(
-            _reading(seen, shared_entries(self.pages_each)),
+            Reading.of(seen, shared_entries(self.pages_each)),
             np.ones((shared_entries(self.pages_each), 1), bool),
-            _reading([], 0),
+            Reading.of([], 0),
             np.zeros(0, np.int32),
         )
         positions_t = np.arange(position, position + size, dtype=np.int32)
@@ -240,7 +240,7 @@ class Engine:
         most = 0 if b == 1 else own_entries(b * self.pages_each, b)
         readers = np.zeros(most, np.int32)
         readers[: len(reader)] = reader
-        return Plan(_reading(list(shared.values()), len(members)), members, _reading(own, most), readers)
+        return Plan(Reading.of(list(shared.values()), len(members)), members, Reading.of(own, most), readers)
 
 
 def _seen(place: Place, position: int) -> list[tuple[int, int, int]]:
@@ -255,12 +255,6 @@ def _written(place: Place, position: int) -> tuple[int, int]:
     """The page and the place in it of one position behind the cartridge."""
     page, place_in_page = divmod(position - place.prefix_length, PAGE_SIZE)
     return place.pages[-(-place.prefix_length // PAGE_SIZE) + page], place_in_page
-
-
-def _reading(entries: Sequence[tuple[int, int, int]], most: int) -> Reading:
-    padded = np.tile(np.array([-1, 0, 0], np.int32), (most, 1))
-    padded[: len(entries)] = np.array(entries, np.int32).reshape(-1, 3)
-    return Reading(*padded.T, np.int32(len(entries)))
 
 
 def _wishes(inputs: Sequence[SlotInput], padding: int) -> Sampling:

@@ -45,20 +45,15 @@ def last_positions(r: int, t: int) -> np.ndarray:
     return sum(count for _, count, _ in CARTRIDGES[cartridge]) + tokens - t + np.arange(t)
 
 
-def reading(entries: list[tuple[int, int, int]], most: int) -> Reading:
-    padding = [(-1, 0, 0)] * (most - len(entries))
-    return Reading(*np.array(entries + padding, np.int32).T, np.int32(len(entries)))
-
-
 def plan_of(requests: list[int], shared: bool) -> Plan:
     together = [page for cartridge in ("a", "b") for page in CARTRIDGES[cartridge]] if shared else []
     if len(requests) == 1:
         together = sequence(requests[0])
-    listed = reading(together, shared_entries(len(together) + 1))  # with padding that is not reached, or is
+    listed = Reading.of(together, shared_entries(len(together) + 1))  # with padding that is not reached, or is
     members = np.array([[page in sequence(r) for r in requests] for page in together], bool)
     members = np.pad(members.reshape(-1, len(requests)), ((0, len(listed.page) - len(together)), (0, 0)))
     own = [(row, page) for row, r in enumerate(requests) for page in sequence(r) if page not in together]
-    own_reading = reading([page for _, page in own], own_entries(len(own) + 1, len(requests)))
+    own_reading = Reading.of([page for _, page in own], own_entries(len(own) + 1, len(requests)))
     reader = np.zeros(len(own_reading.page), np.int32)
     reader[: len(own)] = [row for row, _ in own]
     return Plan(listed, members, own_reading, reader)

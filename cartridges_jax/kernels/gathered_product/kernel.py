@@ -124,7 +124,6 @@ class _Writer:
         self._kernel, self._b = kernel, ir.IRBuilder(function.append_basic_block())
         (self._job,) = function.args
         self._vector = ir.VectorType(FLOAT, kernel.width)
-
         kinds = ir.FunctionType(VOID, [POINTER, INT, INT, INT])
         self._prefetch = ir.Function(function.module, kinds, "llvm.prefetch.p0")
 
