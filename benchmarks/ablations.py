@@ -51,6 +51,7 @@ from command_line import files
 MODEL = "smollm2-135m"
 INSTRUCTION = "{question} Answer with a short phrase only."
 KEY = "eval_questions/loss"
+CARTRIDGE = "cartridge.safetensors"  # of a training run
 STARTS = ("attention_matching", "text", "sampled_chunks", "random_text", "random_vectors")
 SIZES = (40, 20, 10, 4, 2)  # p is the document's tokens over this
 MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
@@ -107,7 +108,10 @@ def main() -> None:
             bench.run(trial, seed)
             bench.report(trials, args.seeds)
     if args.second and (args.only is None or "composition" in args.only):
-        bench.compose((args.run, args.second), (first, Document.of_run(args.second, args.second_questions)))
+        second = Document.of_run(args.second, args.second_questions)
+        matched = Trial("composition", "attention_matching", first, args.shares[0])
+        own = bench.trained(matched, 0) if args.own else args.run / "train" / CARTRIDGE
+        bench.compose((own, args.second / "train" / CARTRIDGE), (first, second))
         bench.report(trials, args.seeds)
     print(f"report: {args.output / 'report.md'}")
 
@@ -125,7 +129,7 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
             yield Trial(f"objectives-{share}", f"{label} after {kind}", document, share, kind, changes)
     for kind, num_frozen in itertools.product(("attention_matching", "text"), (1, 0)):
         label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
-        yield Trial("sink", label, document, 4, kind, num_frozen=num_frozen)
+        yield Trial("sink", label, document, args.shares[0], kind, num_frozen=num_frozen)
     yield Trial("int8", "as loaded", document, 4)
     yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
     for share, kind in itertools.product(args.shares, starts):
@@ -136,7 +140,7 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
         for label, dataset in (("five", args.five), ("generic", args.generic)):
             other = dataclasses.replace(document, dataset=dataset)
             for kind in ("attention_matching", "text"):
-                yield Trial("seed-prompts", f"{label} after {kind}", other, 4, kind)
+                yield Trial("seed-prompts", f"{label} after {kind}", other, args.shares[0], kind)
 
 
 class Bench:
@@ -192,12 +196,17 @@ class Bench:
         files.write_text(path, json.dumps(result, indent=1) + "\n")
         return result
 
-    def compose(self, runs: tuple[Path, Path], documents: tuple[Document, Document]) -> None:
-        """Each run's questions behind its own cartridge, the other's, and both in either order."""
+    def trained(self, trial: Trial, seed: int) -> Path:
+        """The cartridge of a trial, which is run if it was not."""
+        self.run(trial, seed)
+        return self._output / "runs" / trial.run_name(seed) / CARTRIDGE
+
+    def compose(self, cartridges: tuple[Path, Path], documents: tuple[Document, Document]) -> None:
+        """Each document's questions behind its own cartridge, the other's, and both in either order."""
         path = self._output / "runs" / f"composition-{documents[0].text.stem}-{documents[1].text.stem}.json"
         if path.is_file():
             return
-        a, b = (Cartridge.load(run / "train" / "cartridge.safetensors") for run in runs)
+        a, b = map(Cartridge.load, cartridges)
         prefixes = {"a": a, "b": b, "a + b": compose([a, b]), "b + a": compose([b, a])}
         result = {
             name: {"document": document.text.stem} | {of: self.gap(document, c) for of, c in prefixes.items()}
@@ -342,7 +351,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--document", type=Path)
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--questions", type=Path)
-    parser.add_argument("--second", type=Path, help="another run directory, whose cartridge is composed with --run's")
+    parser.add_argument("--second", type=Path, help="another run directory, to compose its cartridge with this one's")
     parser.add_argument("--second-questions", type=Path)
     parser.add_argument("--five", type=Path, help="conversations from the paper's five seed prompts")
     parser.add_argument("--generic", type=Path, help="as many from one generic prompt")
@@ -360,8 +369,6 @@ def _arguments() -> argparse.Namespace:
         args.own = Document(args.document, args.dataset, args.questions)
     elif args.run is None:
         parser.error("give --run, or --document with --dataset and --questions")
-    if args.second and args.run is None:
-        parser.error("--second needs --run: the cartridges of two runs are composed")
     return args
 
 

@@ -29,7 +29,9 @@ from typing import Any
 
 import aiohttp
 
-WORKERS, WATCH_SECONDS = 12, 5.0
+from command_line.progress import Progress
+
+WORKERS, WATCH_SECONDS = 12, 5
 WORDS = ("the", "a", "lid", "box", "is", "of", "in", "wide", "cat", "owl", "sleeps", "weighs", "what", "seven", "blue")
 NAMES = ("short", "middle", "long")
 GROWTH_MB = 64  # of the server's memory, beyond which it is a leak
@@ -207,12 +209,15 @@ class Soak:
             self._wrong.append(otherwise)
 
     async def _watch(self, end: float) -> None:
+        progress = Progress("soaking", round(end - time.monotonic()), "seconds")
         while time.monotonic() < end:
             if self._process.poll() is not None:
                 self._wrong.append(f"the server ended with {self._process.returncode}")
-                return
+                break
             self._memory.append(self._megabytes())
             await asyncio.sleep(WATCH_SECONDS)
+            progress.advance(WATCH_SECONDS, f"{len(self._wrong)} things wrong")
+        progress.close()
 
     async def _settle(self) -> None:
         """Nothing runs any more, and memory is as it was after the first fifth of the time."""
