@@ -277,6 +277,7 @@ def main() -> None:
     if args.side:
         _side(*args.side)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, it ends the sides too, as at Ctrl-C
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         sides = {}
         for name, command in _sides(args, folder):
