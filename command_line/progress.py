@@ -18,6 +18,7 @@ class Progress:
     def __init__(self, name: str, total: int, unit: str, done: int = 0):
         self._name, self._total, self._unit = name, total, unit
         self._done, self._first = done, done
+        self._printed: int | None = None
         self._start = self._last = time.monotonic()
         disable = not sys.stderr.isatty()  # told at once: made without it, a bar draws itself
         self._bar = tqdm(
@@ -34,11 +35,12 @@ class Progress:
             self._print(note)
 
     def close(self, note: str = "") -> None:
-        if self._bar.disable:
+        if self._bar.disable and (note or self._printed != self._done):  # else its last line says it already
             self._print(note)
         self._bar.close()
 
     def _print(self, note: str) -> None:
+        self._printed = self._done
         elapsed = time.monotonic() - self._start
         rate = (self._done - self._first) / max(elapsed, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else float("inf")

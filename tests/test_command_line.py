@@ -297,6 +297,14 @@ def test_progress_that_never_moved_has_no_rate(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == "training: 0/3 steps, 0.00 steps/s, unknown time left\n"
 
 
+def test_progress_says_once_that_it_is_done(capfd: pytest.CaptureFixture[str], clock: list[float]):
+    bar = Progress("training", 2, "steps")
+    clock[0] += 20
+    bar.advance(2, note="loss 1")
+    bar.close()
+    assert capfd.readouterr().err == "training: 2/2 steps, 0.10 steps/s, done in 20s, loss 1\n"
+
+
 def test_progress_is_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bar = Progress("training", 4, "steps", done=1)
