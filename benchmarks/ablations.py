@@ -62,6 +62,7 @@ UPSTREAM = OptimConfig(lr=2e-2, schedule="constant")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
+    name: str
     text: Path
     dataset: Path
     questions: Path
@@ -71,7 +72,7 @@ class Document:
         """The document of a quickstart's run directory, as its report names it."""
         config = json.loads((folder / "report.json").read_text(encoding="utf-8"))["config"]
         asked = questions or Path(config["questions"] or folder / "held_out.parquet")
-        return cls(Path(config["corpus"]), folder / "synth" / "dataset.parquet", asked)
+        return cls(folder.name, Path(config["corpus"]), folder / "synth" / "dataset.parquet", asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Trial:
         """Of what is trained, whatever study asks for it."""
         changes = repr((str(self.document.dataset), sorted(self.changes.items()))).encode()
         digest = hashlib.sha256(changes).hexdigest()[:8]
-        return f"{self.document.text.stem}-{self.kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
+        return f"{self.document.name}-{self.kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
 
     def start_name(self, seed: int) -> str:
         """Of the initial state, which trials share."""
@@ -103,16 +104,17 @@ def main() -> None:
     first = args.own or Document.of_run(args.run, args.questions)
     trials = [t for t in _trials(first, args) if args.only is None or t.study in args.only]
     bench = Bench(model, args.output, args.server)
-    for seed in range(args.seeds):
-        for trial in trials:
-            bench.run(trial, seed)
-            bench.report(trials, args.seeds)
+    pair: list[Trial] = []
     if args.second and (args.only is None or "composition" in args.only):
         second = Document.of_run(args.second, args.second_questions)
-        matched = Trial("composition", "attention_matching", first, args.shares[0])
-        own = bench.trained(matched, 0) if args.own else args.run / "train" / CARTRIDGE
-        bench.compose((own, args.second / "train" / CARTRIDGE), (first, second))
-        bench.report(trials, args.seeds)
+        pair = [Trial("composition", document.name, document, args.shares[0]) for document in (first, second)]
+    for seed in range(args.seeds):
+        for trial in [*trials, *pair]:
+            bench.run(trial, seed)
+            bench.report(trials, pair, args.seeds)
+        if pair:
+            bench.compose(pair, seed)
+            bench.report(trials, pair, args.seeds)
     print(f"report: {args.output / 'report.md'}")
 
 
@@ -196,37 +198,29 @@ class Bench:
         files.write_text(path, json.dumps(result, indent=1) + "\n")
         return result
 
-    def trained(self, trial: Trial, seed: int) -> Path:
-        """The cartridge of a trial, which is run if it was not."""
-        self.run(trial, seed)
-        return self._output / "runs" / trial.run_name(seed) / CARTRIDGE
-
-    def compose(self, cartridges: tuple[Path, Path], documents: tuple[Document, Document]) -> None:
-        """Each document's questions behind its own cartridge, the other's, and both in either order."""
-        path = self._output / "runs" / f"composition-{documents[0].text.stem}-{documents[1].text.stem}.json"
+    def compose(self, pair: list[Trial], seed: int) -> None:
+        """Of either document, the gap that each cartridge closes alone, and both in either order."""
+        path = self._composed(pair, seed)
         if path.is_file():
             return
-        a, b = map(Cartridge.load, cartridges)
-        prefixes = {"a": a, "b": b, "a + b": compose([a, b]), "b + a": compose([b, a])}
-        result = {
-            name: {"document": document.text.stem} | {of: self.gap(document, c) for of, c in prefixes.items()}
-            for name, document in zip("ab", documents, strict=True)
-        }
-        files.write_text(path, json.dumps(result, indent=1) + "\n")
+        a, b = (Cartridge.load(self._output / "runs" / trial.run_name(seed) / CARTRIDGE) for trial in pair)
+        prefixes = (a, b, compose([a, b]), compose([b, a]))
+        gaps = {trial.label: [self.gap(trial.document, prefix) for prefix in prefixes] for trial in pair}
+        files.write_text(path, json.dumps(gaps, indent=1) + "\n")
 
     def gap(self, document: Document, cartridge: Cartridge) -> float:
         """How far from knowing nothing to knowing the document the cartridge goes."""
         nothing, full, _ = self._bounds(document)
         return (nothing - self._nll(document, cartridge)) / (nothing - full)
 
-    def report(self, trials: list[Trial], seeds: int) -> None:
+    def report(self, trials: list[Trial], pair: list[Trial], seeds: int) -> None:
         """Writes report.md and a plot for each study, of the results that are there."""
         studies: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
         for trial, seed in itertools.product(trials, range(seeds)):
             path = self._output / "runs" / trial.run_name(seed) / "result.json"
             if path.is_file():
                 result = json.loads(path.read_text(encoding="utf-8"))
-                result["start"] = trial.document.text.stem, trial.kind, result["slots"]
+                result["start"] = trial.document.name, trial.kind, result["slots"]
                 result["step"] = trial.changes.get("quantization"), result["slots"]
                 studies[trial.study][trial.label].append(result)
         _put_on_one_clock([r for results in studies.values() for of_label in results.values() for r in of_label])
@@ -235,9 +229,14 @@ class Bench:
             _plot(self._output / f"{study}.png", results)
             text += [f"## {study}", _table(results), *_against_upstream(results)]
             text.append(f"![gap closed against seconds]({study}.png)")
-        for path in sorted((self._output / "runs").glob("composition-*.json")):
-            text += [f"## {path.stem}", "```\n" + path.read_text(encoding="utf-8") + "```"]
+        done = [path for seed in range(seeds) if (path := self._composed(pair, seed)).is_file()]
+        if done:
+            composed = [json.loads(path.read_text(encoding="utf-8")) for path in done]
+            text += ["## composition", _composition(pair, composed)]
         files.write_text(self._output / "report.md", "\n\n".join(text) + "\n")
+
+    def _composed(self, pair: list[Trial], seed: int) -> Path:
+        return self._output / "runs" / f"composition-{'-and-'.join(trial.run_name(seed) for trial in pair)}.json"
 
     def _start(self, trial: Trial, config: TrainConfig, folder: Path) -> float:
         """Puts the initial state where training finds it; the seconds that it took, when it was made."""
@@ -258,7 +257,7 @@ class Bench:
 
     def _bounds(self, document: Document) -> tuple[float, float, int]:
         """NLL of the answers knowing nothing and with the full document before the question; the document's tokens."""
-        path = self._output / f"bounds-{document.text.stem}.json"
+        path = self._output / f"bounds-{document.name}.json"
         if not path.is_file():
             corpus, tokenizer = read_corpus(document.text), self._model.tokenizer
             message = tokenizer.chat_ids([{"role": "system", "content": corpus}], add_generation_prompt=False)
@@ -307,6 +306,16 @@ def _table(trials: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def _composition(pair: list[Trial], composed: list[dict[str, list[float]]]) -> str:
+    first, second = (trial.label for trial in pair)
+    columns = (first, second, f"{first} + {second}", f"{second} + {first}")
+    lines = [f"| gap of the questions about | {' | '.join(columns)} | seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    for label in (first, second):
+        gaps = zip(*(of_seed[label] for of_seed in composed), strict=True)
+        lines.append(f"| {label} | {' | '.join(_spread(list(of)) for of in gaps)} | {len(composed)} |")
+    return "\n".join(lines)
+
+
 def _against_upstream(trials: dict[str, list[dict[str, Any]]]) -> list[str]:
     """When attention matching and distillation come to what upstream's recipe ends with."""
     sentences = []
@@ -351,7 +360,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--document", type=Path)
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--questions", type=Path)
-    parser.add_argument("--second", type=Path, help="another run directory, to compose its cartridge with this one's")
+    parser.add_argument("--second", type=Path, help="the run directory of another document, for composition")
     parser.add_argument("--second-questions", type=Path)
     parser.add_argument("--five", type=Path, help="conversations from the paper's five seed prompts")
     parser.add_argument("--generic", type=Path, help="as many from one generic prompt")
@@ -366,7 +375,7 @@ def _arguments() -> argparse.Namespace:
     if args.document is not None:
         if args.dataset is None or args.questions is None:
             parser.error("--document needs --dataset and --questions")
-        args.own = Document(args.document, args.dataset, args.questions)
+        args.own = Document(args.document.stem, args.document, args.dataset, args.questions)
     elif args.run is None:
         parser.error("give --run, or --document with --dataset and --questions")
     return args

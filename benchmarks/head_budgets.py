@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(ablations.MODEL, "auto")
     bench = ablations.Bench(model, args.output, None)
-    document = ablations.Document(args.document, args.dataset, args.questions)
+    document = ablations.Document(args.document.stem, args.document, args.dataset, args.questions)
     corpus, examples = read_corpus(args.document), read_examples(str(args.dataset), model.tokenizer)
     num_slots = len(model.tokenizer.encode(corpus)) // args.share
 
