@@ -75,7 +75,12 @@ def test_gap_closed():
 def test_questions_say_what_is_wrong_with_them(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         questions_of(tmp_path / "none.jsonl")
-    for text, message in (("", "holds no question"), ('{"question": 3}\n', "line 1"), ("\nx\n", "line 2")):
+    for text, message in (
+        ("", "holds no question"),
+        ('{"question": 3}\n', "line 1"),
+        ("\nx\n", "line 2"),
+        ('{"question": "Who?", "answer": " "}\n', "line 1: a question or an answer is empty"),
+    ):
         (tmp_path / "q.jsonl").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             questions_of(tmp_path / "q.jsonl")

@@ -58,6 +58,8 @@ def _parsed(text: str, source: str) -> list[Question]:
             raise ValueError(f"{source}, line {number}: expected {EXPECTED}") from error
         if choices and question.answer not in choices:
             raise ValueError(f"{source}, line {number}: the answer {question.answer!r} is none of its choices")
+        if not question.question or not question.answer:
+            raise ValueError(f"{source}, line {number}: a question or an answer is empty, expected {EXPECTED}")
         questions.append(question)
     if not questions:
         raise ValueError(f'{source} holds no question: expected one {{"question", "answer"}} a line')

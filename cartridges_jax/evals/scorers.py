@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+ARTICLES = ("a", "an", "the")
+
 Scorer = Literal["contained", "exact", "f1", "choice", "chrf"]
 
 
@@ -19,39 +21,52 @@ def score(scorer: Scorer, text: str, answer: str, choices: Sequence[str] = ()) -
     return float(SCORERS[scorer](text, answer))
 
 
-def normalized(text: str) -> str:
-    """Lower case, without punctuation and articles, single spaces (the SQuAD convention, arXiv 1606.05250)."""
+def words(text: str) -> str:
+    """Lower case, without punctuation, single spaces."""
     text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())  # 615,000 is one number
     text = "".join(" " if ch in string.punctuation.replace(".", "") else ch for ch in text)
-    text = re.sub(r"\b(a|an|the)\b", " ", re.sub(r"\.(?!\d)", " ", text))
-    return " ".join(text.split())
+    return " ".join(re.sub(r"\.(?!\d)", " ", text).split())
+
+
+def normalized(text: str) -> str:
+    """Its words without articles (the SQuAD convention, arXiv 1606.05250)."""
+    return " ".join(word for word in words(text).split() if word not in ARTICLES)
+
+
+def _forms(*texts: str) -> list[str]:
+    """What is compared: normalized texts, or all their words where one, such as the answer A, is but an article."""
+    forms = [normalized(text) for text in texts]
+    return forms if all(forms) else [words(text) for text in texts]
 
 
 def exact(text: str, answer: str) -> bool:
     """Whether the answer's words are all there is."""
-    return normalized(text) == normalized(answer)
+    ours, theirs = _forms(text, answer)
+    return ours == theirs
 
 
 def contains(text: str, answer: str) -> bool:
     """Whether the answer's words stand in the text, in order and next to each other."""
-    return f" {normalized(answer)} " in f" {normalized(text)} "
+    ours, theirs = _forms(text, answer)
+    return f" {theirs} " in f" {ours} "
 
 
 def token_f1(text: str, answer: str) -> float:
     """Harmonic mean of the precision and recall of words (the SQuAD convention, arXiv 1606.05250)."""
-    ours, theirs = normalized(text).split(), normalized(answer).split()
+    ours, theirs = (form.split() for form in _forms(text, answer))
     shared = sum((Counter(ours) & Counter(theirs)).values())
     return 0.0 if not shared else 2 * shared / (len(ours) + len(theirs))
 
 
 def chosen(text: str, choices: Sequence[str]) -> str:
     """The choice that the text names first, or else the one most like it."""
-    words = f" {normalized(text)} "
-    places = {choice: words.find(f" {normalized(choice)} ") for choice in choices}
-    named = {choice: (place, -len(choice)) for choice, place in places.items() if place >= 0}
+    said, *forms = _forms(text, *choices)
+    places = [f" {said} ".find(f" {form} ") for form in forms]
+    named = [(place, -len(choice), choice) for place, choice in zip(places, choices, strict=True) if place >= 0]
     if named:
-        return min(named, key=lambda choice: named[choice])
-    return max(choices, key=lambda c: difflib.SequenceMatcher(None, normalized(c), normalized(text)).ratio())
+        return min(named)[-1]
+    likeness = [difflib.SequenceMatcher(None, form, said).ratio() for form in forms]
+    return choices[likeness.index(max(likeness))]
 
 
 def chrf(text: str, answer: str) -> float:

@@ -20,12 +20,21 @@ CHOICES = ("aspirin", "low dose aspirin", "no drug")
         ("choice", "Aspirin, not no drug.", "aspirin", 1.0),
         ("choice", "asprin", "aspirin", 1.0),
         ("choice", "no drug", "aspirin", 0.0),
+        ("contained", "It is A.", "A", 1.0),
+        ("contained", "", "A", 0.0),
+        ("exact", "A", "A", 1.0),
+        ("f1", "A", "A", 1.0),
         ("chrf", "white heron", "white heron", 1.0),
         ("chrf", "xyz", "white heron", 0.0),
     ],
 )
 def test_scores(scorer: Scorer, text: str, answer: str, expected: float):
     assert score(scorer, text, answer, CHOICES) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("text", "answer"), [("A because B is wrong", "A"), ("C, not A", "C"), ("It is B.", "B")])
+def test_choices_may_be_letters(text: str, answer: str):
+    assert score("choice", text, answer, ("A", "B", "C")) == 1.0
 
 
 def test_chrf_is_between_for_what_is_near():
