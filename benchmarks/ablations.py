@@ -8,8 +8,9 @@
     python benchmarks/ablations.py --document=D.txt --dataset=S.parquet --questions=Q.jsonl      # any other document
 
 Every run is a training run of the library in OUTPUT/runs/, and its result a file there: the command, given again, goes
-on where it ended, and report.md shows what is there so far. A dataset of other seed prompts comes from
-`python -m synth --config=configs/quickstart.py:synth --config.seed_prompts=…` with a server running.
+on where it ended, and report.md shows what is there so far. Another text, or other questions, need another OUTPUT. A
+dataset of other seed prompts comes from `python -m synth --config=configs/quickstart.py:synth --config.seed_prompts=…`
+with a server running.
 
 Measured is the gap closed on the reference answers (no text is generated), before the first step and every few steps.
 Time is that of the initial state, compilation included, plus steps times the time of a step. An initial state of one
@@ -56,6 +57,13 @@ STARTS = ("attention_matching", "text", "sampled_chunks", "random_text", "random
 SIZES = (40, 20, 10, 4, 2)  # p is the document's tokens over this
 MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine, 4 steps of warm-up": {},
+    "no warm-up": {"warmup_steps": 0},
+    "linear": {"schedule": "linear"},
+    "constant": {"schedule": "constant"},
+    "gradients clipped at 0.05": {"clip_norm": 0.05},
+}
 RECIPE = "upstream's recipe"  # its start, loss, reduction, learning rate and schedule, in our batches
 UPSTREAM = OptimConfig(lr=2e-2, schedule="constant")
 
@@ -102,17 +110,18 @@ def main() -> None:
     args = _arguments()
     model = load_model(MODEL, "auto")
     first = args.own or Document.of_run(args.run, args.questions)
-    trials = [t for t in _trials(first, args) if args.only is None or t.study in args.only]
-    bench = Bench(model, args.output, args.server)
+    trials = list(_trials(first, args))
     pair: list[Trial] = []
-    if args.second and (args.only is None or "composition" in args.only):
+    if args.second:
         second = Document.of_run(args.second, args.second_questions)
         pair = [Trial("composition", document.name, document, args.shares[0]) for document in (first, second)]
+    chosen = [trial for trial in [*trials, *pair] if args.only is None or trial.study in args.only]
+    bench = Bench(model, args.output, args.server)
     for seed in range(args.seeds):
-        for trial in [*trials, *pair]:
+        for trial in chosen:
             bench.run(trial, seed)
             bench.report(trials, pair, args.seeds)
-        if pair:
+        if pair and pair[0] in chosen:
             bench.compose(pair, seed)
             bench.report(trials, pair, args.seeds)
     print(f"report: {args.output / 'report.md'}")
@@ -132,8 +141,11 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
     for kind, num_frozen in itertools.product(("attention_matching", "text"), (1, 0)):
         label = f"{'frozen' if num_frozen else 'trained'} first slot, {kind}"
         yield Trial("sink", label, document, args.shares[0], kind, num_frozen=num_frozen)
-    yield Trial("int8", "as loaded", document, 4)
-    yield Trial("int8", "int8 base", document, 4, changes={"quantization": "int8"})
+    yield Trial("int8", "as loaded", document, args.shares[0])
+    yield Trial("int8", "int8 base", document, args.shares[0], changes={"quantization": "int8"})
+    for label, changes in SCHEDULES.items():
+        optim = {"optim": dataclasses.replace(MATCHED, **changes)} if changes else {}
+        yield Trial("optim", label, document, args.shares[0], changes=optim)
     for share, kind in itertools.product(args.shares, starts):
         yield Trial(f"starts-{share}", kind, document, share, kind)
     for share in SIZES:
@@ -220,6 +232,7 @@ class Bench:
             path = self._output / "runs" / trial.run_name(seed) / "result.json"
             if path.is_file():
                 result = json.loads(path.read_text(encoding="utf-8"))
+                result["seed"] = seed
                 result["start"] = trial.document.name, trial.kind, result["slots"]
                 result["step"] = trial.changes.get("quantization"), result["slots"]
                 studies[trial.study][trial.label].append(result)
@@ -319,7 +332,9 @@ def _composition(pair: list[Trial], composed: list[dict[str, list[float]]]) -> s
 def _against_upstream(trials: dict[str, list[dict[str, Any]]]) -> list[str]:
     """When attention matching and distillation come to what upstream's recipe ends with."""
     sentences = []
-    for ours, theirs in zip(trials.get("attention_matching", []), trials.get(RECIPE, []), strict=False):
+    for ours, theirs in itertools.product(trials.get("attention_matching", []), trials.get(RECIPE, [])):
+        if ours["seed"] != theirs["seed"]:
+            continue
         seconds, (_, aim) = theirs["seconds"][-1], theirs["curve"][-1]
         timed = zip(ours["seconds"], ours["curve"], strict=True)
         reached = next((when for when, (_, gap) in timed if gap >= aim), None)
