@@ -66,7 +66,8 @@ class TensorBoard:
             raise ImportError(
                 "track.tensorboard is True and tensorboardX is not installed: pip install 'cartridges-jax[track]'"
             ) from error
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        # what stands at `first_step` is behind the last step that is kept; before the first, all begins again
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in upstream_names(step, metrics).items():
