@@ -77,7 +77,8 @@ def test_what_a_device_holds_is_its_share(compiled: list[dict[str, Any]]):
         norms = sum(a.size for name, a in leaves["blocks"].items() if "norm" in name) + leaves["final_norm"].size
         whole = sum(a.size for a in jax.tree.leaves(leaves))
         assert found["arguments"]["weights"] == 4 * ((whole - norms) // (fsdp * tensor) + norms)
-        slots = 2 * model.num_layers * config.init.num_slots * model.num_kv_heads * model.head_dim // tensor * 4
+        biased = 2 * model.head_dim + 1  # attention matching gives a slot a bias
+        slots = model.num_layers * config.init.num_slots * model.num_kv_heads * biased // tensor * 4
         assert found["arguments"]["cartridge"] == slots
         assert found["arguments"]["optimizer"] == 2 * slots + 4 * 2  # moments, and the two counts of Adam and schedule
         rows = config.accumulation * config.batch_size // (data * fsdp)

@@ -108,10 +108,11 @@ def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, i
     positions = config.batch_size // (data * fsdp) * config.seq_len
     chunks = target_chunks(positions) * min(CHUNK, positions)
     sums = positions * (5 * model.num_layers + 1) * model.embed_dim * width
-    sums += chunks * (model.embed_dim + 2 + TOP_K) * 4  # a target's gradient, its normalizer and its entries
+    normalizers = 2 if config.tail == "bucket" else 1  # of two sums each
+    sums += chunks * (model.embed_dim + 2 * normalizers + TOP_K) * 4  # a target's gradient, and its entries
     summed = config.accumulation * sums
     parts = tensor if model.num_kv_heads % tensor == 0 else 1
-    slots = 2 * model.num_layers * config.init.num_slots * model.num_kv_heads * model.head_dim * 4 / parts
+    slots = _cartridge_numbers(config, model) * 4 / parts
     return {
         "all-gather": gathered * width / tensor if fsdp > 1 else 0.0,
         "all-reduce": (summed if tensor > 1 else 0.0) + (slots if data * fsdp > 1 or parts < tensor else 0.0),
@@ -130,10 +131,15 @@ def least_memory(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
     width = jnp.dtype(config.dtype).itemsize
     ends = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
     weights = (model.num_layers * model.layer_weights + ends) * width / (fsdp * tensor)
-    slots = 2 * model.num_layers * config.init.num_slots * model.num_kv_heads * model.head_dim * 4
+    slots = _cartridge_numbers(config, model) * 4
     tokens = config.batch_size // (data * fsdp) * config.seq_len
     kept = model.num_layers * tokens * (model.embed_dim + model.num_heads * model.head_dim / tensor) * width
     return weights + 3 * slots / tensor + kept
+
+
+def _cartridge_numbers(config: TrainConfig, model: ModelConfig) -> int:
+    of_a_slot = 2 * model.head_dim + (config.init.kind == "attention_matching")  # which has a bias
+    return model.num_layers * config.init.num_slots * model.num_kv_heads * of_a_slot
 
 
 def _states(model: ModelConfig, tensor: int) -> float:
