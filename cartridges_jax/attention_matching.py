@@ -115,7 +115,10 @@ def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int
     frame = whole[:before], whole[len(whole) - after :]
     body, room = whole[before : len(whole) - after], size - before - after
     if room < 1:
-        raise ValueError(f"init.matching.chunk_tokens leaves no room for a text: expected more than {size - room}")
+        raise ValueError(
+            f"a chunk of {size} tokens leaves no room for a text: expected more than {size - room} of "
+            f"init.matching.chunk_tokens, and {ROW} more than those of {model.name}'s window, {model.config.window}"
+        )
     count = -(-len(body) // room)
     length = -(-len(body) // count)
     starts = [min(i * length, len(body) - length) for i in range(count)]

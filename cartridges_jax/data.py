@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
     dataset: str
-    weight: float  # its share of an epoch's conversations
+    weight: float  # its share of an epoch's conversations, of which it has at least one
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1:
@@ -109,6 +109,19 @@ def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "l
     if not found:
         raise ValueError(f"{path} holds no answer: expected conversations with messages of an assistant")
     return found
+
+
+def check_lengths(examples: Sequence[Example], seq_len: int) -> None:
+    """Says how many conversations rows of `seq_len` tokens cut.
+
+    Raises:
+      ValueError: no target is left.
+    """
+    if examples and not any((example.target_index < seq_len).any() for example in examples):
+        raise ValueError(f"seq_len is {seq_len}, which cuts every conversation before its first answer: raise it")
+    cut = sum(len(example.tokens) > seq_len for example in examples)
+    if cut:
+        log.warning("%d of %d conversations are longer than seq_len %d and are cut there", cut, len(examples), seq_len)
 
 
 def dataset_hash(*sources: str | os.PathLike[str]) -> str:
@@ -187,7 +200,7 @@ def _order(counts: Sequence[int], weights: Sequence[float], rng: np.random.Gener
     """An epoch's examples: every one of the first dataset, and so many of the others that they have their weights."""
     chosen, first = rng.permutation(counts[0]), counts[0]
     for count, weight in zip(counts[1:], weights, strict=True):
-        wanted = round(counts[0] * weight / (1 - sum(weights)))
+        wanted = max(1, round(counts[0] * weight / (1 - sum(weights))))
         rounds = [rng.permutation(count) for _ in range(-(-wanted // count))]
         chosen = np.concatenate([chosen, first + np.concatenate([*rounds, np.zeros(0, int)])[:wanted].astype(int)])
         first += count
@@ -216,11 +229,6 @@ class PackedRows:
         self._examples, self._seq_len = examples, seq_len
         self._width = max((int(np.bincount(e.target_index).max()) for e in examples if len(e.target_index)), default=1)
         lengths = [len(e.tokens) for e in examples]
-        cut = sum(length > seq_len for length in lengths)
-        if cut:
-            log.warning(
-                "%d of %d conversations are longer than seq_len %d and are cut there", cut, len(lengths), seq_len
-            )
         self._rows: list[list[int]] = []
         for epoch in range(num_epochs):
             self._rows += pack(lengths, seq_len, _order(counts, weights, np.random.default_rng((seed, epoch))))

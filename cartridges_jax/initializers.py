@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from cartridges_jax import starting_texts
 from cartridges_jax.attention_matching import MatchingConfig, attention_matching
 from cartridges_jax.cartridge import Cartridge, Provenance
-from cartridges_jax.data import Example, read_corpus
+from cartridges_jax.data import Example
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.starting_texts import SummaryConfig
+from command_line import files
 
 STATISTICS_TOKENS = 512  # of the corpus, from which random vectors take their mean and spread
 
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    kind: Kind = "text"
+    kind: Kind = "attention_matching"
     num_slots: int = 512  # p; of `pretrained`, the file decides; of a short `summary`, its length
     num_frozen: int = 1
     path: str | None = None  # a cartridge in any format, hf:… or wandb:…; of `random_text`, a text file
@@ -88,13 +89,17 @@ def initial_cartridge(
             tokens = start + starting_texts.sampled_chunks(model.tokenizer.encode(corpus), rest, seed)
             recipe = f"chunks of {starting_texts.CHUNK} tokens, {len(tokens)} in all, seed {seed}"
         case "random_text":
-            text = starting_texts.unrelated_text(config.num_slots) if config.path is None else read_corpus(config.path)
+            text = starting_texts.unrelated_text(config.num_slots) if config.path is None else _other_text(config.path)
             tokens = _first_tokens(config, model, text, "the text of init.path")
             recipe = f"another text, first {len(tokens)} tokens"
         case "text":
             tokens = _first_tokens(config, model, corpus, "the corpus")
             recipe = f"text, first {len(tokens)} tokens"
     return Cartridge.from_tokens(model, tokens, config.num_frozen, Provenance.of(model, corpus, recipe))
+
+
+def _other_text(path: str) -> str:
+    return files.read_text(path, "the text of init.path")
 
 
 def _first_tokens(config: InitConfig, model: LanguageModel, text: str, name: str) -> list[int]:
@@ -119,14 +124,13 @@ def _random_vectors(config: InitConfig, model: LanguageModel, corpus: str, seed:
 
 def _measured(config: InitConfig, model: LanguageModel, corpus: str) -> Cartridge:
     tokens = model.tokenizer.encode(corpus, add_special_tokens=True)
-    tokens = tokens[: min(STATISTICS_TOKENS, model.config.window)]
     needed = max(2, config.num_frozen)
     if len(tokens) < needed:
         raise ValueError(
             f"the corpus has {len(tokens)} tokens, expected at least {needed}: random vectors take their spread and "
             "the frozen slots from it"
         )
-    return Cartridge.from_tokens(model, tokens)
+    return Cartridge.from_tokens(model, tokens[: min(max(STATISTICS_TOKENS, needed), model.config.window)])
 
 
 def _like(drawn_lpkh: jax.Array, real_lskh: jax.Array, num_frozen: int) -> jax.Array:

@@ -32,21 +32,23 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class Best:
-    """The cartridge with the least watched loss so far, and for how many evaluations it has been that."""
+    """The cartridge with the least watched loss so far, behind `step` steps, and how many evaluations ago that was."""
 
     cartridge: Cartridge
+    step: jax.Array
     loss: jax.Array
     stale: jax.Array
 
     @classmethod
     def of(cls, cartridge: Cartridge) -> Best:
         copy = jax.tree.map(jnp.copy, cartridge)  # a step takes its own away
-        return cls(copy, jnp.asarray(np.inf, jnp.float32), jnp.zeros((), jnp.int32))
+        none = jnp.zeros((), jnp.int32)
+        return cls(copy, none, jnp.asarray(np.inf, jnp.float32), none)
 
-    def after(self, cartridge: Cartridge, loss: float, mesh: Mesh) -> Best:
-        if loss < float(self.loss):
-            found = Best.of(cartridge)
-            return Best(found.cartridge, _scalar(loss, jnp.float32, mesh), _scalar(0, jnp.int32, mesh))
+    def after(self, train: TrainState, loss: float, mesh: Mesh) -> Best:
+        if np.float32(loss) < float(self.loss):  # as it is kept: rounding makes nothing better
+            numbers = (int(train.step), jnp.int32), (loss, jnp.float32), (0, jnp.int32)
+            return Best(Best.of(train.cartridge).cartridge, *(_scalar(*number, mesh) for number in numbers))
         return dataclasses.replace(self, stale=_scalar(int(self.stale) + 1, jnp.int32, mesh))
 
 
@@ -134,7 +136,7 @@ def _evaluated(job: Job, run: RunState, step: int, journal: Journal) -> RunState
     if run.best is None:
         return run
     watched = metrics[str(job.evals.watched)]
-    return dataclasses.replace(run, best=run.best.after(run.train.cartridge, watched, job.mesh))
+    return dataclasses.replace(run, best=run.best.after(run.train, watched, job.mesh))
 
 
 def _scalar(value: float, dtype: Any, mesh: Mesh) -> jax.Array:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cartridges_jax.device import memory_in_use
-from cartridges_jax.trackers import TrackConfig, trackers
+from cartridges_jax.trackers import trackers
 from command_line import files
 from command_line.progress import Progress
 
+if TYPE_CHECKING:
+    from cartridges_jax.train import TrainConfig
+
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+RATE_STEPS = 10  # the latest, of which rates are told
 BEFORE = -1  # the step of what is evaluated before the first
 
 
@@ -52,21 +57,22 @@ class Journal:
         num_steps: int,
         tokens: int,
         peak_tokens_per_second: float,
-        track: TrackConfig,
+        config: TrainConfig,
         settings: Mapping[str, Any],
     ):
-        self._tokens_before = self._tokens = tokens
         self._targets, self._start, self._idle = 0.0, time.monotonic(), 0.0
+        self._recent = deque([(0.0, tokens, 0.0)], maxlen=RATE_STEPS + 1)
         self._peak = peak_tokens_per_second
         self._logs: list[MetricsLog] = []
         if directory is None:
             return
         # a run without a step behind it begins again, with what it evaluates before
         first = first_step if first_step > 0 else BEFORE
+        self._trackers = trackers(config.track, directory, first_step, settings)
         self._logs = [MetricsLog(directory / METRICS, first)]
         self._samples = directory / SAMPLES, first
-        self._progress = Progress("training", num_steps, "steps", done=first_step)
-        self._trackers = trackers(track, directory, first_step, settings)
+        limit = "" if config.max_minutes is None else f", {config.max_minutes:g} minutes at most"
+        self._progress = Progress(f"training{limit}", num_steps, "steps", done=first_step)
 
     @property
     def seconds(self) -> float:
@@ -85,10 +91,12 @@ class Journal:
                 raise ValueError(
                     f"the {name} of step {step} is {values[name]}: training diverged, lower config.optim.lr"
                 )
-        self._tokens, self._targets = tokens, self._targets + values["targets"]
         if not self._logs:
             return
-        rate, target_rate = ((n / self.seconds) for n in (tokens - self._tokens_before, self._targets))
+        self._targets += values["targets"]
+        now, before = (self.seconds, tokens, self._targets), self._recent[0]
+        self._recent.append(now)
+        rate, target_rate = ((now[i] - before[i]) / (now[0] - before[0]) for i in (1, 2))
         values |= {
             "lr": lr,
             "tokens": tokens,

@@ -12,7 +12,7 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 2e-2
+    lr: float = 4e-3  # behind attention matching; other initial states carry 2e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # step i of them runs at lr * (i + 1) / warmup_steps: never at zero
     final_fraction: float = 0.1  # of lr, that cosine and linear reach with the end of the last step

@@ -82,8 +82,11 @@ def _cell(row: Mapping[str, Any], key: str, style: str) -> str:
     return style.format(value / 1e6 if key == "kv_bytes" else value)
 
 
-def write_training_report(directory: Path) -> None:
-    """Writes `report.png` and `report.md` of a training run from its logs; a run without a step has none."""
+def write_training_report(directory: Path, kept: int) -> None:
+    """Writes `report.png` and `report.md` of a training run from its logs; a run without a step has none.
+
+    The evaluations are those before the first step, and of the cartridge that the run `kept`, behind so many steps.
+    """
     lines = history(directory / METRICS)
     if not any("loss" in line for line in lines):
         return
@@ -98,13 +101,13 @@ def write_training_report(directory: Path) -> None:
         "![Loss, learning rate, throughput and evaluations](report.png)",
     ]
     if evaluated:
-        keys = [key for key in evaluated[-1] if key != "step"]
-        rows = [f"| {key} | {evaluated[0].get(key, float('nan')):.4g} | {evaluated[-1][key]:.4g} |" for key in keys]
-        text.append("\n".join(["| evaluation | before | after |", "| --- | --- | --- |", *rows]))
-    answers = history(directory / SAMPLES)
+        before, after = evaluated[0], next(line for line in evaluated if line["step"] == kept - 1)
+        rows = [f"| {key} | {before[key]:.4g} | {after[key]:.4g} |" for key in after if key != "step"]
+        title = f"| evaluation | before | behind {kept} steps, kept |"
+        text.append("\n".join([title, "| --- | --- | --- |", *rows]))
+    answers = [answer for answer in history(directory / SAMPLES) if answer["step"] == kept - 1][:SHOWN_ANSWERS]
     if answers:
-        shown = [answer for answer in answers if answer["step"] == answers[-1]["step"]][:SHOWN_ANSWERS]
-        text += ["## Answers", answers_table(shown)]
+        text += ["## Answers", answers_table(answers)]
     files.write_text(directory / "report.md", "\n\n".join(text) + "\n")
 
 
@@ -151,7 +154,7 @@ def _draw_conditions(axis: Any, report: Mapping[str, Any]) -> None:
 def _draw_training(axes: Sequence[Any], lines: Sequence[Mapping[str, Any]]) -> None:
     """Loss, learning rate and throughput; and, on a fourth, the losses and scores that were evaluated."""
     steps = [line for line in lines if "loss" in line]
-    drawn = ("loss", "distillation loss, nats per target"), ("lr", "learning rate"), ("tokens_per_second", "tokens/s")
+    drawn = ("loss", "loss, nats per target"), ("lr", "learning rate"), ("tokens_per_second", "tokens/s")
     for axis, (key, label) in zip(axes, drawn, strict=False):
         axis.plot([line["step"] + 1 for line in steps], [line[key] for line in steps], color=BLUE, linewidth=1)
         axis.set_xlabel("step")

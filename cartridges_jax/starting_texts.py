@@ -31,7 +31,7 @@ def sampled_chunks(tokens: Sequence[int], num_tokens: int, seed: int) -> list[in
     """
     left_out = len(tokens) - num_tokens
     if left_out < 0:
-        raise ValueError(f"the corpus has {len(tokens)} tokens, fewer than init.num_slots, {num_tokens}: lower it")
+        raise ValueError(f"the corpus has {len(tokens)} tokens, expected {num_tokens}: lower init.num_slots")
     skipped = np.sort(np.random.default_rng(seed).integers(left_out + 1, size=-(-num_tokens // CHUNK)))
     starts = [CHUNK * i + int(skip) for i, skip in enumerate(skipped)]
     return [token for start in starts for token in tokens[start : start + CHUNK]][:num_tokens]

@@ -24,6 +24,7 @@ from cartridges_jax.data import (
     MixConfig,
     PackedRows,
     Targets,
+    check_lengths,
     dataset_files,
     dataset_hash,
     read_corpus,
@@ -70,7 +71,7 @@ class TrainConfig:
     checkpoint_every: int = 50  # steps
     remat: Remat = "layers"  # computed again in the backward pass; "elementwise" holds more memory
     targets: Targets = "logprobs"  # the teacher's, or the answers' next tokens
-    tail: Tail = "drop"
+    tail: Tail = "bucket"
     reduction: Reduction = "token"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how many devices share rows, weights, heads
     distributed: bool = False  # one of several processes, on one host or many: see `processes.joined_job`
@@ -89,7 +90,7 @@ class TrainConfig:
             raise ValueError(f"max_minutes is {self.max_minutes}, expected more than 0")
         if self.dataset is None and self.num_steps != 0:
             raise ValueError("config.dataset names no conversations to train on: give one, or set num_steps to 0")
-        if sum(mixed.weight for mixed in self.mix) >= 1:
+        if sum(mixed.weight for mixed in self.mix) > 1 - 1e-6:
             raise ValueError("the weights of config.mix come to 1 or more: expected a rest for config.dataset")
 
 
@@ -112,6 +113,11 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
     config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
     model = quantized(model) if config.quantization == "int8" else model
+    if config.init.kind == "summary" and jax.process_count() > 1:
+        raise ValueError(
+            f"init.kind 'summary' asks a server once, and this job has {jax.process_count()} processes: make the "
+            "initial state with one and num_steps=0, and go on from it with init.kind 'pretrained'"
+        )
     if config.init.kind != "pretrained":  # of which the file decides
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)
@@ -121,10 +127,12 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     with stage("laying out conversations"):
         examples = [] if config.dataset is None else read_examples(config.dataset, model.tokenizer, config.targets)
         mixed = [(read_examples(m.dataset, model.tokenizer, config.targets), m.weight) for m in config.mix]
+        check_lengths([*examples, *(example for others, _ in mixed for example in others)], config.seq_len)
         rows = PackedRows(examples, config.seq_len, step_rows, config.num_epochs, config.seed, mixed)
     evals = Evals(config.evals, model, config.targets, config.tail)
     cartridge = _initial(config, model, corpus, examples)
     _check_window(cartridge.num_slots, config, model)
+    evals.check_window(cartridge.num_slots)
     num_steps = len(rows) // step_rows
     num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
     tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
@@ -150,14 +158,14 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
 
 def _finish(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Path:
     state, best = run_state.train, run_state.best
-    num_steps = int(state.step)
-    trained = sharding.gathered(best.cartridge if best is not None else state.cartridge)
+    kept = int(state.step if best is None else best.step)
+    trained = sharding.gathered(state.cartridge if best is None else best.cartridge)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained)):
         raise ValueError("the trained slots are not finite: training diverged, lower config.optim.lr")
     path = directory / "cartridge.safetensors"
     if processes.is_first():
-        _with_training(trained, job, num_steps, directory, settings["dataset_hash"]).save(path)
-        write_training_report(directory)
+        _with_training(trained, job, kept, int(state.step), directory, settings["dataset_hash"]).save(path)
+        write_training_report(directory, kept)
     processes.wait_for_all("the cartridge is saved")
     return path
 
@@ -166,7 +174,7 @@ def _journal(job: Job, run_state: RunState, directory: Path, settings: dict[str,
     first = int(run_state.train.step)
     peak = matmul_peak(job.config.dtype, job.mesh.size) / flops_per_token(job.model.config)
     where = directory if processes.is_first() else None
-    return Journal(where, first, job.num_steps, job.tokens(first), peak, job.config.track, settings)
+    return Journal(where, first, job.num_steps, job.tokens(first), peak, job.config, settings)
 
 
 @functools.cache  # one object for one set of arguments: it is a static argument of the jitted step
@@ -198,8 +206,8 @@ def _datasets(config: TrainConfig) -> list[str]:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What a run is made of, as JSON has it: it may be moved, to another folder or other devices."""
-    moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False)
+    """What a run is made of, as JSON has it: it may be moved, to another folder, other devices or other dashboards."""
+    moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False, track=TrackConfig())
     return json.loads(json.dumps(dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}))
 
 
@@ -231,21 +239,25 @@ def flops_per_token(config: ModelConfig) -> float:
     return 4.0 * config.num_layers * config.layer_weights
 
 
-def _with_training(cartridge: Cartridge, job: Job, num_steps: int, directory: Path, dataset_hash: str) -> Cartridge:
-    """The cartridge with what happened to it, beside what had happened to it before."""
+def _with_training(
+    cartridge: Cartridge, job: Job, kept: int, num_steps: int, directory: Path, dataset_hash: str
+) -> Cartridge:
+    """The cartridge of step `kept` with what happened to it, beside what had happened to it before."""
     config, before = job.config, cartridge.provenance
-    tokens = job.tokens(num_steps)
+    tokens = job.tokens(kept)
     objective = "distillation" if config.targets == "logprobs" else "next-token prediction"
-    steps = f"{'' if config.evals.patience is None else 'best of '}{num_steps} steps"
-    recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}"
-    evaluated = [line for line in history(directory / METRICS) if "loss" not in line][-1:]
+    steps = f"{num_steps} steps" if config.evals.patience is None else f"{kept} steps, the best of {num_steps},"
+    recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}, reduction {config.reduction}"
+    recipe += ", int8 base" if config.quantization == "int8" else ""
+    lines = history(directory / METRICS)
+    evaluated = [line for line in lines if "loss" not in line and line["step"] == kept - 1]
     provenance = dataclasses.replace(
         before,
         recipe=f"{before.recipe}; {recipe}",
         training_tokens=before.training_tokens + tokens,
         training_flops=before.training_flops + flops_per_token(job.model.config) * tokens,
-        dataset_hash=dataset_hash,
-        evaluation=json.dumps(evaluated[0], sort_keys=True) if evaluated else "",
+        dataset_hash=dataset_hash if config.dataset else before.dataset_hash,
+        evaluation=json.dumps(evaluated[0], sort_keys=True) if evaluated else "" if kept else before.evaluation,
     )
     return cartridge.replace(provenance=provenance)  # type: ignore[attr-defined]
 

@@ -63,6 +63,7 @@ def get_config(stage: str = "") -> ConfigDict:
                 "num_steps": config_dict.placeholder(int),
                 "max_minutes": config_dict.placeholder(float),
                 "init": {"kind": "text", "num_slots": 2048},
+                "tail": "drop",
                 "optim": {"lr": 2e-2},
                 "evals": {"every": config_dict.placeholder(int), "off_topic": True},
                 "track": {"tensorboard": False, "wandb": "off", "project": "cartridges"},

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 from jaxtyping import Array
+from scipy.optimize import nnls
 
-from cartridges_jax.attention_matching import MatchingConfig, attention_matching
+from cartridges_jax.attention_matching import RIDGE, MatchingConfig, _fit_slots, _nnls, attention_matching
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import Example, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
@@ -38,6 +39,32 @@ def _logits(cartridge: Cartridge) -> Array:
 
 def _error(cartridge: Cartridge, document: list[int]) -> float:
     return float(jnp.abs(_logits(cartridge) - _logits(Cartridge.from_tokens(tiny.model(), document))).mean())
+
+
+def test_weights_are_those_of_non_negative_least_squares():
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.full(60, 0.3), 300)[:, :20]  # of 60 tokens, 20 are kept
+    expected, least = nnls(shares, np.ones(300))
+    found = np.asarray(_nnls(jnp.asarray(shares, jnp.float32), jnp.ones(300)))
+    assert (found > 0).all() and np.linalg.norm(shares @ found - 1) < 1.01 * least
+    assert np.linalg.norm(shares @ found - 1) < 0.9 * np.linalg.norm(shares.sum(1) - 1)  # all weights 1
+    np.testing.assert_allclose(found, expected, atol=0.1 * expected.max())
+
+
+def test_values_are_those_of_least_squares_with_a_ridge():
+    rng = np.random.default_rng(1)
+    shares, values, output = (
+        rng.dirichlet(np.ones(30), 200)[:, :10],
+        rng.normal(size=(10, 4)),
+        rng.normal(size=(200, 4)),
+    )
+    arrays = (jnp.asarray(array, jnp.float32) for array in (shares, values, output))
+    found, bias = _fit_slots(*arrays, jnp.ones(200, bool))
+    weights = shares * np.exp(np.asarray(bias, np.float64))
+    weights /= weights.sum(1, keepdims=True)
+    ridge = np.sqrt(RIDGE * (weights**2).sum() / 10)
+    rows, aims = np.concatenate([weights, ridge * np.eye(10)]), np.concatenate([output, ridge * values])
+    np.testing.assert_allclose(found, np.linalg.lstsq(rows, aims)[0], atol=2e-3)
 
 
 def test_with_a_slot_for_every_token_it_is_the_document(examples: list[Example], document: list[int]):

@@ -18,6 +18,7 @@ from cartridges_jax.data import (
     Example,
     PackedRows,
     batches,
+    check_lengths,
     dataset_hash,
     example_of,
     exchanges,
@@ -265,8 +266,10 @@ def test_the_last_batch_is_filled_up_with_the_first_rows():
 
 
 def test_a_long_conversation_is_cut_and_said_so(caplog: pytest.LogCaptureFixture):
+    examples = [example(1, 20, [2] * 20), example(2, 5, [1] * 5)]
     with caplog.at_level(logging.WARNING):
-        rows = PackedRows([example(1, 20, [2] * 20), example(2, 5, [1] * 5)], 8, 1, 1, seed=0)
+        check_lengths(examples, 8)
+    rows = PackedRows(examples, 8, 1, 1, seed=0)
     assert "1 of 2 conversations are longer than seq_len 8 and are cut there" in caplog.text
     long = next(row for row in map(rows.__getitem__, range(2)) if _members(row) == [1])
     assert long["tokens"].tolist() == list(range(1000, 1008))

@@ -50,10 +50,11 @@ def test_random_vectors_depend_on_the_seed_and_on_nothing_else():
     assert (a.keys[:, 1:] != c.keys[:, 1:]).all()
 
 
-@pytest.mark.parametrize(("corpus", "num_frozen"), [("A", 1), ("A cat.", 30)])
+@pytest.mark.parametrize(("corpus", "num_frozen"), [("A", 1), ("A cat.", 30), (tiny.TEXT[:1800], 600)])
 def test_random_vectors_need_a_text_to_measure(corpus: str, num_frozen: int):
-    with pytest.raises(ValueError, match=r"the corpus has \d tokens, expected at least \d+"):
-        initial_cartridge(InitConfig("random_vectors", 32, num_frozen), tiny.model(), corpus, [], seed=0)
+    count = len(tiny.model().tokenizer.encode(corpus, add_special_tokens=True))
+    with pytest.raises(ValueError, match=f"the corpus has {count} tokens, expected at least {max(2, num_frozen)}"):
+        initial_cartridge(InitConfig("random_vectors", 700, num_frozen), tiny.model(), corpus, [], seed=0)
 
 
 def test_random_vectors_of_a_small_window_are_measured_in_it(tmp_path: Path):
@@ -112,7 +113,7 @@ def test_sampled_chunks_are_pieces_of_the_corpus_in_its_order():
     expected = Cartridge.from_tokens(model, [tokens[i] for i in drawn[0]])
     np.testing.assert_array_equal(found.keys, expected.keys)
     assert found.num_frozen == 2
-    with pytest.raises(ValueError, match=r"the corpus has \d+ tokens, fewer than init.num_slots, 900"):
+    with pytest.raises(ValueError, match=r"the corpus has \d+ tokens, expected 900: lower init.num_slots"):
         initial_cartridge(InitConfig("sampled_chunks", 900), model, "A cat.", [], seed=0)
 
 
@@ -127,6 +128,8 @@ def test_random_text_is_another_text(tmp_path: Path):
     (tmp_path / "other.txt").write_text(tiny.TEXT[::-1], encoding="utf-8")
     theirs = initial_cartridge(InitConfig("random_text", 20, path=str(tmp_path / "other.txt")), model, "A cat.", [], 0)
     np.testing.assert_array_equal(theirs.keys, Cartridge.from_text(model, tiny.TEXT[::-1], 20).keys)
+    with pytest.raises(FileNotFoundError, match=r"the text of init\.path"):
+        initial_cartridge(InitConfig("random_text", 20, path=str(tmp_path / "none.txt")), model, "A cat.", [], 0)
     with pytest.raises(ValueError, match=r"the text of init\.path has \d+ tokens, fewer"):
         initial_cartridge(InitConfig("random_text", 5000, path=str(tmp_path / "other.txt")), model, "A cat.", [], 0)
 

@@ -14,14 +14,16 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from tiny_runs import bytes_of, config_of, metrics_of, settings_in
+from tiny_runs import bytes_of, config_of, interrupted, metrics_of, settings_in
 
+from cartridges_jax import sharding
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import MixConfig, PackedRows, batches, read_examples
 from cartridges_jax.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
 from cartridges_jax.kernels import prefix_attention as kernel
-from cartridges_jax.metrics import MetricsLog
+from cartridges_jax.loop import Best
 from cartridges_jax.models import transformer
+from cartridges_jax.starting_texts import SummaryConfig
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.train import train
 
@@ -68,7 +70,7 @@ def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Cartridge:
         {"accumulation": 2},
         {"targets": "tokens"},
         {"reduction": "row"},
-        {"tail": "bucket"},
+        {"tail": "drop"},
         {"quantization": "int8"},
         {"optim": {"lr": 5e-2, "warmup_steps": 2, "clip_norm": 1e-3}},
     ],
@@ -105,7 +107,28 @@ def test_a_mix_that_leaves_nothing_is_refused(settings: dict[str, Any]):
     with pytest.raises(ValueError, match="expected above 0 and below 1"):
         MixConfig("x", 1.0)
     with pytest.raises(ValueError, match=r"come to 1 or more: expected a rest"):
-        config_of(settings, mix=(MixConfig("x", 0.6), MixConfig("y", 0.4)))
+        config_of(settings, mix=(MixConfig("x", 0.7), MixConfig("y", 0.2), MixConfig("z", 0.1)))  # 0.9999999999999999
+
+
+def test_a_small_share_of_a_mix_is_one_conversation_at_least(inputs: Path):
+    own, general = (
+        read_examples(inputs / f"{name}.parquet", tiny.model().tokenizer) for name in ("held_out", "general")
+    )
+    rows = PackedRows(own, 192, 1, 1, 0, [(general, 0.01)])
+    assert sum(len(row) for row in rows._rows) == len(own) + 1
+
+
+def test_rows_that_cut_every_answer_are_refused(settings: dict[str, Any]):
+    with pytest.raises(ValueError, match="seq_len is 4, which cuts every conversation before its first answer"):
+        trained(settings, seq_len=4)
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_summary_is_not_asked_for_by_every_process(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    init = {"kind": "summary", "num_slots": 16, "summary": SummaryConfig("http://127.0.0.1:9/v1")}
+    with pytest.raises(ValueError, match="asks a server once, and this job has 2 processes"):
+        trained(settings, init=init)
 
 
 def test_minutes_end_a_run_and_count_on_when_it_is_resumed(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
@@ -118,7 +141,7 @@ def test_minutes_end_a_run_and_count_on_when_it_is_resumed(settings: dict[str, A
 
     settings["output_dir"] += "-long"
     config = config_of(settings, max_minutes=60.0)
-    _interrupted(config, 3, monkeypatch)
+    interrupted(config, 3, monkeypatch)
     train(config, tiny.model())
     seconds = [line["seconds"] for line in metrics_of(settings["output_dir"], timing=True)]
     assert len(seconds) == 4 and (np.diff(seconds) > 0).all()
@@ -157,11 +180,22 @@ def test_early_stop_stops_and_keeps_the_best(settings: dict[str, Any], inputs: P
     losses = {line["step"]: line["eval_held_out/loss"] for line in lines if "loss" not in line}
     best = min(losses, key=lambda step: losses[step])
     assert max(losses) < 11 and max(losses) == best + 2
-    evals = Evals(held_out(inputs), tiny.model(), "logprobs", "drop")
+    evals = Evals(held_out(inputs), tiny.model(), "logprobs", "bucket")
     assert evals.run(stopped)[0]["eval_held_out/loss"] == losses[best] < losses[max(losses)]
-    assert "; best of " in stopped.provenance.recipe
+    assert f"; {best + 1} steps, the best of {best + 3}, of distillation" in stopped.provenance.recipe
+    assert json.loads(stopped.provenance.evaluation)["eval_held_out/loss"] == losses[best]
+    report = (Path(settings["output_dir"]) / "report.md").read_text(encoding="utf-8")
+    assert f"behind {best + 1} steps, kept" in report and f"| {losses[best]:.4g} |" in report
     train(config_of(settings, evals=held_out(inputs, every=1, patience=2)), tiny.model())
     assert metrics_of(settings["output_dir"]) == lines  # what has stopped stays so
+
+
+def test_the_same_loss_again_is_not_a_better_one():
+    cartridge = Cartridge.from_text(tiny.model(), tiny.TEXT, 16)
+    state, mesh = TrainState(cartridge, None, jnp.ones((), jnp.int32)), sharding.mesh_of(tiny.model().params)
+    for loss in np.random.default_rng(0).uniform(1, 2, 20):  # float32 rounds half of them up
+        best = Best.of(cartridge).after(state, loss, mesh).after(state, loss, mesh)
+        assert int(best.stale) == 1 and int(best.step) == 1
 
 
 def test_patience_without_a_loss_is_refused():
@@ -176,20 +210,6 @@ def test_another_dataset_at_the_same_place_does_not_continue_a_run(settings: dic
     tiny.write_dataset(own, tiny.model(), seed=5)
     with pytest.raises(ValueError, match="holds a run with another dataset_hash"):
         trained(settings, dataset=str(own))
-
-
-def _interrupted(config: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = MetricsLog.write
-
-    def stop(self: MetricsLog, this: int, metrics: dict[str, Any]) -> None:
-        if this == step and "loss" in metrics:
-            raise KeyboardInterrupt
-        write(self, this, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tiny.model())
 
 
 ALIKE = ("sampled_chunks", "random_text", "random_vectors")  # other numbers in the same program
@@ -219,7 +239,7 @@ def test_every_start_resumes_with_the_same_bytes(
     )
     other = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     train(other, tiny.model())
-    _interrupted(config, 3, monkeypatch)
+    interrupted(config, 3, monkeypatch)
     train(config, tiny.model())
     for name in ("cartridge.safetensors", *(("samples.jsonl",) if generation else ())):
         ours, theirs = (Path(c.output_dir) / name for c in (config, other))

@@ -35,6 +35,7 @@ from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.models.language_model import load_model
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.train import train
+from command_line import progress
 from command_line.config import run
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +111,20 @@ def test_a_run_leaves_what_design_says(finished: dict[str, Any]):
     assert (np.diff([line["tokens"] for line in lines]) > 0).all()
 
 
+def test_progress_says_how_fast_it_is_and_what_it_takes(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    train(config_of(settings, num_steps=2, max_minutes=30.0), tiny.model())
+    first = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("training"))
+    number = r"\d+(\.\d+)?"
+    assert re.fullmatch(
+        rf"training, 30 minutes at most: 1/2 steps, {number} steps/s, \d+s left, loss {number}, {number} tokens/s, "
+        rf"{number} of them targets(, {number}% of the peak)?, {number} GB",
+        first,
+    )
+
+
 def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[str, Any]):
     model, folder = tiny.model(), Path(finished["output_dir"])
     lines = metrics_of(folder)
@@ -117,7 +132,9 @@ def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[
     trained = Cartridge.load(folder / "cartridge.safetensors", model=model)
     start = initial_cartridge(InitConfig(**finished["init"]), model, tiny.TEXT, [], 0)
     assert trained.provenance.corpus_hash == start.provenance.corpus_hash
-    assert trained.provenance.recipe == "text, first 16 tokens; 24 steps of distillation, lr 0.05, tail drop"
+    assert trained.provenance.recipe == (
+        "text, first 16 tokens; 24 steps of distillation, lr 0.05, tail bucket, reduction token"
+    )
     assert trained.provenance.training_tokens == lines[-1]["tokens"]
     weights = sum(model.params["blocks"][name].size for name in ("q", "k", "v", "o", "gate", "up", "down"))
     assert trained.provenance.training_flops == 4.0 * weights * lines[-1]["tokens"]

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tiny
 
 from cartridges_jax.initializers import InitConfig
+from cartridges_jax.metrics import MetricsLog
 from cartridges_jax.optim import OptimConfig
-from cartridges_jax.train import TrainConfig
+from cartridges_jax.train import TrainConfig, train
 
 STEPS = 24
 TIMING = {"tokens_per_second", "target_tokens_per_second", "seconds"}
@@ -29,7 +31,7 @@ def settings_in(folder: Path, inputs: Path) -> dict[str, Any]:
         "num_epochs": 6,
         "num_steps": STEPS,
         "checkpoint_every": 3,
-        "init": {"num_slots": 16, "num_frozen": 2},
+        "init": {"kind": "text", "num_slots": 16, "num_frozen": 2},
         "optim": {"lr": 5e-2, "warmup_steps": 2},
     }
 
@@ -37,6 +39,21 @@ def settings_in(folder: Path, inputs: Path) -> dict[str, Any]:
 def config_of(settings: dict[str, Any], **changes: Any) -> TrainConfig:
     values = settings | changes
     return TrainConfig(**values | {"init": InitConfig(**values["init"]), "optim": OptimConfig(**values["optim"])})
+
+
+def interrupted(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains until the line of `step` is about to be written."""
+    write = MetricsLog.write
+
+    def stop(self: MetricsLog, this: int, metrics: dict[str, Any]) -> None:
+        if this == step and "loss" in metrics:
+            raise KeyboardInterrupt
+        write(self, this, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tiny.model())
 
 
 def metrics_of(folder: str | Path, timing: bool = False) -> list[dict[str, float]]:

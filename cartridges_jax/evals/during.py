@@ -29,6 +29,10 @@ class LossEval:
     def __post_init__(self) -> None:
         if (self.dataset is None) == (self.questions is None):
             raise ValueError(f"set exactly one of dataset and questions of the evaluation {self.name}")
+        if "{question}" not in self.instruction:
+            raise ValueError(
+                f"the evaluation {self.name} has the instruction {self.instruction!r}, expected a {{question}} in it"
+            )
 
     def examples(self, model: LanguageModel, targets: Targets) -> dict[str, list[Example]]:
         """By type of seed prompt; questions have none."""
@@ -77,6 +81,8 @@ class EvalsConfig:
             names = [one.name for one in kind]
             if len(set(names)) < len(names):
                 raise ValueError(f"evals has the names {', '.join(names)}: expected each once")
+        if self.off_topic and any(one.name == "off_topic" for one in self.loss):
+            raise ValueError("evals.loss has the name off_topic, under which evals.off_topic reports: choose another")
         if self.every is not None and self.every < 1:
             raise ValueError(f"evals.every is {self.every}, expected at least 1 step")
         if self.patience is not None and (self.patience < 1 or not self.loss or self.every is None):
@@ -104,6 +110,24 @@ class Evals:
             if one.scorer == "chrf":
                 score("chrf", "a", "a")  # says now that sacrebleu is missing
         self._without = general_nll(model, None) if config.off_topic else None
+
+    def check_window(self, num_slots: int) -> None:
+        """Raises:
+        ValueError: behind so many slots, an evaluation exceeds the model's window.
+        """
+        examples = {name: [e for members in groups.values() for e in members] for name, groups in self._losses.items()}
+        if self._without is not None:
+            examples["off_topic"] = _general_examples(self._model, behind=True)
+        lengths = {name: max(len(example.tokens) for example in members) for name, members in examples.items()}
+        for one in self._config.generation:
+            asked = [_turn(self._model, question.asked(one.instruction)) for question in self._questions[one.name]]
+            lengths[one.name] = max(lengths.get(one.name, 0), max(map(len, asked)) + one.max_tokens)
+        for name, length in lengths.items():
+            if num_slots + length > self._model.config.window:
+                raise ValueError(
+                    f"the evaluation {name} needs {length} tokens behind {num_slots} slots, more than "
+                    f"{self._model.name}'s window of {self._model.config.window}: ask or generate less there"
+                )
 
     def __bool__(self) -> bool:
         return bool(self._losses or self._questions or self._config.off_topic)
@@ -167,12 +191,15 @@ class Evals:
 
 def general_nll(model: LanguageModel, prefix: Cartridge | None) -> float:
     """Nats per token of the answers to general questions, asked behind a cartridge, or of the model alone."""
-    questions = general_questions()
-    lay_out = model.tokenizer.chat_ids if prefix is None else model.tokenizer.turn_ids
-    prompts = [lay_out([{"role": "user", "content": q.question}], add_generation_prompt=True) for q in questions]
-    answers = [model.tokenizer.encode(question.answer) for question in questions]
-    total, count = answer_loss(model, prefix, answer_examples(prompts, answers))
+    total, count = answer_loss(model, prefix, _general_examples(model, behind=prefix is not None))
     return total / count
+
+
+def _general_examples(model: LanguageModel, behind: bool) -> list[Example]:
+    questions = general_questions()
+    lay_out = model.tokenizer.turn_ids if behind else model.tokenizer.chat_ids
+    prompts = [lay_out([{"role": "user", "content": q.question}], add_generation_prompt=True) for q in questions]
+    return answer_examples(prompts, [model.tokenizer.encode(question.answer) for question in questions])
 
 
 def _turn(model: LanguageModel, text: str) -> list[int]:

@@ -137,6 +137,10 @@ def test_what_cannot_be_evaluated_is_refused_before_training(inputs: Path, tmp_p
         ({"generation": (GenerationEval("x", str(tmp_path / "none.jsonl")),)}, "none.jsonl does not exist"),
         ({"generation": (GenerationEval("x", str(inputs / "questions.jsonl"), "choice"),)}, "without choices"),
         ({"loss": (LossEval("x", questions=str(tmp_path / "none.jsonl")),)}, "none.jsonl does not exist"),
+        (
+            {"generation": (GenerationEval("x", str(inputs / "questions.jsonl"), max_tokens=tiny.WINDOW - 20),)},
+            r"the evaluation x needs \d+ tokens behind 16 slots, more than",
+        ),
     ):
         config = config_of(settings_in(tmp_path, inputs), evals=EvalsConfig(**change))
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
@@ -144,6 +148,10 @@ def test_what_cannot_be_evaluated_is_refused_before_training(inputs: Path, tmp_p
         assert not Path(config.output_dir).exists()
     with pytest.raises(ValueError, match="expected each once"):
         EvalsConfig(loss=(LossEval("x", "a"), LossEval("x", "b")))
+    with pytest.raises(ValueError, match="has the name off_topic, under which"):
+        EvalsConfig(loss=(LossEval("off_topic", "a"),), off_topic=True)
+    with pytest.raises(ValueError, match=r"the instruction 'Answer\.', expected a \{question\} in it"):
+        LossEval("x", "a", instruction="Answer.")
     with pytest.raises(ValueError, match="exactly one of dataset and questions"):
         LossEval("x")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import tiny
 from loopback import QuietHandler, serving
-from tiny_runs import config_of, settings_in
+from tiny_runs import config_of, interrupted, metrics_of, settings_in
 
 from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.data import MixConfig
+from cartridges_jax.evals.during import EvalsConfig, LossEval
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.starting_texts import SummaryConfig
 from cartridges_jax.train import train
@@ -54,15 +57,24 @@ def test_a_server_that_is_gone_or_says_nothing_is_one_sentence():
             initial_cartridge(config, tiny.model(), tiny.TEXT, [], 0)
 
 
-def test_a_run_goes_on_without_the_server(tmp_path: Path):
-    tiny.write_dataset(tmp_path / "dataset.parquet", tiny.model())
+def test_a_run_goes_on_without_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the same bytes, and accumulation, a mix, evaluations and early stopping on."""
+    dataset = tiny.write_dataset(tmp_path / "dataset.parquet", tiny.model())
     (tmp_path / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
     asked: list[dict] = []
     with serving(summarizer(SUMMARY, asked)) as url:
-        init = {"kind": "summary", "num_slots": 16, "summary": SummaryConfig(url)}
-        config = config_of(settings_in(tmp_path, tmp_path), init=init, num_steps=2, checkpoint_every=1)
-        path = train(config, tiny.model())
-    before = path.read_bytes()
-    path.unlink()
-    train(config, tiny.model())
-    assert path.read_bytes() == before and len(asked) == 1
+        config = config_of(
+            settings_in(tmp_path, tmp_path),
+            init={"kind": "summary", "num_slots": 16, "summary": SummaryConfig(url)},
+            mix=(MixConfig(str(dataset), 0.2),),
+            evals=EvalsConfig(every=1, loss=(LossEval("own", str(dataset)),), patience=3),
+            num_steps=3,
+            checkpoint_every=1,
+            accumulation=2,
+            batch_size=1,
+        )
+        whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
+        expected = train(whole, tiny.model()).read_bytes()
+        interrupted(config, 2, monkeypatch)
+    assert train(config, tiny.model()).read_bytes() == expected and len(asked) == 2
+    assert metrics_of(config.output_dir) == metrics_of(whole.output_dir)
