@@ -21,6 +21,7 @@ each run counts the fastest run's (of steps, the median). Evaluation does not co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -245,7 +246,8 @@ class Bench:
         done = [path for seed in range(seeds) if (path := self._composed(pair, seed)).is_file()]
         if done:
             composed = [json.loads(path.read_text(encoding="utf-8")) for path in done]
-            text += ["## composition", _composition(pair, composed)]
+            _plot_composition(self._output / "composition.png", pair, composed)
+            text += ["## composition", _composition(pair, composed), "![gap closed by each](composition.png)"]
         files.write_text(self._output / "report.md", "\n\n".join(text) + "\n")
 
     def _composed(self, pair: list[Trial], seed: int) -> Path:
@@ -320,13 +322,17 @@ def _table(trials: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _composition(pair: list[Trial], composed: list[dict[str, list[float]]]) -> str:
-    first, second = (trial.label for trial in pair)
-    columns = (first, second, f"{first} + {second}", f"{second} + {first}")
-    lines = [f"| gap of the questions about | {' | '.join(columns)} | seeds |", "| --- | --- | --- | --- | --- | --- |"]
-    for label in (first, second):
-        gaps = zip(*(of_seed[label] for of_seed in composed), strict=True)
-        lines.append(f"| {label} | {' | '.join(_spread(list(of)) for of in gaps)} | {len(composed)} |")
+    title = f"| gap of the questions about | {' | '.join(_columns(pair))} | seeds |"
+    lines = [title, "| --- | --- | --- | --- | --- | --- |"]
+    for trial in pair:
+        gaps = zip(*(of_seed[trial.label] for of_seed in composed), strict=True)
+        lines.append(f"| {trial.label} | {' | '.join(_spread(list(of)) for of in gaps)} | {len(composed)} |")
     return "\n".join(lines)
+
+
+def _columns(pair: list[Trial]) -> list[str]:
+    first, second = (trial.label for trial in pair)
+    return [first, second, f"{first} + {second}", f"{second} + {first}"]
 
 
 def _against_upstream(trials: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -349,17 +355,33 @@ def _spread(values: list[float]) -> str:
 
 
 def _plot(path: Path, trials: dict[str, list[dict[str, Any]]]) -> None:
+    with _axis(path) as axis:
+        for color, (label, results) in enumerate(trials.items()):
+            for i, result in enumerate(results):
+                gaps = [gap for _, gap in result["curve"]]
+                axis.plot(result["seconds"], gaps, marker=".", color=f"C{color % 10}", label=None if i else label)
+        axis.set_xlabel("seconds")
+
+
+def _plot_composition(path: Path, pair: list[Trial], composed: list[dict[str, list[float]]]) -> None:
+    with _axis(path) as axis:
+        for i, trial in enumerate(pair):
+            gaps = [statistics.mean(of) for of in zip(*(of_seed[trial.label] for of_seed in composed), strict=True)]
+            places = [place + 0.4 * i - 0.2 for place in range(len(gaps))]
+            axis.bar_label(axis.bar(places, gaps, 0.38, label=f"questions about {trial.label}"), fmt="%.2f", padding=2)
+        axis.set_xticks(range(len(gaps)), [name.replace(" + ", "\n+ ") for name in _columns(pair)], fontsize=8)
+
+
+@contextlib.contextmanager
+def _axis(path: Path) -> Iterator[Any]:
+    """To draw gaps on, which become a PNG."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for color, (label, results) in enumerate(trials.items()):
-        for i, result in enumerate(results):
-            gaps = [gap for _, gap in result["curve"]]
-            axis.plot(result["seconds"], gaps, marker=".", color=f"C{color % 10}", label=None if i else label)
-    axis.set_xlabel("seconds")
+    yield axis
     axis.set_ylabel("gap closed")
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

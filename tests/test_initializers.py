@@ -57,8 +57,8 @@ def test_random_vectors_need_a_text_to_measure(corpus: str, num_frozen: int):
         initial_cartridge(InitConfig("random_vectors", 700, num_frozen), tiny.model(), corpus, [], seed=0)
 
 
-def test_more_frozen_slots_than_are_measured_are_the_corpus(tmp_path: Path):
-    model, count = tiny.load_model(str(tiny.write_model(tmp_path / "long", max_position_embeddings=1024))), 600
+def test_more_frozen_slots_than_are_measured_are_the_corpus():
+    model, count = tiny.model(), 600
     found = initial_cartridge(InitConfig("random_vectors", 700, count), model, tiny.TEXT, [], seed=0)
     real = Cartridge.from_text(model, tiny.TEXT, count)
     np.testing.assert_allclose(found.keys[:, :count], real.keys, atol=1e-5)
