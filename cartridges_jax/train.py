@@ -108,16 +108,16 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     corpus = read_corpus(config.corpus)
     for source in [*_datasets(config), *(one.dataset for one in config.evals.loss if one.dataset)]:
         dataset_files(source)
-    mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
-    sharding.check_rows(config.batch_size, mesh)
-    model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
-    config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
-    model = quantized(model) if config.quantization == "int8" else model
     if config.init.kind == "summary" and jax.process_count() > 1:
         raise ValueError(
             f"init.kind 'summary' asks a server once, and this job has {jax.process_count()} processes: make the "
             "initial state with one and num_steps=0, and go on from it with init.kind 'pretrained'"
         )
+    mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
+    sharding.check_rows(config.batch_size, mesh)
+    model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
+    config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
+    model = quantized(model) if config.quantization == "int8" else model
     if config.init.kind != "pretrained":  # of which the file decides
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)
