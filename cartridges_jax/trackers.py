@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -67,7 +68,10 @@ class TensorBoard:
                 "track.tensorboard is True and tensorboardX is not installed: pip install 'cartridges-jax[track]'"
             ) from error
         # what stands at `first_step` is behind the last step that is kept; before the first, all begins again
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
+        purged = first_step + 1 if first_step else 0
+        # a file is named by seconds: another session of the same one would be written over
+        own = f".{time.time_ns()}"
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purged, filename_suffix=own)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in upstream_names(step, metrics).items():

@@ -13,7 +13,7 @@ from tiny_runs import config_of, metrics_of, settings_in
 from wandb.proto.wandb_internal_pb2 import RunRecord
 
 from cartridges_jax.evals.during import EvalsConfig, GenerationEval, LossEval
-from cartridges_jax.trackers import TrackConfig, answers_table
+from cartridges_jax.trackers import TensorBoard, TrackConfig, answers_table
 from cartridges_jax.train import train
 
 
@@ -57,6 +57,14 @@ def test_tensorboard_gets_upstreams_names(settings: dict[str, Any]):
     assert ("generate_facts/table/text_summary", 0) in found
     train(config, tiny.model())  # nothing is left to do, and nothing is lost
     assert scalars(Path(config.output_dir) / "tensorboard") == found
+
+
+def test_sessions_of_the_same_second_keep_what_each_wrote(tmp_path: Path):
+    for first_step in (0, 1):
+        session = TensorBoard(tmp_path, first_step)
+        session.step(first_step + 1, {"loss": 1.0})
+        session.close()
+    assert {("train/loss", 1), ("train/loss", 2)} <= scalars(tmp_path / "tensorboard").keys()
 
 
 def test_dashboards_may_change_when_a_run_goes_on(settings: dict[str, Any]):
