@@ -483,7 +483,7 @@ def test_a_full_disk_is_one_sentence(settings: dict[str, Any], small_disk: Path,
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """A limit on the size of files, which the free space of a disk does not show. Threads of TensorStore may complain
     before our sentence, which is the last line."""
-    settings |= {"init": {"num_slots": 256}, "num_steps": 4}
+    settings |= {"init": {"kind": "text", "num_slots": 256}, "num_steps": 4}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop_module, "train_step", mock.Mock(side_effect=KeyboardInterrupt))
         train(config_of(settings), tiny.model())  # the initial state is there and needs no room any more
