@@ -89,17 +89,15 @@ def initial_cartridge(
             tokens = start + starting_texts.sampled_chunks(model.tokenizer.encode(corpus), rest, seed)
             recipe = f"chunks of {starting_texts.CHUNK} tokens, {len(tokens)} in all, seed {seed}"
         case "random_text":
-            text = starting_texts.unrelated_text(config.num_slots) if config.path is None else _other_text(config.path)
+            text = starting_texts.unrelated_text(config.num_slots)
+            if config.path is not None:
+                text = files.read_text(config.path, "the text of init.path")
             tokens = _first_tokens(config, model, text, "the text of init.path")
             recipe = f"another text, first {len(tokens)} tokens"
         case "text":
             tokens = _first_tokens(config, model, corpus, "the corpus")
             recipe = f"text, first {len(tokens)} tokens"
     return Cartridge.from_tokens(model, tokens, config.num_frozen, Provenance.of(model, corpus, recipe))
-
-
-def _other_text(path: str) -> str:
-    return files.read_text(path, "the text of init.path")
 
 
 def _first_tokens(config: InitConfig, model: LanguageModel, text: str, name: str) -> list[int]:

@@ -68,7 +68,7 @@ class Journal:
             return
         # a run without a step behind it begins again, with what it evaluates before
         first = first_step if first_step > 0 else BEFORE
-        self._trackers = trackers(config.track, directory, first_step, settings)
+        self._trackers = trackers(config.track, directory, first, settings)
         self._logs = [MetricsLog(directory / METRICS, first)]
         self._samples = directory / SAMPLES, first
         limit = "" if config.max_minutes is None else f", {config.max_minutes:g} minutes at most"
@@ -139,6 +139,11 @@ class Journal:
 def history(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; none if there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of a log's lines, what was evaluated behind so many steps."""
+    return next((line for line in lines if "loss" not in line and line["step"] == num_steps - 1), None)
 
 
 def _step(line: str) -> float:

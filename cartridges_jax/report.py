@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cartridges_jax.metrics import METRICS, SAMPLES, history
+from cartridges_jax.metrics import METRICS, SAMPLES, evaluation_behind, history
 from cartridges_jax.trackers import answers_table
 from command_line import files
 
@@ -93,15 +93,14 @@ def write_training_report(directory: Path, kept: int) -> None:
     with _figure(directory / "report.png", 2, 2) as axes:
         _draw_training(axes, lines)
     steps = [line for line in lines if "loss" in line]
-    last, evaluated = steps[-1], [line for line in lines if "loss" not in line]
+    last, before, after = steps[-1], evaluation_behind(0, lines), evaluation_behind(kept, lines)
     text = [
         "# Training",
         f"{last['step'] + 1:,} steps, {last['tokens']:,} tokens, {last['seconds']:.0f} s: loss {steps[0]['loss']:.3f} "
         f"to {last['loss']:.3f}.",
         "![Loss, learning rate, throughput and evaluations](report.png)",
     ]
-    if evaluated:
-        before, after = evaluated[0], next(line for line in evaluated if line["step"] == kept - 1)
+    if before and after:
         rows = [f"| {key} | {before[key]:.4g} | {after[key]:.4g} |" for key in after if key != "step"]
         title = f"| evaluation | before | behind {kept} steps, kept |"
         text.append("\n".join([title, "| --- | --- | --- |", *rows]))

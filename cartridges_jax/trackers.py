@@ -40,15 +40,15 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def trackers(config: TrackConfig, directory: Path, first_step: int, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Those that the config names; what they had of steps after `first_step` is written anew.
+def trackers(config: TrackConfig, directory: Path, first: int, settings: Mapping[str, Any]) -> list[Tracker]:
+    """Those that the config names; what they had of the steps from `first` on, as logs count them, is written anew.
 
     Raises:
       ImportError: one of them is not installed.
     """
     made: list[Tracker] = []
     if config.tensorboard:
-        made.append(TensorBoard(directory, first_step))
+        made.append(TensorBoard(directory, first))
     if config.wandb != "off":
         made.append(WeightsAndBiases(config, directory, settings))
     return made
@@ -60,18 +60,16 @@ def upstream_names(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class TensorBoard:
-    def __init__(self, directory: Path, first_step: int):
+    def __init__(self, directory: Path, first: int):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise ImportError(
                 "track.tensorboard is True and tensorboardX is not installed: pip install 'cartridges-jax[track]'"
             ) from error
-        # what stands at `first_step` is behind the last step that is kept; before the first, all begins again
-        purged = first_step + 1 if first_step else 0
         # a file is named by seconds: another session of the same one would be written over
         own = f".{time.time_ns()}"
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purged, filename_suffix=own)
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1, filename_suffix=own)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in upstream_names(step, metrics).items():

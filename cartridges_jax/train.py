@@ -35,7 +35,7 @@ from cartridges_jax.evals.during import Evals, EvalsConfig
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.loop import Best, Job, RunState, run_loop
 from cartridges_jax.losses import Reduction, Tail
-from cartridges_jax.metrics import METRICS, Journal, history
+from cartridges_jax.metrics import METRICS, Journal, evaluation_behind, history
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.models.quantization import quantized
@@ -249,15 +249,15 @@ def _with_training(
     steps = f"{num_steps} steps" if config.evals.patience is None else f"{kept} steps, the best of {num_steps},"
     recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}, reduction {config.reduction}"
     recipe += ", int8 base" if config.quantization == "int8" else ""
-    lines = history(directory / METRICS)
-    evaluated = [line for line in lines if "loss" not in line and line["step"] == kept - 1]
+    evaluated = evaluation_behind(kept, history(directory / METRICS))
+    evaluation = before.evaluation if kept == 0 else ""
     provenance = dataclasses.replace(
         before,
         recipe=f"{before.recipe}; {recipe}",
         training_tokens=before.training_tokens + tokens,
         training_flops=before.training_flops + flops_per_token(job.model.config) * tokens,
         dataset_hash=dataset_hash if config.dataset else before.dataset_hash,
-        evaluation=json.dumps(evaluated[0], sort_keys=True) if evaluated else "" if kept else before.evaluation,
+        evaluation=json.dumps(evaluated, sort_keys=True) if evaluated else evaluation,
     )
     return cartridge.replace(provenance=provenance)  # type: ignore[attr-defined]
 
