@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import config
+from command_line.errors import UserError
 
 TIMEOUT_SECONDS = 600.0
 # Tokasaurus rewrites an id that holds anything else, and then looks for a folder of another name.
@@ -67,7 +68,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """The JSON answer of a server.
 
     Raises:
-      ValueError: it refuses the request; the sentence is its own.
+      UserError: it refuses the request; the sentence is its own.
       ConnectionError: it cannot be reached, or answers something else than JSON.
     """
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -76,7 +77,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
         with error:
-            raise ValueError(f"{url} answers {error.code}: {error.read(2000).decode(errors='replace')}") from error
+            raise UserError(f"{url} answers {error.code}: {error.read(2000).decode(errors='replace')}") from error
     except (OSError, ValueError) as error:
         raise ConnectionError(f"{url} cannot be asked ({error}): is the server running there?") from error
 
@@ -94,11 +95,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=128)
     args = parser.parse_args(argv)
     if not NAME.fullmatch(args.name):
-        raise ValueError(f"--name is {args.name!r}, expected letters and digits with single dashes or underscores")
+        raise UserError(f"--name is {args.name!r}, expected letters and digits with single dashes or underscores")
     if args.cartridge is not None and args.folder is None:
-        raise ValueError("--cartridge is put into the server's folder of cartridges: say which with --folder")
+        raise UserError("--cartridge is put into the server's folder of cartridges: say which with --folder")
     if args.engine == "vllm" and args.folder is None:
-        raise ValueError(
+        raise UserError(
             "vLLM wants a placeholder for every slot: give --folder, where the cartridge tells their number"
         )
     return args

@@ -30,6 +30,7 @@ from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
+from command_line.errors import UserError
 
 ROW = 256  # tokens of a packed row of reference conversations
 QUERY_TOKENS = 1024  # of conversations, beside the document's own; p slots need several times p queries
@@ -45,7 +46,7 @@ class MatchingConfig:
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 2:
-            raise ValueError(f"init.matching.chunk_tokens is {self.chunk_tokens}, expected at least 2")
+            raise UserError(f"init.matching.chunk_tokens is {self.chunk_tokens}, expected at least 2")
 
 
 def attention_matching(
@@ -63,17 +64,17 @@ def attention_matching(
         document being repeated have to do.
 
     Raises:
-      ValueError: the document has fewer than `num_slots` tokens, or there are too few slots for its chunks.
+      UserError: the document has fewer than `num_slots` tokens, or there are too few slots for its chunks.
     """
     config = config or MatchingConfig()
     if config.queries == "conversations" and not examples:
-        raise ValueError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
+        raise UserError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
     bodies, (before, after) = _chunks(model, corpus, min(config.chunk_tokens, model.config.window - ROW))
     chunks = [[*before, *body, *after] for body in bodies]
     # behind the first, a chunk fits one slot more, its sink, which is dropped
     shares = [num_slots // len(chunks) + (i < num_slots % len(chunks)) + (i > 0) for i in range(len(chunks))]
     if any(not 2 <= share <= len(chunk) for share, chunk in zip(shares, chunks, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"the document has {len(chunks)} chunks of {len(chunks[0])} tokens, expected at least the {num_slots} "
             "slots and two of them for each chunk: choose another init.num_slots, or another init.kind"
         )
@@ -115,7 +116,7 @@ def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int
     frame = whole[:before], whole[len(whole) - after :]
     body, room = whole[before : len(whole) - after], size - before - after
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"a chunk of {size} tokens leaves no room for a text: expected more than {size - room} of "
             f"init.matching.chunk_tokens, and {ROW} more than those of {model.name}'s window, {model.config.window}"
         )

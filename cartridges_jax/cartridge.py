@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from cartridges_jax import sharding
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from cartridges_jax.models.config import ModelConfig
@@ -102,20 +103,20 @@ class Cartridge:
         """Itself, if its shapes fit the model.
 
         Raises:
-          ValueError: other layers, kv heads or head size, or shapes that do not belong together.
+          UserError: other layers, kv heads or head size, or shapes that do not belong together.
         """
         l, p, k, h = self.keys.shape if self.keys.ndim == 4 else (0, 0, 0, 0)
         expected = (config.num_layers, p, config.num_kv_heads, config.head_dim)
         if (l, p, k, h) != expected or self.values.shape != self.keys.shape:
-            raise ValueError(
+            raise UserError(
                 f"the cartridge's keys are {self.keys.shape} and values {self.values.shape}, "
                 f"expected {expected} as [layers, slots, kv heads, head size] of this model: use the model it was made "
                 "for"
             )
         if self.bias is not None and self.bias.shape != (l, p, k):
-            raise ValueError(f"the cartridge's bias is {self.bias.shape}, expected {(l, p, k)}")
+            raise UserError(f"the cartridge's bias is {self.bias.shape}, expected {(l, p, k)}")
         if not 0 <= self.num_frozen <= p:
-            raise ValueError(f"num_frozen is {self.num_frozen}, expected 0 to the number of slots, {p}")
+            raise UserError(f"num_frozen is {self.num_frozen}, expected 0 to the number of slots, {p}")
         return self
 
     @classmethod
@@ -125,7 +126,7 @@ class Cartridge:
         """The keys and values of the first `num_tokens` tokens of `text` (by default all): the lossless control.
 
         Raises:
-          ValueError: the text has no token, or more than the model's window.
+          UserError: the text has no token, or more than the model's window.
         """
         tokens = model.tokenizer.encode(text, add_special_tokens=True)[:num_tokens]
         return cls.from_tokens(
@@ -138,11 +139,9 @@ class Cartridge:
     ) -> Cartridge:
         """The keys and values of these tokens at positions 0…p-1."""
         if len(tokens) == 0:
-            raise ValueError("the text has no tokens: a cartridge needs at least one")
+            raise UserError("the text has no tokens: a cartridge needs at least one")
         if len(tokens) > model.config.window:
-            raise ValueError(
-                f"{len(tokens)} tokens exceed {model.name}'s window of {model.config.window}: cut the text"
-            )
+            raise UserError(f"{len(tokens)} tokens exceed {model.name}'s window of {model.config.window}: cut the text")
         # padded on the right to a multiple, which causality hides, so that similar lengths share one compiled program
         padded_t = np.zeros(math.ceil(len(tokens) / 64) * 64, np.int32)
         padded_t[: len(tokens)] = tokens
@@ -175,7 +174,7 @@ class Cartridge:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: not a whole cartridge, a newer format, or another model's, both sides shown.
+          UserError: not a whole cartridge, a newer format, or another model's, both sides shown.
           ConnectionError, PermissionError: it has to be fetched and cannot be.
         """
         from cartridges_jax.interop import formats
@@ -203,14 +202,14 @@ def _check_provenance(found: Provenance, model: LanguageModel, source: str) -> N
     for field, meaning in (("weights_hash", "weights"), ("tokenizer_hash", "tokenizer")):
         theirs, ours = getattr(found, field), getattr(expected, field)
         if theirs and theirs != ours:
-            raise ValueError(
+            raise UserError(
                 f"{source} was made for {found.model} ({meaning} {theirs[:12]}…), not for {expected.model} "
                 f"({meaning} {ours[:12]}…): load the model it was made for"
             )
     if not found.weights_hash and _name_differs(found.model, expected.model):
-        raise ValueError(f"{source} says that it is for {found.model}, not for {expected.model}: load that model")
+        raise UserError(f"{source} says that it is for {found.model}, not for {expected.model}: load that model")
     if difference := model.config.layout_differs(found.model_config):
-        raise ValueError(
+        raise UserError(
             f"{source} was made for {found.model} {difference}: its slots mean nothing to {expected.model}, load the "
             "model it was made for"
         )

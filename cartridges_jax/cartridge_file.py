@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from cartridges_jax.cartridge import Cartridge, Provenance
 from command_line import files
+from command_line.errors import UserError
 
 FORMAT_VERSION = 2  # the newest that is read; 1 had no int8, and is still written wherever it can say the same
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
@@ -27,7 +28,7 @@ def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None 
     """Writes the file, whole or not at all, with keys and values in `dtype` (as they are held by default).
 
     Raises:
-      ValueError: an unknown dtype, or values that it cannot hold.
+      UserError: an unknown dtype, or values that it cannot hold.
       OSError: the folder cannot be written, or the disk is full.
     """
     tensors = {**_encode("keys", cartridge.keys, dtype), **_encode("values", cartridge.values, dtype)}
@@ -57,7 +58,7 @@ def read(path: Path) -> Cartridge:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a whole cartridge file, or a newer format.
+      UserError: not a whole cartridge file, or a newer format.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a cartridge.safetensors file")
@@ -71,8 +72,8 @@ def read(path: Path) -> Cartridge:
             bias = None if "bias" not in tensors else jnp.asarray(tensors["bias"])
             return Cartridge(keys, values, bias, *read_header(header))
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
-    raise ValueError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade")
+        raise UserError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
+    raise UserError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade")
 
 
 def header_of(cartridge: Cartridge) -> dict[str, object]:
@@ -96,13 +97,13 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """The array in a floating-point dtype.
 
     Raises:
-      ValueError: a value is too large for it.
+      UserError: a value is too large for it.
     """
     with np.errstate(over="ignore"):
         small = array.astype(DTYPES[dtype])
     if not np.isfinite(small.astype(np.float32)).all():
         largest = np.abs(array).max()
-        raise ValueError(f"{dtype} cannot hold a value of {largest:.3g}, which this cartridge has: use bfloat16")
+        raise UserError(f"{dtype} cannot hold a value of {largest:.3g}, which this cartridge has: use bfloat16")
     return small
 
 
@@ -111,7 +112,7 @@ def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray
     if dtype is None:
         return {name: held}
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if dtype != "int8":
         return {name: cast(held, dtype)}
     scale_lpk = np.abs(held.astype(np.float32)).max(-1, initial=0) / 127

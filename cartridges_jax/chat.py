@@ -19,6 +19,7 @@ from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup, keep_programs
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
 from command_line import config, files, progress
+from command_line.errors import UserError
 
 HELP = """\
 /clear            forget the conversation
@@ -85,7 +86,7 @@ class Chat:
         """Streams the answer; a consumer that stops early (Ctrl-C) keeps what it has seen of it.
 
         Raises:
-          ValueError: the window is full; the conversation is then as before.
+          UserError: the window is full; the conversation is then as before.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         request = self._request(messages, self.prefix)
@@ -108,7 +109,7 @@ class Chat:
         slots = prefix.length if prefix else 0
         room = self._engine.max_length - slots - len(prompt)
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"the window of {self._engine.max_length} positions is full ({slots} of the cartridge, {len(prompt)} "
                 "of the conversation): /undo, /clear, or start again with a larger --max-length"
             )
@@ -196,7 +197,7 @@ class Terminal:
     def _change(self, name: str) -> None:
         try:
             self._chat.prefix = None if name == "none" else self._load(name)
-        except (ValueError, OSError, LookupError) as error:
+        except (UserError, OSError, LookupError) as error:
             self._write(f"{error}\n")
             return
         self._write("no cartridge\n" if name == "none" else f"{self._chat.prefix.length:,} slots\n")
@@ -230,7 +231,7 @@ class Terminal:
                 note = "stopped" if stopped.is_set() else told.cut
                 self._write(f" [{note}]\n" if note else "\n")
                 self._write(f"({told})\n\n" if measured else "")
-            except ValueError as error:
+            except UserError as error:
                 self._write(f"{error}\n")
             return not stopped.is_set()
 
@@ -300,7 +301,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or not 0 <= args.temperature <= 2:
-        raise ValueError("--max-tokens is at least 1 and --temperature from 0 to 2")
+        raise UserError("--max-tokens is at least 1 and --temperature from 0 to 2")
     return args
 
 

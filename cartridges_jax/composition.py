@@ -11,16 +11,17 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from cartridges_jax.cartridge import Cartridge
+from command_line.errors import UserError
 
 
 def compose(cartridges: Sequence[Cartridge]) -> Cartridge:
     """The slots of all cartridges; of those after the first, without the frozen ones, whose sink is there already.
 
     Raises:
-      ValueError: none is given, they were made for different models, or one holds nothing but its sink.
+      UserError: none is given, they were made for different models, or one holds nothing but its sink.
     """
     if not cartridges:
-        raise ValueError("no cartridge is given: compose at least one")
+        raise UserError("no cartridge is given: compose at least one")
     first = cartridges[0]
     l, _, k, h = first.keys.shape
     for number, other in enumerate(cartridges[1:], start=2):
@@ -28,12 +29,12 @@ def compose(cartridges: Sequence[Cartridge]) -> Cartridge:
         hashes = {c.provenance.weights_hash for c in (first, other) if c.provenance.weights_hash}
         if theirs != ours or len(hashes) > 1:
             models = [c.provenance.model or "an unknown model" for c in (first, other)]
-            raise ValueError(
+            raise UserError(
                 f"cartridge 1 was made for {models[0]} and has keys {first.keys.shape}, cartridge {number} for "
                 f"{models[1]} and has {theirs} as [layers, slots, kv heads, head size]: compose those of one model"
             )
         if other.num_frozen >= other.num_slots:
-            raise ValueError(f"all {other.num_slots} slots of cartridge {number} are frozen: leave it out")
+            raise UserError(f"all {other.num_slots} slots of cartridge {number} are frozen: leave it out")
     starts = [0, *(cartridge.num_frozen for cartridge in cartridges[1:])]
     parts = list(zip(cartridges, starts, strict=True))
     bias_lpk = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import config, files, progress
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from cartridges_jax.cartridge import Cartridge
@@ -60,9 +61,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     if args.to is None:
         args.to = _format_of(args.target)
     if (args.pad or args.fold_bias) and args.model is None:
-        raise ValueError("--pad and --fold-bias change the slots as one model sees them: say which with --model")
+        raise UserError("--pad and --fold-bias change the slots as one model sees them: say which with --model")
     if args.target.startswith("hf:") and args.to != "safetensors":
-        raise ValueError(f"{args.target} is pushed as cartridge.safetensors: convert to a folder for --to={args.to}")
+        raise UserError(f"{args.target} is pushed as cartridge.safetensors: convert to a folder for --to={args.to}")
     return args
 
 
@@ -71,7 +72,7 @@ def _format_of(target: str) -> str:
         return "safetensors"
     if target.endswith(".pt"):
         return "upstream"
-    raise ValueError(f"{target} says no format: end it in .safetensors or .pt, or give --to={'|'.join(FORMATS)}")
+    raise UserError(f"{target} says no format: end it in .safetensors or .pt, or give --to={'|'.join(FORMATS)}")
 
 
 def _model(name: str | None) -> LanguageModel | None:

@@ -23,6 +23,7 @@ from cartridges_jax.interop.sources import fetch_dataset
 from cartridges_jax.losses import Batch
 from cartridges_jax.tokenizer import Tokenizer
 from command_line import files
+from command_line.errors import UserError
 from synth.conversation import Conversation, Message, iterate, read, write
 
 Targets = Literal["logprobs", "tokens"]  # the teacher's distribution, or the answer's next token for certain
@@ -38,7 +39,7 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1:
-            raise ValueError(
+            raise UserError(
                 f"the weight of {self.dataset} in config.mix is {self.weight}, expected above 0 and below 1"
             )
 
@@ -60,7 +61,7 @@ def read_corpus(path: str | Path) -> str:
     """The text that a cartridge stands in for.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, an empty one, or one that is not UTF-8.
+      FileNotFoundError, UserError: no such file, an empty one, or one that is not UTF-8.
     """
     return files.read_text(path, "the text that the cartridge stands in for")
 
@@ -70,7 +71,7 @@ def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
 
     Raises:
       FileNotFoundError: no such file, or a folder without a Parquet file.
-      ValueError, PermissionError, ConnectionError: it has to be fetched and cannot be.
+      UserError, PermissionError, ConnectionError: it has to be fetched and cannot be.
     """
     path = fetch_dataset(source)
     if not path.is_dir():
@@ -87,7 +88,7 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "lo
     """Reads a dataset, of `synth` or of upstream's, and lays every conversation out.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, a damaged one, or one without a single target.
+      FileNotFoundError, UserError: no such file, a damaged one, or one without a single target.
     """
     return [example for _, example in typed_examples(path, tokenizer, targets)]
 
@@ -102,12 +103,12 @@ def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "l
                 kind = conversation.metadata.get("seed_prompt_type") or conversation.type or "none"
                 found.append((str(kind), example))
     if not found and targets == "logprobs":
-        raise ValueError(
+        raise UserError(
             f"{path} holds no teacher log-probabilities: synthesize with top_logprobs above 0, or train on "
             "targets='tokens'"
         )
     if not found:
-        raise ValueError(f"{path} holds no answer: expected conversations with messages of an assistant")
+        raise UserError(f"{path} holds no answer: expected conversations with messages of an assistant")
     return found
 
 
@@ -115,10 +116,10 @@ def check_lengths(examples: Sequence[Example], seq_len: int) -> None:
     """Says how many conversations rows of `seq_len` tokens cut.
 
     Raises:
-      ValueError: no target is left.
+      UserError: no target is left.
     """
     if examples and not any((example.target_index < seq_len).any() for example in examples):
-        raise ValueError(f"seq_len is {seq_len}, which cuts every conversation before its first answer: raise it")
+        raise UserError(f"seq_len is {seq_len}, which cuts every conversation before its first answer: raise it")
     cut = sum(len(example.tokens) > seq_len for example in examples)
     if cut:
         log.warning("%d of %d conversations are longer than seq_len %d and are cut there", cut, len(examples), seq_len)
@@ -173,7 +174,7 @@ def _frames(messages: Sequence[Message], tokenizer: Tokenizer) -> list[list[int]
     for mark in marks:
         before, found, rest = rest.partition(mark)
         if not found:
-            raise ValueError("the model's chat template leaves out a message: its conversations cannot be laid out")
+            raise UserError("the model's chat template leaves out a message: its conversations cannot be laid out")
         frames.append(tokenizer.encode(before))
     return [*frames, tokenizer.encode(rest)]
 
@@ -299,11 +300,11 @@ def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path,
     """Sets `num_held_out` conversations apart, evenly over the dataset; returns the rest's file and theirs.
 
     Raises:
-      ValueError: fewer than two conversations a side.
+      UserError: fewer than two conversations a side.
     """
     conversations = read(path)
     if not 1 <= num_held_out <= len(conversations) // 2:
-        raise ValueError(
+        raise UserError(
             f"{path} has {len(conversations)} conversations, too few to keep {num_held_out} out of training: make more"
         )
     chosen = {i * len(conversations) // num_held_out for i in range(num_held_out)}

@@ -31,6 +31,7 @@ from cartridges_jax.serving.generate import generate_ids
 from cartridges_jax.serving.scheduler import Place, Prefix, SlotInput
 from cartridges_jax.train import INITIAL
 from command_line.config import build, load, run
+from command_line.errors import UserError
 from command_line.progress import Progress
 
 TIMED_TOKENS = 16  # decode steps behind the rate in the table
@@ -52,9 +53,9 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if (self.questions is None) == (self.held_out is None):
-            raise ValueError("set exactly one of config.questions and config.held_out: what shall be asked?")
+            raise UserError("set exactly one of config.questions and config.held_out: what shall be asked?")
         if "{question}" not in self.instruction or "{document}" not in self.document_prompt:
-            raise ValueError("config.instruction needs {question} and config.document_prompt needs {document}")
+            raise UserError("config.instruction needs {question} and config.document_prompt needs {document}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
     """Runs every condition, writes `report.json`, `report.md` and `report.png`, and returns the report.
 
     Raises:
-      FileNotFoundError, ValueError: a missing or unusable input, or a cartridge of another model.
+      FileNotFoundError, UserError: a missing or unusable input, or a cartridge of another model.
     """
     questions = read_questions(config)
     corpus = read_corpus(config.corpus)

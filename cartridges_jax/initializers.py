@@ -17,6 +17,7 @@ from cartridges_jax.data import Example
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.starting_texts import SummaryConfig
 from command_line import files
+from command_line.errors import UserError
 
 STATISTICS_TOKENS = 512  # of the corpus, from which random vectors take their mean and spread
 
@@ -46,17 +47,17 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         if self.num_slots < 1 or not 0 <= self.num_frozen <= self.num_slots:
-            raise ValueError(
+            raise UserError(
                 f"init has num_slots {self.num_slots} and num_frozen {self.num_frozen}: "
                 "expected at least one slot and num_frozen from 0 to num_slots"
             )
         if (self.kind == "pretrained" and self.path is None) or (self.path is not None and self.kind not in WITH_PATH):
-            raise ValueError(
+            raise UserError(
                 f"init.kind is {self.kind!r} and init.path {self.path!r}: a path belongs to 'pretrained', which needs "
                 "one, or to 'random_text'"
             )
         if self.kind == "summary" and self.summary.base_url is None:
-            raise ValueError("init.kind is 'summary': set init.summary.base_url to the server that shall write it")
+            raise UserError("init.kind is 'summary': set init.summary.base_url to the server that shall write it")
 
 
 def initial_cartridge(
@@ -65,7 +66,7 @@ def initial_cartridge(
     """The cartridge before training, in float32. Only attention matching looks at `examples`, the training data.
 
     Raises:
-      ValueError: the text is shorter than `num_slots` tokens, or a pretrained file belongs to another model.
+      UserError: the text is shorter than `num_slots` tokens, or a pretrained file belongs to another model.
       ConnectionError: the server that should write a summary cannot be reached.
     """
     match config.kind:
@@ -103,7 +104,7 @@ def initial_cartridge(
 def _first_tokens(config: InitConfig, model: LanguageModel, text: str, name: str) -> list[int]:
     tokens = model.tokenizer.encode(text, add_special_tokens=True)[: config.num_slots]
     if len(tokens) < config.num_slots:
-        raise ValueError(f"{name} has {len(tokens)} tokens, fewer than init.num_slots, {config.num_slots}: lower it")
+        raise UserError(f"{name} has {len(tokens)} tokens, fewer than init.num_slots, {config.num_slots}: lower it")
     return tokens
 
 
@@ -124,7 +125,7 @@ def _measured(config: InitConfig, model: LanguageModel, corpus: str) -> Cartridg
     tokens = model.tokenizer.encode(corpus, add_special_tokens=True)
     needed = max(2, config.num_frozen)
     if len(tokens) < needed:
-        raise ValueError(
+        raise UserError(
             f"the corpus has {len(tokens)} tokens, expected at least {needed}: random vectors take their spread and "
             "the frozen slots from it"
         )

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cartridges_jax import collectives
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, Remat, head_weights, hidden_states, project
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from cartridges_jax.cartridge import Cartridge
@@ -84,7 +85,7 @@ def loss_sum(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
     if tail not in ("drop", "bucket") or reduction not in ("token", "entry", "row"):
-        raise ValueError(
+        raise UserError(
             f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token, entry or row"
         )
     hidden_btd = hidden_states(

@@ -18,6 +18,7 @@ import numpy as np
 from cartridges_jax.device import memory_in_use
 from cartridges_jax.trackers import trackers
 from command_line import files
+from command_line.errors import UserError
 from command_line.progress import Progress
 
 if TYPE_CHECKING:
@@ -83,12 +84,12 @@ class Journal:
         """One update: its metrics, all tokens so far and all seconds so far, also those of earlier sessions.
 
         Raises:
-          ValueError: the loss or the gradient is not finite.
+          UserError: the loss or the gradient is not finite.
         """
         values = {name: float(value) for name, value in metrics.items()}
         for name in ("loss", "grad_norm"):
             if not np.isfinite(values[name]):
-                raise ValueError(
+                raise UserError(
                     f"the {name} of step {step} is {values[name]}: training diverged, lower config.optim.lr"
                 )
         if not self._logs:

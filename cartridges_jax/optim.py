@@ -9,6 +9,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+from command_line.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -22,9 +24,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(f"optim.clip_norm is {self.clip_norm}, expected a length above 0, or none")
+            raise UserError(f"optim.clip_norm is {self.clip_norm}, expected a length above 0, or none")
         if not 0 < self.lr < math.inf or self.warmup_steps < 0 or not 0 <= self.final_fraction <= 1:
-            raise ValueError(
+            raise UserError(
                 f"optim has lr {self.lr}, warmup_steps {self.warmup_steps} and final_fraction {self.final_fraction}: "
                 "expected lr > 0, warmup_steps >= 0 and final_fraction from 0 to 1"
             )

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from command_line.config import USER_ERRORS
+from command_line.errors import UserError
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def joined_job(several: bool) -> Iterator[None]:
     when they miss it.
 
     Raises:
-      ValueError: nothing says who the others are.
+      UserError: nothing says who the others are.
       ConnectionError: they cannot be reached.
     """
     if not several:
@@ -37,7 +37,7 @@ def joined_job(several: bool) -> Iterator[None]:
     _join()
     try:
         yield
-    except (jax.errors.JaxRuntimeError, *USER_ERRORS) as error:
+    except (jax.errors.JaxRuntimeError, UserError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _leave(
             f"{reason} (process {jax.process_index()} of {jax.process_count()}; if another was lost, run the same "
@@ -84,7 +84,7 @@ def _join() -> None:
             **bind,
         )
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"config.distributed is True, but who the other processes are is unknown ({error}): start it on a TPU pod, "
             "with Slurm or in Kubernetes, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error

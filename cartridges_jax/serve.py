@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cartridges_jax.serving.server import Server, is_loopback
 from cartridges_jax.serving.store import NAME, CartridgeStore
 from command_line import config, files, progress
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -117,20 +118,20 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
     return args
 
 
 def _named(given: str) -> tuple[str, str]:
     name, _, source = given.partition("=")
     if not NAME.fullmatch(name) or not source:
-        raise ValueError(f"--cartridge is {given!r}, expected NAME=SOURCE, the name without separators")
+        raise UserError(f"--cartridge is {given!r}, expected NAME=SOURCE, the name without separators")
     return name, source
 
 
 def _folder(given: str | None) -> Path:
     if given is not None and not Path(given).is_dir():
-        raise ValueError(f"--cartridges is {given!r}, which is not a folder: create it, or leave the option out")
+        raise UserError(f"--cartridges is {given!r}, which is not a folder: create it, or leave the option out")
     return Path(given or DEFAULT_FOLDER)
 
 
@@ -139,7 +140,7 @@ def _read_key(path: Path | None) -> str | None:
         return None
     key = path.read_text(encoding="utf-8").strip()
     if not key:
-        raise ValueError(f"--api-key-file={path} is empty: write the key into it")
+        raise UserError(f"--api-key-file={path} is empty: write the key into it")
     return key
 
 
@@ -196,7 +197,7 @@ def _mesh(tensor: int) -> Mesh | None:
     from cartridges_jax.sharding import MeshConfig, make_mesh
 
     if tensor > len(jax.devices()):
-        raise ValueError(f"--tensor is {tensor}, and there are {len(jax.devices())} devices here: expected no more")
+        raise UserError(f"--tensor is {tensor}, and there are {len(jax.devices())} devices here: expected no more")
     return make_mesh(MeshConfig(tensor=tensor), jax.devices()[:tensor]) if tensor > 1 else None
 
 

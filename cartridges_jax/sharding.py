@@ -23,6 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from command_line.errors import UserError
+
 if TYPE_CHECKING:
     from cartridges_jax.models.config import ModelConfig
 
@@ -84,20 +86,18 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         if min(self.fsdp, self.tensor, 1 if self.data is None else self.data) < 1:
-            raise ValueError(
-                f"the mesh is data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: expected 1 or more"
-            )
+            raise UserError(f"the mesh is data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: expected 1 or more")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     """Sizes of the axes.
 
     Raises:
-      ValueError: they do not multiply to the number of devices.
+      UserError: they do not multiply to the number of devices.
     """
     data = num_devices // (config.fsdp * config.tensor) if config.data is None else config.data
     if data * config.fsdp * config.tensor != num_devices:
-        raise ValueError(
+        raise UserError(
             f"the mesh is data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which does not come to the "
             f"{num_devices} devices here: change config.mesh"
         )
@@ -126,23 +126,23 @@ def check(config: ModelConfig, mesh: Mesh) -> None:
     """Refuses sizes that do not go together (see above).
 
     Raises:
-      ValueError: says which.
+      UserError: says which.
     """
     needs = [("fsdp", "width", config.embed_dim), ("tensor", "number of query heads", config.num_heads)]
     needs += [("tensor", "MLP width", config.mlp_dim), ("tensor", "vocabulary", config.vocab_size)]
     for axis, what, size in needs:
         if size % mesh.shape[axis]:
-            raise ValueError(
+            raise UserError(
                 f"the mesh's {axis} is {mesh.shape[axis]}, which does not divide this model's {what}, {size}: "
                 "choose a divisor"
             )
 
 
 def check_rows(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the devices can share the rows of a batch evenly."""
+    """Raises UserError unless the devices can share the rows of a batch evenly."""
     shares = math.prod(mesh.shape[axis] for axis in ROWS)
     if batch_size % shares:
-        raise ValueError(
+        raise UserError(
             f"config.batch_size is {batch_size}, which {shares} devices (data times fsdp of the mesh) cannot share "
             "evenly: choose a multiple"
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cartridges_jax.ask import post
+from command_line.errors import UserError
 
 CHUNK = 64  # tokens of a sampled chunk (arXiv 2508.17032)
 WORDS_PER_TOKEN = 0.75  # of English, for what a server is asked to write
@@ -27,11 +28,11 @@ def sampled_chunks(tokens: Sequence[int], num_tokens: int, seed: int) -> list[in
     """Chunks of 64 tokens from random places, none twice, in the text's order (arXiv 2508.17032).
 
     Raises:
-      ValueError: the text has fewer than `num_tokens` tokens.
+      UserError: the text has fewer than `num_tokens` tokens.
     """
     left_out = len(tokens) - num_tokens
     if left_out < 0:
-        raise ValueError(f"the corpus has {len(tokens)} tokens, expected {num_tokens}: lower init.num_slots")
+        raise UserError(f"the corpus has {len(tokens)} tokens, expected {num_tokens}: lower init.num_slots")
     skipped = np.sort(np.random.default_rng(seed).integers(left_out + 1, size=-(-num_tokens // CHUNK)))
     starts = [CHUNK * i + int(skip) for i, skip in enumerate(skipped)]
     return [token for start in starts for token in tokens[start : start + CHUNK]][:num_tokens]
@@ -41,7 +42,7 @@ def summary(corpus: str, num_tokens: int, config: SummaryConfig) -> str:
     """What the server makes of the corpus, in about `num_tokens` tokens.
 
     Raises:
-      ValueError: the server refuses (a corpus beyond its window, say) or writes nothing.
+      UserError: the server refuses (a corpus beyond its window, say) or writes nothing.
       ConnectionError: it cannot be reached.
     """
     instruction = config.instruction.replace("{words}", str(max(1, round(num_tokens * WORDS_PER_TOKEN))))
@@ -55,7 +56,7 @@ def summary(corpus: str, num_tokens: int, config: SummaryConfig) -> str:
     choices = post(url, body).get("choices") or [{}]
     text = choices[0].get("message", {}).get("content") or ""
     if not text.strip():
-        raise ValueError(f"{url} answers without a text: expected a summary to start from")
+        raise UserError(f"{url} answers without a text: expected a summary to start from")
     return text
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cartridges_jax.models.hub import ModelFiles
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -76,12 +77,12 @@ class Tokenizer:
           thinking: the template's `enable_thinking`, for models that know it; None leaves it to the template.
 
         Raises:
-          ValueError: the model has no chat template, or its template refuses these messages.
+          UserError: the model has no chat template, or its template refuses these messages.
         """
         import jinja2
 
         if not self._wrapped.chat_template:
-            raise ValueError("this model has no chat template: use an instruction-tuned model, or plain completions")
+            raise UserError("this model has no chat template: use an instruction-tuned model, or plain completions")
         conversation = [dict(message) for message in messages]
         try:
             text = self._wrapped.apply_chat_template(
@@ -91,7 +92,7 @@ class Tokenizer:
                 **({} if thinking is None else {"enable_thinking": thinking}),
             )
         except jinja2.TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
+            raise UserError(f"the model's chat template refuses these messages: {error}") from error
         assert isinstance(text, str)
         return text
 
@@ -118,7 +119,7 @@ class Tokenizer:
             whole = self.render_chat(
                 [system, *messages], add_generation_prompt=add_generation_prompt, thinking=thinking
             )
-        except ValueError:  # a template without system messages adds none either
+        except UserError:  # a template without system messages adds none either
             return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
         if not whole.startswith(opening):
             return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
@@ -189,7 +190,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer.
-      ValueError: a damaged file, or a kind of tokenizer that is not supported; the sentence says which.
+      UserError: a damaged file, or a kind of tokenizer that is not supported; the sentence says which.
     """
     if files.gguf is not None:
         return _from_gguf(files.gguf)
@@ -203,22 +204,22 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     `gguf.GGUFReader` makes two numpy arrays for every string: 2 s for a vocabulary of 49k, where this takes 0.05 s.
 
     Raises:
-      ValueError: not a GGUF file, a version that is not supported, or a file that ends too early.
+      UserError: not a GGUF file, a version that is not supported, or a file that ends too early.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{str(path)!r} is no GGUF file: it does not begin with the four bytes 'GGUF'")
+            raise UserError(f"{str(path)!r} is no GGUF file: it does not begin with the four bytes 'GGUF'")
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read_metadata(data, path)
         except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"{str(path)!r} is a damaged GGUF file: its metadata ends early or is garbled") from error
+            raise UserError(f"{str(path)!r} is a damaged GGUF file: its metadata ends early or is garbled") from error
 
 
 def _read_metadata(data: mmap.mmap, path: Path) -> dict[str, Any]:
     version, _, count = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
-        raise ValueError(f"{str(path)!r} is not a little-endian GGUF file of version 2 or 3")
+        raise UserError(f"{str(path)!r} is not a little-endian GGUF file of version 2 or 3")
     offset = 24
 
     def read(kind: int) -> Any:
@@ -255,7 +256,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     metadata = gguf_metadata(path)
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise ValueError(f"{str(path)!r} has a tokenizer of kind {kind!r}: only byte-level BPE ('gpt2') is supported")
+        raise UserError(f"{str(path)!r} has a tokenizer of kind {kind!r}: only byte-level BPE ('gpt2') is supported")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
 
     def token_id(name: str) -> int | None:
@@ -290,7 +291,7 @@ def _backend(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
     elif pre in ("llama-bpe", "qwen2"):
         first, own_regex = [pre_tokenizers.Split(Regex(_LLAMA3 if llama else _QWEN2), behavior="isolated")], False
     else:
-        raise ValueError(f"{str(path)!r} splits text by {pre!r}: known are {', '.join(map(repr, _PRE_TOKENIZERS))}")
+        raise UserError(f"{str(path)!r} splits text by {pre!r}: known are {', '.join(map(repr, _PRE_TOKENIZERS))}")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_regex)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
     backend.decoder = decoders.ByteLevel()
@@ -318,9 +319,9 @@ def _from_directory(path: Path) -> Tokenizer:
         wrapped = load(str(path), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the tokenizer in {str(path)!r} cannot be read: {reason}") from error
+        raise UserError(f"the tokenizer in {str(path)!r} cannot be read: {reason}") from error
     if getattr(wrapped, "backend_tokenizer", None) is None:
-        raise ValueError(f"the tokenizer in {str(path)!r} has no fast form: convert it to a tokenizer.json")
+        raise UserError(f"the tokenizer in {str(path)!r} has no fast form: convert it to a tokenizer.json")
     stops = [wrapped.eos_token_id]
     settings = path / "generation_config.json"
     if settings.is_file():

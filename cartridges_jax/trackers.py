@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from command_line.errors import MissingPackage
+
 # of metrics.jsonl -> upstream's
 NAMES = {
     "loss": "train/loss",
@@ -44,7 +46,7 @@ def trackers(config: TrackConfig, directory: Path, first: int, settings: Mapping
     """Those that the config names; what they had of the steps from `first` on, as logs count them, is written anew.
 
     Raises:
-      ImportError: one of them is not installed.
+      MissingPackage: one of them is not installed.
     """
     made: list[Tracker] = []
     if config.tensorboard:
@@ -64,7 +66,7 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackage(
                 "track.tensorboard is True and tensorboardX is not installed: pip install 'cartridges-jax[track]'"
             ) from error
         # a file is named by seconds: another session of the same one would be written over
@@ -91,7 +93,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackage(
                 f"track.wandb is {config.wandb!r} and wandb is not installed: pip install 'cartridges-jax[track]'"
             ) from error
         self._wandb = wandb

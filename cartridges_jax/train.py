@@ -47,6 +47,7 @@ from cartridges_jax.step import TrainState
 from cartridges_jax.trackers import TrackConfig
 from command_line import files
 from command_line.config import build, load, run
+from command_line.errors import UserError
 from command_line.progress import stage
 
 INITIAL = "initial.safetensors"  # the initial state, beside the run's config
@@ -83,15 +84,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "accumulation", "num_epochs", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.num_steps is not None and self.num_steps < 0:
-            raise ValueError(f"num_steps is {self.num_steps}, expected at least 0")
+            raise UserError(f"num_steps is {self.num_steps}, expected at least 0")
         if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"max_minutes is {self.max_minutes}, expected more than 0")
+            raise UserError(f"max_minutes is {self.max_minutes}, expected more than 0")
         if self.dataset is None and self.num_steps != 0:
-            raise ValueError("config.dataset names no conversations to train on: give one, or set num_steps to 0")
+            raise UserError("config.dataset names no conversations to train on: give one, or set num_steps to 0")
         if sum(mixed.weight for mixed in self.mix) > 1 - 1e-6:
-            raise ValueError("the weights of config.mix come to 1 or more: expected a rest for config.dataset")
+            raise UserError("the weights of config.mix come to 1 or more: expected a rest for config.dataset")
 
 
 def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
@@ -103,13 +104,13 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
       model: by default `config.model`, laid on the devices as `config.mesh` says; a given one stays where it is.
 
     Raises:
-      FileNotFoundError, ValueError: a missing or unusable input, before anything is written.
+      FileNotFoundError, UserError: a missing or unusable input, before anything is written.
     """
     corpus = read_corpus(config.corpus)
     for source in [*_datasets(config), *(one.dataset for one in config.evals.loss if one.dataset)]:
         dataset_files(source)
     if config.init.kind == "summary" and jax.process_count() > 1:
-        raise ValueError(
+        raise UserError(
             f"init.kind 'summary' asks a server once, and this job has {jax.process_count()} processes: make the "
             "initial state with one and num_steps=0, and go on from it with init.kind 'pretrained'"
         )
@@ -161,7 +162,7 @@ def _finish(job: Job, run_state: RunState, directory: Path, settings: dict[str, 
     kept = int(state.step if best is None else best.step)
     trained = sharding.gathered(state.cartridge if best is None else best.cartridge)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained)):
-        raise ValueError("the trained slots are not finite: training diverged, lower config.optim.lr")
+        raise UserError("the trained slots are not finite: training diverged, lower config.optim.lr")
     path = directory / "cartridge.safetensors"
     if processes.is_first():
         _with_training(trained, job, kept, int(state.step), directory, settings["dataset_hash"]).save(path)
@@ -184,7 +185,7 @@ def _optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.Gr
 
 def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:
     if num_slots + config.seq_len > model.config.window:
-        raise ValueError(
+        raise UserError(
             f"{num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
             f"{model.config.window}: lower config.init.num_slots or config.seq_len"
         )
@@ -219,7 +220,7 @@ def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
     theirs = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{directory} holds a run with another {', '.join(changed)}: choose another config.output_dir or remove it"
         )
 

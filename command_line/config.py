@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +19,13 @@ from typing import Any, TypeVar
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from command_line.errors import UserError
+
 T = TypeVar("T")
 _SETTABLE = (bool, int, float, str, tuple)  # what a setting on the command line can be
 
-# What a user can cause: these are shown as one sentence, anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, KeyError, TypeError, flags.Error, ImportError)
 
-
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that names an unknown key or holds a value of the wrong type."""
 
 
@@ -76,7 +76,7 @@ def _one_sentence(arguments: Sequence[str], path: str) -> Iterator[None]:
         if "Traceback" in text:  # of the config file's own code; its last line says what is wrong
             raise ConfigError(f"config file {path!r} cannot be read: {text.strip().splitlines()[-1]}") from error
         raise ConfigError(f"the command line cannot be read: {text}") from error
-    except (SyntaxError, NameError) as error:
+    except (SyntaxError, NameError, ImportError) as error:
         raise ConfigError(f"config file {path!r} cannot be read: {error}") from error
     except TypeError as error:
         raise ConfigError(f"a value of the wrong type: {error}") from error
@@ -124,15 +124,21 @@ def build(cls: type[T], config: config_dict.ConfigDict | dict[str, Any], where: 
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command: user errors become one sentence on stderr and exit status 2, Ctrl-C becomes 130."""
+    """Runs a command: what a user can mend becomes one sentence on stderr and exit status 2, Ctrl-C becomes 130.
+
+    Anything else is a bug and shows its traceback; `--traceback` shows one for a user's mistake, too.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    shown = len(arguments) < len(sys.argv[1:])
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(arguments))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except USER_ERRORS as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(str(text).split()) or type(error).__name__}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if shown:
+            traceback.print_exception(error)
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from command_line.errors import UserError
+
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -38,7 +40,7 @@ def read_text(path: str | os.PathLike[str], expected: str) -> str:
     """A UTF-8 text that is not empty; `expected` says what a missing file should have been.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, an empty one, or one that is not UTF-8.
+      FileNotFoundError, UserError: no such file, an empty one, or one that is not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,9 +48,9 @@ def read_text(path: str | os.PathLike[str], expected: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
     if not text.strip():
-        raise ValueError(f"{path} is empty: expected a text")
+        raise UserError(f"{path} is empty: expected a text")
     return text
 
 

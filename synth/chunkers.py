@@ -19,6 +19,7 @@ from typing import Protocol
 
 import tokenizers
 
+from command_line.errors import UserError
 from synth.config import ChunkerConfig
 from synth.resources.reading import Corpus, Resource
 
@@ -46,7 +47,7 @@ class LocalTokenizer:
             load = tokenizers.Tokenizer.from_file if is_file else tokenizers.Tokenizer.from_pretrained
             self._tokenizer = load(str(path) if is_file else source)
         except Exception as error:  # the library raises plain Exception for a missing file and for a bad one
-            raise ValueError(f"config.chunker.tokenizer {source!r} cannot be loaded: {error}") from error
+            raise UserError(f"config.chunker.tokenizer {source!r} cannot be loaded: {error}") from error
 
     async def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from command_line.errors import UserError
 from synth import seed_prompts
 from synth.resources.config import ResourceConfig
 
@@ -27,7 +28,7 @@ Side = Literal["question", "answer"]
 
 def _at_least(name: str, value: float, low: float) -> None:
     if value < low:
-        raise ValueError(f"config.{name} is {value}, expected at least {low}")
+        raise UserError(f"config.{name} is {value}, expected at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +53,20 @@ class ClientConfig:
 
     def __post_init__(self):
         if not self.urls:
-            raise ValueError("config.client.base_url names no server, expected something like http://127.0.0.1:8000/v1")
+            raise UserError("config.client.base_url names no server, expected something like http://127.0.0.1:8000/v1")
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"config.client.base_url is {url!r}, expected something like http://127.0.0.1:8000/v1")
+                raise UserError(f"config.client.base_url is {url!r}, expected something like http://127.0.0.1:8000/v1")
         _at_least("client.timeout_seconds", self.timeout_seconds, 0.001)
         _at_least("client.max_retries", self.max_retries, 0)
         _at_least("client.batch_size", self.batch_size, 1)
         if self.kind == "sglang" and not self.tokenizer:
-            raise ValueError(
+            raise UserError(
                 "config.client.tokenizer is missing: SGLang's /generate takes token ids, so name the folder or the Hub "
                 "id of the model's tokenizer"
             )
         if self.batch_size > 1 and self.kind != "tokasaurus":
-            raise ValueError(f"config.client.batch_size is {self.batch_size}, but only kind='tokasaurus' knows batches")
+            raise UserError(f"config.client.batch_size is {self.batch_size}, but only kind='tokasaurus' knows batches")
         _at_least("client.deadline_seconds", self.deadline_seconds, 0.001)
 
     @property
@@ -75,14 +76,14 @@ class ClientConfig:
     def check_teacher(self, answer: SamplingConfig) -> None:
         """Refuses to learn from log-probabilities that are not there, or not the model's own."""
         if self.kind in TEXT_ONLY:
-            raise ValueError(
+            raise UserError(
                 f"config.client.kind is {self.kind!r}, which gives no token ids with its log-probabilities: use it as "
                 "config.question_client and let another server answer"
             )
         is_raw = self.kind not in AFTER_TEMPERATURE if self.raw_logprobs is None else self.raw_logprobs
         # both that divide by a temperature take 0, the best token, for 1
         if not is_raw and answer.temperature not in (0.0, 1.0):
-            raise ValueError(
+            raise UserError(
                 f"config.answer.temperature is {answer.temperature}, but this server's log-probabilities are those "
                 "after temperature, from which the model's own cannot be recovered: set it to 0 or 1 (or, if SGLang "
                 "was started with SGLANG_RETURN_ORIGINAL_LOGPROB=1, set config.client.raw_logprobs)"
@@ -104,13 +105,13 @@ class ChunkerConfig:
         _at_least("chunker.characters", self.characters, 1)
         _at_least("chunker.overlap", self.overlap, 0)
         if self.min_tokens > self.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"config.chunker.min_tokens is {self.min_tokens}, "
                 f"more than config.chunker.max_tokens, {self.max_tokens}"
             )
         longest = {"tokens": 0, "structure": self.max_tokens // 2, "characters": self.characters // 2}[self.kind]
         if self.overlap > longest:
-            raise ValueError(
+            raise UserError(
                 f"config.chunker.overlap is {self.overlap}, expected at most {longest}"
                 + (": windows at random places overlap as they fall" if self.kind == "tokens" else ", half a chunk")
             )
@@ -130,9 +131,9 @@ class SamplingConfig:
         _at_least(f"{name}.temperature", self.temperature, 0)
         _at_least(f"{name}.max_tokens", self.max_tokens, 1)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"config.{name}.top_p is {self.top_p}, expected more than 0 and at most 1")
+            raise UserError(f"config.{name}.top_p is {self.top_p}, expected more than 0 and at most 1")
         if self.thinking is not None and not 0 <= self.thinking <= 1:
-            raise ValueError(f"config.{name}.thinking is {self.thinking}, expected a probability from 0 to 1")
+            raise UserError(f"config.{name}.thinking is {self.thinking}, expected a probability from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ class McpConfig:
     def __post_init__(self):
         for entry in self.env:
             if "=" not in entry:
-                raise ValueError(f"config.tools.mcp[].env has {entry!r}, expected NAME=value")
+                raise UserError(f"config.tools.mcp[].env has {entry!r}, expected NAME=value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ class ExistingConfig:
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
-            raise ValueError(f"config.distill_existing.share is {self.share}, expected more than 0 and at most 1")
+            raise UserError(f"config.distill_existing.share is {self.share}, expected more than 0 and at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,14 +228,14 @@ class SynthConfig:
         self.question.check("question")
         self.answer.check("answer")
         if not 0 < self.min_prob_mass <= 1:
-            raise ValueError(f"config.min_prob_mass is {self.min_prob_mass}, expected more than 0 and at most 1")
+            raise UserError(f"config.min_prob_mass is {self.min_prob_mass}, expected more than 0 and at most 1")
         if "{chunk}" not in self.system_prompt:
-            raise ValueError("config.system_prompt has no {chunk}: the text of the chunk takes its place")
+            raise UserError("config.system_prompt has no {chunk}: the text of the chunk takes its place")
         if not self.instructions or not all("{question}" in instruction for instruction in self.instructions):
-            raise ValueError("config.instructions needs at least one text, each with {question} in it")
+            raise UserError("config.instructions needs at least one text, each with {question} in it")
         self.client.check_teacher(self.answer)
         if self.questions_per_call > 1 and any("\n" in stop for stop in self.question.stop):
-            raise ValueError(
+            raise UserError(
                 "config.question.stop ends a message at a line break, but config.questions_per_call asks for a list"
             )
         seed_prompts.check(self.seed_prompts, self.seed_prompt_weights)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from command_line import files
+from command_line.errors import UserError
 
 COLUMNS = ("messages", "system_prompt", "metadata", "type")
 MESSAGE_FIELDS = ("content", "role", "token_ids", "top_logprobs")
@@ -70,7 +71,7 @@ class TopLogprobs:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
         object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         if not len(self.token_idx) == len(self.token_id) == len(self.logprobs):
-            raise ValueError(
+            raise UserError(
                 f"top_logprobs has {len(self.token_idx)} token_idx, {len(self.token_id)} token_id and "
                 f"{len(self.logprobs)} logprobs, expected as many of each"
             )
@@ -164,14 +165,14 @@ def iterate(path: str | os.PathLike[str]) -> Iterator[Conversation]:
     """Reads conversations one by one.
 
     Raises:
-      ValueError: the file is cut short, damaged, or not a conversation dataset; the sentence names what is missing.
+      UserError: the file is cut short, damaged, or not a conversation dataset; the sentence names what is missing.
     """
     with open_file(path) as file:
         try:
             for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
                 yield from from_batch(batch)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {_first_line(error)}") from error
+            raise UserError(f"{path} is damaged: {_first_line(error)}") from error
 
 
 def outlines(table: pa.Table) -> Iterator[Conversation]:
@@ -202,7 +203,7 @@ def open_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
     """A Parquet file whose columns are those of conversations.
 
     Raises:
-      FileNotFoundError, ValueError: there is none, or it is cut short, damaged, or holds something else.
+      FileNotFoundError, UserError: there is none, or it is cut short, damaged, or holds something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"dataset {path} does not exist")
@@ -211,7 +212,7 @@ def open_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(
+        raise UserError(
             f"{path} is not a whole Parquet file, its footer is missing or damaged: {_first_line(error)}"
         ) from error
     _check_columns(path, file.schema_arrow)
@@ -219,12 +220,12 @@ def open_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Raises: ValueError as `iterate` does."""
+    """Raises: UserError as `iterate` does."""
     with open_file(path) as file:
         try:
             return file.read(use_threads=False)  # each would keep memory of its own
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is damaged, delete it and run again: {_first_line(error)}") from error
+            raise UserError(f"{path} is damaged, delete it and run again: {_first_line(error)}") from error
 
 
 def _check_columns(path: str | os.PathLike[str], schema: pa.Schema) -> None:
@@ -235,7 +236,7 @@ def _check_columns(path: str | os.PathLike[str], schema: pa.Schema) -> None:
         present = {struct.field(i).name for i in range(struct.num_fields)} if pa.types.is_struct(struct) else set()
         missing = [f"messages[].{name}" for name in MESSAGE_FIELDS if name not in present]
     if missing:
-        raise ValueError(f"{path} is not a conversation dataset: it has no {', '.join(missing)}")
+        raise UserError(f"{path} is not a conversation dataset: it has no {', '.join(missing)}")
 
 
 def _to_row(conversation: Conversation) -> dict[str, Any]:

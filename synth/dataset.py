@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from command_line.errors import MissingPackage, UserError
 from synth import conversation
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def heads(files: Sequence[Path]) -> Iterator[Head]:
     """Every conversation of `files`, without reading the columns that are large.
 
     Raises:
-      FileNotFoundError, ValueError: a file that is not there, damaged, or no conversation dataset.
+      FileNotFoundError, UserError: a file that is not there, damaged, or no conversation dataset.
     """
     for path in files:
         with conversation.open_file(path) as file:
@@ -70,7 +71,7 @@ def heads(files: Sequence[Path]) -> Iterator[Head]:
                     for row in batch.to_pylist():
                         yield head_of(row)
             except (OSError, KeyError, TypeError, ValueError) as error:  # pyarrow's own errors are ValueErrors too
-                raise ValueError(f"{path} is damaged: {error}") from error
+                raise UserError(f"{path} is damaged: {error}") from error
 
 
 def light_columns(file: pq.ParquetFile) -> list[str]:
@@ -84,13 +85,13 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     and `answer_tokens` (of all rounds), `system_prompt` and `metadata`.
 
     Raises:
-      FileNotFoundError, ValueError: `path` holds no dataset, or a damaged one.
-      ImportError: pandas is not installed.
+      FileNotFoundError, UserError: `path` holds no dataset, or a damaged one.
+      MissingPackage: pandas is not installed.
     """
     try:
         import pandas as pd
     except ImportError as error:
-        raise ImportError("synth.load needs pandas: pip install 'cartridges-jax[pandas]'") from error
+        raise MissingPackage("synth.load needs pandas: pip install 'cartridges-jax[pandas]'") from error
     rows = [
         {
             "messages": [{"role": r, "content": c} for r, c in zip(head.roles, head.contents, strict=True)],

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line.errors import UserError
 from synth import chunkers
 from synth.chunkers import LocalTokenizer, Tokenizer
 from synth.config import SynthConfig
@@ -22,11 +23,11 @@ async def describe(config: SynthConfig) -> str:
     """Sample prompts, and an estimate of calls and tokens.
 
     Raises:
-      ValueError: the texts cannot be read, or only over a network.
+      UserError: the texts cannot be read, or only over a network.
     """
     for resource in config.resource.every():
         if resource.is_remote and not (Path(config.output_dir) / reading.SNAPSHOT).is_file():
-            raise ValueError(f"{resource.path} is on a network, and a dry run calls nobody: give it as a file")
+            raise UserError(f"{resource.path} is on a network, and a dry run calls nobody: give it as a file")
     corpus = reading.read(config.resource, Path(config.output_dir))
     tokenizer, how = _tokenizer(config.chunker.tokenizer)
     chunker = await chunkers.create(config.chunker, tokenizer, corpus)

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 from command_line import files
+from command_line.errors import UserError
 from synth.clients.base import Client
 from synth.config import SynthConfig
 from synth.conversation import Conversation, Message, flatten
@@ -31,7 +32,7 @@ def check(config: SynthConfig) -> None:
         return
     held, wanted = len(_read(given.path)), math.floor(config.num_conversations * given.share)
     if wanted > held:
-        raise ValueError(
+        raise UserError(
             f"config.distill_existing.path: {given.path} holds {held} conversations, but {wanted} of "
             f"{config.num_conversations} are to come from there: lower config.num_conversations or its share"
         )
@@ -91,11 +92,11 @@ def _parse(line: str, where: str) -> Existing:
         messages = tuple({"role": m["role"], "content": m["content"]} for m in record["messages"])
         context = record.get("context")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is no conversation: {expected}") from error
+        raise UserError(f"{where} is no conversation: {expected}") from error
     if not messages or len(messages) % 2 or not all(isinstance(m["content"], str) and m["content"] for m in messages):
-        raise ValueError(f"{where} does not end with an answer, or has an empty message: {expected}")
+        raise UserError(f"{where} does not end with an answer, or has an empty message: {expected}")
     if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
-        raise ValueError(f"{where} is not one of user and assistant in turn: {expected}")
+        raise UserError(f"{where} is not one of user and assistant in turn: {expected}")
     if context is not None and not isinstance(context, str):
-        raise ValueError(f"{where} has a context that is no text")
+        raise UserError(f"{where} has a context that is no text")
     return Existing(messages, context)

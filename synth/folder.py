@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import files
+from command_line.errors import UserError
 from synth.config import SynthConfig
 
 # What may change between a run and its continuation: where things are, how fast they go, and which of them are shown.
@@ -30,13 +31,13 @@ FREE_KEYS = (
 
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Raises: ValueError, another process writes there. The lock goes with the process, however it ends."""
+    """Raises: UserError, another process writes there. The lock goes with the process, however it ends."""
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{output} is in use by another run: wait for it or choose another output_dir") from error
+            raise UserError(f"{output} is in use by another run: wait for it or choose another output_dir") from error
         yield
 
 
@@ -52,23 +53,23 @@ def claim(output: Path, config: SynthConfig, text: str) -> None:
             theirs = json.loads(path.read_text(encoding="utf-8"))
             made = theirs["num_conversations"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{output} holds data, but {path} does not say how it was made: choose another config.output_dir"
             ) from error
         before, now = _leaves(theirs), _leaves(ours)
         for key in sorted(before.keys() | now.keys()):
             if not _is_free(key) and before.get(key) != now.get(key):
                 if key == "document_sha256":
-                    raise ValueError(
+                    raise UserError(
                         f"{config.resource.path} is not the text that {output} was made from: "
                         "bring that text back or choose another config.output_dir"
                     )
-                raise ValueError(
+                raise UserError(
                     f"config.{key} is {now.get(key)!r}, but {output} was made with {before.get(key)!r}: go back to "
                     "that value or choose another config.output_dir"
                 )
         if config.num_conversations < made:
-            raise ValueError(
+            raise UserError(
                 f"config.num_conversations is {config.num_conversations}, but {output} was made for {made}: "
                 "it may grow, not shrink; choose another config.output_dir"
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import config
+from command_line.errors import UserError
 from synth import conversation, dataset
 
 LEFT_OUT = ("api_key", "api_url", "base_url", "output_dir", "path", "also")  # of the config: whose servers and folders
@@ -56,7 +57,7 @@ def push(path: str | os.PathLike[str], repo: str, *, private: bool = True, endpo
     The token is the one that `hf auth login` or the environment's HF_TOKEN gave.
 
     Raises:
-      FileNotFoundError, ValueError: there is no dataset at `path`, or a damaged one.
+      FileNotFoundError, UserError: there is no dataset at `path`, or a damaged one.
       OSError: the Hub cannot be reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi  # slow, and needed here only
@@ -82,7 +83,7 @@ def pull(repo: str, folder: str | os.PathLike[str], *, endpoint: str | None = No
     """Downloads a dataset into `folder`, and returns its Parquet files, each looked at.
 
     Raises:
-      ValueError: what the repository holds is no dataset of conversations.
+      UserError: what the repository holds is no dataset of conversations.
       OSError: the Hub cannot be reached, or there is no such repository for this token.
     """
     from huggingface_hub import snapshot_download
@@ -95,7 +96,7 @@ def pull(repo: str, folder: str | os.PathLike[str], *, endpoint: str | None = No
     try:
         files = dataset.files_of(folder)
     except FileNotFoundError as error:
-        raise ValueError(f"{repo} holds no data/*.parquet: it is no dataset of conversations") from error
+        raise UserError(f"{repo} holds no data/*.parquet: it is no dataset of conversations") from error
     for file in files:
         conversation.open_file(file).close()
     return files
@@ -136,7 +137,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
     return _without_addresses(found)
 
 

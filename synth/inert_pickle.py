@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from command_line.errors import UserError
+
 LARGEST_FILE = 2**36  # bytes
 
 _VALUES = (
@@ -32,7 +34,7 @@ _MARK = object()
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError)
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A pickle that names what it has no business with; the sentence says what."""
 
 
@@ -79,12 +81,12 @@ def load(path: Path, packages: Sequence[str]) -> Any:
     Raises:
       FileNotFoundError: there is no such file.
       Refused: it names anything but classes of `packages` and NumPy's constructors of numbers.
-      ValueError: it is no whole pickle, or larger than `LARGEST_FILE`.
+      UserError: it is no whole pickle, or larger than `LARGEST_FILE`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a pickle")
     if not 0 < path.stat().st_size <= LARGEST_FILE:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a pickle of at most {LARGEST_FILE}")
+        raise UserError(f"{path} has {path.stat().st_size} bytes, expected a pickle of at most {LARGEST_FILE}")
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -96,7 +98,7 @@ def load(path: Path, packages: Sequence[str]) -> Any:
         except Refused:
             raise
         except _DAMAGE as error:
-            raise ValueError(f"{path} is no whole pickle: {error or type(error).__name__}") from error
+            raise UserError(f"{path} is no whole pickle: {error or type(error).__name__}") from error
 
 
 class _Machine:
@@ -115,7 +117,7 @@ class _Machine:
             if step is None:
                 raise Refused(f"{self._path} has the instruction {opcode.name}, which no dataset needs: it was not run")
             step(argument)
-        raise ValueError("it has no end")
+        raise UserError("it has no end")
 
     def _instructions(self) -> dict[str, Callable[[Any], None]]:
         push = self._stack.append
@@ -160,7 +162,7 @@ class _Machine:
     def _pop(self) -> Any:
         value = self._stack.pop()
         if value is _MARK:
-            raise ValueError("a value is missing")
+            raise UserError("a value is missing")
         return value
 
     def _popped(self, count: int) -> list[Any]:
@@ -174,7 +176,7 @@ class _Machine:
                 values = self._stack[place + 1 :]
                 del self._stack[place:]
                 return values
-        raise ValueError("a mark is missing")
+        raise UserError("a mark is missing")
 
     def _extend(self, values: list[Any]) -> None:
         _top(self._stack, list).extend(map(_plain, values))
@@ -187,7 +189,7 @@ class _Machine:
 
     def _name(self, module: Any, name: Any) -> _Name:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("a name that is no text")
+            raise UserError("a name that is no text")
         found = _Name(module, name)
         if str(found) not in _CALLS and str(found) not in _MARKERS and not self._is_ours(found):
             raise Refused(
@@ -201,12 +203,12 @@ class _Machine:
 
     def _new(self, name: Any, arguments: Any) -> Record:
         if not isinstance(name, _Name) or not self._is_ours(name):
-            raise ValueError("an instance is made of what is no class of a dataset")
+            raise UserError("an instance is made of what is no class of a dataset")
         return Record(str(name), {"arguments": arguments} if arguments else {})
 
     def _call(self, name: Any, arguments: Any) -> Any:
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
-            raise ValueError("something is called that is no function")
+            raise UserError("something is called that is no function")
         call = _CALLS.get(str(name))
         return call(*map(_plain, arguments)) if call else self._new(name, arguments)
 
@@ -225,12 +227,12 @@ class _Machine:
             case _Type(), (_, str() as order, *_) if order in ("<", ">", "=", "|"):
                 target.order = order
             case _:
-                raise ValueError(f"the state of a {type(target).__name__} is not what it should be")
+                raise UserError(f"the state of a {type(target).__name__} is not what it should be")
 
 
 def _top(stack: list[Any], kind: type) -> Any:
     if type(stack[-1]) is not kind:
-        raise ValueError(f"a {kind.__name__} is missing")
+        raise UserError(f"a {kind.__name__} is missing")
     return stack[-1]
 
 
@@ -241,7 +243,7 @@ def _pairs(values: list[Any]) -> dict[Any, Any]:
 def _key(value: Any) -> Any:
     """Nothing that nests: the hash of a tuple a million deep would end the process."""
     if value is not None and not isinstance(value, str | int | float | bytes):
-        raise ValueError(f"a {type(value).__name__} as a key")
+        raise UserError(f"a {type(value).__name__} as a key")
     return value
 
 
@@ -252,15 +254,15 @@ def _plain(value: Any) -> Any:
 
 def _type(code: Any, *_: Any) -> _Type:
     if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-        raise ValueError(f"an array of {code!r}, expected numbers")
+        raise UserError(f"an array of {code!r}, expected numbers")
     return _Type(code)
 
 
 def _from_bytes(data: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarray:
     if not isinstance(data, bytes | bytearray) or not isinstance(kind, _Type) or order not in ("C", "F"):
-        raise ValueError("an array that is not made of bytes")
+        raise UserError("an array that is not made of bytes")
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and 0 <= n <= len(data) for n in shape):
-        raise ValueError("an array of an impossible shape")
+        raise UserError("an array of an impossible shape")
     return np.frombuffer(bytes(data), kind.dtype()).reshape(shape, order=order)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from command_line import config
+from command_line.errors import UserError
 from synth import conversation, inert_pickle
 from synth.conversation import Conversation, Message, TopLogprobs
 from synth.inert_pickle import Record
@@ -43,12 +44,12 @@ def read(path: Path) -> Iterator[Conversation]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no such pickle, or names what no dataset needs; the sentence says what.
+      UserError: it is no such pickle, or names what no dataset needs; the sentence says what.
     """
     found = inert_pickle.load(path, PACKAGES)
     rows = found.get("rows") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not all(isinstance(row, Record) for row in rows):
-        raise ValueError(f"{path} is no dataset of upstream's: expected a list of conversations, or a dict with rows")
+        raise UserError(f"{path} is no dataset of upstream's: expected a list of conversations, or a dict with rows")
     room = _Room(path, max(SMALLEST_ROOM, MOST_EXPANSION * path.stat().st_size))
     for number, row in enumerate(rows):
         try:
@@ -56,7 +57,7 @@ def read(path: Path) -> Iterator[Conversation]:
         except _TooLarge:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path}, row {number}, is no conversation of upstream's: {error!r}") from error
+            raise UserError(f"{path}, row {number}, is no conversation of upstream's: {error!r}") from error
 
 
 def convert(old: Path, new: Path) -> int:
@@ -74,7 +75,7 @@ def convert(old: Path, new: Path) -> int:
     return count
 
 
-class _TooLarge(ValueError):
+class _TooLarge(UserError):
     pass
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from command_line.errors import UserError
 from synth import conversation
 from synth.conversation import ROWS_PER_GROUP, Conversation
 
@@ -47,7 +48,7 @@ class Parts:
             rows, notes = conversation.read_notes(path)
             indices = json.loads(notes["indices"])
             if len(indices) != rows:
-                raise ValueError(f"{path} holds {rows} conversations and says {len(indices)}")
+                raise UserError(f"{path} holds {rows} conversations and says {len(indices)}")
         except KeyError as error:
             log.warning("%s was not written by this command, it has no %s: making it again", path, error)
         except ValueError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from command_line.errors import UserError
 from command_line.progress import Progress
 from synth import chunkers, conversation, tools
 from synth.chunkers import Chunker, LocalTokenizer
@@ -45,7 +46,7 @@ async def synthesize(config: SynthConfig) -> Path:
     """Makes the dataset, or what is missing of it, and returns its path.
 
     Raises:
-      ValueError: the document, the server's model or the output folder does not fit the config.
+      UserError: the document, the server's model or the output folder does not fit the config.
       Unavailable: some conversations failed after all retries; calling again goes on from there.
     """
     output = Path(config.output_dir)
@@ -197,7 +198,7 @@ def _finish(parts: Parts, dataset: Path, config: SynthConfig) -> Summary:
     """Writes what the filters leave, in the order of indices.
 
     Raises:
-      ValueError: they leave nothing.
+      UserError: they leave nothing.
     """
     judge, summary = Judge(config.filters), Summary(config.filters)
 
@@ -210,7 +211,7 @@ def _finish(parts: Parts, dataset: Path, config: SynthConfig) -> Summary:
                 stay.append(stays)
             yield table.filter(pa.array(stay))
         if not summary.kept:
-            raise ValueError(
+            raise UserError(
                 f"the filters leave none of {summary.total} conversations ({summary.findings}): switch one off, or "
                 "try another model or config.system_prompt with another config.output_dir"
             )
@@ -228,7 +229,7 @@ def _is_complete(dataset: Path, config: SynthConfig) -> bool:
         return False
     try:
         notes = conversation.read_notes(dataset)[1]
-    except ValueError as error:
+    except UserError as error:
         log.warning("%s: making it again", error)
         return False
     return all(notes.get(key) == value for key, value in _notes(config).items())

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from command_line import files
+from command_line.errors import UserError
 
 FORMATS = ("JSON", "YAML", "TOML", "INI", "XML", "plain text")
 
@@ -111,12 +112,12 @@ class SeedPrompt:
 def check(kinds: Sequence[str], weights: Sequence[float]) -> None:
     """Raises a sentence unless every type is known or can be loaded, and the weights fit the types."""
     if not kinds:
-        raise ValueError(f"config.seed_prompts is empty, known types are {', '.join(KINDS)}")
+        raise UserError(f"config.seed_prompts is empty, known types are {', '.join(KINDS)}")
     for kind in kinds:
         if kind not in KINDS:
             _own(kind)
     if weights and (len(weights) != len(kinds) or min(weights) < 0 or not sum(weights) > 0):
-        raise ValueError(
+        raise UserError(
             f"config.seed_prompt_weights is {tuple(weights)}, expected {len(kinds)} numbers, one for each of "
             "config.seed_prompts, none below 0 and not all 0"
         )
@@ -145,11 +146,11 @@ def _own(kind: str) -> Callable[[str, random.Random], SeedPrompt | str]:
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"config.seed_prompts names {kind!r}, which cannot be imported: {error}") from error
+            raise UserError(f"config.seed_prompts names {kind!r}, which cannot be imported: {error}") from error
     if not Path(kind).suffix:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KINDS)}, a file and module:function"
-        raise ValueError(f"config.seed_prompts names an unknown type {kind!r}: {hint}")
+        raise UserError(f"config.seed_prompts names an unknown type {kind!r}: {hint}")
     text = files.read_text(kind, "the seed prompts that config.seed_prompts names, with blank lines between them")
     prompts = [prompt.strip() for prompt in re.split(r"\n\s*\n", text) if prompt.strip()]
     return lambda _, rng: SeedPrompt(Path(kind).stem, rng.choice(prompts), is_question=False)

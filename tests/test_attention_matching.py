@@ -15,6 +15,7 @@ from cartridges_jax.attention_matching import RIDGE, MatchingConfig, _fit_slots,
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import Example, read_examples
 from cartridges_jax.initializers import InitConfig, initial_cartridge
+from command_line.errors import UserError
 
 QUESTION = [{"role": "user", "content": "Where does the owl number 5 sleep?"}]
 
@@ -92,7 +93,7 @@ def test_the_sink_comes_first_and_keeps_its_key(examples: list[Example], documen
 
 
 def test_a_document_shorter_than_the_slots_is_refused(examples: list[Example]):
-    with pytest.raises(ValueError, match="at least the 900 slots"):
+    with pytest.raises(UserError, match="at least the 900 slots"):
         initial_cartridge(InitConfig("attention_matching", 900), tiny.model(), "A cat.", examples, seed=0)
 
 
@@ -104,7 +105,7 @@ def test_queries_of_either_kind_give_other_slots(examples: list[Example]):
     assert all(float(jnp.abs(a.values - b.values).max()) > 1e-3 for a, b in itertools.combinations(found, 2))
     alone = attention_matching(tiny.model(), tiny.TEXT[:1200], [], 64)
     np.testing.assert_array_equal(alone.values, found[2].values)
-    with pytest.raises(ValueError, match="'conversations' and there are none"):
+    with pytest.raises(UserError, match="'conversations' and there are none"):
         attention_matching(tiny.model(), tiny.TEXT[:1200], [], 64, config=MatchingConfig("conversations"))
 
 
@@ -117,5 +118,5 @@ def test_a_long_document_is_compacted_in_chunks(examples: list[Example], documen
     # beyond the window there is no other way
     long = attention_matching(tiny.model(), tiny.TEXT, examples, 60)
     assert long.num_slots == 60
-    with pytest.raises(ValueError, match="two of them for each chunk"):
+    with pytest.raises(UserError, match="two of them for each chunk"):
         attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 2, config=config)

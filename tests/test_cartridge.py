@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from cartridges_jax import cartridge_file
 from cartridges_jax.cartridge import Cartridge, Provenance
 from cartridges_jax.cartridge_file import FORMAT_VERSION
+from command_line.errors import UserError
 
 SHAPE = (tiny.LAYERS, 5, tiny.KV_HEADS, tiny.HEAD_DIM)
 
@@ -127,7 +128,7 @@ def test_load_refuses_a_missing_file(tmp_path: Path):
 def test_load_refuses_a_truncated_file(path: Path, fraction: float):
     whole = path.read_bytes()
     path.write_bytes(whole[: min(int(len(whole) * fraction), len(whole) - 1)])
-    with pytest.raises(ValueError, match=r"cartridge\.safetensors is not a whole cartridge file"):
+    with pytest.raises(UserError, match=r"cartridge\.safetensors is not a whole cartridge file"):
         Cartridge.load(path)
 
 
@@ -135,7 +136,7 @@ def test_load_refuses_a_file_that_lacks_its_last_byte_or_has_one_too_many(path: 
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole + b"\0", b"\0" * len(whole), b"not a cartridge"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is not a whole cartridge file"):
+        with pytest.raises(UserError, match="is not a whole cartridge file"):
             Cartridge.load(path)
 
 
@@ -146,18 +147,18 @@ def test_load_refuses_a_file_that_lacks_its_last_byte_or_has_one_too_many(path: 
 )
 def test_load_refuses_foreign_safetensors(tmp_path: Path, metadata: dict[str, str] | None):
     save_file({"keys": np.zeros(SHAPE, np.float32), "values": np.zeros(SHAPE, np.float32)}, tmp_path / "f", metadata)
-    with pytest.raises(ValueError, match="f is not a whole cartridge file"):
+    with pytest.raises(UserError, match="f is not a whole cartridge file"):
         Cartridge.load(tmp_path / "f")
 
 
 def test_load_refuses_a_model_file():
-    with pytest.raises(ValueError, match="is not a whole cartridge file"):
+    with pytest.raises(UserError, match="is not a whole cartridge file"):
         Cartridge.load(tiny.folder() / "model.safetensors")
 
 
 def test_load_refuses_a_newer_format(path: Path):
     rewrite(path, {"format_version": FORMAT_VERSION + 1})
-    with pytest.raises(ValueError, match="has format 3, this version reads up to 2: upgrade"):
+    with pytest.raises(UserError, match="has format 3, this version reads up to 2: upgrade"):
         Cartridge.load(path)
 
 
@@ -167,7 +168,7 @@ def test_load_refuses_values_that_are_not_finite(path: Path, name: str, value: f
     damaged = load_file(path)[name].copy()
     damaged.reshape(-1)[-1] = value
     rewrite(path, **{name: damaged})
-    with pytest.raises(ValueError, match="holds values that are not finite"):
+    with pytest.raises(UserError, match="holds values that are not finite"):
         Cartridge.load(path)
 
 
@@ -175,14 +176,14 @@ def test_load_refuses_values_that_are_not_finite(path: Path, name: str, value: f
 def test_load_refuses_another_model_and_shows_both_sides(path: Path, field: str):
     rewrite(path, {"model": "some-other-model", field: "0123456789abcdef"})
     ours = getattr(Provenance.of(tiny.model(), "", ""), field)
-    with pytest.raises(ValueError, match=f"some-other-model .*0123456789ab.*{tiny.model().name} .*{ours[:12]}"):
+    with pytest.raises(UserError, match=f"some-other-model .*0123456789ab.*{tiny.model().name} .*{ours[:12]}"):
         Cartridge.load(path, model=tiny.model())
     Cartridge.load(path)  # without a model to compare with, it is just a cartridge
 
 
 def test_load_refuses_a_model_with_other_weights(path: Path, tmp_path: Path):
     other = tiny.load_model(str(tiny.write_model(tmp_path / "other", seed=1)))
-    with pytest.raises(ValueError, match=r"was made for .* not for .*other"):
+    with pytest.raises(UserError, match=r"was made for .* not for .*other"):
         Cartridge.load(path, model=other)
 
 
@@ -199,13 +200,13 @@ def test_load_refuses_a_model_with_other_weights(path: Path, tmp_path: Path):
 )
 def test_load_refuses_shapes_that_do_not_fit(path: Path, shapes: dict[str, tuple[int, ...]]):
     rewrite(path, **{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
-    with pytest.raises(ValueError, match=r"the cartridge's (keys|bias) (are|is) .* expected"):
+    with pytest.raises(UserError, match=r"the cartridge's (keys|bias) (are|is) .* expected"):
         Cartridge.load(path, model=tiny.model())
 
 
 @pytest.mark.parametrize("num_frozen", [-1, 6])
 def test_num_frozen_lies_between_none_and_all(num_frozen: int):
-    with pytest.raises(ValueError, match=f"num_frozen is {num_frozen}, expected 0 to"):
+    with pytest.raises(UserError, match=f"num_frozen is {num_frozen}, expected 0 to"):
         random_cartridge(num_frozen=num_frozen).checked(tiny.model().config)
     random_cartridge(num_frozen=5).checked(tiny.model().config)
 
@@ -246,8 +247,8 @@ def test_a_cartridge_of_a_text_stands_in_for_its_tokens(num_tokens: int | None):
 
 def test_a_text_without_tokens_or_beyond_the_window_is_refused():
     model = tiny.model()
-    with pytest.raises(ValueError, match="the text has no tokens"):
+    with pytest.raises(UserError, match="the text has no tokens"):
         Cartridge.from_text(model, "")
-    with pytest.raises(ValueError, match=r"\d+ tokens exceed .* window of 1024: cut the text"):
+    with pytest.raises(UserError, match=r"\d+ tokens exceed .* window of 1024: cut the text"):
         Cartridge.from_text(model, tiny.TEXT * 2)
     assert Cartridge.from_text(model, tiny.TEXT * 2, num_tokens=3, num_frozen=9).num_frozen == 3

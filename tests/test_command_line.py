@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
 from command_line import files, progress
 from command_line.config import ConfigError, build, load, run
+from command_line.errors import MissingPackage, UserError
 from command_line.progress import Progress, stage
 
 ROOT = Path(__file__).parent.parent
@@ -196,13 +199,13 @@ def test_values_that_fit_are_taken():
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (ValueError("a is 3, expected 4"), 2, "error: a is 3, expected 4\n"),
-        (ValueError("two\n  lines"), 2, "error: two lines\n"),
+        (UserError("a is 3, expected 4"), 2, "error: a is 3, expected 4\n"),
+        (UserError("two\n  lines"), 2, "error: two lines\n"),
+        (MissingPackage("pip install x"), 2, "error: pip install x\n"),
+        (ConfigError("no such key"), 2, "error: no such key\n"),
         (FileNotFoundError("x does not exist"), 2, "error: x does not exist\n"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 2, "error: [Errno 28] No space left on device: 'x'\n"),
-        (KeyError("no such key"), 2, "error: no such key\n"),
-        (ValueError(), 2, "error: ValueError\n"),
-        (flags.Error("flag"), 2, "error: flag\n"),
+        (UserError(), 2, "error: UserError\n"),
         (KeyboardInterrupt(), 130, "stopped; the same command goes on from here\n"),
     ],
 )
@@ -220,12 +223,48 @@ def test_user_errors_are_one_sentence(
     assert capsys.readouterr() == ("", said)
 
 
-def test_a_bug_keeps_its_traceback():
-    def main(_: list[str]) -> int:
-        raise ZeroDivisionError
+def _fails_to_broadcast() -> object:
+    return jnp.ones((2, 3)) + jnp.ones((2, 2))
 
-    with pytest.raises(ZeroDivisionError):
+
+def _matrices_that_do_not_multiply() -> object:
+    return jnp.ones((2, 3)) @ jnp.ones((2, 2))
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [lambda: int("x"), lambda: {}["key"], lambda: len(5), _fails_to_broadcast, _matrices_that_do_not_multiply],  # type: ignore[arg-type]
+)
+def test_a_bug_keeps_its_traceback(bug: Callable[[], object]):
+    """Python's and JAX's own ValueError, KeyError and TypeError are no sentence to a user."""
+    with pytest.raises((ValueError, KeyError, TypeError)) as caught:
+        run(lambda _: bug() and None)
+    assert not isinstance(caught.value, UserError)
+
+
+def test_the_traceback_of_a_mistake_is_shown_when_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def main(argv: list[str]) -> int:
+        assert argv == ["--x"]  # the flag belongs to all commands, none of them sees it
+        raise UserError("a is 3, expected 4")
+
+    monkeypatch.setattr(sys, "argv", ["command", "--traceback", "--x"])
+    with pytest.raises(SystemExit) as caught:
         run(main)
+    shown = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert shown.startswith("Traceback") and 'raise UserError("a is 3' in shown
+    assert shown.endswith("error: a is 3, expected 4\n")
+
+
+def test_every_refusal_is_of_the_class_that_commands_show():
+    """A bare ValueError raised in the packages would be taken for a bug."""
+    for package in ("cartridges_jax", "synth", "command_line"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                    assert ast.unparse(node.exc.func) not in ("ValueError", "ImportError"), f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("returned", [0, None, 3])

@@ -13,6 +13,7 @@ from make_golden_formats import FORMATS as GOLDEN
 from cartridges_jax import convert
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop import formats
+from command_line.errors import UserError
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_what_the_source_does_not_know_is_said_and_may_be_given(tmp_path: Path, 
         Cartridge.load(tmp_path / "c.safetensors").provenance.recipe
         == "read from upstream's .pt; its making is unknown"
     )
-    with pytest.raises(ValueError, match=r"expected \(2, 7, 2, 8\) as \[layers"):
+    with pytest.raises(UserError, match=r"expected \(2, 7, 2, 8\) as \[layers"):
         convert.main([str(golden), str(tmp_path / "d.pt"), f"--model={tiny.folder()}"])
     assert not (tmp_path / "d.pt").exists()
     fits = Cartridge(jnp.ones((2, 3, 2, 8)), jnp.ones((2, 3, 2, 8)))
@@ -66,9 +67,9 @@ def test_padding_and_folding_are_done_when_asked(source: Path, tmp_path: Path):
     cartridge.replace(bias=bias).save(source)
     (tmp_path / "text.txt").write_text(tiny.TEXT)
     to = [str(source), str(tmp_path / "t"), "--to=tokasaurus"]
-    with pytest.raises(ValueError, match="say which with --model"):
+    with pytest.raises(UserError, match="say which with --model"):
         convert.main([*to, "--pad"])
-    with pytest.raises(ValueError, match=r"has a bias .*\(--fold-bias=TEXT\)"):
+    with pytest.raises(UserError, match=r"has a bias .*\(--fold-bias=TEXT\)"):
         convert.main([*to, "--pad", f"--model={tiny.folder()}"])
     convert.main([*to, "--pad", f"--fold-bias={tmp_path / 'text.txt'}", f"--model={tiny.folder()}"])
     found = Cartridge.load(tmp_path / "t", model=tiny.model())
@@ -76,11 +77,11 @@ def test_padding_and_folding_are_done_when_asked(source: Path, tmp_path: Path):
 
 
 def test_a_target_of_no_known_format_is_refused(source: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"says no format: end it in \.safetensors or \.pt, or give --to="):
+    with pytest.raises(UserError, match=r"says no format: end it in \.safetensors or \.pt, or give --to="):
         convert.main([str(source), str(tmp_path / "folder")])
-    with pytest.raises(ValueError, match=r"dtype is 'int8', and upstream's \.pt holds float32"):
+    with pytest.raises(UserError, match=r"dtype is 'int8', and upstream's \.pt holds float32"):
         convert.main([str(source), str(tmp_path / "c.pt"), "--dtype=int8"])
-    with pytest.raises(ValueError, match=r"is pushed as cartridge\.safetensors"):
+    with pytest.raises(UserError, match=r"is pushed as cartridge\.safetensors"):
         convert.main([str(source), "hf:a/b", "--to=peft"])
     with pytest.raises(FileNotFoundError, match="does not exist: expected a cartridge's file or folder"):
         convert.main([str(tmp_path / "none"), str(tmp_path / "c.pt")])

@@ -27,6 +27,7 @@ from cartridges_jax.data import (
     split_dataset,
 )
 from cartridges_jax.tokenizer import Tokenizer
+from command_line.errors import UserError
 from synth import conversation
 from synth.conversation import Conversation, Message
 
@@ -144,7 +145,7 @@ def test_a_dataset_without_log_probabilities_is_refused(tmp_path: Path, tokenize
     plain = talk(Message("Hi", "user"), Message("Ho", "assistant", tuple(tokenizer.encode("Ho"))))
     for conversations in ([plain], [], [talk(Message("Hi", "user"), answer(tokenizer, SAMPLED, True, [0] * 8))]):
         conversation.write(tmp_path / "d.parquet", conversations)
-        with pytest.raises(ValueError, match=r"d\.parquet holds no teacher log-probabilities: synthesize with"):
+        with pytest.raises(UserError, match=r"d\.parquet holds no teacher log-probabilities: synthesize with"):
             read_examples(tmp_path / "d.parquet", tokenizer)
 
 
@@ -304,7 +305,7 @@ def test_a_split_keeps_every_conversation_on_one_side(tmp_path: Path, num_held_o
 @pytest.mark.parametrize("num_held_out", [0, 13])
 def test_a_split_that_leaves_too_few_is_refused(tmp_path: Path, num_held_out: int):
     path = tiny.write_dataset(tmp_path / "d.parquet", tiny.model())
-    with pytest.raises(ValueError, match=f"has 24 conversations, too few to keep {num_held_out} out of training"):
+    with pytest.raises(UserError, match=f"has 24 conversations, too few to keep {num_held_out} out of training"):
         split_dataset(path, num_held_out, tmp_path)
 
 
@@ -327,11 +328,11 @@ def test_next_tokens_are_targets_of_every_answer(tokenizer: Tokenizer):
 
 def test_answers_without_log_probabilities_do_for_next_tokens(tmp_path: Path, tokenizer: Tokenizer):
     conversation.write(tmp_path / "plain.parquet", [talk(Message("q", "user"), Message("a", "assistant"))])
-    with pytest.raises(ValueError, match="or train on targets='tokens'"):
+    with pytest.raises(UserError, match="or train on targets='tokens'"):
         read_examples(tmp_path / "plain.parquet", tokenizer)
     assert len(read_examples(tmp_path / "plain.parquet", tokenizer, "tokens")) == 1
     conversation.write(tmp_path / "none.parquet", [talk(Message("q", "user"))])
-    with pytest.raises(ValueError, match="holds no answer"):
+    with pytest.raises(UserError, match="holds no answer"):
         read_examples(tmp_path / "none.parquet", tokenizer, "tokens")
 
 

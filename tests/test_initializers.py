@@ -12,6 +12,7 @@ import tiny
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.initializers import STATISTICS_TOKENS, InitConfig, initial_cartridge
 from cartridges_jax.starting_texts import CHUNK, sampled_chunks
+from command_line.errors import UserError
 
 
 def test_text_gives_the_first_tokens_of_the_corpus():
@@ -25,7 +26,7 @@ def test_text_gives_the_first_tokens_of_the_corpus():
 
 
 def test_a_corpus_shorter_than_the_slots_is_refused():
-    with pytest.raises(ValueError, match=r"the corpus has \d tokens, fewer than init.num_slots, 64: lower it"):
+    with pytest.raises(UserError, match=r"the corpus has \d tokens, fewer than init.num_slots, 64: lower it"):
         initial_cartridge(InitConfig("text", 64), tiny.model(), "A cat.", [], seed=0)
 
 
@@ -53,7 +54,7 @@ def test_random_vectors_depend_on_the_seed_and_on_nothing_else():
 @pytest.mark.parametrize(("corpus", "num_frozen"), [("A", 1), ("A cat.", 30), (tiny.TEXT[:1800], 600)])
 def test_random_vectors_need_a_text_to_measure(corpus: str, num_frozen: int):
     count = len(tiny.model().tokenizer.encode(corpus, add_special_tokens=True))
-    with pytest.raises(ValueError, match=f"the corpus has {count} tokens, expected at least {max(2, num_frozen)}"):
+    with pytest.raises(UserError, match=f"the corpus has {count} tokens, expected at least {max(2, num_frozen)}"):
         initial_cartridge(InitConfig("random_vectors", 700, num_frozen), tiny.model(), corpus, [], seed=0)
 
 
@@ -86,7 +87,7 @@ def test_pretrained_is_what_the_file_holds(tmp_path: Path, dtype: type):
 def test_pretrained_refuses_more_frozen_slots_than_it_has(tmp_path: Path):
     Cartridge.from_text(tiny.model(), tiny.TEXT, 10).save(tmp_path / "c.safetensors")
     config = InitConfig("pretrained", num_frozen=11, path=str(tmp_path / "c.safetensors"))
-    with pytest.raises(ValueError, match="num_frozen is 11, expected 0 to the number of slots, 10"):
+    with pytest.raises(UserError, match="num_frozen is 11, expected 0 to the number of slots, 10"):
         initial_cartridge(config, tiny.model(), tiny.TEXT, [], seed=0)
 
 
@@ -102,7 +103,7 @@ def test_pretrained_refuses_more_frozen_slots_than_it_has(tmp_path: Path):
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(settings: dict, sentence: str):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         InitConfig(**settings)
 
 
@@ -120,7 +121,7 @@ def test_sampled_chunks_are_pieces_of_the_corpus_in_its_order():
     expected = Cartridge.from_tokens(model, [tokens[i] for i in drawn[0]])
     np.testing.assert_array_equal(found.keys, expected.keys)
     assert found.num_frozen == 2
-    with pytest.raises(ValueError, match=r"the corpus has \d+ tokens, expected 900: lower init.num_slots"):
+    with pytest.raises(UserError, match=r"the corpus has \d+ tokens, expected 900: lower init.num_slots"):
         initial_cartridge(InitConfig("sampled_chunks", 900), model, "A cat.", [], seed=0)
 
 
@@ -137,7 +138,7 @@ def test_random_text_is_another_text(tmp_path: Path):
     np.testing.assert_array_equal(theirs.keys, Cartridge.from_text(model, tiny.TEXT[::-1], 20).keys)
     with pytest.raises(FileNotFoundError, match=r"the text of init\.path"):
         initial_cartridge(InitConfig("random_text", 20, path=str(tmp_path / "none.txt")), model, "A cat.", [], 0)
-    with pytest.raises(ValueError, match=r"the text of init\.path has \d+ tokens, fewer"):
+    with pytest.raises(UserError, match=r"the text of init\.path has \d+ tokens, fewer"):
         initial_cartridge(InitConfig("random_text", 5000, path=str(tmp_path / "other.txt")), model, "A cat.", [], 0)
 
 

@@ -17,6 +17,7 @@ import cartridges_jax as cj
 from cartridges_jax.losses import CHUNK, Reduction, Tail, loss_sum, top_k_cross_entropy
 from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.transformer import Remat, init_params
+from command_line.errors import UserError
 
 TAILS: tuple[Tail, ...] = ("drop", "bucket")
 REDUCTIONS: tuple[Reduction, ...] = ("token", "entry", "row")
@@ -316,10 +317,10 @@ def test_logits_of_all_positions_never_exist(tail: Tail) -> None:
 
 def test_choices_that_do_not_exist(tiny_llama: cj.LanguageModel) -> None:
     batch, cartridge = small_case()
-    with pytest.raises(ValueError, match="tail is 'keep' and reduction 'token', expected drop or bucket and token, "):
+    with pytest.raises(UserError, match="tail is 'keep' and reduction 'token', expected drop or bucket and token, "):
         cj.distillation_loss(cartridge, tiny_llama, batch, tail="keep")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="reduction 'mean'"):
+    with pytest.raises(UserError, match="reduction 'mean'"):
         cj.distillation_loss(cartridge, tiny_llama, batch, reduction="mean")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the cartridge's keys are \(2, 6, 2, 16\)"):
+    with pytest.raises(UserError, match=r"the cartridge's keys are \(2, 6, 2, 16\)"):
         fewer = cartridge.replace(keys=cartridge.keys[:2], values=cartridge.values[:2])
         cj.distillation_loss(fewer, tiny_llama, batch)

@@ -12,6 +12,7 @@ import pytest
 
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.optim import OptimConfig, optimizer, schedule
+from command_line.errors import UserError
 
 STEPS = 20
 
@@ -95,7 +96,7 @@ def test_the_moments_forget_as_the_config_says(b1: float, b2: float):
     + [{"final_fraction": value} for value in (-0.1, 1.1, math.nan)],
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, float]):
-    with pytest.raises(ValueError, match="expected lr > 0, warmup_steps >= 0 and final_fraction from 0 to 1"):
+    with pytest.raises(UserError, match="expected lr > 0, warmup_steps >= 0 and final_fraction from 0 to 1"):
         OptimConfig(**bad)
 
 
@@ -115,5 +116,5 @@ def test_a_long_gradient_is_clipped_without_what_is_frozen():
     by_hand = second_update(OptimConfig(lr=2e-2), jax.tree.map(lambda g: g / norm, long))
     np.testing.assert_allclose(clipped, by_hand, rtol=1e-5)
     assert (np.abs(clipped - second_update(OptimConfig(lr=2e-2), long)) > 1e-4)[:, 1:].all()
-    with pytest.raises(ValueError, match=r"clip_norm is 0\.0, expected a length above 0"):
+    with pytest.raises(UserError, match=r"clip_norm is 0\.0, expected a length above 0"):
         OptimConfig(clip_norm=0.0)

@@ -26,6 +26,7 @@ from cartridges_jax.models import transformer
 from cartridges_jax.starting_texts import SummaryConfig
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.train import train
+from command_line.errors import UserError
 
 SHORT = {"num_steps": 4, "checkpoint_every": 2}
 OWL = {"question": "Where does the owl number 5 sleep?", "answer": "box 5"}
@@ -104,9 +105,9 @@ def test_a_mix_has_its_weights(inputs: Path):
 
 
 def test_a_mix_that_leaves_nothing_is_refused(settings: dict[str, Any]):
-    with pytest.raises(ValueError, match="expected above 0 and below 1"):
+    with pytest.raises(UserError, match="expected above 0 and below 1"):
         MixConfig("x", 1.0)
-    with pytest.raises(ValueError, match=r"come to 1 or more: expected a rest"):
+    with pytest.raises(UserError, match=r"come to 1 or more: expected a rest"):
         config_of(settings, mix=(MixConfig("x", 0.7), MixConfig("y", 0.2), MixConfig("z", 0.1)))  # 0.9999999999999999
 
 
@@ -119,7 +120,7 @@ def test_a_small_share_of_a_mix_is_one_conversation_at_least(inputs: Path):
 
 
 def test_rows_that_cut_every_answer_are_refused(settings: dict[str, Any]):
-    with pytest.raises(ValueError, match="seq_len is 4, which cuts every conversation before its first answer"):
+    with pytest.raises(UserError, match="seq_len is 4, which cuts every conversation before its first answer"):
         trained(settings, seq_len=4)
     assert not Path(settings["output_dir"]).exists()
 
@@ -127,7 +128,7 @@ def test_rows_that_cut_every_answer_are_refused(settings: dict[str, Any]):
 def test_a_summary_is_not_asked_for_by_every_process(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     init = {"kind": "summary", "num_slots": 16, "summary": SummaryConfig("http://127.0.0.1:9/v1")}
-    with pytest.raises(ValueError, match="asks a server once, and this job has 2 processes"):
+    with pytest.raises(UserError, match="asks a server once, and this job has 2 processes"):
         trained(settings, init=init)
 
 
@@ -149,7 +150,7 @@ def test_minutes_end_a_run_and_count_on_when_it_is_resumed(settings: dict[str, A
 
 def test_no_conversations_are_needed_for_no_steps(settings: dict[str, Any]):
     del settings["dataset"]
-    with pytest.raises(ValueError, match=r"config\.dataset names no conversations"):
+    with pytest.raises(UserError, match=r"config\.dataset names no conversations"):
         config_of(settings)
     cartridge = trained(settings, num_steps=0, init={"kind": "attention_matching", "num_slots": 16})
     assert cartridge.bias is not None and cartridge.num_slots == 16
@@ -199,7 +200,7 @@ def test_the_same_loss_again_is_not_a_better_one():
 
 
 def test_patience_without_a_loss_is_refused():
-    with pytest.raises(ValueError, match=r"evals\.patience is 2: it takes at least 1, evals\.every, and"):
+    with pytest.raises(UserError, match=r"evals\.patience is 2: it takes at least 1, evals\.every, and"):
         EvalsConfig(patience=2, every=1)
 
 
@@ -208,7 +209,7 @@ def test_another_dataset_at_the_same_place_does_not_continue_a_run(settings: dic
     shutil.copy(settings["dataset"], own)
     trained(settings, dataset=str(own))
     tiny.write_dataset(own, tiny.model(), seed=5)
-    with pytest.raises(ValueError, match="holds a run with another dataset_hash"):
+    with pytest.raises(UserError, match="holds a run with another dataset_hash"):
         trained(settings, dataset=str(own))
 
 

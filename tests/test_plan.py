@@ -24,6 +24,7 @@ from cartridges_jax.planning.economics import Query, economics
 from cartridges_jax.planning.hlo import Traffic
 from cartridges_jax.planning.programs import Requests
 from cartridges_jax.train import TrainConfig
+from command_line.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "tests" / "plan_programs.py"
@@ -133,9 +134,9 @@ def test_a_shape_may_come_from_a_config_json(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3-4b"]))
     assert shape_of(str(tmp_path)) == shape_of(str(tmp_path / "config.json")) == shape_of("Qwen/Qwen3-4B")
     (tmp_path / "config.json").write_text("GGUF")
-    with pytest.raises(ValueError, match=r"is no config\.json: planning reads shapes, not weights"):
+    with pytest.raises(UserError, match=r"is no config\.json: planning reads shapes, not weights"):
         shape_of(str(tmp_path))
-    with pytest.raises(ValueError, match="the shape of model 'gpt-2' is unknown: planning needs one of smollm2-135m"):
+    with pytest.raises(UserError, match="the shape of model 'gpt-2' is unknown: planning needs one of smollm2-135m"):
         shape_of("gpt-2")
 
 
@@ -170,7 +171,7 @@ def test_names_of_slices(topology: str, name: str, sides: tuple[int, ...]):
     ],
 )
 def test_other_topologies_are_refused(topology: str, said: str):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         chips.parse(topology)
 
 
@@ -221,9 +222,9 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: list[str], said: str)
 
 
 def test_numbers_below_one_are_refused():
-    with pytest.raises(ValueError, match="a document of 0 tokens, a question of 64"):
+    with pytest.raises(UserError, match="a document of 0 tokens, a question of 64"):
         Query(document=0)
-    with pytest.raises(ValueError, match="64 requests of 0 tokens for 1 cartridges: expected at least 1"):
+    with pytest.raises(UserError, match="64 requests of 0 tokens for 1 cartridges: expected at least 1"):
         Requests(length=0)
 
 

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 import cartridges_jax as cj
+from command_line.errors import UserError
 
 NAMES = {
     "Batch",
@@ -116,7 +117,7 @@ def test_a_target_mask_may_leave_out_j():
 
 
 def test_an_unknown_dtype_or_model_is_one_sentence():
-    with pytest.raises(ValueError, match="dtype is 'float16', expected one of float32, bfloat16"):
+    with pytest.raises(UserError, match="dtype is 'float16', expected one of float32, bfloat16"):
         cj.load_model(str(tiny.folder()), dtype="float16")
-    with pytest.raises(ValueError, match="unknown model 'no-such-model': give"):
+    with pytest.raises(UserError, match="unknown model 'no-such-model': give"):
         cj.load_model("no-such-model")

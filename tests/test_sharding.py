@@ -18,6 +18,7 @@ from cartridges_jax import sharding
 from cartridges_jax.models.transformer import abstract_params
 from cartridges_jax.planning.hlo import Traffic, traffic
 from cartridges_jax.sharding import MeshConfig, mesh_shape
+from command_line.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 BOUND = 2e-6  # of float32 sums in another order; gradients here reach 0.1, logits 2
@@ -123,17 +124,17 @@ def test_decoding_adds_up_what_heads_and_mlp_give_and_gathers_logits(served: Pat
 
 def test_sizes_that_do_not_go_together_are_refused():
     assert mesh_shape(MeshConfig(fsdp=4, tensor=2), 32) == (4, 4, 2)
-    with pytest.raises(ValueError, match="data=None, fsdp=3, tensor=1, which does not come to the 8 devices here"):
+    with pytest.raises(UserError, match="data=None, fsdp=3, tensor=1, which does not come to the 8 devices here"):
         mesh_shape(MeshConfig(fsdp=3), 8)
-    with pytest.raises(ValueError, match="fsdp=0, tensor=1: expected 1 or more"):
+    with pytest.raises(UserError, match="fsdp=0, tensor=1: expected 1 or more"):
         MeshConfig(fsdp=0)
     abstract = jax.sharding.AbstractMesh((1, 3, 1), sharding.AXES)
-    with pytest.raises(ValueError, match="fsdp is 3, which does not divide this model's width, 32"):
+    with pytest.raises(UserError, match="fsdp is 3, which does not divide this model's width, 32"):
         sharding.check(mesh_programs.CONFIG, abstract)
     abstract = jax.sharding.AbstractMesh((1, 1, 16), sharding.AXES)
-    with pytest.raises(ValueError, match="tensor is 16, which does not divide this model's number of query heads, 8"):
+    with pytest.raises(UserError, match="tensor is 16, which does not divide this model's number of query heads, 8"):
         sharding.check(mesh_programs.CONFIG, abstract)
-    with pytest.raises(ValueError, match=r"batch_size is 6, which 4 devices .* cannot share evenly"):
+    with pytest.raises(UserError, match=r"batch_size is 6, which 4 devices .* cannot share evenly"):
         sharding.check_rows(6, jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES))
 
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from cartridges_jax.models.hub import ModelFiles, resolve
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer, gguf_metadata, load_tokenizer
+from command_line.errors import UserError
 
 TRICKY = [
     "",
@@ -220,11 +221,11 @@ def test_limits_saved_in_a_tokenizer_json_do_not_cut_text(tmp_path: Path) -> Non
 
 def test_chat_without_a_template_or_against_it(tmp_path: Path) -> None:
     messages = [{"role": "narrator", "content": "x"}]
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(write_folder(train("gpt-2"), tmp_path / "base", template=None)).render_chat(
             messages, add_generation_prompt=False
         )
-    with pytest.raises(ValueError, match="refuses these messages: no role narrator"):
+    with pytest.raises(UserError, match="refuses these messages: no role narrator"):
         load_tokenizer(write_folder(train("gpt-2"), tmp_path / "chat")).render_chat(
             messages, add_generation_prompt=False
         )
@@ -232,19 +233,19 @@ def test_chat_without_a_template_or_against_it(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     backend = train("gpt-2")
-    with pytest.raises(ValueError, match="splits text by 'klingon': known are 'gpt-2', "):
+    with pytest.raises(UserError, match="splits text by 'klingon': known are 'gpt-2', "):
         load_tokenizer(write_gguf(backend, tmp_path / "a.gguf", "klingon"))
-    with pytest.raises(ValueError, match="kind 'llama'"):
+    with pytest.raises(UserError, match="kind 'llama'"):
         load_tokenizer(write_gguf(backend, tmp_path / "b.gguf", "gpt-2", kind="llama"))
     whole = (tmp_path / "a.gguf").read_bytes()
     for size in (0, 10, 30, 1000, len(whole) - 40):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="GGUF"):
+        with pytest.raises(UserError, match="GGUF"):
             gguf_metadata(tmp_path / "cut.gguf")
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         load_tokenizer(ModelFiles("empty", directory=tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(ModelFiles("broken", directory=tmp_path))
 
 

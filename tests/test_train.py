@@ -37,6 +37,7 @@ from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.train import train
 from command_line import progress
 from command_line.config import run
+from command_line.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 BEGUN = {"checkpoints", "config.json", "initial.safetensors", "metrics.jsonl"}
@@ -221,7 +222,7 @@ def test_of_pretrained_the_file_decides_how_many_slots(settings: dict[str, Any],
     init = {"kind": "pretrained", "path": str(tmp_path / "start.safetensors")}
     fits = config_of(settings, init=init, num_steps=0, seq_len=1016)
     assert Cartridge.load(train(fits, tiny.model())).num_slots == 8
-    with pytest.raises(ValueError, match="8 slots and rows of 1017 tokens exceed"):
+    with pytest.raises(UserError, match="8 slots and rows of 1017 tokens exceed"):
         train(config_of(settings, init=init, num_steps=0, seq_len=1017, output_dir=str(tmp_path / "b")), tiny.model())
     assert not (tmp_path / "b").exists()
 
@@ -435,7 +436,7 @@ def test_a_run_keeps_the_dtype_that_auto_came_to(settings: dict[str, Any]):
     assert recorded == str(load_model(config.model, "auto").params["embed"].dtype)
     train(config)
     other = "float32" if recorded == "bfloat16" else "bfloat16"
-    with pytest.raises(ValueError, match="holds a run with another dtype"):
+    with pytest.raises(UserError, match="holds a run with another dtype"):
         train(dataclasses.replace(config, dtype=other))
 
 
@@ -456,7 +457,7 @@ def test_slots_that_overflow_in_the_last_step_are_no_cartridge(
         return state.replace(cartridge=cartridge, step=state.step + 1), metrics
 
     monkeypatch.setattr(loop_module, "train_step", overflow)
-    with pytest.raises(ValueError, match="the trained slots are not finite: training diverged"):
+    with pytest.raises(UserError, match="the trained slots are not finite: training diverged"):
         train(config_of(settings, num_steps=1), tiny.model())
     assert not (Path(settings["output_dir"]) / "cartridge.safetensors").exists()
 

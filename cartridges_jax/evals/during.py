@@ -17,6 +17,7 @@ from cartridges_jax.evals.scorers import Scorer, score
 from cartridges_jax.losses import Tail
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.generate import generate_ids
+from command_line.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class LossEval:
 
     def __post_init__(self) -> None:
         if (self.dataset is None) == (self.questions is None):
-            raise ValueError(f"set exactly one of dataset and questions of the evaluation {self.name}")
+            raise UserError(f"set exactly one of dataset and questions of the evaluation {self.name}")
         if "{question}" not in self.instruction:
-            raise ValueError(
+            raise UserError(
                 f"the evaluation {self.name} has the instruction {self.instruction!r}, expected a {{question}} in it"
             )
 
@@ -59,7 +60,7 @@ class GenerationEval:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.num_samples < 1 or self.temperature < 0 or "{question}" not in self.instruction:
-            raise ValueError(
+            raise UserError(
                 f"the evaluation {self.name} has max_tokens {self.max_tokens}, num_samples {self.num_samples}, "
                 f"temperature {self.temperature} and instruction {self.instruction!r}: expected at least 1, 1, 0 and "
                 "a {question}"
@@ -80,13 +81,13 @@ class EvalsConfig:
         for kind in (self.loss, self.generation):
             names = [one.name for one in kind]
             if len(set(names)) < len(names):
-                raise ValueError(f"evals has the names {', '.join(names)}: expected each once")
+                raise UserError(f"evals has the names {', '.join(names)}: expected each once")
         if self.off_topic and any(one.name == "off_topic" for one in self.loss):
-            raise ValueError("evals.loss has the name off_topic, under which evals.off_topic reports: choose another")
+            raise UserError("evals.loss has the name off_topic, under which evals.off_topic reports: choose another")
         if self.every is not None and self.every < 1:
-            raise ValueError(f"evals.every is {self.every}, expected at least 1 step")
+            raise UserError(f"evals.every is {self.every}, expected at least 1 step")
         if self.patience is not None and (self.patience < 1 or not self.loss or self.every is None):
-            raise ValueError(
+            raise UserError(
                 f"evals.patience is {self.patience}: it takes at least 1, evals.every, and in evals.loss what to watch"
             )
 
@@ -95,25 +96,25 @@ class Evals:
     """The configured evaluations with their inputs, which are read once.
 
     Raises:
-      FileNotFoundError, ValueError: an input is missing or unusable.
+      FileNotFoundError, UserError: an input is missing or unusable.
     """
 
     def __init__(self, config: EvalsConfig, model: LanguageModel, targets: Targets, tail: Tail):
         if config.generation and sharding.mesh_of(model.params).size > 1:
-            raise ValueError("evals.generation needs a model on one device: drop it here, and ask the cartridge later")
+            raise UserError("evals.generation needs a model on one device: drop it here, and ask the cartridge later")
         self._config, self._model, self._tail = config, model, tail
         self._losses = {one.name: one.examples(model, targets) for one in config.loss}
         self._questions = {one.name: questions_of(one.questions) for one in config.generation}
         for one in config.generation:
             if one.scorer == "choice" and not all(q.choices for q in self._questions[one.name]):
-                raise ValueError(f"{one.questions} has a question without choices, which the scorer 'choice' needs")
+                raise UserError(f"{one.questions} has a question without choices, which the scorer 'choice' needs")
             if one.scorer == "chrf":
                 score("chrf", "a", "a")  # says now that sacrebleu is missing
         self._without = general_nll(model, None) if config.off_topic else None
 
     def check_window(self, num_slots: int) -> None:
         """Raises:
-        ValueError: behind so many slots, an evaluation exceeds the model's window.
+        UserError: behind so many slots, an evaluation exceeds the model's window.
         """
         examples = {name: [e for members in groups.values() for e in members] for name, groups in self._losses.items()}
         if self._without is not None:
@@ -124,7 +125,7 @@ class Evals:
             lengths[one.name] = max(lengths.get(one.name, 0), max(map(len, asked)) + one.max_tokens)
         for name, length in lengths.items():
             if num_slots + length > self._model.config.window:
-                raise ValueError(
+                raise UserError(
                     f"the evaluation {name} needs {length} tokens behind {num_slots} slots, more than "
                     f"{self._model.name}'s window of {self._model.config.window}: ask or generate less there"
                 )

@@ -17,6 +17,7 @@ from cartridges_jax.losses import Batch, Tail, loss_sum
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, no_prefix
 from cartridges_jax.models.transformer import Params
+from command_line.errors import UserError
 
 ROW = 512  # tokens of a packed row, or as many as the longest example has
 
@@ -27,7 +28,7 @@ def answer_loss(
     """The loss summed over the targets, in nats, and their number.
 
     Raises:
-      ValueError: an example does not fit the window behind the prefix.
+      UserError: an example does not fit the window behind the prefix.
     """
     # without its history, which would compile the same program again for each cartridge
     cartridge = Cartridge(*(no_prefix(model.config) if prefix is None else prefix.prefix), num_frozen=0)
@@ -35,7 +36,7 @@ def answer_loss(
     if cartridge.num_slots + length > model.config.window:
         length = max(len(example.tokens) for example in examples)
     if cartridge.num_slots + length > model.config.window:
-        raise ValueError(
+        raise UserError(
             f"{cartridge.num_slots} slots and a conversation of {length} tokens exceed {model.name}'s window of "
             f"{model.config.window}: evaluate on shorter conversations"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cartridges_jax.data import Example
+from command_line.errors import UserError
 
 EXPECTED = '{"question": "…", "answer": "…"}'
 
@@ -32,7 +33,7 @@ def questions_of(path: str | os.PathLike[str]) -> list[Question]:
     """Reads JSON lines of {"question", "answer"} and, for a multiple choice, "choices".
 
     Raises:
-      FileNotFoundError, ValueError: no such file, no question in it, or a line that is something else.
+      FileNotFoundError, UserError: no such file, no question in it, or a line that is something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} does not exist: expected one {{"question", "answer"}} a line')
@@ -55,14 +56,14 @@ def _parsed(text: str, source: str) -> list[Question]:
             choices = tuple(choice.strip() for choice in entry.get("choices", ()))
             question = Question(entry["question"].strip(), entry["answer"].strip(), choices)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{source}, line {number}: expected {EXPECTED}") from error
+            raise UserError(f"{source}, line {number}: expected {EXPECTED}") from error
         if choices and question.answer not in choices:
-            raise ValueError(f"{source}, line {number}: the answer {question.answer!r} is none of its choices")
+            raise UserError(f"{source}, line {number}: the answer {question.answer!r} is none of its choices")
         if not question.question or not question.answer:
-            raise ValueError(f"{source}, line {number}: a question or an answer is empty, expected {EXPECTED}")
+            raise UserError(f"{source}, line {number}: a question or an answer is empty, expected {EXPECTED}")
         questions.append(question)
     if not questions:
-        raise ValueError(f'{source} holds no question: expected one {{"question", "answer"}} a line')
+        raise UserError(f'{source} holds no question: expected one {{"question", "answer"}} a line')
     return questions
 
 

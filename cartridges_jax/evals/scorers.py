@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from command_line.errors import MissingPackage
+
 ARTICLES = ("a", "an", "the")
 
 Scorer = Literal["contained", "exact", "f1", "choice", "chrf"]
@@ -73,12 +75,12 @@ def chrf(text: str, answer: str) -> float:
     """Character n-gram F-score by sacrebleu (Popović, 2015).
 
     Raises:
-      ImportError: it is not installed.
+      MissingPackage: it is not installed.
     """
     try:
         from sacrebleu.metrics import CHRF
     except ImportError as error:
-        raise ImportError("the scorer 'chrf' is sacrebleu's: pip install 'cartridges-jax[evals]'") from error
+        raise MissingPackage("the scorer 'chrf' is sacrebleu's: pip install 'cartridges-jax[evals]'") from error
     return CHRF().sentence_score(text, [answer]).score / 100
 
 

@@ -14,6 +14,7 @@ from cartridges_jax import cartridge_file
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop import peft, sources, tokasaurus, upstream
 from cartridges_jax.interop.layouts import refuse_bias
+from command_line.errors import UserError
 
 OWN = "cartridge.safetensors"
 
@@ -45,7 +46,7 @@ def read(source: str | os.PathLike[str]) -> Cartridge:
 
     Raises:
       FileNotFoundError: nothing there that looks like a cartridge.
-      ValueError: it is broken, hostile, or holds values that are not finite.
+      UserError: it is broken, hostile, or holds values that are not finite.
       ConnectionError, PermissionError: it has to be fetched and cannot be.
     """
     path = sources.fetch(source)
@@ -53,7 +54,7 @@ def read(source: str | os.PathLike[str]) -> Cartridge:
     cartridge = FORMATS[format].read(file)
     arrays = [cartridge.keys, cartridge.values, *([] if cartridge.bias is None else [cartridge.bias])]
     if not all(bool(jnp.isfinite(array).all()) for array in arrays):
-        raise ValueError(f"{path} holds values that are not finite: its training diverged, train it again")
+        raise UserError(f"{path} holds values that are not finite: its training diverged, train it again")
     return cartridge
 
 
@@ -61,11 +62,11 @@ def write(cartridge: Cartridge, path: Path, format: str, dtype: str = "float32")
     """Writes a cartridge in one of `FORMATS`.
 
     Raises:
-      ValueError: the format cannot hold this cartridge or this dtype; nothing is written then.
+      UserError: the format cannot hold this cartridge or this dtype; nothing is written then.
     """
     chosen = FORMATS[format]
     if dtype not in chosen.dtypes:
-        raise ValueError(f"dtype is {dtype!r}, and {chosen.title} holds {', '.join(chosen.dtypes)}")
+        raise UserError(f"dtype is {dtype!r}, and {chosen.title} holds {', '.join(chosen.dtypes)}")
     if not chosen.has_bias:
         refuse_bias(cartridge, chosen.title)
     chosen.write(cartridge, path, dtype)

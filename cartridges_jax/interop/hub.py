@@ -14,6 +14,7 @@ from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop.sources import check_size
 from cartridges_jax.models.hub import HUB_ID, hub_errors
 from command_line import files
+from command_line.errors import UserError
 
 CARD = """# {title}
 
@@ -66,7 +67,7 @@ def push_to_hub(
       report: Markdown that says how good the cartridge is, such as the `report.md` of `evaluate`.
 
     Raises:
-      ValueError: no valid Hub id.
+      UserError: no valid Hub id.
       PermissionError, FileNotFoundError, ConnectionError: no login, no such organisation, no network.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +80,7 @@ def push_dataset(dataset: str | os.PathLike[str], repo: str, *, private: bool = 
     """Uploads a dataset's Parquet file in the Hub's layout, and the `config.json` beside it; returns the address.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, or not a dataset.
+      FileNotFoundError, UserError: no such file, or not a dataset.
       PermissionError, ConnectionError: no login, or no network.
     """
     from cartridges_jax.data import dataset_files
@@ -99,12 +100,12 @@ def download(name: str, patterns: Sequence[str], kind: Literal["model", "dataset
     """The local folder of a repository's files that match; `name` is `org/name[@revision]`.
 
     Raises:
-      ValueError: no such form of a name, or the files have more than `most` bytes.
+      UserError: no such form of a name, or the files have more than `most` bytes.
       FileNotFoundError, PermissionError, ConnectionError: see `hub_errors`.
     """
     repo, _, revision = name.partition("@")
     if not HUB_ID.fullmatch(repo):
-        raise ValueError(f"'hf:{name}' is no Hub source: expected hf:org/name or hf:org/name@revision")
+        raise UserError(f"'hf:{name}' is no Hub source: expected hf:org/name or hf:org/name@revision")
     from huggingface_hub import snapshot_download
 
     wanted: Any = {"repo_id": repo, "repo_type": kind, "revision": revision or None}
@@ -157,7 +158,7 @@ def card(cartridge: Cartridge, repo: str, report: str = "") -> str:
 
 def _upload(folder: Path, repo: str, kind: Literal["model", "dataset"], private: bool) -> str:
     if not HUB_ID.fullmatch(repo):
-        raise ValueError(f"{repo!r} is no valid Hub id: expected 'org/name'")
+        raise UserError(f"{repo!r} is no valid Hub id: expected 'org/name'")
     from huggingface_hub import HfApi
 
     with hub_errors(repo, "cartridge" if kind == "model" else "dataset", "pushed to"):

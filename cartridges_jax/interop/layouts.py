@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cartridges_jax.cartridge import Cartridge, Provenance
+from command_line.errors import UserError
 
 Layer = tuple[np.ndarray, np.ndarray]
 
@@ -19,7 +20,7 @@ def to_past_key_values(cartridge: Cartridge) -> list[Layer]:
     Queries then stand at positions p and later, as `generate` and `forward` of transformers place them behind a cache.
 
     Raises:
-      ValueError: a bias, which that cache has no place for.
+      UserError: a bias, which that cache has no place for.
     """
     refuse_bias(cartridge, "past_key_values")
     keys, values = (np.asarray(a).transpose(0, 2, 1, 3)[:, None] for a in (cartridge.keys, cartridge.values))
@@ -33,12 +34,12 @@ def from_past_key_values(layers: Sequence[tuple[Any, Any]], num_frozen: int = 1)
       layers: per layer keys (after RoPE) and values, each [1, kv heads, slots, head size], as anything numpy reads.
 
     Raises:
-      ValueError: another shape, or more than one sequence.
+      UserError: another shape, or more than one sequence.
     """
     found = [[np.asarray(array, np.float32) for array in layer[:2]] for layer in layers]
     shapes = {array.shape for layer in found for array in layer}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[0] != 1:
-        raise ValueError(
+        raise UserError(
             "past_key_values of one sequence are expected, in every layer [1, kv heads, slots, head size], "
             f"not {sorted({array.shape for layer in found for array in layer})}"
         )
@@ -53,7 +54,7 @@ def to_pages(cartridge: Cartridge, page: int) -> np.ndarray:
     The last page is filled up with zeros, which the number of slots keeps from being seen.
 
     Raises:
-      ValueError: a bias, which the engine has no place for.
+      UserError: a bias, which the engine has no place for.
     """
     refuse_bias(cartridge, "a paged cache")
     both = np.stack([np.asarray(cartridge.keys), np.asarray(cartridge.values)], axis=1)
@@ -66,10 +67,10 @@ def from_pages(pages: np.ndarray, num_slots: int, num_frozen: int = 1) -> Cartri
     """The first `num_slots` positions of a paged cache whose pages lie in order.
 
     Raises:
-      ValueError: another layout, or fewer positions.
+      UserError: another layout, or fewer positions.
     """
     if pages.ndim != 6 or pages.shape[1] != 2 or pages.shape[2] * pages.shape[3] < num_slots:
-        raise ValueError(
+        raise UserError(
             f"the pages are {pages.shape}, expected [layers, 2, pages, page, kv heads, head size] "
             f"with at least {num_slots} positions"
         )
@@ -86,7 +87,7 @@ def refuse_bias(cartridge: Cartridge, target: str) -> None:
     so a bias other than zero cannot be expressed by keys and values alone. `fold_bias` comes near it.
     """
     if cartridge.bias is not None and bool(jnp.any(cartridge.bias != 0)):
-        raise ValueError(
+        raise UserError(
             f"this cartridge has a bias (a log-weight of each slot), for which {target} has no place, and no key or "
             "value says the same: fold it into the keys approximately (--fold-bias=TEXT), or train from another init"
         )

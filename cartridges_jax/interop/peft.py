@@ -19,6 +19,7 @@ from cartridges_jax.cartridge import Cartridge, Provenance
 from cartridges_jax.cartridge_file import cast, header_of, read_header
 from cartridges_jax.interop import torch_zip
 from command_line import files
+from command_line.errors import UserError
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"
@@ -31,13 +32,13 @@ def read(path: Path) -> Cartridge:
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: another kind of adapter, or a tensor that does not fit its config.
+      UserError: another kind of adapter, or a tensor that does not fit its config.
     """
     folder, config = path.parent, _read_config(path)
     tensor, header = _read_tensor(folder)
     l, k, width, p = (config[name] for name in SIZES)
     if width % k or tensor.shape != (p, 2 * l * width):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {TENSOR} {tensor.shape}, expected {(p, 2 * l * width)} by its config ({p} virtual tokens, "
             f"{l} layers, {k} heads that share {width} channels)"
         )
@@ -59,7 +60,7 @@ def write(cartridge: Cartridge, folder: Path, dtype: str = "float32", kind: str 
     """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads, its config last.
 
     Raises:
-      ValueError: values that the dtype cannot hold.
+      UserError: values that the dtype cannot hold.
     """
     l, p, k, h = cartridge.keys.shape
     both = np.stack([np.asarray(cartridge.keys), np.asarray(cartridge.values)], axis=1)  # [l, 2, p, k, h]
@@ -86,20 +87,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(files.read_text(path, "a PEFT adapter's config"))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): save the adapter again") from error
+        raise UserError(f"{path} is not JSON ({error}): save the adapter again") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in KINDS:
-        raise ValueError(
-            f"{path} has peft_type {kind!r}, expected {' or '.join(KINDS)}: only those are keys and values"
-        )
+        raise UserError(f"{path} has peft_type {kind!r}, expected {' or '.join(KINDS)}: only those are keys and values")
     if config.get("prefix_projection"):
-        raise ValueError(f"{path} has prefix_projection: its slots are made by a network, save them without it")
+        raise UserError(f"{path} has prefix_projection: its slots are made by a network, save them without it")
     if config.get("num_transformer_submodules", 1) not in (1, None):
-        raise ValueError(f"{path} is for an encoder and a decoder, expected a decoder alone")
+        raise UserError(f"{path} is for an encoder and a decoder, expected a decoder alone")
     wrong = [name for name in SIZES if type(config.get(name)) is not int or not 0 < config[name] < 1 << 32]
     frozen = config.get("num_frozen_tokens", 1)
     if wrong or type(frozen) is not int or (kind == "CARTRIDGE" and not 0 <= frozen <= config["num_virtual_tokens"]):
-        raise ValueError(f"{path} says nothing usable about {', '.join(wrong) or 'num_frozen_tokens'}: save it again")
+        raise UserError(f"{path} says nothing usable about {', '.join(wrong) or 'num_frozen_tokens'}: save it again")
     return config
 
 
@@ -108,7 +107,7 @@ def _read_tensor(folder: Path) -> tuple[np.ndarray, tuple[int, Provenance] | Non
     if not path.is_file() and (folder / OLD_TENSORS).is_file():
         tree, _ = torch_zip.load(folder / OLD_TENSORS)
         if not isinstance(tree, dict) or not isinstance(tree.get(TENSOR), np.ndarray):
-            raise ValueError(f"{folder / OLD_TENSORS} has no tensor {TENSOR}")
+            raise UserError(f"{folder / OLD_TENSORS} has no tensor {TENSOR}")
         return tree[TENSOR], None
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {TENSORS}: save the adapter again")
@@ -117,4 +116,4 @@ def _read_tensor(folder: Path) -> tuple[np.ndarray, tuple[int, Provenance] | Non
             header = (reader.metadata() or {}).get("cartridge")
             return reader.get_tensor(TENSOR), None if header is None else read_header(json.loads(header))
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a whole adapter file ({error!r}): save it again") from error
+        raise UserError(f"{path} is not a whole adapter file ({error!r}): save it again") from error

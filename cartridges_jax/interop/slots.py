@@ -19,6 +19,7 @@ from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
+from command_line.errors import UserError
 
 FOLD_TOKENS = 1024  # of the text, whose queries tell what is common to all
 RIDGE = 1e-3  # of the mean squared query
@@ -32,7 +33,7 @@ def fold_bias(cartridge: Cartridge, model: LanguageModel, text: str) -> Cartridg
     something in common, which those of a trained model do; a query that differs sees b·(q·u), not b.
 
     Raises:
-      ValueError: the cartridge does not fit the model, or the text has no token.
+      UserError: the cartridge does not fit the model, or the text has no token.
     """
     cartridge.checked(model.config)
     if cartridge.bias is None:
@@ -40,7 +41,7 @@ def fold_bias(cartridge: Cartridge, model: LanguageModel, text: str) -> Cartridg
     room = model.config.window - cartridge.num_slots
     tokens = model.tokenizer.encode(text)[: min(FOLD_TOKENS, room)]
     if not tokens:
-        raise ValueError(f"fold_bias needs a text and room for it: there are {room} positions behind the cartridge")
+        raise UserError(f"fold_bias needs a text and room for it: there are {room} positions behind the cartridge")
     direction_lkh = _common_directions(model.params, *cartridge.prefix, np.asarray([tokens]), config=model.config)
     keys = cartridge.keys + cartridge.bias[..., None] * direction_lkh[:, None]
     recipe = f"{cartridge.provenance.recipe}; bias folded into the keys"
@@ -55,7 +56,7 @@ def pad_slots(cartridge: Cartridge, multiple: int, config: ModelConfig) -> Cartr
     are rotated on, as queries now begin at a later position.
 
     Raises:
-      ValueError: the cartridge does not fit the model's config.
+      UserError: the cartridge does not fit the model's config.
     """
     cartridge.checked(config)
     missing = -cartridge.num_slots % multiple

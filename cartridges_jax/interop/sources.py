@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from command_line.errors import UserError
+
 HF, WANDB = "hf:", "wandb:"
 CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adapter_model.*", "config.yaml")
 DATASET_FILES = ("*.parquet", "data/*.parquet", "config.yaml")
@@ -18,7 +20,7 @@ def fetch(source: str | os.PathLike[str]) -> Path:
     """The local file or folder of a cartridge.
 
     Raises:
-      ValueError: no such form of a source, or files that are too large.
+      UserError: no such form of a source, or files that are too large.
       FileNotFoundError, PermissionError, ConnectionError: it is not there, asks for a login, or cannot be reached.
     """
     text = os.fspath(source)
@@ -48,9 +50,9 @@ def fetch_dataset(source: str | os.PathLike[str]) -> Path:
 
 
 def check_size(source: str, size: int, most: int) -> None:
-    """Raises: ValueError, if its files have more bytes than are fetched."""
+    """Raises: UserError, if its files have more bytes than are fetched."""
     if size > most:
-        raise ValueError(
+        raise UserError(
             f"the files of {source} have {size / 1e9:,.1f} GB, and at most {most / 1e9:,.1f} GB are fetched: is it the "
             "right name? If so, download them by hand and give their folder"
         )

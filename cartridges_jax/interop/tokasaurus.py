@@ -12,6 +12,7 @@ import yaml
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop import upstream
 from command_line import files
+from command_line.errors import UserError
 
 TENSORS = "cartridge.pt"
 PAGE = 16  # the server's default page_size
@@ -21,11 +22,11 @@ def write(cartridge: Cartridge, folder: Path, dtype: str = "float32") -> None:
     """Writes the folder; the config last, since the server takes a folder that has both files.
 
     Raises:
-      ValueError: the slots do not fill whole pages.
+      UserError: the slots do not fill whole pages.
     """
     p = cartridge.num_slots
     if p % PAGE:
-        raise ValueError(
+        raise UserError(
             f"this cartridge has {p} slots, and Tokasaurus loads multiples of its page, {PAGE}, only: train "
             f"{p - p % PAGE} or {p + -p % PAGE}, or have slots added (--pad), which costs some quality"
         )

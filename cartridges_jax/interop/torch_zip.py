@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from command_line import files
+from command_line.errors import UserError
 
 STORAGES = {
     "torch FloatStorage": np.dtype(np.float32),
@@ -43,7 +44,7 @@ BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, R
 BROKEN += (struct.error, zipfile.BadZipFile)
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """A sentence for the user."""
 
 
@@ -64,7 +65,7 @@ def load(path: Path) -> tuple[Any, dict[str, bytes]]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a whole file of this format, or one that holds more than tensors in lists and dicts.
+      UserError: not a whole file of this format, or one that holds more than tensors in lists and dicts.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,10 +73,10 @@ def load(path: Path) -> tuple[Any, dict[str, bytes]]:
     except FileNotFoundError:
         raise
     except Refused as error:
-        raise ValueError(f"{path} is refused: {error}") from error
+        raise UserError(f"{path} is refused: {error}") from error
     except BROKEN as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path} is not a whole file of torch's zip format ({reason}): make it again") from error
+        raise UserError(f"{path} is not a whole file of torch's zip format ({reason}): make it again") from error
 
 
 class _Reader:

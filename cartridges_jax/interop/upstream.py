@@ -18,6 +18,7 @@ import yaml
 from cartridges_jax.cartridge import Cartridge, Provenance
 from cartridges_jax.cartridge_file import cast, header_of, read_header
 from cartridges_jax.interop import torch_zip
+from command_line.errors import UserError
 
 HEADER = "cartridge.json"
 CONFIG = "config.yaml"  # of the training run, beside the file
@@ -29,18 +30,18 @@ def read(path: Path) -> Cartridge:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a whole file, or one that holds something else.
+      UserError: not a whole file, or one that holds something else.
     """
     tree, extra = torch_zip.load(path)
     if not isinstance(tree, dict) or "trainable_keys" not in tree or "trainable_values" not in tree:
-        raise ValueError(f"{path} is no cartridge of upstream's: it has no trainable_keys and trainable_values")
+        raise UserError(f"{path} is no cartridge of upstream's: it has no trainable_keys and trainable_values")
     frozen = "frozen" if "frozen_keys" in tree else "fixed"
     parts = [
         [_stacked(tree.get(f"{kind}_{name}", []), path) for kind in (frozen, "trainable")]
         for name in ("keys", "values")
     ]
     if [part.shape for part in parts[0]] != [part.shape for part in parts[1]]:
-        raise ValueError(f"{path} is no cartridge of upstream's: its keys and values differ in shape")
+        raise UserError(f"{path} is no cartridge of upstream's: its keys and values differ in shape")
     keys, values = (_joined(*both, path) for both in parts)
     num_frozen, provenance = parts[0][0].shape[1], Provenance(recipe="read from upstream's .pt; its making is unknown")
     if HEADER in extra:
@@ -54,7 +55,7 @@ def write(cartridge: Cartridge, path: Path, dtype: str = "float32") -> None:
     """Writes the file, whole or not at all. Upstream's training expects bfloat16, its model's dtype.
 
     Raises:
-      ValueError: values that the dtype cannot hold.
+      UserError: values that the dtype cannot hold.
     """
     lists = {}
     for name, array_lpkh in (("keys", cartridge.keys), ("values", cartridge.values)):
@@ -78,16 +79,16 @@ def read_config(path: Path) -> dict[str, Any]:
     """A run's config.yaml; Python objects in it are left out, not made.
 
     Raises:
-      ValueError: not YAML, not a group of keys, or too large.
+      UserError: not YAML, not a group of keys, or too large.
     """
     if path.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a training run's config.yaml")
+        raise UserError(f"{path} has {path.stat().st_size} bytes, expected a training run's config.yaml")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), _ConfigLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected the keys of a training run's config")
+        raise UserError(f"{path} holds a {type(config).__name__}, expected the keys of a training run's config")
     return config
 
 
@@ -109,9 +110,9 @@ _ConfigLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None
 def _stacked(tensors: Any, path: Path) -> np.ndarray:
     """One of the four lists as [l, p, k, h] in float32; an empty list has no layers."""
     if not isinstance(tensors, list) or not all(isinstance(tensor, np.ndarray) for tensor in tensors):
-        raise ValueError(f"{path} is no cartridge of upstream's: expected lists of tensors, one a layer")
+        raise UserError(f"{path} is no cartridge of upstream's: expected lists of tensors, one a layer")
     if len({tensor.shape for tensor in tensors}) > 1 or any(t.ndim != 4 or len(t) != 1 for t in tensors):
-        raise ValueError(
+        raise UserError(
             f"{path} is no cartridge of upstream's: its tensors are {_shapes(tensors)}, "
             "expected one [1, kv heads, slots, head size] for all layers"
         )
@@ -125,7 +126,7 @@ def _joined(frozen: np.ndarray, trainable: np.ndarray, path: Path) -> Any:
 
     held = [part for part in (frozen, trainable) if len(part)]
     if not held or len({(part.shape[0], *part.shape[2:]) for part in held}) > 1:
-        raise ValueError(
+        raise UserError(
             f"{path} is no cartridge of upstream's: its frozen slots are {frozen.shape} and its trainable ones "
             f"{trainable.shape}, expected the same layers, kv heads and head size"
         )
@@ -141,4 +142,4 @@ def _header(content: bytes, path: Path) -> tuple[int, Provenance]:
     try:
         return read_header(json.loads(content))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} holds a damaged {HEADER} ({error}): convert it again") from error
+        raise UserError(f"{path} holds a damaged {HEADER} ({error}): convert it again") from error

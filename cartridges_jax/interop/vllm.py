@@ -25,6 +25,7 @@ from vllm.logger import init_logger
 
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
+from command_line.errors import UserError
 
 logger = init_logger("vllm.cartridges")
 
@@ -58,11 +59,9 @@ class CartridgeConnector(KVConnectorBase_V1):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         folder = vllm_config.kv_transfer_config.get_from_extra_config("cartridges", None)
         if folder is None or not Path(folder).is_dir():
-            raise ValueError(
-                f'kv_connector_extra_config needs {{"cartridges": FOLDER}}, an existing folder: {folder!r}'
-            )
+            raise UserError(f'kv_connector_extra_config needs {{"cartridges": FOLDER}}, an existing folder: {folder!r}')
         if vllm_config.parallel_config.tensor_parallel_size > 1:
-            raise ValueError("cartridges are served without tensor parallelism: --tensor-parallel-size=1")
+            raise UserError("cartridges are served without tensor parallelism: --tensor-parallel-size=1")
         self._page = vllm_config.cache_config.block_size
         self._config = ModelConfig.from_hf(vllm_config.model_config.hf_config.to_dict())
         self._store = CartridgeStore(Path(folder), self._read)
@@ -78,7 +77,7 @@ class CartridgeConnector(KVConnectorBase_V1):
             return 0, False
         try:
             slots = self._checked(request, name)
-        except (ValueError, UnknownCartridge, OSError) as error:
+        except (UserError, UnknownCartridge, OSError) as error:
             logger.error("request %s is refused: %s", request.request_id, error)
             # one token that is never brought: the worker reports its block, and the scheduler fails the request
             self._pending[request.request_id] = Load("", num_computed_tokens, ())
@@ -104,12 +103,12 @@ class CartridgeConnector(KVConnectorBase_V1):
 
     def _checked(self, request: Any, name: object) -> Slots:
         if not isinstance(name, str):
-            raise ValueError("kv_transfer_params.cartridge is no text")
+            raise UserError("kv_transfer_params.cartridge is no text")
         slots = self._slots(name)
         if request.cache_salt != name:
-            raise ValueError(f"cache_salt is {request.cache_salt!r}, expected {name!r}, the cartridge's name")
+            raise UserError(f"cache_salt is {request.cache_salt!r}, expected {name!r}, the cartridge's name")
         if request.num_prompt_tokens <= slots.num_slots:
-            raise ValueError(
+            raise UserError(
                 f"the prompt has {request.num_prompt_tokens} tokens, expected {slots.num_slots} placeholders and a text"
             )
         return slots
@@ -160,21 +159,21 @@ class CartridgeConnector(KVConnectorBase_V1):
 
     def _read(self, path: Path) -> Slots:
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is no cartridge.safetensors: convert it with python -m cartridges_jax.convert")
+            raise UserError(f"{path} is no cartridge.safetensors: convert it with python -m cartridges_jax.convert")
         try:
             with safe_open(path, framework="pt") as reader:
                 header = json.loads(reader.metadata()["cartridge"])
                 tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
             keys, values = (_decoded(tensors, side) for side in ("keys", "values"))
         except Exception as error:
-            raise ValueError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
+            raise UserError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
         c = self._config
         shape = (c.num_layers, keys.shape[1], c.num_kv_heads, c.head_dim)
         difference = c.layout_differs(header.get("model_config", ""))
         if difference or keys.shape != shape or values.shape != shape:
-            raise ValueError(f"{path} was made for another model {difference or f'with slots {tuple(keys.shape)}'}")
+            raise UserError(f"{path} was made for another model {difference or f'with slots {tuple(keys.shape)}'}")
         if "bias" in tensors and bool((tensors["bias"] != 0).any()):
-            raise ValueError(f"{path} has a bias, for which vLLM has no place: convert it with --fold-bias=TEXT")
+            raise UserError(f"{path} has a bias, for which vLLM has no place: convert it with --fold-bias=TEXT")
         return Slots(keys.shape[1], {"keys": keys, "values": values})
 
 

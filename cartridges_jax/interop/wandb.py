@@ -17,6 +17,7 @@ from typing import Any
 from cartridges_jax.interop.sources import check_size
 from cartridges_jax.models.hub import cache_folder
 from command_line import files
+from command_line.errors import UserError
 
 DEFAULT_URL = "https://api.wandb.ai"
 TIMEOUT_SECONDS = 60.0
@@ -40,7 +41,7 @@ def download(run: str, most: int) -> Path:
     The key is taken from `$WANDB_API_KEY` or `~/.netrc`, the service from `$WANDB_BASE_URL`.
 
     Raises:
-      ValueError: no such form of a run's name, or its files have more than `most` bytes.
+      UserError: no such form of a run's name, or its files have more than `most` bytes.
       FileNotFoundError: no such run, or no cartridge among its files.
       PermissionError, ConnectionError: the key is missing or wrong, or the service cannot be reached.
     """
@@ -80,7 +81,7 @@ def _fetched(base: str, nodes: list[dict[str, Any]], source: str, most: int) -> 
 def _files(source: str) -> tuple[str, list[dict[str, Any]]]:
     """The service's address, and the files of a run or of a dataset artifact."""
     if not SOURCE.fullmatch(source) or ".." in source:
-        raise ValueError(
+        raise UserError(
             f"'wandb:{source}' is no source: expected wandb:entity/project/run, or for a dataset "
             "wandb:entity/project/artifact:version"
         )

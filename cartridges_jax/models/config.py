@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from command_line.errors import UserError
+
 # Hugging Face `model_type` -> whether q/k/v carry a bias unless the config says otherwise, and whether q and k are
 # normed.
 FAMILIES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
@@ -41,11 +43,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} query heads cannot be grouped over {self.num_kv_heads} kv heads evenly")
+            raise UserError(f"{self.num_heads} query heads cannot be grouped over {self.num_kv_heads} kv heads evenly")
         if self.head_dim % 2:
-            raise ValueError(f"head size is {self.head_dim}, expected an even number: RoPE rotates pairs")
+            raise UserError(f"head size is {self.head_dim}, expected an even number: RoPE rotates pairs")
         if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
-            raise ValueError(f"{len(self.rope_factors)} RoPE factors were given, expected {self.head_dim // 2}")
+            raise UserError(f"{len(self.rope_factors)} RoPE factors were given, expected {self.head_dim // 2}")
 
     @property
     def layer_weights(self) -> int:
@@ -57,18 +59,16 @@ class ModelConfig:
         """Reads a Hugging Face `config.json`, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
         Raises:
-          ValueError: a family or a RoPE scaling that this decoder does not implement.
+          UserError: a family or a RoPE scaling that this decoder does not implement.
         """
         family = raw.get("model_type", "")
         if family not in FAMILIES:
-            raise ValueError(f"model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
+            raise UserError(f"model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
         sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
         if sliding or raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
-            raise ValueError(
-                f"this {family} config uses a sliding window, an MLP bias or an activation other than silu"
-            )
+            raise UserError(f"this {family} config uses a sliding window, an MLP bias or an activation other than silu")
         if missing := [key for key in HF_KEYS if key not in raw]:
-            raise ValueError(f"this {family} config lacks {', '.join(missing)}: expected a whole config.json")
+            raise UserError(f"this {family} config lacks {', '.join(missing)}: expected a whole config.json")
         default_bias, qk_norm = FAMILIES[family]
         heads, width = raw["num_attention_heads"], raw["hidden_size"]
         head_dim = raw.get("head_dim") or width // heads
@@ -121,7 +121,7 @@ def rope_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> tuple[
     if kind == "linear":
         return (factor,) * half
     if kind != "llama3":
-        raise ValueError(f"RoPE scaling is {kind!r}, expected default, linear or llama3")
+        raise UserError(f"RoPE scaling is {kind!r}, expected default, linear or llama3")
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     original = float(rope["original_max_position_embeddings"])
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from cartridges_jax.models.config import FAMILIES, ModelConfig, rope_factors
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params
+from command_line.errors import UserError
 
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -43,14 +44,14 @@ def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelCo
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a whole GGUF file, an unsupported architecture, or tensors that do not fit.
+      UserError: not a whole GGUF file, an unsupported architecture, or tensors that do not fit.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a .gguf file")
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole GGUF file ({error}): download it again") from error
+        raise UserError(f"{path} is not a whole GGUF file ({error}): download it again") from error
     tensors = {_hf_name(t.name): t for t in reader.tensors}
     factors = tensors.pop(ROPE_FACTORS, None)
     config = _config(reader, tensors, () if factors is None else tuple(map(float, factors.data)))
@@ -87,11 +88,11 @@ def _config(reader: gguf.GGUFReader, tensors: dict[str, Any], factors: tuple[flo
     architecture = reader.fields.get("general.architecture")
     family = None if architecture is None else architecture.contents()
     if family not in FAMILIES:
-        raise ValueError(f"the GGUF's architecture is {family!r}, expected one of {', '.join(FAMILIES)}")
+        raise UserError(f"the GGUF's architecture is {family!r}, expected one of {', '.join(FAMILIES)}")
     missing = [f"{family}.{key}" for key in KEYS if f"{family}.{key}" not in reader.fields]
     missing += ["token_embd.weight"] if "model.embed_tokens.weight" not in tensors else []
     if missing:
-        raise ValueError(f"the GGUF file lacks {', '.join(missing)}: expected a whole model")
+        raise UserError(f"the GGUF file lacks {', '.join(missing)}: expected a whole model")
 
     def value(key: str, default: Any = None) -> Any:
         field = reader.fields.get(f"{family}.{key}")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params
+from command_line.errors import UserError
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -26,7 +27,7 @@ def load_hf(directory: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[Mode
 
     Raises:
       FileNotFoundError: no config.json or no safetensors in the directory.
-      ValueError: an unsupported family, a damaged file, or tensors that do not fit the config.
+      UserError: an unsupported family, a damaged file, or tensors that do not fit the config.
     """
     config_file = directory / "config.json"
     if not config_file.is_file():
@@ -39,7 +40,7 @@ def load_hf(directory: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[Mode
     def read(name: str) -> np.ndarray:
         tensors = mapped(files[name])
         if name not in tensors:
-            raise ValueError(f"{files[name]} is not a whole safetensors file (it lacks {name}): download it again")
+            raise UserError(f"{files[name]} is not a whole safetensors file (it lacks {name}): download it again")
         return tensors[name]
 
     params, fingerprint = load_params(config, files, read, dtype, mesh)
@@ -52,7 +53,7 @@ def _open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as reader:
             yield reader
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}): download it again") from error
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
@@ -64,7 +65,7 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     if other := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
-        raise ValueError(f"{path} holds tensors of {', '.join(other)}, expected {', '.join(DTYPES)}")
+        raise UserError(f"{path} holds tensors of {', '.join(other)}, expected {', '.join(DTYPES)}")
     data = np.memmap(path, np.uint8, "r", offset=8 + length)
 
     def tensor(entry: dict[str, Any]) -> np.ndarray:
@@ -77,7 +78,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a whole JSON file ({error}): download it again") from error
+        raise UserError(f"{path} is not a whole JSON file ({error}): download it again") from error
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

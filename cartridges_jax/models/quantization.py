@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from cartridges_jax import sharding
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from cartridges_jax.models.language_model import LanguageModel
@@ -38,10 +39,10 @@ def quantized(model: LanguageModel) -> LanguageModel:
     """The model with its layers' matrices in int8: a quarter of float32's memory, half of bfloat16's.
 
     Raises:
-      ValueError: the weights are spread over several devices.
+      UserError: the weights are spread over several devices.
     """
     if sharding.mesh_of(model.params).size > 1:
-        raise ValueError("quantization is 'int8' and the weights lie on several devices: use one, or no quantization")
+        raise UserError("quantization is 'int8' and the weights lie on several devices: use one, or no quantization")
     blocks = {
         name: _quantize(leaf, axes=SUMMED[name]) if name in SUMMED else leaf
         for name, leaf in model.params["blocks"].items()

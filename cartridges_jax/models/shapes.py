@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cartridges_jax.models.config import ModelConfig
+from command_line.errors import UserError
 
 LLAMA_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_ROPE |= {"original_max_position_embeddings": 8192}
@@ -35,7 +36,7 @@ def shape_of(name: str) -> ModelConfig:
     """The shape of a model by its name ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"), or of a `config.json`.
 
     Raises:
-      ValueError: neither a known name nor a file; or a file that is no config of ours.
+      UserError: neither a known name nor a file; or a file that is no config of ours.
     """
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
@@ -43,10 +44,10 @@ def shape_of(name: str) -> ModelConfig:
         try:
             return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{name!r} is no config.json: planning reads shapes, not weights") from error
+            raise UserError(f"{name!r} is no config.json: planning reads shapes, not weights") from error
     short = name.rpartition("/")[2].lower().removesuffix("-instruct")
     if short not in SHAPES:
-        raise ValueError(
+        raise UserError(
             f"the shape of model {name!r} is unknown: planning needs one of {', '.join(SHAPES)}, a model folder or a "
             "config.json"
         )

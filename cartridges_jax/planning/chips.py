@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from command_line.errors import MissingPackage, UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -75,19 +77,19 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
     """The chip's name and the sides of its torus, or the number of GPUs or virtual devices.
 
     Raises:
-      ValueError: no such topology.
+      UserError: no such topology.
     """
     found = re.fullmatch(r"(\w+?)([:-])(\d+(?:x\d+)*)", topology.lower())
     name = ALIASES.get(found[1], found[1]) if found else ""
     if not found or name not in CHIPS:
-        raise ValueError(f"--topology is {topology!r}, expected {KNOWN}; chips are {', '.join(CHIPS)}")
+        raise UserError(f"--topology is {topology!r}, expected {KNOWN}; chips are {', '.join(CHIPS)}")
     chip, sides = CHIPS[name], tuple(map(int, found[3].split("x")))
     if len(sides) == 1 and chip.dimensions and found[2] == "-" and name != "tpu7x":
         sides = _torus(topology, sides[0] // chip.cores, chip.dimensions)
     if min(sides) < 1 or len(sides) != (chip.dimensions or 1):
-        raise ValueError(f"--topology is {topology!r}: the sides of a {name} are {max(chip.dimensions, 1)} numbers")
+        raise UserError(f"--topology is {topology!r}: the sides of a {name} are {max(chip.dimensions, 1)} numbers")
     if chip.platform == "gpu" and sides[0] > GPUS_PER_HOST:
-        raise ValueError(f"--topology is {topology!r}: GPUs are planned within one host, expected at most 8")
+        raise UserError(f"--topology is {topology!r}: GPUs are planned within one host, expected at most 8")
     return name, sides
 
 
@@ -95,19 +97,19 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     """The chip, and devices to compile for.
 
     Raises:
-      ValueError: no such topology, or its compiler does not know it.
-      ImportError: its compiler is not installed.
+      UserError: no such topology, or its compiler does not know it.
+      MissingPackage: its compiler is not installed.
     """
     name, sides = parse(topology)
     chip = CHIPS[name]
     if chip.platform == "cpu":
         if len(jax.devices("cpu")) < sides[0]:
-            raise ValueError(f"--topology is {topology!r}, but this process has {len(jax.devices('cpu'))} devices")
+            raise UserError(f"--topology is {topology!r}, but this process has {len(jax.devices('cpu'))} devices")
         return chip, jax.devices("cpu")[: sides[0]]
     try:
         importlib.metadata.distribution(PACKAGES[chip.platform])
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(
+        raise MissingPackage(
             f"--topology is {topology!r}, and the compiler for it is not installed: run `pip install '.[aot]'`"
         ) from error
     try:
@@ -122,7 +124,7 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
             )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--topology is {topology!r}, which the compiler does not know ({reason})") from error
+        raise UserError(f"--topology is {topology!r}, which the compiler does not know ({reason})") from error
     return chip, list(found.devices)
 
 
@@ -138,5 +140,5 @@ def _torus(topology: str, chips: int, dimensions: int) -> tuple[int, ...]:
         smallest = max(i for i, side in enumerate(sides) if side == min(sides))
         sides[smallest] *= 2
     if math.prod(sides) != chips:
-        raise ValueError(f"--topology is {topology!r}, which has {chips} chips: give its torus, as in v5p:4x4x12")
+        raise UserError(f"--topology is {topology!r}, which has {chips} chips: give its torus, as in v5p:4x4x12")
     return tuple(sides)

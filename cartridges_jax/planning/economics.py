@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.planning.chips import Chip
+from command_line.errors import UserError
 
 CONTEXT_TOKENS = 2048  # that self-study has before it
 CONVERSATION_TOKENS = 512  # question and answer, of which training reads all
@@ -28,7 +29,7 @@ class Query:
 
     def __post_init__(self) -> None:
         if min(self.document, self.question, self.answer) < 1:
-            raise ValueError(
+            raise UserError(
                 f"a document of {self.document} tokens, a question of {self.question} and an answer of {self.answer}: "
                 "expected at least 1"
             )

@@ -27,6 +27,7 @@ from cartridges_jax.serving.engine import PAGE_SIZE, Step, decode_step, new_page
 from cartridges_jax.serving.sampling import Sampling
 from cartridges_jax.step import TrainState, train_step
 from cartridges_jax.train import TrainConfig
+from command_line.errors import UserError
 
 TOP_K = 20  # teacher entries of a position
 TARGETS = 0.5  # of positions that carry a target: a conversation's answers
@@ -38,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(UserError):
     """The compiler finds too little memory on the devices."""
 
 
@@ -52,7 +53,7 @@ class Requests:
 
     def __post_init__(self) -> None:
         if min(self.count, self.cartridges, self.length) < 1:
-            raise ValueError(
+            raise UserError(
                 f"{self.count} requests of {self.length} tokens for {self.cartridges} cartridges: expected at least 1"
             )
 
@@ -74,7 +75,7 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     """The step of `train`.
 
     Raises:
-      ValueError: the mesh does not suit the model or the rows.
+      UserError: the mesh does not suit the model or the rows.
       DoesNotFit: the compiler says so.
     """
     sharding.check(model, mesh)
@@ -113,12 +114,12 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
     CPU, an engine may hold weights in half of what is said here (`serving.decoder.rearranged`).
 
     Raises:
-      ValueError, DoesNotFit: as `train_program`.
+      UserError, DoesNotFit: as `train_program`.
     """
     sharding.check(model, mesh)
     engines = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     if requests.count % engines:
-        raise ValueError(
+        raise UserError(
             f"--requests is {requests.count}, which {engines} engines (data times fsdp of the mesh) cannot share "
             "evenly: choose a multiple"
         )

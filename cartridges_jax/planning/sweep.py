@@ -15,6 +15,7 @@ from cartridges_jax.planning.costs import expected_traffic, least_memory, receiv
 from cartridges_jax.planning.programs import DoesNotFit, Program, train_program
 from cartridges_jax.sharding import MeshConfig
 from cartridges_jax.train import TrainConfig
+from command_line.errors import UserError
 from command_line.progress import Progress
 
 KEPT = 3  # plans that are shown
@@ -40,7 +41,7 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
     """The plans that fit, fastest first, for the rows that a step of `config` has in all.
 
     Raises:
-      ValueError: none fits, of the fastest that might.
+      UserError: none fits, of the fastest that might.
     """
     candidates = sorted(_candidates(config, model, chip, len(devices)), key=lambda c: c[0])
     found: list[Plan] = []
@@ -64,7 +65,7 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
     progress.close()
     if not found:
         rows = config.batch_size * config.accumulation
-        raise ValueError(
+        raise UserError(
             f"no mesh of {len(devices)} devices fits {config.model} with {rows} rows of {config.seq_len} tokens "
             f"({len(tried)} were compiled): take more devices, shorter rows or fewer slots"
         )
@@ -85,7 +86,7 @@ def _candidates(
                 try:
                     sharding.check(model, abstract)
                     sharding.check_rows(changed.batch_size, abstract)
-                except ValueError:
+                except UserError:
                     continue
                 if least_memory(changed, model, mesh) <= (1 - SPARE) * chip.memory:
                     costs = train_costs(changed, model, mesh)

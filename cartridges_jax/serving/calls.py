@@ -29,6 +29,7 @@ from cartridges_jax.serving.protocol import (
 from cartridges_jax.serving.scheduler import Engine, Request
 from cartridges_jax.serving.store import CartridgeStore, Reference, UnknownCartridge
 from cartridges_jax.tokenizer import Tokenizer
+from command_line.errors import UserError
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 
@@ -123,7 +124,7 @@ class Reader:
                 encode = functools.partial(encode, thinking=options.flag("enable_thinking"))
         try:
             return tuple(encode(messages, add_generation_prompt=fields.flag("add_generation_prompt", True)))
-        except ValueError as error:
+        except UserError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
 
     def token_ids(self, name: str, ids: object) -> tuple[int, ...]:
@@ -214,7 +215,7 @@ class Reader:
     def _check_cartridges(self, references: Sequence[Reference], param: str, code: str) -> None:
         try:
             self._store.check(references)
-        except ValueError as error:
+        except UserError as error:
             raise ApiError(400, str(error), param, "invalid_value") from error
         except UnknownCartridge as error:
             raise ApiError(404, str(error), param, code) from error

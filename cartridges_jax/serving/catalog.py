@@ -18,6 +18,7 @@ from aiohttp import web
 from cartridges_jax.serving.protocol import ApiError, read_body, read_reference
 from cartridges_jax.serving.scheduler import Prefix
 from cartridges_jax.serving.store import CartridgeStore, Reference, TooMany, UnknownCartridge, version
+from command_line.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Catalog:
             return ready or await self._in(self._loader, self._store.prefix, references)
         except (UnknownCartridge, FileNotFoundError) as error:
             raise ApiError(404, str(error), "cartridges", "cartridge_not_found") from error
-        except ValueError as error:
+        except UserError as error:
             raise ApiError(400, f"cartridge {names!r}: {error}", "cartridges", "cartridge_refused") from error
         except (ConnectionError, PermissionError) as error:
             raise ApiError(502, f"cartridge {names!r}: {error}", "cartridges", "cartridge_unavailable") from error
@@ -108,7 +109,7 @@ class Catalog:
                 raise ApiError(409, str(error), "id", "cartridge_not_loaded") from error
             except TooMany as error:
                 raise ApiError(409, str(error), "id", "too_many_pinned") from error
-            except ValueError as error:
+            except UserError as error:
                 raise ApiError(409, str(error), "id", "cartridge_pinned") from error
             return web.json_response(self._entry(reference))
 
@@ -117,7 +118,7 @@ class Catalog:
     def _find(self, reference: Reference) -> None:
         try:
             self._store.check([reference])
-        except ValueError as error:
+        except UserError as error:
             raise ApiError(400, str(error), "id", "invalid_value") from error
         except UnknownCartridge as error:
             raise ApiError(404, str(error), "id", "cartridge_not_found") from error

@@ -28,6 +28,7 @@ from cartridges_jax.serving import decoder
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.sampling import Sampling, sample
 from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
+from command_line.errors import UserError
 
 PAGE_SIZE = 128
 # Tokens of a program, and how many are worth it; fewer are padded, the padding written nowhere. On a CPU, two programs
@@ -69,16 +70,16 @@ class Engine:
         batch_sizes: Sequence[int] | None = None,
     ):
         if max_length > model.config.window:
-            raise ValueError(
+            raise UserError(
                 f"max_length is {max_length}, expected at most {model.name}'s window, {model.config.window}"
             )
         if num_slots < 1:
-            raise ValueError(f"num_slots is {num_slots}, expected at least 1")
+            raise UserError(f"num_slots is {num_slots}, expected at least 1")
         # a cartridge and the tokens behind it each end on a page of their own
         self.pages_each = -(-max_length // PAGE_SIZE) + 1
         self.num_pages = num_slots * self.pages_each if cache_tokens is None else -(-cache_tokens // PAGE_SIZE)
         if self.num_pages < self.pages_each:
-            raise ValueError(
+            raise UserError(
                 f"cache_tokens is {cache_tokens}, expected at least {self.pages_each * PAGE_SIZE} for a request of "
                 f"{max_length} positions"
             )

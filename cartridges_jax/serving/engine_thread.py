@@ -29,6 +29,7 @@ from cartridges_jax.serving.scheduler import (
     Scored,
 )
 from cartridges_jax.serving.warmup import Warmup
+from command_line.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class EngineThread:
             self._post([(job, 0, Accepted(prompt))])
         except QueueFull as error:
             self._reject(job, _queue_full(str(error)))
-        except ValueError as error:
+        except UserError as error:
             self._reject(job, ApiError(400, str(error), PROMPT[job.call.kind], "context_length_exceeded"))
 
     def _complete(self, job: Job, request: Request) -> Request:

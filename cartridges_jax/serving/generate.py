@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.scheduler import Event, Prefix, Request, Scheduler, Token
+from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from cartridges_jax.cartridge import Cartridge
@@ -30,7 +31,7 @@ def generate(
       The continuations without stop tokens, in the order of the prompts.
 
     Raises:
-      ValueError: a prompt without tokens, or one that does not fit the model's window with its answer and the slots.
+      UserError: a prompt without tokens, or one that does not fit the model's window with its answer and the slots.
     """
     ids = [tuple(model.tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
     answers = generate_ids(model, ids, cartridge, max_tokens, temperature, top_p, seed)
@@ -51,12 +52,12 @@ def generate_ids(
     if not prompts:
         return []
     if not all(prompts):
-        raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens: expected at least one")
+        raise UserError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens: expected at least one")
     prefix = None if cartridge is None else Prefix("cartridge", cartridge.num_slots, cartridge)
     p = 0 if prefix is None else prefix.length
     longest = p + max(map(len, prompts)) + max_tokens
     if longest > model.config.window:
-        raise ValueError(
+        raise UserError(
             f"{p} slots, a prompt of {max(map(len, prompts))} tokens and an answer of {max_tokens} exceed "
             f"{model.name}'s window of {model.config.window}: shorten one of them"
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from cartridges_jax.serving.cache import Lease, PageCache, Prefix
+from command_line.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -181,18 +182,18 @@ class Scheduler:
         """Queues a request.
 
         Raises:
-          ValueError: it can never run; the sentence says why.
+          UserError: it can never run; the sentence says why.
           QueueFull: `max_queue` requests wait already, beyond those that a free slot will take.
         """
         check(request, self._engine.max_length)
         needed = self._cache.pages_needed(request.prefix, len(request.prompt) + request.max_tokens)
         if needed > self._cache.num_pages:
-            raise ValueError(
+            raise UserError(
                 f"the request needs {needed} pages of {self._cache.page_size} positions and the engine has "
                 f"{self._cache.num_pages}: shorten the prompt or lower max_tokens"
             )
         if any(request.id == r.id for r in self._live()):
-            raise ValueError(f"request id {request.id!r} is in use: give every request its own id")
+            raise UserError(f"request id {request.id!r} is in use: give every request its own id")
         free = sum(slot.request is None for slot in self._slots)
         if len(self._queue) >= self._max_queue + free:
             raise QueueFull(f"{self._max_queue} requests are waiting already: try again later")
@@ -314,16 +315,16 @@ def check(request: Request, max_length: int) -> None:
     """Refuses a request that no slot of `max_length` positions can hold.
 
     Raises:
-      ValueError: the sentence names every length that counts.
+      UserError: the sentence names every length that counts.
     """
     if not request.prompt:
-        raise ValueError("the prompt is empty: give at least one token")
+        raise UserError("the prompt is empty: give at least one token")
     if request.max_tokens < 1:
-        raise ValueError(f"max_tokens is {request.max_tokens}, expected at least 1")
+        raise UserError(f"max_tokens is {request.max_tokens}, expected at least 1")
     slots = request.prefix.length if request.prefix else 0
     total = slots + len(request.prompt) + request.max_tokens
     if total > max_length:
-        raise ValueError(
+        raise UserError(
             f"the request needs {total} positions ({slots} of the cartridge + {len(request.prompt)} of the prompt + "
             f"{request.max_tokens} of the answer) and a slot has {max_length}: shorten the prompt or lower max_tokens"
         )

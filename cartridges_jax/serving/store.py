@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cartridges_jax.serving.scheduler import Prefix
+from command_line.errors import UserError
 
 # A folder's file that says which format it is in, and that changes with it.
 MARKS = ("cartridge.safetensors", "adapter_config.json", "cartridge.pt")
@@ -32,7 +33,7 @@ class UnknownCartridge(LookupError):
     """No cartridge has this name."""
 
 
-class TooMany(ValueError):
+class TooMany(UserError):
     """As many cartridges are pinned as may be."""
 
 
@@ -96,11 +97,11 @@ class CartridgeStore:
         """The file of a local cartridge.
 
         Raises:
-          ValueError: it is not a name.
+          UserError: it is not a name.
           UnknownCartridge: no file of that name lies in the folder.
         """
         if not NAME.fullmatch(id):
-            raise ValueError(f"{id[:80]!r} is not a cartridge's name: use a name of /v1/cartridges, never a path")
+            raise UserError(f"{id[:80]!r} is not a cartridge's name: use a name of /v1/cartridges, never a path")
         path = self._find(id)
         if path is None:
             raise UnknownCartridge(f"cartridge {id!r} does not exist: /v1/cartridges lists those that do")
@@ -110,21 +111,21 @@ class CartridgeStore:
         """Refuses what cannot be got, as far as that is known without reading or fetching anything.
 
         Raises:
-          ValueError, UnknownCartridge: as `find`, or a remote source or a composition that this store has not.
+          UserError, UnknownCartridge: as `find`, or a remote source or a composition that this store has not.
         """
         for reference in references:
             if reference.source == "local":
                 self.find(reference.id)
             elif self._fetch is None:
-                raise ValueError(
+                raise UserError(
                     f"the source {reference.source!r} is switched off on this server: its operator switches it on "
                     "with --remote-sources, or puts the cartridge into the folder"
                 )
         names = [reference.name for reference in references]
         if len(names) > 1 and self._compose is None:
-            raise ValueError("this server takes one cartridge at a time: compose them into one file first")
+            raise UserError("this server takes one cartridge at a time: compose them into one file first")
         if len(set(names)) < len(names):
-            raise ValueError(f"the cartridges {', '.join(names)} are not all different: name each once")
+            raise UserError(f"the cartridges {', '.join(names)} are not all different: name each once")
 
     def missing(self, reference: Reference) -> bool:
         """Whether it has to be fetched before it can be loaded."""
@@ -154,7 +155,7 @@ class CartridgeStore:
         """The cartridges, loaded, as one; its key changes with their contents and their order.
 
         Raises:
-          ValueError, UnknownCartridge: as `check`.
+          UserError, UnknownCartridge: as `check`.
           Exception: what `load` raises, when a file is broken or was made for another model.
         """
         self.check(references)
@@ -188,11 +189,11 @@ class CartridgeStore:
 
         Raises:
           UnknownCartridge: it is not loaded.
-          ValueError: it is pinned.
+          UserError: it is pinned.
         """
         with self._lock:
             if self._held_one(reference).pinned:
-                raise ValueError(f"cartridge {reference.name!r} is pinned: unpin it first")
+                raise UserError(f"cartridge {reference.name!r} is pinned: unpin it first")
             for names in [names for names in self._held if reference.name in names]:
                 del self._held[names]
 

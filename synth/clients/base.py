@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self
 
+from command_line.errors import UserError
 from synth.config import SamplingConfig
 
 ChatMessages = Sequence[dict[str, str]]
@@ -18,7 +19,7 @@ OWN_TOKENIZER = "set config.chunker.tokenizer to a tokenizer.json, a folder that
 TopRows = tuple[tuple[tuple[int, float], ...], ...]  # per token: (token id, log-probability) pairs
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """The server will not serve this request, now or later; the sentence holds its own words."""
 
 

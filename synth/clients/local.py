@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from command_line.errors import UserError
 from synth.clients.base import ChatMessages, Refused
 
 
@@ -17,7 +18,7 @@ class ChatTokenizer:
             self._wrapped = _auto_tokenizer().from_pretrained(source)
         except Exception as error:  # whatever the libraries beneath raise for a missing file or a bad one
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"config.client.tokenizer {source!r} cannot be loaded: {reason}") from error
+            raise UserError(f"config.client.tokenizer {source!r} cannot be loaded: {reason}") from error
 
     def chat_ids(
         self, messages: ChatMessages, *, add_generation_prompt: bool, thinking: bool | None = None

@@ -8,6 +8,7 @@ import tarfile
 import zlib
 from pathlib import PurePosixPath
 
+from command_line.errors import UserError
 from synth.resources.web import Api
 
 URL = "https://arxiv.org"
@@ -28,12 +29,12 @@ def fetch(address: str, api_url: str | None = None) -> dict[str, str]:
     """The texts of a paper's source, by their names in its archive.
 
     Raises:
-      ValueError: the address names no paper, or what comes is no LaTeX source, or not a decent archive of it.
+      UserError: the address names no paper, or what comes is no LaTeX source, or not a decent archive of it.
       OSError: arXiv cannot be reached.
     """
     identifier = _ADDRESS.sub("", address, count=1).removesuffix(".pdf")
     if not _ID.fullmatch(identifier):
-        raise ValueError(f"{address} names no paper on arXiv: expected something like arxiv:2506.06266")
+        raise UserError(f"{address} names no paper on arXiv: expected something like arxiv:2506.06266")
     data = Api(api_url or URL).get(f"src/{identifier}", largest=LARGEST_DOWNLOAD)
     return unpack(data, f"the source of arxiv:{identifier}")
 
@@ -42,12 +43,12 @@ def unpack(data: bytes, what: str) -> dict[str, str]:
     """From a tar archive or a single file, gzipped or not.
 
     Raises:
-      ValueError: it is a PDF, too large, damaged, or has a member that is no file inside its own folder.
+      UserError: it is a PDF, too large, damaged, or has a member that is no file inside its own folder.
     """
     if data[:2] == b"\x1f\x8b":
         data = _gunzip(data, what)
     if data[:4] == b"%PDF":
-        raise ValueError(f"{what} is a PDF, its authors gave no LaTeX: download it and read that file")
+        raise UserError(f"{what} is a PDF, its authors gave no LaTeX: download it and read that file")
     file = io.BytesIO(data)
     if not tarfile.is_tarfile(file):
         return {"main.tex": decode(data)}
@@ -55,7 +56,7 @@ def unpack(data: bytes, what: str) -> dict[str, str]:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             return _texts(archive, what)
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{what} is a damaged archive: {error}") from error
+        raise UserError(f"{what} is a damaged archive: {error}") from error
 
 
 def decode(data: bytes) -> str:
@@ -71,10 +72,10 @@ def _gunzip(data: bytes, what: str) -> bytes:
         reader = zlib.decompressobj(wbits=31)
         unpacked = reader.decompress(data, LARGEST_SOURCE)
         if reader.unconsumed_tail:
-            raise ValueError(f"{what} unpacks to more than {LARGEST_SOURCE} bytes: refused")
+            raise UserError(f"{what} unpacks to more than {LARGEST_SOURCE} bytes: refused")
         return unpacked
     except zlib.error as error:
-        raise ValueError(f"{what} is damaged: {error}") from error
+        raise UserError(f"{what} is damaged: {error}") from error
 
 
 def _texts(archive: tarfile.TarFile, what: str) -> dict[str, str]:
@@ -82,12 +83,12 @@ def _texts(archive: tarfile.TarFile, what: str) -> dict[str, str]:
     for number, member in enumerate(archive, 1):
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
-            raise ValueError(f"{what} has a member outside its own folder, {member.name!r}: refused")
+            raise UserError(f"{what} has a member outside its own folder, {member.name!r}: refused")
         if not (member.isreg() or member.isdir()):
-            raise ValueError(f"{what} has a member that is a link or a device, {member.name!r}: refused")
+            raise UserError(f"{what} has a member that is a link or a device, {member.name!r}: refused")
         size += member.size
         if number > MOST_FILES or size > LARGEST_SOURCE:
-            raise ValueError(f"{what} has more than {MOST_FILES} files or {LARGEST_SOURCE} bytes: refused")
+            raise UserError(f"{what} has more than {MOST_FILES} files or {LARGEST_SOURCE} bytes: refused")
         if member.isreg() and path.suffix.lower() in TEXTS:
             file = archive.extractfile(member)
             texts[path.as_posix()] = decode(file.read()) if file else ""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from command_line.errors import UserError
+
 Kind = Literal[
     "text", "directory", "json", "jsonl", "markdown", "html", "pdf", "latex", "csv", "mbox", "slack", "gmail"
 ]
@@ -40,7 +42,7 @@ class ResourceConfig:
 
     def __post_init__(self):
         if not 0 < self.weight < float("inf"):
-            raise ValueError(f"config.resource.weight is {self.weight}, expected a number above 0")
+            raise UserError(f"config.resource.weight is {self.weight}, expected a number above 0")
 
     @property
     def is_remote(self) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from command_line.errors import MissingPackage
+
 
 def load(module: str, what: str, extra: str = "documents") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{what} needs the package {package}: pip install 'cartridges-jax[{extra}]'") from error
+        raise MissingPackage(f"{what} needs the package {package}: pip install 'cartridges-jax[{extra}]'") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line.errors import UserError
 from synth.resources import extras, pdf, text
 from synth.resources.sections import SEPARATOR, Section
 
@@ -22,7 +23,7 @@ def read(path: str, include: Sequence[str] = ()) -> list[Section]:
     Symbolic links are not followed: they may lead out of the folder, or around in it.
 
     Raises:
-      NotADirectoryError, ValueError: there is no such folder, or no text in it.
+      NotADirectoryError, UserError: there is no such folder, or no text in it.
     """
     root = Path(path)
     if not root.is_dir():
@@ -35,7 +36,7 @@ def read(path: str, include: Sequence[str] = ()) -> list[Section]:
             sections += _read_file(file, name)
     if not sections:
         fitting = f" that fits config.resource.include, {include}" if include else ""
-        raise ValueError(f"{path} holds no text{fitting}")
+        raise UserError(f"{path} holds no text{fitting}")
     return sections
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from command_line.errors import UserError
 from synth.resources import extras
 from synth.resources.sections import Heading, Section, at_headings
 from synth.resources.text import read as read_whole
@@ -25,7 +26,7 @@ def read(path: str) -> list[Section]:
     name = " ".join(soup.title.get_text().split()) if soup.title else ""
     text, headings = _Text().of(soup)
     if not text.strip():
-        raise ValueError(f"{path} holds no text outside its scripts and navigation")
+        raise UserError(f"{path} holds no text outside its scripts and navigation")
     return at_headings(text, headings, name or Path(path).name)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from command_line.errors import UserError
 from synth.resources.sections import Section
 from synth.resources.text import read as read_whole
 
@@ -26,7 +27,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
 
 
 def _sections(path: str, tree: Any) -> list[Section]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from command_line.errors import UserError
 from synth.resources import arxiv
 from synth.resources.sections import Heading, Section, at_headings
 
@@ -29,7 +30,7 @@ def read(path: str, api_url: str | None = None) -> list[Section]:
     Comments are taken out; what \\input names is looked for in the folder only, and left out if it is not there.
 
     Raises:
-      FileNotFoundError, ValueError: there is no LaTeX at `path`.
+      FileNotFoundError, UserError: there is no LaTeX at `path`.
     """
     if arxiv.is_address(path):
         texts = arxiv.fetch(path, api_url)
@@ -88,24 +89,24 @@ class _Document:
         """The file that begins a document; of several, main.tex, or else the one that has the most to say."""
         starts = [name for name in names if re.search(r"\\document(?:class|style)\b", self._get(name) or "")]
         if not starts:
-            raise ValueError(f"{path} holds no LaTeX with \\documentclass: set config.resource.path to the main file")
+            raise UserError(f"{path} holds no LaTeX with \\documentclass: set config.resource.path to the main file")
         return max(starts, key=lambda name: (name == "main.tex", len(self.resolved(name))))
 
     def resolved(self, name: str, above: tuple[str, ...] = ()) -> str:
         """The text of `name` with everything that it includes, in the place where it does.
 
         Raises:
-          ValueError: files include one another without end, or so often that the text has no end either.
+          UserError: files include one another without end, or so often that the text has no end either.
         """
         if name in above or len(above) >= DEEPEST:
-            raise ValueError(f"LaTeX files include one another without end: {' > '.join((*above, name))}")
+            raise UserError(f"LaTeX files include one another without end: {' > '.join((*above, name))}")
         if name not in self._resolved:
             pieces, length = [], 0
             for piece in self._pieces((*above, name)):
                 pieces.append(piece)
                 length += len(piece)
                 if length > LONGEST_TEXT:
-                    raise ValueError(f"{name} with what it includes is longer than {LONGEST_TEXT} characters")
+                    raise UserError(f"{name} with what it includes is longer than {LONGEST_TEXT} characters")
             self._resolved[name] = "".join(pieces)
         return self._resolved[name]
 

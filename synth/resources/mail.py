@@ -12,6 +12,7 @@ import os
 from email.message import EmailMessage
 from pathlib import Path
 
+from command_line.errors import UserError
 from synth.resources import html
 from synth.resources.sections import Section
 from synth.resources.web import Api
@@ -28,7 +29,7 @@ def read_mbox(path: str) -> list[Section]:
     """The messages of an mbox file, in its order.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, or no message in it.
+      FileNotFoundError, UserError: there is no such file, or no message in it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: expected an mbox file, set config.resource.path")
@@ -38,7 +39,7 @@ def read_mbox(path: str) -> list[Section]:
     finally:
         box.close()
     if not sections:
-        raise ValueError(f"{path} holds no message: an mbox file begins each with a line 'From '")
+        raise UserError(f"{path} holds no message: an mbox file begins each with a line 'From '")
     return sections
 
 
@@ -46,12 +47,12 @@ def read_gmail(address: str, api_url: str | None = None) -> list[Section]:
     """The messages that fit the query of gmail:QUERY, as in Gmail's own search box, thread by thread.
 
     Raises:
-      ValueError: there is no token in the environment, it may not read mail, or no message fits.
+      UserError: there is no token in the environment, it may not read mail, or no message fits.
       OSError: Gmail cannot be reached.
     """
     token = os.environ.get(GMAIL_TOKEN)
     if not token:
-        raise ValueError(f"{address} needs an OAuth token that may read mail, in the environment's {GMAIL_TOKEN}")
+        raise UserError(f"{address} needs an OAuth token that may read mail, in the environment's {GMAIL_TOKEN}")
     query = address.removeprefix("gmail:")
     api = Api(api_url or GMAIL_URL, token)
     threads: dict[str, list[tuple[int, Section]]] = {}
@@ -61,10 +62,10 @@ def read_gmail(address: str, api_url: str | None = None) -> list[Section]:
             when, thread = int(message["internalDate"]), str(message["threadId"])
             section = _section(base64.urlsafe_b64decode(message["raw"]))
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
-            raise ValueError(f"Gmail gave a message that cannot be read, {message_id}: {error!r}") from error
+            raise UserError(f"Gmail gave a message that cannot be read, {message_id}: {error!r}") from error
         threads.setdefault(thread, []).append((when, section))
     if not threads:
-        raise ValueError(f"no message of Gmail fits the query {query!r}")
+        raise UserError(f"no message of Gmail fits the query {query!r}")
     ordered = sorted((sorted(thread, key=lambda pair: pair[0]) for thread in threads.values()), key=lambda t: t[0][0])
     return [section for thread in ordered for _, section in thread]
 

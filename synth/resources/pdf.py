@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from command_line.errors import UserError
 from synth.resources import extras
 from synth.resources.sections import Section
 
@@ -13,7 +14,7 @@ def read(path: str) -> list[Section]:
     """One section a page, in reading order as far as the file tells it.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, one that is damaged, needs a password, or holds pictures only.
+      FileNotFoundError, UserError: no such file, one that is damaged, needs a password, or holds pictures only.
     """
     pypdf = extras.load("pypdf", "a PDF")
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity that it copes with
@@ -24,9 +25,9 @@ def read(path: str) -> list[Section]:
         is_locked = reader.is_encrypted and not reader.decrypt("")
         pages = [] if is_locked else [page.extract_text().strip() for page in reader.pages]
     except Exception as error:  # damage shows as almost any of them
-        raise ValueError(f"{path} cannot be read as a PDF: {error or type(error).__name__}") from error
+        raise UserError(f"{path} cannot be read as a PDF: {error or type(error).__name__}") from error
     if is_locked:
-        raise ValueError(f"{path} needs a password: save it without one")
+        raise UserError(f"{path} needs a password: save it without one")
     if not any(pages):
-        raise ValueError(f"{path} holds no text on its {len(pages)} pages: run it through OCR first")
+        raise UserError(f"{path} holds no text on its {len(pages)} pages: run it through OCR first")
     return [Section(f"page {number}", f"{text}\n\n") for number, text in enumerate(pages, 1) if text]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from command_line import files
+from command_line.errors import UserError
 from synth.resources import folder, html, json_tree, latex, mail, pdf, slack, table, text
 from synth.resources.config import Kind, ResourceConfig
 from synth.resources.sections import Section
@@ -42,7 +43,7 @@ def read(config: ResourceConfig, output: Path) -> Corpus:
     """Reads every resource that `config` names; from a network only what an earlier run did not leave in `output`.
 
     Raises:
-      ValueError, OSError, ImportError: something cannot be read; the sentence says what, and what to do.
+      UserError, OSError: something cannot be read; the sentence says what, and what to do.
     """
     kept = _kept(output / SNAPSHOT)
     return Corpus(tuple(_read_one(one, kept) for one in config.every()))
@@ -66,7 +67,7 @@ def _read_one(config: ResourceConfig, kept: dict[str, list[list[str]]]) -> Resou
     else:
         sections = _sections(config.path, config.found_kind(), config)
     if not any(section.text.strip() for section in sections):
-        raise ValueError(f"{config.path} is empty: expected a text")
+        raise UserError(f"{config.path} is empty: expected a text")
     # where it lies on this machine is nobody's business who reads the dataset
     name = config.path if config.is_remote else Path(config.path).resolve().name
     return Resource(name, tuple(sections), config.weight)
@@ -78,7 +79,7 @@ def _kept(snapshot: Path) -> dict[str, list[list[str]]]:
     try:
         return json.loads(snapshot.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{snapshot} is damaged, delete it to fetch the resources again: {error}") from error
+        raise UserError(f"{snapshot} is damaged, delete it to fetch the resources again: {error}") from error
 
 
 def _sections(path: str, kind: Kind, config: ResourceConfig) -> list[Section]:

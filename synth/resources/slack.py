@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from command_line.errors import UserError
 from synth.resources.sections import Section
 from synth.resources.web import Api
 
@@ -29,7 +30,7 @@ def read_export(path: str) -> list[Section]:
     """From the folder or the .zip file that Slack's export gives.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such thing at `path`, or no message in it.
+      FileNotFoundError, UserError: there is no such thing at `path`, or no message in it.
     """
     files = _zip_files(Path(path)) if Path(path).is_file() else _folder_files(Path(path))
     users: dict[str, str] = {}
@@ -38,7 +39,7 @@ def read_export(path: str) -> list[Section]:
         try:
             content = json.loads(data)
         except ValueError as error:
-            raise ValueError(f"{path} is no Slack export: {name} in it is not JSON: {error}") from error
+            raise UserError(f"{path} is no Slack export: {name} in it is not JSON: {error}") from error
         parts = PurePosixPath(name).parts
         if parts[-1] == "users.json":
             users |= _names(content)
@@ -46,7 +47,7 @@ def read_export(path: str) -> list[Section]:
             channels.setdefault(parts[-2], []).extend(message for message in content if isinstance(message, dict))
     sections = [s for name in sorted(channels) for s in _channel(name, channels[name], users)]
     if not sections:
-        raise ValueError(f"{path} is no Slack export: expected users.json and a folder of JSON files for every channel")
+        raise UserError(f"{path} is no Slack export: expected users.json and a folder of JSON files for every channel")
     return sections
 
 
@@ -54,12 +55,12 @@ def read_api(address: str, api_url: str | None = None) -> list[Section]:
     """The channels of slack:NAME,NAME, or of slack: every one that the token's owner is a member of.
 
     Raises:
-      ValueError: there is no token in the environment, Slack refuses it, or there is no such channel or message.
+      UserError: there is no token in the environment, Slack refuses it, or there is no such channel or message.
       OSError: Slack cannot be reached.
     """
     token = os.environ.get(TOKEN)
     if not token:
-        raise ValueError(f"{address} needs a token that may read channels, in the environment's {TOKEN}")
+        raise UserError(f"{address} needs a token that may read channels, in the environment's {TOKEN}")
     api = Api(api_url or URL, token)
     wanted = [name.strip().lstrip("#") for name in address.removeprefix("slack:").split(",") if name.strip()]
     channels = {
@@ -68,11 +69,11 @@ def read_api(address: str, api_url: str | None = None) -> list[Section]:
         if channel["name"] in wanted or (not wanted and channel.get("is_member"))
     }
     if missing := [name for name in wanted if name not in channels]:
-        raise ValueError(f"Slack shows no channel {missing[0]!r} to this token: invite its owner or change the path")
+        raise UserError(f"Slack shows no channel {missing[0]!r} to this token: invite its owner or change the path")
     users = _names(_pages(api, "users.list", "members"))
     sections = [s for name in sorted(channels) for s in _channel(name, _history(api, channels[name]), users)]
     if not sections:
-        raise ValueError(f"{address} gives no message of {', '.join(sorted(channels)) or 'any channel'}")
+        raise UserError(f"{address} gives no message of {', '.join(sorted(channels)) or 'any channel'}")
     return sections
 
 
@@ -87,7 +88,7 @@ def _pages(api: Api, method: str, key: str, **parameters: str) -> Iterator[dict[
     while True:
         reply = api.get_json(method, limit="200", **parameters)
         if not reply.get("ok"):
-            raise ValueError(f"Slack refused {method}: {reply.get('error') or 'it does not say why'}")
+            raise UserError(f"Slack refused {method}: {reply.get('error') or 'it does not say why'}")
         yield from reply.get(key) or ()
         cursor = (reply.get("response_metadata") or {}).get("next_cursor")
         if not cursor:
@@ -100,13 +101,13 @@ def _zip_files(path: Path) -> Iterator[tuple[str, bytes]]:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".json")]
             if sum(member.file_size for member in members) > LARGEST_EXPORT:
-                raise ValueError(
+                raise UserError(
                     f"{path} unpacks to more than {LARGEST_EXPORT} bytes: unpack it by hand, or a part of it"
                 )
             for member in members:
                 yield member.filename, archive.read(member)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a zip file that can be read: {error}") from error
+        raise UserError(f"{path} is not a zip file that can be read: {error}") from error
 
 
 def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -164,7 +165,7 @@ def _seconds(ts: str) -> float:
     try:
         return float(ts)
     except ValueError as error:
-        raise ValueError(f"a Slack message has the time {ts!r}, expected seconds") from error
+        raise UserError(f"a Slack message has the time {ts!r}, expected seconds") from error
 
 
 def _time(ts: str) -> datetime.datetime:

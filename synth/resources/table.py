@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+from command_line.errors import UserError
 from synth.resources.sections import Section
 from synth.resources.text import read as read_whole
 
@@ -15,16 +16,16 @@ def read(path: str) -> list[Section]:
     """Rows as lines of `column: value`; the first row names the columns, cells that are empty are left out.
 
     Raises:
-      ValueError: there is no row below the first.
+      UserError: there is no row below the first.
     """
     text = read_whole(path)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
     try:
         header, *rest = (row for row in rows if any(row))
     except csv.Error as error:
-        raise ValueError(f"{path} is not CSV: {error}, in line {rows.line_num}") from error
+        raise UserError(f"{path} is not CSV: {error}, in line {rows.line_num}") from error
     if not rest:
-        raise ValueError(f"{path} has no row below its first, which should name the columns")
+        raise UserError(f"{path} has no row below its first, which should name the columns")
     sections = []
     for number, row in enumerate(rest, 1):
         names = [*header, *(f"column {i}" for i in range(len(header) + 1, len(row) + 1))]

@@ -17,7 +17,7 @@ def read(path: str) -> str:
     """The whole text of a file.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, it holds no text, or is not UTF-8.
+      FileNotFoundError, UserError: there is no such file, it holds no text, or is not UTF-8.
     """
     return files.read_text(path, "a text file: set config.resource.path")
 

@@ -11,6 +11,8 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+from command_line.errors import UserError
+
 TIMEOUT_SECONDS = 60.0
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 120.0
@@ -24,7 +26,7 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # pyrefly: ignore
         if urllib.parse.urlsplit(newurl)[:2] != urllib.parse.urlsplit(req.full_url)[:2]:
-            raise ValueError(f"{req.full_url} leads to another host, {newurl}: refused")
+            raise UserError(f"{req.full_url} leads to another host, {newurl}: refused")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -33,7 +35,7 @@ class Api:
 
     def __init__(self, base_url: str, token: str | None = None):
         if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"config.resource.api_url is {base_url!r}, expected an address like https://arxiv.org")
+            raise UserError(f"config.resource.api_url is {base_url!r}, expected an address like https://arxiv.org")
         self._base_url = base_url.rstrip("/")
         self._headers = {"User-Agent": "cartridges-jax"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._opener = urllib.request.build_opener(_SameHost())
@@ -42,7 +44,7 @@ class Api:
         """The body of a reply.
 
         Raises:
-          ValueError: the request is refused, or the reply longer than `largest` bytes.
+          UserError: the request is refused, or the reply longer than `largest` bytes.
           OSError: no answer came after all attempts.
         """
         query = "?" + urllib.parse.urlencode(parameters) if parameters else ""
@@ -54,14 +56,14 @@ class Api:
                 with self._opener.open(request, timeout=TIMEOUT_SECONDS) as reply:
                     body = reply.read(largest + 1)
                 if len(body) > largest:
-                    raise ValueError(f"{url} gave more than {largest} bytes: refused")
+                    raise UserError(f"{url} gave more than {largest} bytes: refused")
                 return body
             except urllib.error.HTTPError as error:
                 with error:
                     words = error.read(300).decode(errors="replace")
                 problem = f"HTTP {error.code}: {' '.join(words.split()) or error.reason}"
                 if error.code != 429 and error.code < 500:
-                    raise ValueError(f"{url} refused a request, {problem}") from error
+                    raise UserError(f"{url} refused a request, {problem}") from error
                 wait = min(max(wait, _seconds(error.headers.get("Retry-After"))), LONGEST_WAIT_SECONDS)
             except (OSError, http.client.HTTPException) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
@@ -75,9 +77,9 @@ class Api:
         try:
             reply = json.loads(body)
         except ValueError as error:
-            raise ValueError(f"{self._base_url}/{path} gave a reply that is not JSON: {body[:100]!r}") from error
+            raise UserError(f"{self._base_url}/{path} gave a reply that is not JSON: {body[:100]!r}") from error
         if not isinstance(reply, dict):
-            raise ValueError(f"{self._base_url}/{path} gave a reply that is not a JSON object: {body[:100]!r}")
+            raise UserError(f"{self._base_url}/{path} gave a reply that is not a JSON object: {body[:100]!r}")
         return reply
 
 

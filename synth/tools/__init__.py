@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+from command_line.errors import UserError
 from synth.config import SynthConfig
 from synth.tools import mcp
 from synth.tools.base import Tool
@@ -16,7 +17,7 @@ async def opened(config: SynthConfig, text: str) -> AsyncIterator[tuple[Tool, ..
     """The tools that the config names, ready for use; `text` is what a search looks through.
 
     Raises:
-      ImportError, ValueError: an MCP server cannot be used, or two tools share a name.
+      ImportError, UserError: an MCP server cannot be used, or two tools share a name.
     """
     async with contextlib.AsyncExitStack() as stack:
         tools: list[Tool] = [Search(text)] if config.tools.search else []
@@ -25,7 +26,7 @@ async def opened(config: SynthConfig, text: str) -> AsyncIterator[tuple[Tool, ..
         names = [tool.name for tool in tools]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(
+            raise UserError(
                 f"config.tools: more than one tool is called {', '.join(twice)}, so a call would be unclear"
             )
         yield tuple(tools)

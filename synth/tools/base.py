@@ -12,5 +12,5 @@ class Tool(Protocol):
     parameters: Mapping[str, Any]  # JSON schema of the arguments
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
-        """The tool's answer. Raises: ValueError, with what the tool complains of."""
+        """The tool's answer. Raises: UserError, with what the tool complains of."""
         ...

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from command_line.errors import MissingPackage, UserError
 from synth.config import McpConfig
 
 if TYPE_CHECKING:
@@ -28,16 +29,16 @@ class McpTool:
         try:
             result: Any = await self._session.call_tool(self.name, dict(arguments))
         except MCPError as error:
-            raise ValueError(f"the MCP server refuses the call: {error}") from error
+            raise UserError(f"the MCP server refuses the call: {error}") from error
         text = "\n".join(part.text for part in result.content if part.type == "text")
         if result.is_error:
-            raise ValueError(text or "the tool failed without a word")
+            raise UserError(text or "the tool failed without a word")
         return text
 
 
 @contextlib.asynccontextmanager
 async def opened(config: McpConfig) -> AsyncIterator[list[McpTool]]:
-    """Raises: ImportError, without the package; ValueError, if the server does not start or does not speak MCP."""
+    """Raises: MissingPackage, without the package; UserError, if the server does not start or does not speak MCP."""
     ready: asyncio.Future[list[McpTool]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     # In a task of its own: the package's task groups would wrap every error that passes them into a group.
@@ -55,7 +56,7 @@ async def _first_words(ready: asyncio.Future[list[McpTool]], config: McpConfig) 
     try:
         return await asyncio.wait_for(ready, START_SECONDS)
     except TimeoutError as error:
-        raise ValueError(f"config.tools.mcp: {_command(config)} says nothing for {START_SECONDS:g} s") from error
+        raise UserError(f"config.tools.mcp: {_command(config)} says nothing for {START_SECONDS:g} s") from error
 
 
 async def _run(config: McpConfig, ready: asyncio.Future[list[McpTool]], stop: asyncio.Event) -> None:
@@ -71,7 +72,9 @@ async def _run(config: McpConfig, ready: asyncio.Future[list[McpTool]], stop: as
             ready.set_result([McpTool(session, t.name, t.description or "", t.input_schema) for t in listed])
             await stop.wait()
     except ImportError:
-        ready.set_exception(ImportError("config.tools.mcp needs the mcp package: pip install 'cartridges-jax[tools]'"))
+        ready.set_exception(
+            MissingPackage("config.tools.mcp needs the mcp package: pip install 'cartridges-jax[tools]'")
+        )
     except Exception as error:  # of any kind: the package raises its own, the system's, and groups of both
         if ready.done():
             log.warning("%s ended badly: %s", _command(config), _first(error))

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from command_line.errors import UserError
+
 PASSAGE_CHARACTERS = 1000
 K1, B = 1.5, 0.75
 _WORD = re.compile(r"\w+")
@@ -46,10 +48,10 @@ class Search:
     async def call(self, arguments: Mapping[str, Any]) -> str:
         query, top_k = arguments.get("query"), arguments.get("top_k", 3)
         if not isinstance(query, str) or type(top_k) is not int or top_k < 1:
-            raise ValueError(f"query is {query!r} and top_k {top_k!r}, expected a text and a number of 1 or more")
+            raise UserError(f"query is {query!r} and top_k {top_k!r}, expected a text and a number of 1 or more")
         best = sorted(self.rank(query)[:top_k])
         if not best:
-            raise ValueError(f"no passage has a word of {query!r}")
+            raise UserError(f"no passage has a word of {query!r}")
         parts = [self._passages[best[0]]]
         for before, this in itertools.pairwise(best):
             parts += [self._passages[this]] if this == before + 1 else ["...", self._passages[this]]

@@ -38,7 +38,7 @@ class Index:
     """Of one dataset; safe to use from several threads.
 
     Raises:
-      FileNotFoundError, ValueError: a file that is not there, damaged, or no conversation dataset.
+      FileNotFoundError, UserError: a file that is not there, damaged, or no conversation dataset.
     """
 
     def __init__(self, files: Sequence[Path]):

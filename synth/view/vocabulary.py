@@ -14,6 +14,8 @@ from pathlib import Path
 
 import tokenizers
 
+from command_line.errors import UserError
+
 _SPACE = "▁"  # of SentencePiece
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -44,7 +46,7 @@ def find_vocabulary(source: str | None, model: str | None) -> Vocabulary | None:
     """From `source` if it is given, else from what the Hub's cache holds of `model`, else None: then ids are shown.
 
     Raises:
-      ValueError: `source` cannot be read.
+      UserError: `source` cannot be read.
     """
     if source is None:
         cached = _in_hub_cache(model or "")
@@ -73,7 +75,7 @@ def _from_json(path: Path, source: str) -> Vocabulary:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a missing file and for a bad one
-        raise ValueError(f"--tokenizer {source} cannot be read: {error}") from error
+        raise UserError(f"--tokenizer {source} cannot be read: {error}") from error
     is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str()).get("decoder"))
     added = tokenizer.get_added_tokens_decoder()
     names = ((token_id, name) for name, token_id in tokenizer.get_vocab().items())
@@ -89,7 +91,7 @@ def _from_gguf(path: Path) -> Vocabulary:
         kinds = [int(fields["tokenizer.ggml.token_type"].parts[i][0]) for i in fields["tokenizer.ggml.token_type"].data]
         is_byte_level = bytes(fields["tokenizer.ggml.model"].parts[-1]).decode() == "gpt2"
     except (OSError, KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"--tokenizer {path} cannot be read: {error!r}") from error
+        raise UserError(f"--tokenizer {path} cannot be read: {error!r}") from error
     literal = {i: name for i, (name, kind) in enumerate(zip(names, kinds, strict=True)) if kind in (3, 4)}
     return _vocabulary(enumerate(names), literal, is_byte_level)
 

@@ -20,6 +20,7 @@ from cartridges_jax.evals.questions import general_questions, questions_of
 from cartridges_jax.evals.scorers import score
 from cartridges_jax.losses import Batch, distillation_loss
 from cartridges_jax.train import train
+from command_line.errors import UserError
 from synth import conversation
 
 QUESTIONS = [{"question": f"What does the cat number {4 * i} weigh?", "answer": f"{28 * i} grams"} for i in range(3)]
@@ -115,7 +116,7 @@ def test_the_general_questions_are_a_fixed_set():
 
 def test_an_evaluation_that_fills_the_window_says_so():
     cartridge = Cartridge.from_text(tiny.model(), tiny.TEXT, tiny.WINDOW - 8)
-    with pytest.raises(ValueError, match="slots and a conversation of"):
+    with pytest.raises(UserError, match="slots and a conversation of"):
         run(EvalsConfig(off_topic=True), cartridge)
 
 
@@ -128,7 +129,7 @@ def test_an_evaluation_that_fills_the_window_says_so():
 )
 def test_choices_have_to_fit(tmp_path: Path, line: str, sentence: str):
     (tmp_path / "q.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         questions_of(tmp_path / "q.jsonl")
 
 
@@ -146,13 +147,13 @@ def test_what_cannot_be_evaluated_is_refused_before_training(inputs: Path, tmp_p
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
             train(config, tiny.model())
         assert not Path(config.output_dir).exists()
-    with pytest.raises(ValueError, match="expected each once"):
+    with pytest.raises(UserError, match="expected each once"):
         EvalsConfig(loss=(LossEval("x", "a"), LossEval("x", "b")))
-    with pytest.raises(ValueError, match="has the name off_topic, under which"):
+    with pytest.raises(UserError, match="has the name off_topic, under which"):
         EvalsConfig(loss=(LossEval("off_topic", "a"),), off_topic=True)
-    with pytest.raises(ValueError, match=r"the instruction 'Answer\.', expected a \{question\} in it"):
+    with pytest.raises(UserError, match=r"the instruction 'Answer\.', expected a \{question\} in it"):
         LossEval("x", "a", instruction="Answer.")
-    with pytest.raises(ValueError, match="exactly one of dataset and questions"):
+    with pytest.raises(UserError, match="exactly one of dataset and questions"):
         LossEval("x")
 
 

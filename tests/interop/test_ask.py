@@ -11,6 +11,7 @@ from tokasaurus_stub import run_tokasaurus
 import cartridges_jax as cj
 from cartridges_jax import ask
 from cartridges_jax.cartridge import Cartridge
+from command_line.errors import UserError
 
 QUESTION = "What sleeps in box 3?"
 
@@ -31,22 +32,22 @@ def test_a_cartridge_is_registered_and_answers(
         )
         (expected,) = cj.generate(tiny.model(), [prompt], cartridge=cartridge, max_tokens=6, temperature=0.0)
         assert capsys.readouterr().out.strip() == expected.strip()
-        with pytest.raises(ValueError, match=r"answers 400: .*Cartridge other not found"):
+        with pytest.raises(UserError, match=r"answers 400: .*Cartridge other not found"):
             ask.main([*asked(url, tmp_path, tmp_path)[:2], "--name=other", f"--model={tiny.folder()}", QUESTION])
 
 
 def test_each_failure_is_a_sentence(cartridge: Cartridge, tmp_path: Path):
     part = Cartridge(cartridge.keys[:, :9], cartridge.values[:, :9])
     part.save(tmp_path / "c.safetensors")
-    with pytest.raises(ValueError, match="9 slots, and Tokasaurus loads multiples"):
+    with pytest.raises(UserError, match="9 slots, and Tokasaurus loads multiples"):
         ask.main(asked("http://127.0.0.1:9", tmp_path / "served", tmp_path / "c.safetensors"))
-    with pytest.raises(ValueError, match=r"--name is 'a\.b', expected letters and digits"):
+    with pytest.raises(UserError, match=r"--name is 'a\.b', expected letters and digits"):
         ask.main(["--engine=tokasaurus", "--name=a.b", QUESTION])
-    with pytest.raises(ValueError, match="say which with --folder"):
+    with pytest.raises(UserError, match="say which with --folder"):
         ask.main(["--engine=tokasaurus", "--name=a", "--cartridge=c", QUESTION])
     with pytest.raises(ConnectionError, match=r"cannot be asked .* is the server running there"):
         ask.main(["--engine=tokasaurus", "--name=a", "--url=http://127.0.0.1:9", QUESTION])
-    with pytest.raises(ValueError, match="vLLM wants a placeholder for every slot"):
+    with pytest.raises(UserError, match="vLLM wants a placeholder for every slot"):
         ask.main(["--engine=vllm", "--name=a", QUESTION])
 
 

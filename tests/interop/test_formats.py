@@ -26,6 +26,7 @@ from cartridges_jax.cartridge import Cartridge, Provenance
 from cartridges_jax.interop import torch_zip, upstream
 from cartridges_jax.interop.formats import FORMATS, locate, read, write
 from cartridges_jax.models.language_model import LanguageModel
+from command_line.errors import UserError
 
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a value, relative
 readme = pytest.mark.readme
@@ -107,7 +108,7 @@ def test_a_reader_of_format_1_refuses_int8(cartridge: Cartridge, tmp_path: Path)
 def test_a_value_that_float16_cannot_hold_is_refused(cartridge: Cartridge, tmp_path: Path):
     large = cartridge.replace(values=cartridge.values.at[0, 0].set(7e4))
     for format in FORMATS:
-        with pytest.raises(ValueError, match=r"float16 cannot hold a value of 7e\+04.*use bfloat16"):
+        with pytest.raises(UserError, match=r"float16 cannot hold a value of 7e\+04.*use bfloat16"):
             write(large, place(tmp_path, format), format, "float16")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -115,7 +116,7 @@ def test_a_value_that_float16_cannot_hold_is_refused(cartridge: Cartridge, tmp_p
 @pytest.mark.parametrize("format", [name for name, f in FORMATS.items() if not f.has_bias])
 def test_a_bias_is_refused_where_it_has_no_place(cartridge: Cartridge, tmp_path: Path, format: str):
     bias = jnp.zeros(cartridge.keys.shape[:3])
-    with pytest.raises(ValueError, match=r"has a bias .* no place, and no key or value says the same"):
+    with pytest.raises(UserError, match=r"has a bias .* no place, and no key or value says the same"):
         write(cartridge.replace(bias=bias.at[1, 4, 0].set(0.5)), place(tmp_path, format), format)
     assert not list(tmp_path.iterdir())
     write(cartridge.replace(bias=bias), place(tmp_path, format), format)  # zero everywhere is no bias
@@ -195,9 +196,9 @@ def test_past_key_values_and_pages_hold_the_same_slots(cartridge: Cartridge):
         assert pages.shape == (tiny.LAYERS, 2, -(-16 // page), page, tiny.KV_HEADS, tiny.HEAD_DIM)
         np.testing.assert_array_equal(pages[1, 0, 15 // page, 15 % page], cartridge.keys[1, 15])
         assert bits(interop.from_pages(pages, 16)) == bits(cartridge)
-    with pytest.raises(ValueError, match="of one sequence are expected"):
+    with pytest.raises(UserError, match="of one sequence are expected"):
         interop.from_past_key_values([(np.zeros((2, 2, 16, 8)), np.zeros((2, 2, 16, 8)))])
-    with pytest.raises(ValueError, match="with at least 99 positions"):
+    with pytest.raises(UserError, match="with at least 99 positions"):
         interop.from_pages(interop.to_pages(cartridge, 16), 99)
 
 
@@ -220,7 +221,7 @@ def test_adapters_that_are_none_are_refused(
     write(cartridge, tmp_path, "peft")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         read(tmp_path)
 
 
@@ -231,7 +232,7 @@ def test_an_adapter_saved_as_bin_is_read(cartridge: Cartridge, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
         read(tmp_path)
     torch_zip.save(tmp_path / "adapter_model.bin", {"prompt_embeddings": [tensor]}, {})
-    with pytest.raises(ValueError, match="has no tensor prompt_embeddings"):
+    with pytest.raises(UserError, match="has no tensor prompt_embeddings"):
         read(tmp_path)  # a list: torch's own file is in the parity tests
 
 
@@ -242,7 +243,7 @@ def test_a_cartridge_of_another_model_is_refused(cartridge: Cartridge, tmp_path:
     def refused(changes: dict[str, Any], sentence: str) -> None:
         provenance = dataclasses.replace(cartridge.provenance, **changes)
         write(cartridge.replace(provenance=provenance), place(tmp_path, format), format)
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             Cartridge.load(place(tmp_path, format), model=model)
 
     refused({"weights_hash": "0123"}, "was made for .* not for")
@@ -254,7 +255,7 @@ def test_a_cartridge_of_another_model_is_refused(cartridge: Cartridge, tmp_path:
     write(cartridge.replace(provenance=provenance), place(tmp_path, format), format)
     named = dataclasses.replace(model, name="unsloth/Qwen3-4B")
     assert Cartridge.load(place(tmp_path, format), model=named).provenance == provenance  # another's copy of it
-    with pytest.raises(ValueError, match=r"is for Qwen/Qwen3-4b, not for Qwen/Qwen3-8B: load that model"):
+    with pytest.raises(UserError, match=r"is for Qwen/Qwen3-4b, not for Qwen/Qwen3-8B: load that model"):
         Cartridge.load(place(tmp_path, format), model=dataclasses.replace(model, name="Qwen/Qwen3-8B"))
 
 
@@ -262,7 +263,7 @@ def test_a_cartridge_of_another_model_is_refused(cartridge: Cartridge, tmp_path:
 def test_heads_of_another_shape_are_refused(cartridge: Cartridge, tmp_path: Path, format: str):
     other = Cartridge(cartridge.keys[..., :4], cartridge.values[..., :4])
     write(other, place(tmp_path, format), format)
-    with pytest.raises(ValueError, match=r"expected \(2, 16, 2, 8\) as \[layers, slots, kv heads, head size\]"):
+    with pytest.raises(UserError, match=r"expected \(2, 16, 2, 8\) as \[layers, slots, kv heads, head size\]"):
         Cartridge.load(place(tmp_path, format), model=tiny.model())
 
 
@@ -285,14 +286,14 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, cartridge: Cartr
         torch_zip.save(file, {k: [a.astype(np.float32) for a in v] for k, v in tree.items()}, {})
     else:
         file.write_bytes(content.replace(needle, damage))
-    with pytest.raises(ValueError, match="holds values that are not finite"):
+    with pytest.raises(UserError, match="holds values that are not finite"):
         read(path)
 
 
 def test_unlike_lists_are_refused(tmp_path: Path):
     def refused(sentence: str, **lists: list[np.ndarray]) -> None:
         torch_zip.save(tmp_path / "c.pt", lists, {})
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             read(tmp_path / "c.pt")
 
     ok = [np.zeros((1, 2, 3, 4), np.float32)] * 2
@@ -313,7 +314,7 @@ def test_our_file_with_a_foreign_header_is_refused(cartridge: Cartridge, tmp_pat
     for changes in ({"num_frozen": "1"}, {"model": []}, {"training_tokens": "many"}, {"recipe": None}):
         header = {"format_version": 1, "num_frozen": 1} | changes
         save_file(load_file(path), path, metadata={"cartridge": json.dumps(header)})
-        with pytest.raises(ValueError, match="is not a whole cartridge file"):
+        with pytest.raises(UserError, match="is not a whole cartridge file"):
             read(path)
 
 

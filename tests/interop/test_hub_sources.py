@@ -20,6 +20,7 @@ from hub_stub import TOKEN, Hub, run_hub
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import dataset_files, read_examples
 from cartridges_jax.interop.hub import card
+from command_line.errors import UserError
 from synth import conversation
 
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -105,13 +106,13 @@ def test_each_failure_of_the_hub_is_a_sentence(cartridge: Cartridge, hub: Hub, t
     missing, no, path, push = on_hub(hub, tmp_path, code, tmp_path / "c.safetensors", token="hf_wrong").splitlines()
     assert missing.startswith("FileNotFoundError: there is no cartridge 'me/none' on the Hugging Face Hub")
     for refused in (no, path):
-        assert refused.startswith("ValueError: ") and "is no Hub source: expected hf:org/name" in refused
+        assert refused.startswith("UserError: ") and "is no Hub source: expected hf:org/name" in refused
     assert push.startswith(
         ("ConnectionError: cartridge 'me/c' cannot be pushed to", "PermissionError", "FileNotFoundError")
     )
     *_, away, push = on_hub(hub, tmp_path, code, tmp_path / "c.safetensors", url=CLOSED).splitlines()[-4:]
     assert push.startswith("ConnectionError: cartridge 'me/c' cannot be pushed to the Hugging Face Hub")
-    assert away.startswith("ValueError")
+    assert away.startswith("UserError")
 
 
 def test_the_card_says_only_what_is_known(cartridge: Cartridge):
@@ -154,5 +155,5 @@ def test_a_dataset_that_is_none_is_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="does not exist: make it with python -m synth"):
         dataset_files(tmp_path / "none.parquet")
     (tmp_path / "data.parquet").write_text(json.dumps({}))
-    with pytest.raises(ValueError, match="is not a whole Parquet file"):
+    with pytest.raises(UserError, match="is not a whole Parquet file"):
         read_examples(tmp_path, tiny.model().tokenizer)

@@ -13,6 +13,7 @@ from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.interop.formats import FORMATS, write
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
+from command_line.errors import UserError
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_the_server_takes_cartridges_by_name_and_source(cartridge: Cartridge, fo
 
     assert loaded(f"--cartridge=a={folder / 'peft'}", f"--cartridge=b={folder / 'upstream'}") == ["a", "b"]
     for given in ("a", "a=", "a/b=c", "=c"):
-        with pytest.raises(ValueError, match=f"--cartridge is '{given}', expected NAME=SOURCE"):
+        with pytest.raises(UserError, match=f"--cartridge is '{given}', expected NAME=SOURCE"):
             loaded(f"--cartridge={given}")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         loaded("--cartridge=a=nowhere")

@@ -14,6 +14,7 @@ import cartridges_jax as cj
 from cartridges_jax import interop
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop.slots import _direction
+from command_line.errors import UserError
 
 TOKENS = np.asarray(tiny.model().tokenizer.encode("What sleeps in box 3?"))[None]
 
@@ -74,5 +75,5 @@ def test_padding_turns_the_keys_along_with_the_queries():
 
 
 def test_a_text_without_tokens_folds_nothing():
-    with pytest.raises(ValueError, match="fold_bias needs a text"):
+    with pytest.raises(UserError, match="fold_bias needs a text"):
         interop.fold_bias(biased(), tiny.model(), "")

@@ -18,6 +18,7 @@ from cartridges_jax.evals.during import EvalsConfig, LossEval
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.starting_texts import SummaryConfig
 from cartridges_jax.train import train
+from command_line.errors import UserError
 
 SUMMARY = "Cats, owls, foxes and hens sleep in boxes of the house, the barn, the wood and the yard."
 
@@ -53,7 +54,7 @@ def test_a_server_that_is_gone_or_says_nothing_is_one_sentence():
         initial_cartridge(config, tiny.model(), tiny.TEXT, [], 0)
     with serving(summarizer("  ", [])) as url:
         config = InitConfig("summary", 16, summary=SummaryConfig(url))
-        with pytest.raises(ValueError, match="answers without a text"):
+        with pytest.raises(UserError, match="answers without a text"):
             initial_cartridge(config, tiny.model(), tiny.TEXT, [], 0)
 
 

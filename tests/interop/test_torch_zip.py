@@ -22,6 +22,7 @@ from make_golden_formats import FORMATS as GOLDEN
 from cartridges_jax.interop import torch_zip
 from cartridges_jax.interop.formats import read
 from cartridges_jax.interop.torch_zip import _global, _integer, _integers, _text
+from command_line.errors import UserError
 
 REAL = (GOLDEN / "cache-step512.pt").read_bytes()
 
@@ -59,7 +60,7 @@ class Runs:
 
 
 def refused(path: Path, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence) as caught:
+    with pytest.raises(UserError, match=sentence) as caught:
         torch_zip.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -140,7 +141,7 @@ def test_records_that_overlap_or_claim_more_than_the_file_are_refused(tmp_path: 
 def test_a_long_pickle_and_other_oddities_are_refused(tmp_path: Path):
     refused(torch_file(tmp_path / "f", bytes(5 << 20)), "its pickle has 5242880 bytes, expected a few thousand")
     refused(torch_file(tmp_path / "f", tree(), byteorder=b"big"), "its numbers are big-endian")
-    with pytest.raises(ValueError, match="it has no trainable_keys"):
+    with pytest.raises(UserError, match="it has no trainable_keys"):
         read(torch_file(tmp_path / "f", b"\x80\x02" + b"(" * 100000 + b"t" * 100000 + b"."))  # a very deep tuple
     refused(torch_file(tmp_path / "f", b"\x80\x02r\xff\xff\xff\xffN."), "is not a whole file")
     with zipfile.ZipFile(tmp_path / "f", "w") as archive:

@@ -30,6 +30,7 @@ from cartridges_jax.initializers import InitConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.optim import OptimConfig
 from cartridges_jax.train import TrainConfig, train
+from command_line.errors import UserError
 from synth import conversation
 from synth.conversation import Conversation, Message, TopLogprobs
 
@@ -180,7 +181,7 @@ def test_sixteen_requests_with_two_cartridges_answer_alike(model: LanguageModel,
 def test_a_request_that_cannot_be_served_fails_alone(
     model: LanguageModel, folder: Path, vllm: str, name: str, changes: dict[str, Any], why: str
 ):
-    with pytest.raises(ValueError, match="answers 500"):
+    with pytest.raises(UserError, match="answers 500"):
         ask_vllm(model, vllm, folder, name, "Why?", **changes)
     assert why in (folder / "vllm.log").read_text(errors="replace")
     assert ask_vllm(model, vllm, folder, "end", "What was built?")

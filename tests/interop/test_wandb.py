@@ -15,6 +15,7 @@ from loopback import QuietHandler, serving
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import dataset_files, read_examples
 from cartridges_jax.interop import formats, sources
+from command_line.errors import UserError
 
 KEY = "secret"
 
@@ -132,7 +133,7 @@ def test_each_failure_is_a_sentence(
     cartridge: Cartridge, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for source in ("wandb:abc123", "wandb:a/b/../c", "wandb:a/../abc123", "wandb:a/b/c/d", "wandb:"):
-        with pytest.raises(ValueError, match="is no source: expected wandb:entity/project/run"):
+        with pytest.raises(UserError, match="is no source: expected wandb:entity/project/run"):
             Cartridge.load(source)
     with pytest.raises(FileNotFoundError, match="knows no me/project/other"):
         Cartridge.load("wandb:me/project/other")

@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from cartridges_jax.kernels import gathered_product as module
 from cartridges_jax.kernels.gathered_product import gathered_product
 from cartridges_jax.kernels.gathered_product.kernel import Kernel
+from command_line.errors import UserError
 
 # left matrices, products, x, d, y, right matrices: queries by pages, activations by panels for one token and many, rows
 # that are divided among cores with a rest, vectors that are shorter than the machine's, nothing at all
@@ -111,5 +112,5 @@ def test_a_tile_fits_the_machine(shape: tuple[int, ...], lanes: int, registers: 
 
 def test_an_error_of_shapes_is_raised() -> None:
     left, left_of, right, right_of = lists(2, 3, 4, 8, 8, 2)
-    with pytest.raises(ValueError, match=r"left matrices .* do not belong together"):
+    with pytest.raises(UserError, match=r"left matrices .* do not belong together"):
         run(left[:, :, :6], left_of, right, right_of)

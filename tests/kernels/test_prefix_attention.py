@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.kernels.prefix_attention.shapes import LARGE, SMALL, Shape
+from command_line.errors import UserError
 
 IMPLEMENTATIONS = ["xla", "reference"]
 KERNELS = ["tpu", "gpu"]
@@ -196,26 +197,26 @@ def test_shapes_that_do_not_belong_together(name: str, shape: tuple[int, ...]) -
         "segment_ids": segment_ids,
         name: np.ones(shape, np.int32 if name == "segment_ids" else np.float32),
     }
-    with pytest.raises(ValueError, match="do not belong together: expected"):
+    with pytest.raises(UserError, match="do not belong together: expected"):
         prefix_attention(**{n: jnp.asarray(a) for n, a in given.items()})
 
 
 def test_unknown_implementation() -> None:
     arrays, segment_ids, _ = SMALL[0].draw()
-    with pytest.raises(ValueError, match="implementation is 'cuda', expected one of reference, xla, tpu, gpu"):
+    with pytest.raises(UserError, match="implementation is 'cuda', expected one of reference, xla, tpu, gpu"):
         prefix_attention(segment_ids=segment_ids, implementation="cuda", **arrays)
 
 
 def test_a_window_holds_a_key() -> None:
     arrays, segment_ids, _ = SMALL[0].draw()
-    with pytest.raises(ValueError, match="window is 0, expected at least 1 key"):
+    with pytest.raises(UserError, match="window is 0, expected at least 1 key"):
         prefix_attention(segment_ids=segment_ids, window=0, **arrays)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_a_kernel_that_cannot_run_here(implementation: str) -> None:
     arrays, segment_ids, _ = SMALL[4].draw()
-    with pytest.raises(ValueError, match=f"is '{implementation}', which needs a .* here are cpu, head size 64"):
+    with pytest.raises(UserError, match=f"is '{implementation}', which needs a .* here are cpu, head size 64"):
         prefix_attention(segment_ids=segment_ids, implementation=implementation, **arrays)
 
 

@@ -18,6 +18,7 @@ from make_golden import FAMILIES, golden_config, weights
 
 from cartridges_jax.models.gguf import load_gguf
 from cartridges_jax.models.hf import load_hf
+from command_line.errors import UserError
 
 NAMES = {  # Hugging Face's name of a layer's tensor -> llama.cpp's
     "input_layernorm": "attn_norm",
@@ -138,19 +139,19 @@ def test_what_is_refused(tmp_path: Path) -> None:
         load_gguf(path, jnp.float32)
     config, tensors = golden_config("qwen3")[0], weights("qwen3")
     write_gguf(path, config, tensors, scaling=(gguf.RopeScalingType.YARN, 4.0))
-    with pytest.raises(ValueError, match=r"RoPE scaling is 'yarn'"):
+    with pytest.raises(UserError, match=r"RoPE scaling is 'yarn'"):
         load_gguf(path, jnp.float32)
     write_gguf(path, config, tensors, leave_out="feed_forward_length")
-    with pytest.raises(ValueError, match=r"the GGUF file lacks qwen3.feed_forward_length"):
+    with pytest.raises(UserError, match=r"the GGUF file lacks qwen3.feed_forward_length"):
         load_gguf(path, jnp.float32)
     write_gguf(path, config, tensors, leave_out="token_embd.weight")
-    with pytest.raises(ValueError, match=r"the GGUF file lacks token_embd.weight"):
+    with pytest.raises(UserError, match=r"the GGUF file lacks token_embd.weight"):
         load_gguf(path, jnp.float32)
     write_gguf(path, config, tensors, leave_out="blk.1.attn_k_norm.weight")
-    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.k_norm.weight is missing"):
+    with pytest.raises(UserError, match=r"model.layers.1.self_attn.k_norm.weight is missing"):
         load_gguf(path, jnp.float32)
     write_gguf(path, {**config, "model_type": "gemma3"}, tensors)
-    with pytest.raises(ValueError, match=r"architecture is 'gemma3', expected one of llama, qwen2, qwen3"):
+    with pytest.raises(UserError, match=r"architecture is 'gemma3', expected one of llama, qwen2, qwen3"):
         load_gguf(path, jnp.float32)
 
 
@@ -160,8 +161,8 @@ def test_truncated_files(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (0, 3, 10, 24, 60, 500, 2500, len(whole) // 2, len(whole) - 40_000):
         cut.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"is not a whole GGUF file .*: download it again"):
+        with pytest.raises(UserError, match=r"is not a whole GGUF file .*: download it again"):
             load_gguf(cut, jnp.float32)
     cut.write_bytes(b"PK\x03\x04" + whole[4:])
-    with pytest.raises(ValueError, match=r"is not a whole GGUF file"):
+    with pytest.raises(UserError, match=r"is not a whole GGUF file"):
         load_gguf(cut, jnp.float32)

@@ -16,6 +16,7 @@ from make_golden import FAMILIES, golden_config, weights
 from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.transformer import abstract_params
+from command_line.errors import UserError
 
 WriteModel = Callable[..., Path]
 
@@ -68,7 +69,7 @@ def test_all_problems_come_in_one_sentence(write_hf: WriteModel, llama: tuple[di
     tensors["model.layers.2.self_attn.k_proj.weight"] = np.ones((30, 64), np.float32)  # not whole heads
     tensors["model.layers.2.self_attn.v_proj.weight"] = np.ones((16, 64), np.float32)  # one head too few
     tensors["lm_head.weight"] = np.ones((127, 64), np.float32)
-    with pytest.raises(ValueError, match=r"do not fit a llama of 3 layers") as error:
+    with pytest.raises(UserError, match=r"do not fit a llama of 3 layers") as error:
         load_hf(write_hf(config, tensors), jnp.float32)
     text = str(error.value)
     for part in (
@@ -84,7 +85,7 @@ def test_all_problems_come_in_one_sentence(write_hf: WriteModel, llama: tuple[di
 
 
 def test_many_problems_are_counted(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
-    with pytest.raises(ValueError, match=r"; and 8 more$"):  # of 9 in each of two layers, embedding and head
+    with pytest.raises(UserError, match=r"; and 8 more$"):  # of 9 in each of two layers, embedding and head
         kept = {name: array for name, array in llama[1].items() if "layers.0." in name or name == "model.norm.weight"}
         load_hf(write_hf(llama[0], kept), jnp.float32)
 
@@ -96,7 +97,7 @@ def test_truncated_safetensors(kept: float, shards: int, write_hf: WriteModel, l
     victim = sorted(folder.glob("*.safetensors"))[-1]
     whole = victim.read_bytes()
     victim.write_bytes(whole[: int(len(whole) * kept) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match=rf"{victim.name} is not a whole safetensors file .*: download it again"):
+    with pytest.raises(UserError, match=rf"{victim.name} is not a whole safetensors file .*: download it again"):
         load_hf(folder, jnp.float32)
 
 
@@ -115,7 +116,7 @@ def test_index_that_names_a_tensor_its_shard_lacks(write_hf: WriteModel, llama: 
     other = next(shard for shard in content["weight_map"].values() if shard != content["weight_map"][name])
     content["weight_map"][name] = other
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"{other} is not a whole safetensors file .*{name}"):
+    with pytest.raises(UserError, match=rf"{other} is not a whole safetensors file .*{name}"):
         load_hf(folder, jnp.float32)
 
 
@@ -133,7 +134,7 @@ def test_folders_that_hold_no_model(tmp_path: Path, write_hf: WriteModel, llama:
     with pytest.raises(FileNotFoundError, match=r"holds no .safetensors file"):
         load_hf(tmp_path, jnp.float32)
     (tmp_path / "config.json").write_text(json.dumps(llama[0])[:50])
-    with pytest.raises(ValueError, match=r"config.json is not a whole JSON file"):
+    with pytest.raises(UserError, match=r"config.json is not a whole JSON file"):
         load_hf(tmp_path, jnp.float32)
 
 
@@ -154,12 +155,12 @@ def test_folders_that_hold_no_model(tmp_path: Path, write_hf: WriteModel, llama:
     ],
 )
 def test_configs_that_are_refused(changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ModelConfig.from_hf({**golden_config("llama")[0], **changes})
 
 
 def test_config_that_lacks_sizes() -> None:
-    with pytest.raises(ValueError, match=r"this llama config lacks hidden_size, num_attention_heads: expected"):
+    with pytest.raises(UserError, match=r"this llama config lacks hidden_size, num_attention_heads: expected"):
         config = golden_config("llama")[0]
         ModelConfig.from_hf({k: v for k, v in config.items() if k not in ("hidden_size", "num_attention_heads")})
 

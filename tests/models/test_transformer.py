@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import cartridges_jax as cj
 from cartridges_jax.models.transformer import head_weights, hidden_states, init_params, keys_and_values, project
+from command_line.errors import UserError
 
 TOLERANCE = 3e-5  # float32 logits of size 1 to 40, added in another order; measured at most 1.5e-5
 
@@ -191,16 +192,16 @@ def test_bfloat16_stays_near_float32(tiny_llama: cj.LanguageModel) -> None:
 
 def test_what_logits_refuse(tiny_llama: cj.LanguageModel) -> None:
     window = tiny_llama.config.window
-    with pytest.raises(ValueError, match=f"4 slots and {window} tokens exceed tiny llama's window of {window}"):
+    with pytest.raises(UserError, match=f"4 slots and {window} tokens exceed tiny llama's window of {window}"):
         tiny_llama.logits(np.zeros((1, window), np.int32), cartridge=random_cartridge(tiny_llama, 4))
     other = random_cartridge(tiny_llama, 4)
-    with pytest.raises(ValueError, match=r"expected \(3, 4, 2, 16\) as \[layers, slots, kv heads, head size\]"):
+    with pytest.raises(UserError, match=r"expected \(3, 4, 2, 16\) as \[layers, slots, kv heads, head size\]"):
         tiny_llama.logits(fixed_tokens()[None], cartridge=other.replace(keys=other.keys[..., :8]))
-    with pytest.raises(ValueError, match=r"bias is \(3, 4\), expected \(3, 4, 2\)"):
+    with pytest.raises(UserError, match=r"bias is \(3, 4\), expected \(3, 4, 2\)"):
         tiny_llama.logits(fixed_tokens()[None], cartridge=other.replace(bias=other.bias[..., 0]))
-    with pytest.raises(ValueError, match="a cartridge needs at least one"):
+    with pytest.raises(UserError, match="a cartridge needs at least one"):
         cj.Cartridge.from_tokens(tiny_llama, [])
-    with pytest.raises(ValueError, match=f"exceed tiny llama's window of {window}: cut the text"):
+    with pytest.raises(UserError, match=f"exceed tiny llama's window of {window}: cut the text"):
         cj.Cartridge.from_tokens(tiny_llama, [0] * (window + 1))
 
 

@@ -15,6 +15,7 @@ from test_server import SAID, Client, FakeCartridge, ScriptEngine, folder, servi
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.composition import compose
 from cartridges_jax.serving.store import CartridgeStore, Reference, TooMany, UnknownCartridge
+from command_line.errors import UserError
 
 __all__ = ["folder"]  # a fixture
 
@@ -145,7 +146,7 @@ def test_composing_drops_the_second_sink():
     np.testing.assert_array_equal(made.keys, np.concatenate([first.keys, second.keys[:, 2:]], 1))
     np.testing.assert_array_equal(made.values[:, 6:], second.values[:, 2:])
     np.testing.assert_array_equal(made.bias[0, :, 0], [0] * 6 + [1] * 4)
-    with pytest.raises(ValueError, match="compose those of one model"):
+    with pytest.raises(UserError, match="compose those of one model"):
         compose([first, second.replace(keys=second.keys[:1], values=second.values[:1])])
-    with pytest.raises(ValueError, match="all 6 slots of cartridge 2 are frozen"):
+    with pytest.raises(UserError, match="all 6 slots of cartridge 2 are frozen"):
         compose([first, second.replace(num_frozen=6)])

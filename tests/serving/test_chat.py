@@ -19,11 +19,12 @@ from test_server import SAID, TOKENIZER, ScriptEngine  # pyrefly: ignore[missing
 import cartridges_jax as cj
 from cartridges_jax import chat
 from cartridges_jax.serving.scheduler import Prefix
+from command_line.errors import UserError
 
 
 def load(name: str) -> Prefix:
     if name == "broken":
-        raise ValueError("it is broken")
+        raise UserError("it is broken")
     return Prefix(name, 7, object())
 
 

@@ -27,6 +27,7 @@ from cartridges_jax.serving.scheduler import (
     Started,
     Token,
 )
+from command_line.errors import UserError
 
 TOLERANCE = 1e-4
 LENGTH = 512
@@ -249,11 +250,11 @@ def test_a_request_that_waits_is_left_alone(engine: Engine):
 
 
 def test_an_engine_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"max_length is 1025, expected at most .* window, 1024"):
+    with pytest.raises(UserError, match=r"max_length is 1025, expected at most .* window, 1024"):
         Engine(tiny.model(), max_length=1025)
-    with pytest.raises(ValueError, match="num_slots is 0, expected at least 1"):
+    with pytest.raises(UserError, match="num_slots is 0, expected at least 1"):
         Engine(tiny.model(), num_slots=0, max_length=64)
-    with pytest.raises(ValueError, match="cache_tokens is 256, expected at least 384 for a request of 200 positions"):
+    with pytest.raises(UserError, match="cache_tokens is 256, expected at least 384 for a request of 200 positions"):
         Engine(tiny.model(), max_length=200, cache_tokens=256)
 
 
@@ -285,7 +286,7 @@ def test_weights_that_bfloat16_holds_lie_in_it_and_nothing_else_does(engine: Eng
 
 def test_a_cartridge_of_another_shape_is_refused(engine: Engine):
     wrong = Cartridge(jnp.zeros((2, 3, 4, 8)), jnp.zeros((2, 3, 4, 8)))
-    with pytest.raises(ValueError, match="the cartridge's keys are"):
+    with pytest.raises(UserError, match="the cartridge's keys are"):
         engine.load(Prefix("wrong", 3, wrong), [0])
 
 
@@ -339,9 +340,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
         ValueError, match=r"140 slots, a prompt of 900 tokens and an answer of 10 exceed .* 1024: shorten"
     ):
         generate_ids(model, [(1,), TOKENS[:900]], CARTRIDGES["b"], max_tokens=10)
-    with pytest.raises(ValueError, match="prompt 1 has no tokens: expected at least one"):
+    with pytest.raises(UserError, match="prompt 1 has no tokens: expected at least one"):
         generate(model, ["a", ""])
-    with pytest.raises(ValueError, match="max_tokens is 0, expected at least 1"):
+    with pytest.raises(UserError, match="max_tokens is 0, expected at least 1"):
         generate(model, ["a"], max_tokens=0)
     assert generate(model, []) == []
     assert len(generate_ids(model, [TOKENS[: 1024 - 140 - 4]], CARTRIDGES["b"], max_tokens=4)[0]) <= 4

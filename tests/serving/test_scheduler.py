@@ -26,6 +26,7 @@ from cartridges_jax.serving.scheduler import (
     Started,
     Token,
 )
+from command_line.errors import UserError
 
 VOCAB = 8
 STOP = VOCAB - 1
@@ -389,7 +390,7 @@ def test_a_long_prompt_does_not_stop_the_others():
 )
 def test_what_can_never_run_is_refused(change, words):
     scheduler = Scheduler(FakeEngine(num_pages=9), 4)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         scheduler.submit(replace(Request("x", (1, 2)), **change))
     assert not scheduler.has_work
 
@@ -417,7 +418,7 @@ def test_the_queue_is_bounded_beyond_the_free_slots():
 def test_an_id_is_used_once_at_a_time():
     scheduler = Scheduler(FakeEngine(), 4)
     scheduler.submit(Request("x", (1,)))
-    with pytest.raises(ValueError, match="in use"):
+    with pytest.raises(UserError, match="in use"):
         scheduler.submit(Request("x", (1,)))
     finish(scheduler)
     scheduler.submit(Request("x", (1,)))

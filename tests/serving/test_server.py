@@ -28,6 +28,7 @@ from cartridges_jax.serving.scheduler import Request, Sampled, SlotInput
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 from cartridges_jax.tokenizer import Tokenizer
+from command_line.errors import UserError
 
 END = 256
 HELLO = [{"role": "user", "content": "hello"}]
@@ -49,7 +50,7 @@ class ByteTokenizer:
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool = False
     ) -> str:
         if messages[0]["role"] == "martian":
-            raise ValueError("the template knows no role 'martian'")
+            raise UserError("the template knows no role 'martian'")
         return (
             "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages)
             + ("a:" if add_generation_prompt else "")
@@ -91,7 +92,7 @@ class FakeCartridge:
     def __init__(self, path: Path):
         self.content = path.read_text()
         if self.content == "bad":
-            raise ValueError("made for another model")
+            raise UserError("made for another model")
         self.num_slots = len(self.content)
 
     @classmethod
@@ -666,13 +667,13 @@ def test_a_signal_stops_the_server(number):
     ],
 )
 def test_wrong_options_of_serve(options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         serve.main(options)
 
 
 def test_an_empty_key_file_is_refused(tmp_path):
     (tmp_path / "key").write_text("\n")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         serve.main([f"--api-key-file={tmp_path / 'key'}"])
 
 

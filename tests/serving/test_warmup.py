@@ -18,6 +18,7 @@ from test_server import SAID, Client, ScriptEngine, serving  # pyrefly: ignore[m
 from cartridges_jax import serve
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.warmup import Warmup
+from command_line.errors import UserError
 
 
 def test_requests_wait_and_health_says_how_long():
@@ -97,7 +98,7 @@ def test_what_fits_is_said():
     engine = Engine(tiny.model(), num_slots=3, max_length=200, cache_tokens=1000)
     said = serve.memory_of(engine, 2**20)
     assert said.startswith("keys and values: 1,024 positions in 1.00 GiB, room for 2 of 3 requests of 200 at once")
-    with pytest.raises(ValueError, match="cache_tokens is 100, expected at least 384 for a request of 200"):
+    with pytest.raises(UserError, match="cache_tokens is 100, expected at least 384 for a request of 200"):
         Engine(tiny.model(), num_slots=3, max_length=200, cache_tokens=100)
-    with pytest.raises(ValueError, match="--cache-tokens is 0"):
+    with pytest.raises(UserError, match="--cache-tokens is 0"):
         serve.main(["--cache-tokens=0"])

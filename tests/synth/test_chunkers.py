@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from command_line.errors import UserError
 from synth import chunkers
 from synth.chunkers import Chunk, LocalTokenizer, Pieces, TokenChunker
 from synth.config import ChunkerConfig
@@ -87,16 +88,16 @@ def test_local_tokenizer(tmp_path: Path):
         local = LocalTokenizer(str(source))
         assert asyncio.run(local.tokenize("a b a")) == [0, 1, 0]
         assert asyncio.run(local.detokenize([0, 1])) == "a b"
-    with pytest.raises(ValueError, match=r"config\.chunker\.tokenizer .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"config\.chunker\.tokenizer .* cannot be loaded"):
         LocalTokenizer(str(tmp_path / "absent" / "tokenizer.json"))
 
 
 def test_documents_that_cannot_be_used(tmp_path: Path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
+    with pytest.raises(UserError, match=r"empty\.txt is empty"):
         read(str(tmp_path / "empty.txt"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
         read(str(tmp_path / "latin.txt"))
     with pytest.raises(FileNotFoundError, match=r"absent\.txt does not exist"):
         read(str(tmp_path / "absent.txt"))
@@ -207,5 +208,5 @@ def test_resources_have_shares_by_weight_each_covered_evenly():
     ],
 )
 def test_chunker_settings_that_cannot_be(settings: dict[str, Any], sentence: str):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ChunkerConfig(**settings)

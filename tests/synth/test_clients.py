@@ -13,6 +13,7 @@ import tiny
 from aiohttp import web
 from client_servers import SGLang, Tokasaurus, alternatives, served
 
+from command_line.errors import UserError
 from synth.clients import connect, pickles
 from synth.clients.alignment import is_spelt
 from synth.clients.base import Client, Refused, Unavailable, answer_span
@@ -261,18 +262,18 @@ def test_logprobs_after_temperature_are_no_lesson(kind: Any, raw: bool | None, t
     if is_raw or temperature != 0.7:
         make_config(client, answer=SamplingConfig(temperature=temperature))
     else:
-        with pytest.raises(ValueError, match=r"config\.answer\.temperature is 0\.7, but .* after temperature"):
+        with pytest.raises(UserError, match=r"config\.answer\.temperature is 0\.7, but .* after temperature"):
             make_config(client, answer=SamplingConfig(temperature=temperature))
 
 
 def test_who_cannot_be_the_teacher():
     hosted = ClientConfig("http://x", "m", "together")
-    with pytest.raises(ValueError, match=r"'together', which gives no token ids .* use it as config\.question_client"):
+    with pytest.raises(UserError, match=r"'together', which gives no token ids .* use it as config\.question_client"):
         make_config(hosted)
     make_config(ClientConfig("http://x", "m"), question_client=hosted)
-    with pytest.raises(ValueError, match=r"config\.client\.tokenizer is missing"):
+    with pytest.raises(UserError, match=r"config\.client\.tokenizer is missing"):
         ClientConfig("http://x", "m", "sglang")
-    with pytest.raises(ValueError, match=r"batch_size is 2, but only kind='tokasaurus'"):
+    with pytest.raises(UserError, match=r"batch_size is 2, but only kind='tokasaurus'"):
         ClientConfig("http://x", "m", batch_size=2)
-    with pytest.raises(ValueError, match=r"config\.client\.tokenizer '/nowhere' cannot be loaded"):
+    with pytest.raises(UserError, match=r"config\.client\.tokenizer '/nowhere' cannot be loaded"):
         connect(ClientConfig("http://x", "m", "sglang", tokenizer="/nowhere"), "http://x")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line.errors import UserError
 from synth import conversation
 from synth.conversation import Conversation, Message, TopLogprobs, flatten
 
@@ -83,7 +84,7 @@ def test_truncated_file_is_one_sentence(tmp_path: Path, keep: float):
     conversation.write(path, [sample()])
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep) if 0 < keep < 1 else int(keep)])
-    with pytest.raises(ValueError, match=r"d\.parquet is not a whole Parquet file") as caught:
+    with pytest.raises(UserError, match=r"d\.parquet is not a whole Parquet file") as caught:
         conversation.read(path)
     assert "\n" not in str(caught.value)
 
@@ -94,7 +95,7 @@ def test_damage_inside_is_one_sentence(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[4:200] = b"\xff" * 196
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"d\.parquet is damaged"):
+    with pytest.raises(UserError, match=r"d\.parquet is damaged"):
         conversation.read(path)
 
 
@@ -106,7 +107,7 @@ def test_foreign_file_names_what_is_missing(tmp_path: Path):
         conversation.read(tmp_path / "a.parquet")
     row = {"messages": [{"content": "x", "role": "user"}], "system_prompt": "", "metadata": "{}", "type": ""}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"has no messages\[\]\.token_ids, messages\[\]\.top_logprobs"):
+    with pytest.raises(UserError, match=r"has no messages\[\]\.token_ids, messages\[\]\.top_logprobs"):
         conversation.read(tmp_path / "b.parquet")
     with pytest.raises(FileNotFoundError, match=r"c\.parquet does not exist"):
         conversation.read(tmp_path / "c.parquet")
@@ -124,7 +125,7 @@ def test_full_disk_is_one_sentence_and_no_half_file(tmp_path: Path):
 
 
 def test_top_logprobs_of_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="2 token_idx, 1 token_id"):
+    with pytest.raises(UserError, match="2 token_idx, 1 token_id"):
         TopLogprobs(np.array([0, 0]), np.array([1]), np.array([-1.0]), (1, 2))
 
 

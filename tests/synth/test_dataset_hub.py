@@ -14,6 +14,7 @@ from aiohttp import web
 from web_stub import WebStub
 
 import synth
+from command_line.errors import UserError
 from synth import conversation, hub
 from synth.conversation import Conversation, Message, flatten
 
@@ -192,8 +193,8 @@ def test_refusals_are_one_sentence(stub: HubStub, run: Path, tmp_path: Path, mon
     assert not stub.files
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     stub.files["README.md"] = b"nothing"
-    with pytest.raises(ValueError, match=r"me/data holds no data/\*\.parquet"):
+    with pytest.raises(UserError, match=r"me/data holds no data/\*\.parquet"):
         hub.pull("me/data", tmp_path / "back", endpoint=stub.url)
     stub.files["data/a.parquet"] = b"noise"
-    with pytest.raises(ValueError, match=r"a\.parquet is not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a whole Parquet file"):
         hub.pull("me/data", tmp_path / "other", endpoint=stub.url)

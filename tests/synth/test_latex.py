@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line.errors import UserError
 from synth.resources import arxiv, latex
 from synth.resources.latex import without_comments
 
@@ -77,7 +78,7 @@ def test_comments():
 def test_files_that_include_one_another_end(tmp_path: Path):
     (tmp_path / "main.tex").write_text("\\documentclass{a}\\input{a}")
     (tmp_path / "a.tex").write_text("\\input{main}")
-    with pytest.raises(ValueError, match=r"include one another without end: main\.tex > a\.tex > main\.tex"):
+    with pytest.raises(UserError, match=r"include one another without end: main\.tex > a\.tex > main\.tex"):
         latex.read(str(tmp_path))
     for i in range(9):  # ten to the ninth includes
         (tmp_path / f"f{i}.tex").write_text(f"\\input{{f{i + 1}}}" * 10)
@@ -85,13 +86,13 @@ def test_files_that_include_one_another_end(tmp_path: Path):
     (tmp_path / "f9.tex").write_text("")
     assert latex.read(str(tmp_path))
     (tmp_path / "f9.tex").write_text("boom")
-    with pytest.raises(ValueError, match="is longer than"):
+    with pytest.raises(UserError, match="is longer than"):
         latex.read(str(tmp_path))
 
 
 def test_a_folder_without_a_main_file(tmp_path: Path):
     (tmp_path / "a.tex").write_text("words")
-    with pytest.raises(ValueError, match=r"holds no LaTeX with \\documentclass"):
+    with pytest.raises(UserError, match=r"holds no LaTeX with \\documentclass"):
         latex.read(str(tmp_path))
 
 
@@ -130,31 +131,31 @@ def test_an_archive_is_read_in_memory():
     ],
 )
 def test_an_archive_that_reaches_out_is_refused(bad: tarfile.TarInfo, sentence: str):
-    with pytest.raises(ValueError, match=rf"^it has a member .*{sentence}.*: refused$"):
+    with pytest.raises(UserError, match=rf"^it has a member .*{sentence}.*: refused$"):
         arxiv.unpack(archive((member("main.tex"), b"x"), (bad, b"")), "it")
 
 
 def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch):
     bomb = gzip.compress(bytes(2**24))
     monkeypatch.setattr(arxiv, "LARGEST_SOURCE", 2**20)
-    with pytest.raises(ValueError, match="unpacks to more than 1048576 bytes: refused"):
+    with pytest.raises(UserError, match="unpacks to more than 1048576 bytes: refused"):
         arxiv.unpack(bomb, "it")
     sparse = member("a.tex")
     header = bytearray(sparse.tobuf())
     header[124:136] = b"77777777777\0"  # 8 GiB are claimed, none are there
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    with pytest.raises(ValueError, match=r"more than 10000 files or 1048576 bytes|damaged"):
+    with pytest.raises(UserError, match=r"more than 10000 files or 1048576 bytes|damaged"):
         arxiv.unpack(bytes(header) + bytes(1024), "it")
     monkeypatch.setattr(arxiv, "MOST_FILES", 3)
-    with pytest.raises(ValueError, match="more than 3 files"):
+    with pytest.raises(UserError, match="more than 3 files"):
         arxiv.unpack(archive(*((member(f"{i}.tex"), b"") for i in range(4))), "it")
 
 
 def test_what_is_no_source():
-    with pytest.raises(ValueError, match="it is a PDF, its authors gave no LaTeX"):
+    with pytest.raises(UserError, match="it is a PDF, its authors gave no LaTeX"):
         arxiv.unpack(b"%PDF-1.5", "it")
-    with pytest.raises(ValueError, match="it is damaged"):
+    with pytest.raises(UserError, match="it is damaged"):
         arxiv.unpack(b"\x1f\x8b\x08nonsense", "it")
 
 
@@ -176,5 +177,5 @@ def test_addresses(address: str):
 
 @pytest.mark.parametrize("address", ["arxiv:../../etc", "arxiv:2506.06266?x=1", "https://arxiv.org/abs/"])
 def test_addresses_of_no_paper(address: str):
-    with pytest.raises(ValueError, match="names no paper on arXiv: expected something like arxiv:2506"):
+    with pytest.raises(UserError, match="names no paper on arXiv: expected something like arxiv:2506"):
         arxiv.fetch(address, "http://127.0.0.1:9")

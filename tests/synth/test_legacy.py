@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from command_line.errors import UserError
 from synth import conversation, inert_pickle, legacy
 from synth.conversation import Message
 from synth.inert_pickle import Record, Refused
@@ -189,7 +190,7 @@ def test_a_hostile_pickle_is_refused_and_never_run(tmp_path: Path, number: int, 
     evil = hostile(touched)[number]
     row = TrainingExample([], metadata={"a": evil})
     for value in (evil, [row], {"rows": [row]}, TrainingExample([evil])):
-        with pytest.raises(ValueError, match=r"dataset\.pkl") as caught:
+        with pytest.raises(UserError, match=r"dataset\.pkl") as caught:
             list(legacy.read(dumped(tmp_path, value, protocol)))
         assert "\n" not in str(caught.value)
     assert not touched.exists()
@@ -229,7 +230,7 @@ def test_names_of_theirs_are_not_imported(tmp_path: Path, monkeypatch: pytest.Mo
 def test_bombs(tmp_path: Path, data: bytes):
     path = tmp_path / "dataset.pkl"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"dataset\.pkl"):
+    with pytest.raises(UserError, match=r"dataset\.pkl"):
         list(legacy.read(path))
 
 
@@ -241,11 +242,11 @@ def test_what_unfolds_without_measure(tmp_path: Path):
     circle.append(circle)
     message = TrainingExample.Message("x" * 10_000, "user")
     rows = [TrainingExample([message] * 1000)] * 1000
-    with pytest.raises(ValueError, match="unfolds to more than 200 times its size: refused"):
+    with pytest.raises(UserError, match="unfolds to more than 200 times its size: refused"):
         list(legacy.read(dumped(tmp_path, [TrainingExample([], metadata={"a": deep})])))
-    with pytest.raises(ValueError, match=r"unfolds to more than|is no conversation of upstream's"):
+    with pytest.raises(UserError, match=r"unfolds to more than|is no conversation of upstream's"):
         list(legacy.read(dumped(tmp_path, [TrainingExample([], metadata={"a": circle})])))
-    with pytest.raises(ValueError, match="unfolds to more than"):
+    with pytest.raises(UserError, match="unfolds to more than"):
         list(legacy.read(dumped(tmp_path, rows)))
 
 
@@ -253,9 +254,9 @@ def test_what_is_no_dataset(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"none\.pkl does not exist"):
         list(legacy.read(tmp_path / "none.pkl"))
     for value in ("text", {"rows": 1}, [1], {"a": []}):
-        with pytest.raises(ValueError, match="is no dataset of upstream's"):
+        with pytest.raises(UserError, match="is no dataset of upstream's"):
             list(legacy.read(dumped(tmp_path, value)))
-    with pytest.raises(ValueError, match="row 0, is no conversation of upstream's"):
+    with pytest.raises(UserError, match="row 0, is no conversation of upstream's"):
         list(legacy.read(dumped(tmp_path, [Pydantic(messages=3)])))
 
 

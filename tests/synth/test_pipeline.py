@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 from stub_server import MODEL, StubServer
 
+from command_line.errors import UserError
 from synth import conversation, pipeline
 from synth.clients.base import Unavailable
 from synth.config import ChunkerConfig, ClientConfig, FilterConfig, SamplingConfig, SynthConfig
@@ -88,7 +89,7 @@ def test_an_instruction_is_put_around_the_first_question(server: StubServer, mak
 
 
 def test_an_instruction_has_a_place_for_the_question(make_config: MakeConfig):
-    with pytest.raises(ValueError, match=r"config.instructions needs at least one text, each with \{question\}"):
+    with pytest.raises(UserError, match=r"config.instructions needs at least one text, each with \{question\}"):
         make_config(instructions=("Be brief.",))
 
 
@@ -132,7 +133,7 @@ def test_empty_answers_are_sampled_again_then_dropped(
     assert len(make(dataclasses.replace(config, filters=FilterConfig(empty=False)))) == 40
     assert len(server.requests) == asked, "another choice of filters asks for nothing"
     server.empty = lambda body: True
-    with pytest.raises(ValueError, match=r"the filters leave none of 10 conversations \(empty 10 \(dropped\)"):
+    with pytest.raises(UserError, match=r"the filters leave none of 10 conversations \(empty 10 \(dropped\)"):
         make(make_config(output_dir=config.output_dir + "2"))
 
 
@@ -151,7 +152,7 @@ def test_more_conversations_go_on_from_there(server: StubServer, make_config: Ma
     assert more[:10] == few and len(more) == 18
     assert len(server.requests) - asked == 16, "two calls for each that was not there"
     assert more == make(make_config(num_conversations=18, output_dir=str(tmp_path / "fresh")))
-    with pytest.raises(ValueError, match=r"num_conversations is 4, but .* was made for 18"):
+    with pytest.raises(UserError, match=r"num_conversations is 4, but .* was made for 18"):
         make(make_config(num_conversations=4))
 
 
@@ -159,20 +160,20 @@ def test_a_folder_belongs_to_its_config(server: StubServer, make_config: MakeCon
     config = make_config(client=dataclasses.replace(make_config().client, api_key="secret"))
     make(config)
     assert "secret" not in (Path(config.output_dir) / "config.json").read_text()
-    with pytest.raises(ValueError, match=r"config\.chunker\.max_tokens is 200, but .* was made with 300: go back"):
+    with pytest.raises(UserError, match=r"config\.chunker\.max_tokens is 200, but .* was made with 300: go back"):
         make(make_config(chunker=ChunkerConfig(100, 200)))
     Path(config.resource.path).write_text("Another text. " * 90)
-    with pytest.raises(ValueError, match=r"document\.txt is not the text that"):
+    with pytest.raises(UserError, match=r"document\.txt is not the text that"):
         make(config)
 
 
 def test_a_folder_without_data_belongs_to_nobody(server: StubServer, make_config: MakeConfig):
-    with pytest.raises(ValueError, match="does not serve 'typo'"):
+    with pytest.raises(UserError, match="does not serve 'typo'"):
         make(make_config(client=ClientConfig(server.url, "typo")))
     config = make_config()
     assert len(make(config)) == 10
     (Path(config.output_dir) / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json does not say how it was made"):
+    with pytest.raises(UserError, match=r"config\.json does not say how it was made"):
         make(config)
 
 
@@ -264,14 +265,14 @@ def test_dead_server_is_one_sentence(command: Callable[..., list[str]]):
     ],
 )
 def test_bad_settings_are_one_sentence(make_config: MakeConfig, changes: dict[str, Any], sentence: str):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         make_config(**changes)
 
 
 def test_bad_groups_are_one_sentence():
-    with pytest.raises(ValueError, match=r"min_tokens is 9, more than config\.chunker\.max_tokens, 8"):
+    with pytest.raises(UserError, match=r"min_tokens is 9, more than config\.chunker\.max_tokens, 8"):
         ChunkerConfig(9, 8)
-    with pytest.raises(ValueError, match="base_url is 'localhost'"):
+    with pytest.raises(UserError, match="base_url is 'localhost'"):
         ClientConfig("localhost", MODEL)
 
 
@@ -319,6 +320,6 @@ def test_a_dry_run_with_the_tokenizer_shows_the_very_prompts(
 
 def test_two_runs_in_one_folder_are_refused(server: StubServer, make_config: MakeConfig):
     config = make_config()
-    with locked(Path(config.output_dir)), pytest.raises(ValueError, match="is in use by another run"):
+    with locked(Path(config.output_dir)), pytest.raises(UserError, match="is in use by another run"):
         make(config)
     assert len(make(config)) == 10

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from web_stub import Handler, WebStub
 
+from command_line.errors import UserError
 from synth.resources import reading
 from synth.resources import web as web_api
 from synth.resources.config import ResourceConfig
@@ -63,14 +64,14 @@ def test_arxiv_is_asked_again_when_it_is_busy_and_then_never(tmp_path: Path, cap
 
 
 def test_a_paper_that_is_not_there(tmp_path: Path):
-    with WebStub({}) as server, pytest.raises(ValueError, match=r"/src/2506\.06266 refused a request, HTTP 404"):
+    with WebStub({}) as server, pytest.raises(UserError, match=r"/src/2506\.06266 refused a request, HTTP 404"):
         text_of(tmp_path, "arxiv:2506.06266", server.url)
 
 
 def test_no_other_host_is_asked(tmp_path: Path):
     moved = web.Response(status=302, headers={"Location": "http://localhost:9/src/2506.06266"})
     with WebStub({"GET /src/2506.06266": answers(moved)}) as server:
-        with pytest.raises(ValueError, match="leads to another host, http://localhost:9/src/2506"):
+        with pytest.raises(UserError, match="leads to another host, http://localhost:9/src/2506"):
             text_of(tmp_path, "arxiv:2506.06266", server.url)
         own = web.Response(status=302, headers={"Location": "/other"})
     with WebStub({"GET /src/2506.06266": answers(own), "GET /other": answers(web.Response(body=paper()))}) as server:
@@ -80,14 +81,14 @@ def test_no_other_host_is_asked(tmp_path: Path):
 def test_a_reply_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("synth.resources.arxiv.LARGEST_DOWNLOAD", 10)
     routes = {"GET /src/2506.06266": answers(web.Response(body=paper()))}
-    with WebStub(routes) as server, pytest.raises(ValueError, match="gave more than 10 bytes: refused"):
+    with WebStub(routes) as server, pytest.raises(UserError, match="gave more than 10 bytes: refused"):
         text_of(tmp_path, "arxiv:2506.06266", server.url)
 
 
 def test_a_host_that_is_not_there(tmp_path: Path):
     with pytest.raises(ConnectionError, match="failed 5 times, at last with"):
         text_of(tmp_path, "arxiv:2506.06266", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"config\.resource\.api_url is 'arxiv\.org', expected an address"):
+    with pytest.raises(UserError, match=r"config\.resource\.api_url is 'arxiv\.org', expected an address"):
         text_of(tmp_path, "arxiv:2506.06266", "arxiv.org")
 
 
@@ -123,13 +124,13 @@ def test_slack_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "#general, 2024-01-02\n10:00 bob: last\n\n"
         )
         assert text_of(tmp_path, "slack:", server.url).startswith("#general, 2024")
-        with pytest.raises(ValueError, match="Slack shows no channel 'secret' to this token"):
+        with pytest.raises(UserError, match="Slack shows no channel 'secret' to this token"):
             text_of(tmp_path, "slack:secret", server.url)
         monkeypatch.setenv("SLACK_BOT_TOKEN", "wrong")
-        with pytest.raises(ValueError, match=r"Slack refused conversations\.list: invalid_auth"):
+        with pytest.raises(UserError, match=r"Slack refused conversations\.list: invalid_auth"):
             text_of(tmp_path, "slack:general", server.url)
         monkeypatch.delenv("SLACK_BOT_TOKEN")
-        with pytest.raises(ValueError, match=r"needs a token .* in the environment's SLACK_BOT_TOKEN"):
+        with pytest.raises(UserError, match=r"needs a token .* in the environment's SLACK_BOT_TOKEN"):
             text_of(tmp_path, "slack:general", server.url)
 
 
@@ -155,7 +156,7 @@ def gmail_routes() -> dict[str, Handler]:
 
 def test_gmail_thread_by_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with WebStub(gmail_routes()) as server:
-        with pytest.raises(ValueError, match="in the environment's GMAIL_TOKEN"):
+        with pytest.raises(UserError, match="in the environment's GMAIL_TOKEN"):
             text_of(tmp_path, "gmail:label:work", server.url)
         monkeypatch.setenv("GMAIL_TOKEN", "ya29")
         corpus = reading.read(ResourceConfig("gmail:label:work", api_url=server.url), tmp_path)
@@ -165,7 +166,7 @@ def test_gmail_thread_by_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_snapshot_that_was_damaged(tmp_path: Path):
     (tmp_path / reading.SNAPSHOT).write_text("{")
-    with pytest.raises(ValueError, match=r"resources\.json is damaged, delete it"):
+    with pytest.raises(UserError, match=r"resources\.json is damaged, delete it"):
         text_of(tmp_path, "arxiv:2506.06266", "http://127.0.0.1:9")
 
 

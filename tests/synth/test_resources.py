@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line.errors import UserError
 from synth.resources import extras, html, reading
 from synth.resources.config import ResourceConfig
 from synth.resources.sections import Heading, Section, at_definitions, at_headings
@@ -147,7 +148,7 @@ def test_a_repository_without_what_gitignore_leaves_out(tmp_path: Path):
     assert "File: src/main.py\n\ndef run" in text and "café" in text and "secret" not in text
     some = read(root, tmp_path, include=("*.py", "*.md"))
     assert "def run" in some.to_string() and "café" not in some.to_string()
-    with pytest.raises(ValueError, match=r"holds no text that fits config\.resource\.include"):
+    with pytest.raises(UserError, match=r"holds no text that fits config\.resource\.include"):
         read(root, tmp_path, include=("*.rs",))
 
 
@@ -186,9 +187,9 @@ def test_every_path_of_json_is_there(tmp_path_factory: pytest.TempPathFactory, t
 def test_json_lines_are_counted_from_one(tmp_path: Path):
     found = read(write(tmp_path / "t.jsonl", '{"q": "who"}\n\n{"q": "why"}\n'), tmp_path)
     assert names(found) == ["1", "3"] and "3/q: why" in found.to_string()
-    with pytest.raises(ValueError, match=r"t\.jsonl, line 2, is not JSON"):
+    with pytest.raises(UserError, match=r"t\.jsonl, line 2, is not JSON"):
         read(write(tmp_path / "t.jsonl", "1\n{"), tmp_path)
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         read(write(tmp_path / "deep.json", "[" * 100_000), tmp_path)
 
 
@@ -197,7 +198,7 @@ def test_csv_rows_stand_alone(tmp_path: Path):
     assert found.to_string() == (
         "row 1\nname: Ada\nthe age: 36\n\nrow 2\nname: B; C\n\nrow 3\nname: D\nthe age: 1\ncolumn 3: extra\n\n"
     )
-    with pytest.raises(ValueError, match="has no row below its first"):
+    with pytest.raises(UserError, match="has no row below its first"):
         read(write(tmp_path / "u.csv", "a,b\n"), tmp_path)
 
 
@@ -222,7 +223,7 @@ def test_html_is_what_a_reader_sees(tmp_path: Path):
         "x  =  1\ny\n",
     ]
     assert names(found) == ["First part", "First part > Below"]
-    with pytest.raises(ValueError, match="holds no text outside its scripts"):
+    with pytest.raises(UserError, match="holds no text outside its scripts"):
         read(write(tmp_path / "q.html", "<script>1</script>"), tmp_path)
 
 
@@ -250,14 +251,14 @@ def test_pdf_pages(tmp_path: Path):
 
 def test_pdfs_that_cannot_be_read(tmp_path: Path):
     whole = make_pdf(tmp_path / "a.pdf", ["Words."])
-    with pytest.raises(ValueError, match="cannot be read as a PDF"):
+    with pytest.raises(UserError, match="cannot be read as a PDF"):
         read(write(tmp_path / "cut.pdf", whole.read_bytes()[:100]), tmp_path)
-    with pytest.raises(ValueError, match="holds no text on its 1 pages: run it through OCR"):
+    with pytest.raises(UserError, match="holds no text on its 1 pages: run it through OCR"):
         read(make_pdf(tmp_path / "scan.pdf", [""]), tmp_path)
     locked = pypdf.PdfWriter(clone_from=str(whole))
     locked.encrypt("secret", algorithm="RC4-128")
     locked.write(str(tmp_path / "locked.pdf"))
-    with pytest.raises(ValueError, match="needs a password"):
+    with pytest.raises(UserError, match="needs a password"):
         read(tmp_path / "locked.pdf", tmp_path)
 
 
@@ -279,7 +280,7 @@ def test_mbox(tmp_path: Path):
     assert first.startswith("From: Ada <ada@example.org>\nSubject: Grüße\n\nHello.\n")
     assert second.endswith("\n\nOnly HTML.\n\n") and "Date: Mon, 01 Jan 2024" in second
     assert "café" in third
-    with pytest.raises(ValueError, match="holds no message"):
+    with pytest.raises(UserError, match="holds no message"):
         read(write(tmp_path / "n.mbox", "no mail"), tmp_path)
 
 
@@ -326,9 +327,9 @@ def test_slack_export(slack_export: Path, tmp_path: Path, zipped: bool):
 
 
 def test_no_slack_export(tmp_path: Path):
-    with pytest.raises(ValueError, match="is not a zip file"):
+    with pytest.raises(UserError, match="is not a zip file"):
         read(write(tmp_path / "a.zip", "no"), tmp_path)
-    with pytest.raises(ValueError, match="is no Slack export"):
+    with pytest.raises(UserError, match="is no Slack export"):
         read(write(tmp_path / "d" / "a.txt", "no").parent, tmp_path, kind="slack")
 
 
@@ -338,9 +339,9 @@ def test_what_is_not_there_is_one_sentence(tmp_path: Path):
             read(tmp_path / name, tmp_path)
     with pytest.raises(NotADirectoryError, match="is not a folder"):
         read(tmp_path / "none", tmp_path, kind="directory")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(UserError, match="is empty"):
         read(write(tmp_path / "blank.md", " \n"), tmp_path)
-    with pytest.raises(ValueError, match=r"weight is 0\.0, expected a number above 0"):
+    with pytest.raises(UserError, match=r"weight is 0\.0, expected a number above 0"):
         ResourceConfig("a", weight=0.0)
     with pytest.raises(
         ImportError, match=r"a PDF needs the package no_such: pip install 'cartridges-jax\[documents\]'"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer
 
+from command_line.errors import UserError
 from synth import conversation, seed_prompts
 from synth.config import ClientConfig, ExistingConfig, SamplingConfig, SynthConfig, ToolsConfig
 from synth.conversation import Conversation
@@ -195,14 +196,14 @@ def test_weights_and_the_looser_prompts():
     )
     assert 0.72 < kinds["generic"] / 4000 < 0.78 and kinds["generic"] + kinds["qa"] == 4000
     for weights in ((1.0,), (1.0, -1.0), (0.0, 0.0)):
-        with pytest.raises(ValueError, match=r"config\.seed_prompt_weights is .* expected 2 numbers"):
+        with pytest.raises(UserError, match=r"config\.seed_prompt_weights is .* expected 2 numbers"):
             seed_prompts.check(("generic", "qa"), weights)
 
 
 def test_a_list_cannot_end_at_a_line_break(make_config: MakeConfig):
-    with pytest.raises(ValueError, match=r"config\.questions_per_call asks for a list"):
+    with pytest.raises(UserError, match=r"config\.questions_per_call asks for a list"):
         make_config(questions_per_call=2, question=SamplingConfig(stop=("\n",)))
-    with pytest.raises(ValueError, match=r"config\.answer\.thinking is 2"):
+    with pytest.raises(UserError, match=r"config\.answer\.thinking is 2"):
         make_config(answer=SamplingConfig(thinking=2.0))
 
 
@@ -285,7 +286,7 @@ def test_general_instructions_mixed_in_without_context(scorer: Scorer, make_conf
     assert all(one.system_prompt == "" for one in given) and len(made) == 40
     scored = [body for body in scorer.requests if "prompt_logprobs" in body]
     assert not any(message["role"] == "system" for body in scored for message in body["messages"])
-    with pytest.raises(ValueError, match=r"holds 4 conversations, but 5 of 50 are to come from there"):
+    with pytest.raises(UserError, match=r"holds 4 conversations, but 5 of 50 are to come from there"):
         make(dataclasses.replace(mixed, num_conversations=50, output_dir=mixed.output_dir + "2"))
 
 
@@ -303,11 +304,11 @@ def test_bad_lines_are_one_sentence(
     server: StubServer, make_config: MakeConfig, tmp_path: Path, line: str, sentence: str
 ):
     (tmp_path / "logs.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         make(make_config(distill_existing=ExistingConfig(str(tmp_path / "logs.jsonl")), num_conversations=1))
 
 
 def test_a_server_that_scores_nothing_is_refused(server: StubServer, make_config: MakeConfig, tmp_path: Path):
     logs = write_logs(tmp_path / "logs.jsonl", 1)
-    with pytest.raises(ValueError, match="gives no prompt_logprobs: vLLM and"):
+    with pytest.raises(UserError, match="gives no prompt_logprobs: vLLM and"):
         make(make_config(distill_existing=ExistingConfig(logs), num_conversations=1))

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stub_server import MODEL
 
+from command_line.errors import UserError
 from synth import tools
 from synth.clients.base import Completion
 from synth.config import ClientConfig, McpConfig, ResourceConfig, SamplingConfig, SynthConfig, ToolsConfig
@@ -111,14 +112,14 @@ def test_whatever_a_model_says(said: str, outputs: int):
     ("server", "problem"), [(McpConfig("/no/such/program"), "No such file"), (McpConfig("true"), "")]
 )
 def test_a_server_that_is_none(server: McpConfig, problem: str):
-    with pytest.raises(ValueError, match=f"'{server.command}' does not start as an MCP server: .*{problem}"):
+    with pytest.raises(UserError, match=f"'{server.command}' does not start as an MCP server: .*{problem}"):
         with_tools(ToolsConfig(mcp=(server,)), lambda _: asyncio.sleep(0))
 
 
 def test_two_tools_of_one_name():
-    with pytest.raises(ValueError, match="more than one tool is called search, so"):
+    with pytest.raises(UserError, match="more than one tool is called search, so"):
         with_tools(ToolsConfig(mcp=(SERVER,), search=True), lambda _: asyncio.sleep(0))
-    with pytest.raises(ValueError, match="expected NAME=value"):
+    with pytest.raises(UserError, match="expected NAME=value"):
         McpConfig("x", env=("UNIT",))
 
 
@@ -133,7 +134,7 @@ def test_search():
     assert apart.index("owl") < apart.index("\n...\n") < apart.index("hen"), "in the order of the text"
     assert "pig" not in apart
     for query, more in ((7, {}), ("fox", {"top_k": 0}), ("fox", {"top_k": True}), ("zebra", {})):
-        with pytest.raises(ValueError, match=r"expected a text|no passage"):
+        with pytest.raises(UserError, match=r"expected a text|no passage"):
             search(query, **more)
 
 

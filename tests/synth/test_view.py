@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect
 
+from command_line.errors import UserError
 from synth import conversation, dataset
 from synth.conversation import Conversation, Message, flatten
 from synth.view.index import Index
@@ -183,7 +184,7 @@ def test_vocabularies_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCapt
     assert find_vocabulary(None, "no/such-model") is None
     assert "shown as ids: name their --tokenizer" in caplog.text
     for name in ("absent", "absent.gguf"):
-        with pytest.raises(ValueError, match=rf"--tokenizer .*{name} cannot be read"):
+        with pytest.raises(UserError, match=rf"--tokenizer .*{name} cannot be read"):
             find_vocabulary(str(tmp_path / name), None)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
+from command_line.errors import UserError
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))  # of the kernel
 
@@ -34,10 +35,10 @@ def gathered_product(
       side_by_side: puts the products' rows behind one another, as those of one large product.
 
     Raises:
-      ValueError: shapes that do not belong together.
+      UserError: shapes that do not belong together.
     """
     if left.shape[2] != right.shape[1] or len(left_of) != len(right_of):
-        raise ValueError(
+        raise UserError(
             f"left matrices {left.shape}, of {left_of.shape}, and right ones {right.shape}, of {right_of.shape}, do "
             "not belong together: expected [i,x,d], [n], [j,d,y] and [n]"
         )

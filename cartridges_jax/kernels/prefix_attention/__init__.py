@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
+from command_line.errors import UserError
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 KERNELS = ("tpu", "gpu")  # in Pallas, each for the platform of its name
@@ -42,7 +43,7 @@ def prefix_attention(
       window: how many keys of its segment a query sees, its own included; none means all. Slots are always seen.
 
     Raises:
-      ValueError: an unknown implementation or one that cannot run here, a window below 1, or shapes that do not belong
+      UserError: an unknown implementation or one that cannot run here, a window below 1, or shapes that do not belong
         together.
     """
     b, t, n, h = q.shape
@@ -51,13 +52,13 @@ def prefix_attention(
     given = [k.shape, v.shape, prefix_k.shape, prefix_v.shape, segment_ids.shape]
     given += [(p, kv_heads) if bias is None else bias.shape]
     if n % kv_heads or given != expected:
-        raise ValueError(
+        raise UserError(
             f"queries {q.shape}, keys {k.shape}, values {v.shape}, slots {prefix_k.shape} and {prefix_v.shape}, "
             f"segment ids {segment_ids.shape} and bias {None if bias is None else bias.shape} do not belong together: "
             "expected [b,t,n,h], twice [b,t,k,h], twice [p,k,h], [b,t] and [p,k] with n a multiple of k"
         )
     if window is not None and window < 1:
-        raise ValueError(f"window is {window}, expected at least 1 key, or None for all of the segment")
+        raise UserError(f"window is {window}, expected at least 1 key, or None for all of the segment")
     name = _choice(implementation, h, {q.dtype, k.dtype, v.dtype})
     # imported when used: Pallas takes a while, and only one platform's is ever needed
     module = importlib.import_module(f"{__name__}.{name}")
@@ -71,9 +72,9 @@ def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype]) -> str:
     if implementation is None:
         return platform if platform in KERNELS and supported else "xla"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     if implementation in KERNELS and not (implementation == platform and supported):
-        raise ValueError(
+        raise UserError(
             f"implementation is {implementation!r}, which needs a {implementation}, head size 64, 128 or 256, and rows "
             f"that are all in bfloat16 or all in float32; here are {platform}, head size {h} and "
             f"{', '.join(sorted(map(str, dtypes)))}: expected None, for the fastest that can run here"
