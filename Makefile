@@ -10,9 +10,9 @@ CONFIG ?=
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # What `make test` leaves out: each of these has a command of its own below.
-OTHER := not parity and not aot and not real_servers and not vllm and not litellm
+OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not gpu
 
-.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot golden fuzz fuzz-api soak lint
+.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot test-gpu golden fuzz fuzz-api soak lint
 
 # large pages for large arrays (glibc asks for them only if told), and vectors as wide as the CPU has them: a training
 # step is a fifth faster on AVX-512
@@ -91,6 +91,11 @@ test-aot:
 	@.venv-aot/bin/python $(PIP) --constraint constraints.txt --editable '.[dev,aot]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 TPU_WORKER_HOSTNAMES=localhost ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
 		.venv-aot/bin/python -m pytest -m aot --durations=0
+
+# On a machine with an NVIDIA GPU, with JAX for it; without one its tests are skipped, and say so.
+test-gpu: install
+	@if command -v nvidia-smi >/dev/null; then $(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev,cuda]'; fi
+	$(BIN)/python -m pytest -m gpu
 
 golden: $(PARITY)/.made
 	$(PARITY)/bin/python tests/make_golden.py

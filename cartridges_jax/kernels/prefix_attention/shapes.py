@@ -60,6 +60,14 @@ LARGE = (
     Shape(b=2, t=543, n=6, k=2, h=8, p=70, segments=(200, 255, 60), bias=True, window=100),
     Shape(b=1, t=5, n=2, k=1, h=8, p=600, bias=True),
 )
+# a few blocks of every kernel as it runs on an accelerator, none of them full
+ON_DEVICE = (
+    Shape(b=1, t=130, n=4, k=2, h=64, p=0),
+    Shape(b=3, t=257, n=8, k=1, h=128, p=1, segments=(250, 7)),
+    Shape(b=2, t=512, n=9, k=3, h=64, p=500, segments=(100, 200, 150), bias=True),
+    Shape(b=1, t=300, n=8, k=4, h=256, p=130, bias=True, window=64),
+    Shape(b=2, t=1024, n=32, k=8, h=128, p=700, segments=(300, 724)),
+)
 # one layer of a model in training; head sizes 64, 128 and 256
 MODELS = {
     "smollm2-135m": Shape(b=1, t=2048, n=9, k=3, h=64, p=500, bias=True),
