@@ -15,7 +15,7 @@ import pytest
 from accelerator_parts import correct
 from accelerator_parts.measuring import Line, Options, attempts
 
-from cartridges_jax import collectives
+from cartridges_jax import collectives, kernels
 from cartridges_jax.kernels import prefix_decode_attention
 from cartridges_jax.kernels.prefix_attention import gpu, tpu, xla
 
@@ -123,6 +123,16 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(module, name, plant(getattr(module, name)))
     checks = [(what, call) for what, call in CHECKS[check](tiny=True) if what["of"].startswith(of)]
     assert "WRONG" in {line.get("verdict") for line in attempts(checks[:2])}
+
+
+def test_a_platforms_own_kernel_is_not_interpreted(monkeypatch: pytest.MonkeyPatch, fresh_programs: None) -> None:
+    """What ran interpreted on a GPU would say nothing about it. On a CPU, Pallas refuses to do anything else."""
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    names = {what["of"].split()[0] for what, _ in correct.attention_checks(tiny=False)}
+    assert names == {"xla", "gpu"}
+    of_a_gpu = [(what, call) for what, call in correct.attention_checks(tiny=False) if what["of"].startswith("gpu")]
+    (line,) = attempts(of_a_gpu[:1])
+    assert "interpret mode" in line["failed"]
 
 
 def _on_a_gpu() -> list[Any]:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from numpy.testing import assert_allclose
 
-from cartridges_jax.kernels.prefix_attention import gpu_kernels, prefix_attention, tpu_kernels
+from cartridges_jax import kernels
+from cartridges_jax.kernels.prefix_attention import KERNELS, gpu_kernels, prefix_attention, tpu_kernels
 from cartridges_jax.kernels.prefix_attention.gpu import gpu_attention
 from cartridges_jax.kernels.prefix_attention.tpu import tpu_attention
 
@@ -18,9 +19,14 @@ BLOCK = {"xla": 256, "tpu": 16, "gpu": 16}  # of keys, as the tests run them
 GPU_PLANS = gpu_kernels.Plan(8, 16, interpret=True), gpu_kernels.Plan(16, 8, interpret=True)
 
 
+def is_interpreted(implementation: str | None) -> bool:
+    """Whether it is a kernel of a platform that is not here."""
+    return implementation in KERNELS and implementation != kernels.platform()
+
+
 def attend(implementation: str | None, interpret: Any = True, **arguments: Any) -> jax.Array:
     """`prefix_attention`, or a kernel of another platform, interpreted."""
-    if implementation not in ("tpu", "gpu"):
+    if not is_interpreted(implementation):
         return prefix_attention(implementation=implementation, **arguments)
     arguments = {"bias": None, "window": None} | arguments
     if implementation == "gpu":
@@ -38,7 +44,7 @@ def outputs(
     interpret: Any = True,
 ) -> dict[str, np.ndarray]:
     """The output "o" and the gradient of each input."""
-    differentiate = hurried if implementation in ("tpu", "gpu") else jitted
+    differentiate = hurried if is_interpreted(implementation) else jitted
     found = differentiate(arrays, segment_ids, cotangent, implementation, window, interpret)
     return {name: np.asarray(a) for name, a in found.items()}
 
