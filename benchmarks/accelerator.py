@@ -161,12 +161,11 @@ def _run_side(side: str, options: Options) -> int:
     try:
         for line in importlib.import_module(f"accelerator_parts.{side}").measure(options):
             print(json.dumps(line), flush=True)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("torch", "transformers", "peft"):
-            raise
-        print(json.dumps({"skipped": f"{side}: {error.name} is not installed"}), flush=True)
     except Exception as error:
-        print(json.dumps(failure(error)), flush=True)
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        theirs = (missing or "").partition(".")[0] in ("torch", "transformers", "peft")
+        line = {"skipped": f"{side}: {missing} is not installed"} if theirs else failure(error)
+        print(json.dumps(line), flush=True)
     return 0
 
 
@@ -182,7 +181,7 @@ def _write_outcomes(path: str, options: Options) -> int:
 
 def markdown(lines: list[Line], arguments: str) -> str:
     """A table for each kind of line, below its part's name; lines of a kind have the same figures."""
-    text = [f"Command: `python benchmarks/accelerator.py {arguments}`".replace(" `", "`")]
+    text = [f"Command: `{f'python benchmarks/accelerator.py {arguments}'.strip()}`"]
     part, header = "", None
     for line in lines:
         figures = {name: value for name, value in line.items() if name not in ("part", "traceback")}
