@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cartridges_jax.models.hub import ModelFiles
+from cartridges_jax.models.hub import ModelFiles, gguf_parts
 from command_line.errors import UserError
+from command_line.files import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,6 +36,12 @@ _PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _SCALARS = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_ENTRIES = 1_000_000  # tensors, or keys, of a file; 405 billion weights are 1,138 tensors
+# How vocabularies spell the end of a turn, of a message to a tool and of a text; llama.cpp too looks them up where the
+# metadata names none.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "<end_of_utterance>")
+_TURN_ENDS += ("<EOT>", "_<EOT>", "[EOT]")
+_STOPS = {"eos": ("<|endoftext|>", "<|end_of_text|>", "</s>"), "eot": _TURN_ENDS, "eom": ("<|eom_id|>",)}
 
 
 class Tokenizer:
@@ -208,18 +215,22 @@ def gguf_metadata(path: Path) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"{str(path)!r} is no GGUF file: it does not begin with the four bytes 'GGUF'")
+            raise UserError(f"{path} is not a whole GGUF file (it does not begin with 'GGUF'): download it again")
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read_metadata(data, path)
-        except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
-            raise UserError(f"{str(path)!r} is a damaged GGUF file: its metadata ends early or is garbled") from error
+        except (struct.error, IndexError, KeyError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not a whole GGUF file (its metadata ends early or is garbled): download it again"
+            ) from error
 
 
 def _read_metadata(data: mmap.mmap, path: Path) -> dict[str, Any]:
-    version, _, count = struct.unpack_from("<IQQ", data, 4)
+    version, num_tensors, count = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
-        raise UserError(f"{str(path)!r} is not a little-endian GGUF file of version 2 or 3")
+        raise UserError(f"{path} is not a little-endian GGUF file of version 2 or 3: convert it again")
+    if max(num_tensors, count) > _MOST_ENTRIES:
+        raise IndexError(max(num_tensors, count))
     offset = 24
 
     def read(kind: int) -> Any:
@@ -233,6 +244,8 @@ def _read_metadata(data: mmap.mmap, path: Path) -> dict[str, Any]:
         if kind == _ARRAY:
             item, length = struct.unpack_from("<IQ", data, offset)
             offset += 12
+            if length > len(data) - offset:  # each has at least a byte
+                raise IndexError(length)
             if item not in _SCALARS:
                 return [read(item) for _ in range(length)]
             layout = f"<{length}{_SCALARS[item]}"
@@ -246,6 +259,8 @@ def _read_metadata(data: mmap.mmap, path: Path) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for _ in range(count):
         key = read(_STRING)
+        if key in metadata:
+            raise KeyError(key)
         (kind,) = struct.unpack_from("<I", data, offset)
         offset += 4
         metadata[key] = read(kind)
@@ -253,22 +268,34 @@ def _read_metadata(data: mmap.mmap, path: Path) -> dict[str, Any]:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    metadata = gguf_metadata(path)
+    metadata = gguf_metadata(gguf_parts(path)[0])
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(f"{str(path)!r} has a tokenizer of kind {kind!r}: only byte-level BPE ('gpt2') is supported")
+    if missing := [key for key in ("tokens", "merges") if not metadata.get(f"tokenizer.ggml.{key}")]:
+        raise UserError(f"{str(path)!r} lacks tokenizer.ggml.{missing[0]}: download it again")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
 
     def token_id(name: str) -> int | None:
-        return metadata.get(f"tokenizer.ggml.{name}_token_id")
+        found = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if found is not None and not 0 <= found < len(tokens):
+            raise UserError(f"{str(path)!r} names token {found} as its {name}, of {len(tokens)}: download it again")
+        return found
 
-    ids = {"bos": token_id("bos"), "eos": token_id("eos"), "unk": token_id("unknown"), "pad": token_id("padding")}
+    ids = {"bos": token_id("bos"), "eos": token_id("eos")}
+    for name, key in (("unk", "unknown"), ("pad", "padding")):  # nothing here is computed from them
+        found = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        ids[name] = found if found is not None and 0 <= found < len(tokens) else None
     named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     wrapped = _fast_class()(
         tokenizer_object=_backend(metadata, path), chat_template=metadata.get("tokenizer.chat_template"), **named
     )
-    stops = (token_id("eos"), token_id("eot"), token_id("eom"))
-    return Tokenizer(wrapped, frozenset(i for i in stops if i is not None))
+    stops = {i for name in _STOPS if (i := token_id(name)) is not None}
+    unnamed = {text for name, texts in _STOPS.items() if token_id(name) is None for text in texts}
+    stops |= {i for i, text in enumerate(tokens) if text in unnamed}
+    if not stops and wrapped.chat_template:
+        raise UserError(f"{str(path)!r} names no token that ends an answer: convert it again, with its eos token")
+    return Tokenizer(wrapped, frozenset(stops))
 
 
 def _backend(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
@@ -279,6 +306,8 @@ def _backend(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    if len(types) != len(tokens) or any(len(merge) != 2 for merge in merges):
+        raise UserError(f"{str(path)!r} has a garbled vocabulary: download it again")
     typed = list(zip(tokens, types, strict=True))
     vocab = {token: i for i, (token, kind) in enumerate(typed) if kind != _UNUSED}
     # Llama 3 looks a whole word up before it merges, and is the one of the four that begins a text with a BOS.
@@ -299,10 +328,16 @@ def _backend(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
         backend.normalizer = normalizers.NFC()
     backend.add_special_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _CONTROL])
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in typed if k == _USER_DEFINED])
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", llama):
+    around: list[list[int]] = []  # what stands before a text, and behind it
+    for name, default in (("bos", llama), ("eos", False)):
+        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        added = token is not None and metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+        around.append([token] if added else [])
+    if any(around):
+        before, behind = ([tokens[token] for token in side] for side in around)
         backend.post_processor = processors.TemplateProcessing(
-            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
+            single=[*before, "$A", *behind],
+            special_tokens=[(tokens[token], token) for side in around for token in side],
         )
     return backend
 
@@ -322,12 +357,21 @@ def _from_directory(path: Path) -> Tokenizer:
         raise UserError(f"the tokenizer in {str(path)!r} cannot be read: {reason}") from error
     if getattr(wrapped, "backend_tokenizer", None) is None:
         raise UserError(f"the tokenizer in {str(path)!r} has no fast form: convert it to a tokenizer.json")
-    stops = [wrapped.eos_token_id]
-    settings = path / "generation_config.json"
-    if settings.is_file():
-        listed = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
-        stops += listed if isinstance(listed, list) else [listed]
-    return Tokenizer(wrapped, frozenset(i for i in stops if isinstance(i, int)))
+    stops = {wrapped.eos_token_id} - {None}
+    return Tokenizer(wrapped, frozenset(stops | _listed_stops(path)))
+
+
+def _listed_stops(path: Path) -> set[int]:
+    """`eos_token_id`, one or several, of generation_config.json, or of config.json where that one says none."""
+    for name in ("generation_config.json", "config.json"):
+        listed = read_json(path / name).get("eos_token_id") if (path / name).is_file() else None
+        if listed is None:
+            continue
+        ids = listed if isinstance(listed, list) else [listed]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise UserError(f"{path / name} has eos_token_id {listed!r}, expected the ids that end an answer")
+        return set(ids)
+    return set()
 
 
 def _fast_class() -> type[PreTrainedTokenizerFast]:

@@ -1,14 +1,16 @@
 """Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed.
 
-And texts that are texts: read with every complaint in one sentence.
+And texts that are texts, and JSON that is: read with every complaint in one sentence.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from command_line.errors import UserError
 
@@ -52,6 +54,21 @@ def read_text(path: str | os.PathLike[str], expected: str) -> str:
     if not text.strip():
         raise UserError(f"{path} is empty: expected a text")
     return text
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it holds none.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole JSON file ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, expected an object: download it again")
+    return value
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

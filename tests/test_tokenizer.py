@@ -75,7 +75,9 @@ def train(pre: str) -> Backend:
     return backend
 
 
-def write_folder(backend: Backend, path: Path, template: str | None = TEMPLATE, stops: object = None) -> ModelFiles:
+def write_folder(
+    backend: Backend, path: Path, template: str | None = TEMPLATE, stops: object = None, config_stops: object = None
+) -> ModelFiles:
     path.mkdir()
     backend.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|eos|>"}
@@ -83,10 +85,15 @@ def write_folder(backend: Backend, path: Path, template: str | None = TEMPLATE, 
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     if stops is not None:
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    if config_stops is not None:
+        (path / "config.json").write_text(json.dumps({"eos_token_id": config_stops}))
     return ModelFiles(path.name, directory=path)
 
 
-def write_gguf(backend: Backend, path: Path, pre: str, kind: str = "gpt2") -> ModelFiles:
+def write_gguf(
+    backend: Backend, path: Path, pre: str, kind: str = "gpt2", ids: dict[str, int] | None = None
+) -> ModelFiles:
+    """`ids` are those that the metadata gives names (eos, eot, …), if not the usual."""
     import gguf
 
     model = json.loads(backend.to_str())["model"]
@@ -98,9 +105,9 @@ def write_gguf(backend: Backend, path: Path, pre: str, kind: str = "gpt2") -> Mo
     writer.add_token_list([*vocab, "[PAD0]", "[PAD1]"])
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(vocab.index("<|begin|>"))
-    writer.add_eos_token_id(vocab.index("<|eos|>"))
-    writer.add_eot_token_id(vocab.index("<|end|>"))
+    names = {"bos": "<|begin|>", "eos": "<|eos|>", "eot": "<|end|>"}
+    for name, token_id in ({n: vocab.index(text) for n, text in names.items()} if ids is None else ids).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     writer.add_chat_template(TEMPLATE)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -209,6 +216,63 @@ def test_stops_may_be_one_id_and_files_may_lack_them(tmp_path: Path) -> None:
     eos = backend.token_to_id("<|eos|>")
     assert load_tokenizer(write_folder(backend, tmp_path / "one", stops=7)).stop_ids == {eos, 7}
     assert load_tokenizer(write_folder(backend, tmp_path / "none")).stop_ids == {eos}
+
+
+def test_stops_of_a_config_count_where_the_generation_config_names_none(tmp_path: Path) -> None:
+    backend = train("gpt-2")
+    eos = backend.token_to_id("<|eos|>")
+    for name, stops, config_stops, expected in (
+        ("one", None, 7, {eos, 7}),
+        ("several", None, [7, 8], {eos, 7, 8}),
+        ("both", 9, [7, 8], {eos, 9}),
+        ("zero", None, 0, {eos, 0}),
+    ):
+        files = write_folder(backend, tmp_path / name, stops=stops, config_stops=config_stops)
+        assert load_tokenizer(files).stop_ids == expected
+    (tmp_path / "one" / "generation_config.json").write_text('{"temperature": 0.7, "eos_token_id": null}')
+    assert load_tokenizer(ModelFiles("one", directory=tmp_path / "one")).stop_ids == {eos, 7}
+
+
+@pytest.mark.parametrize("stops", ["</s>", [7, None], [True], -1, 7.0])
+def test_stops_that_are_no_ids(stops: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"generation_config.json has eos_token_id .*, expected the ids that end an"):
+        load_tokenizer(write_folder(train("gpt-2"), tmp_path / "model", stops=stops))
+
+
+def test_damaged_generation_config(tmp_path: Path) -> None:
+    files = write_folder(train("gpt-2"), tmp_path / "model", stops=3)
+    for content in ('{"eos_token_id": ', "[3]"):
+        (tmp_path / "model" / "generation_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"generation_config.json (is not a whole JSON file|holds list)"):
+            load_tokenizer(files)
+
+
+def test_stops_that_a_gguf_does_not_name_are_told_by_their_text(tmp_path: Path) -> None:
+    backend = train("qwen2")
+    end, begin = backend.token_to_id("<|end|>"), backend.token_to_id("<|begin|>")
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|endoftext|>", "<|eom_id|>")])
+    texts = {name: backend.token_to_id(name) for name in ("<|endoftext|>", "<|eom_id|>", "<|eos|>")}
+    for ids, expected in (
+        ({"eos": texts["<|eos|>"]}, {texts["<|eos|>"], end, texts["<|eom_id|>"]}),
+        ({"eos": end}, {end, texts["<|eom_id|>"]}),
+        ({}, {texts["<|endoftext|>"], end, texts["<|eom_id|>"]}),
+        ({"eos": texts["<|eos|>"], "eot": begin, "eom": begin}, {texts["<|eos|>"], begin}),
+    ):
+        assert load_tokenizer(write_gguf(backend, tmp_path / "m.gguf", "qwen2", ids=ids)).stop_ids == expected
+
+
+def test_a_gguf_that_names_no_end_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SPECIALS", ["<|begin|>"])
+    with pytest.raises(UserError, match=r"names no token that ends an answer"):
+        load_tokenizer(write_gguf(train("gpt-2"), tmp_path / "m.gguf", "gpt-2", ids={}))
+
+
+def test_special_ids_outside_a_gguf_vocabulary(tmp_path: Path) -> None:
+    backend = train("gpt-2")
+    for name in ("eos", "bos", "eot", "eom"):
+        with pytest.raises(UserError, match=rf"names token 4294967295 as its {name}, of \d+: download"):
+            load_tokenizer(write_gguf(backend, tmp_path / "m.gguf", "gpt-2", ids={"eos": 1, name: 2**32 - 1}))
+    load_tokenizer(write_gguf(backend, tmp_path / "m.gguf", "gpt-2", ids={"eos": 1, "padding": 2**32 - 1}))
 
 
 def test_limits_saved_in_a_tokenizer_json_do_not_cut_text(tmp_path: Path) -> None:

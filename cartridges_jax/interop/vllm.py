@@ -63,7 +63,9 @@ class CartridgeConnector(KVConnectorBase_V1):
         if vllm_config.parallel_config.tensor_parallel_size > 1:
             raise UserError("cartridges are served without tensor parallelism: --tensor-parallel-size=1")
         self._page = vllm_config.cache_config.block_size
-        self._config = ModelConfig.from_hf(vllm_config.model_config.hf_config.to_dict())
+        # how vLLM stores the weights changes nothing of the slots that it is given
+        raw = vllm_config.model_config.hf_config.to_dict() | {"quantization_config": None}
+        self._config = ModelConfig.from_hf(raw)
         self._store = CartridgeStore(Path(folder), self._read)
         self._held: dict[str, Slots] = {}
         self._pending: dict[str, Load] = {}

@@ -5,17 +5,49 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+import reprlib
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
+from cartridges_jax.models.settings import (
+    HF_HARMLESS,
+    HF_VALUES,
+    LARGEST_HEAD,
+    MOST_LAYERS,
+    MOST_PARAMS,
+    check_settings,
+    number_of,
+    size_of,
+)
 from command_line.errors import UserError
 
-# Hugging Face `model_type` -> whether q/k/v carry a bias unless the config says otherwise, and whether q and k are
-# normed.
-FAMILIES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+
+class Family(NamedTuple):
+    """What a Hugging Face `model_type` means where its config says nothing else."""
+
+    qkv_bias: bool  # on q, k and v
+    qk_norm: bool
+    head_dim: int | None = None  # None: the width over the number of heads
+
+
+FAMILIES = {
+    "llama": Family(qkv_bias=False, qk_norm=False),
+    "qwen2": Family(qkv_bias=True, qk_norm=False),
+    "qwen3": Family(qkv_bias=False, qk_norm=True, head_dim=128),
+}
 # what a config.json cannot do without
 HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 HF_KEYS += ("max_position_embeddings",)
+
+ROPE_HARMLESS = ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
+ROPE_VALUES = {"partial_rotary_factor": (1.0, None), "attention_factor": (1.0, None)}
+ROPE_NUMBERS = {  # Hugging Face's `rope_type` -> the numbers it has
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# different ones for different layers; no layer's may pass as "not said"
+ROPE_VALUES |= dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention", "linear_attention"), ())
 
 # what a cartridge's slots depend on, even between models whose weights are the same
 LAYOUT = ("num_layers", "num_kv_heads", "head_dim", "rope_theta", "rope_factors")
@@ -48,6 +80,11 @@ class ModelConfig:
             raise UserError(f"head size is {self.head_dim}, expected an even number: RoPE rotates pairs")
         if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
             raise UserError(f"{len(self.rope_factors)} RoPE factors were given, expected {self.head_dim // 2}")
+        if not all(math.isfinite(factor) and factor > 0 for factor in self.rope_factors):
+            raise UserError("a RoPE factor is not a positive number: download the model again")
+        params = self.num_layers * self.layer_weights + self.vocab_size * self.embed_dim
+        if params > MOST_PARAMS:
+            raise UserError(f"the config asks for {params:.1e} weights, more than any machine holds: download it again")
 
     @property
     def layer_weights(self) -> int:
@@ -62,34 +99,32 @@ class ModelConfig:
           UserError: a family or a RoPE scaling that this decoder does not implement.
         """
         family = raw.get("model_type", "")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise UserError(f"model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
-        sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
-        if sliding or raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
-            raise UserError(f"this {family} config uses a sliding window, an MLP bias or an activation other than silu")
         if missing := [key for key in HF_KEYS if key not in raw]:
             raise UserError(f"this {family} config lacks {', '.join(missing)}: expected a whole config.json")
-        default_bias, qk_norm = FAMILIES[family]
-        heads, width = raw["num_attention_heads"], raw["hidden_size"]
-        head_dim = raw.get("head_dim") or width // heads
-        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-        theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+        heads, width = size_of(raw, "num_attention_heads"), size_of(raw, "hidden_size")
+        head_dim = size_of(raw, "head_dim", FAMILIES[family].head_dim or width // heads, LARGEST_HEAD)
+        window = size_of(raw, "max_position_embeddings")
+        check_settings(f"this {family} config", *_settings(raw, family, head_dim, window))
+        theta, factors = _rope(raw, window, head_dim)
         return cls(
             family=family,
-            vocab_size=raw["vocab_size"],
-            num_layers=raw["num_hidden_layers"],
+            vocab_size=size_of(raw, "vocab_size"),
+            num_layers=size_of(raw, "num_hidden_layers", most=MOST_LAYERS),
             embed_dim=width,
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            num_kv_heads=size_of(raw, "num_key_value_heads", heads),
             head_dim=head_dim,
-            mlp_dim=raw["intermediate_size"],
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            mlp_dim=size_of(raw, "intermediate_size"),
+            norm_eps=number_of(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
-            window=raw["max_position_embeddings"],
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=bool(raw.get("attention_bias", default_bias)) or family == "qwen2",
-            qk_norm=qk_norm,
-            rope_factors=rope_factors(rope, theta, head_dim),
+            window=window,
+            tie_embeddings=bool(raw.get("tie_word_embeddings")),
+            # transformers' Qwen 2 has them whatever its config says
+            qkv_bias=bool(raw.get("attention_bias")) or FAMILIES[family].qkv_bias,
+            qk_norm=FAMILIES[family].qk_norm,
+            rope_factors=factors,
         )
 
     def layout_differs(self, other: str) -> str:
@@ -107,23 +142,68 @@ class ModelConfig:
         return f"with {next(shown)}, and this model has {next(shown)}" if different else ""
 
 
+def _settings(
+    raw: Mapping[str, Any], family: str, head_dim: int, window: int
+) -> tuple[dict[str, Any], Collection[str], dict[str, tuple[object, ...]]]:
+    """The arguments of `check_settings` for a config.json, with what depends on other keys of it."""
+    settings, name = dict(raw), family.capitalize()
+    if isinstance(code := settings.get("auto_map"), dict):  # classes of the checkpoint's own; that of a config is none
+        settings["auto_map"] = {key: value for key, value in code.items() if key.startswith("AutoModel")}
+    limit = settings.get("sliding_window")
+    if family != "llama" or (isinstance(limit, int) and limit >= window):
+        settings.pop("sliding_window", None)  # Qwen's counts with use_sliding_window only; another hides no token
+    values = HF_VALUES | {
+        "architectures": (f"{name}ForCausalLM", f"{name}Model", "LLaMAForCausalLM", None),
+        "attention_multiplier": (head_dim**-0.5, None),
+        "query_pre_attn_scalar": (head_dim, None),
+        "qkv_bias": (bool(raw.get("attention_bias")) or FAMILIES[family].qkv_bias, None),
+    }
+    values |= dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), (FAMILIES[family].qk_norm, None))
+    return settings, HF_HARMLESS, values
+
+
+def _rope(raw: Mapping[str, Any], window: int, head_dim: int) -> tuple[float, tuple[float, ...]]:
+    """Theta and factors, which may be said twice: in `rope_scaling` (transformers 4) and in `rope_parameters` (5)."""
+    said = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
+    if wrong := [key for key, rope in said.items() if not isinstance(rope, dict)]:
+        raise UserError(f"{wrong[0]} is {reprlib.repr(said[wrong[0]])}, expected an object")
+
+    def agreed(key: str, default: Any) -> float:
+        found = [rope[key] for rope in (raw, *said.values()) if rope.get(key) is not None] or [default]
+        if any(value != found[0] for value in found):
+            raise UserError(f"this config gives {key} as {' and '.join(map(repr, found))}: expected one of them")
+        return number_of({key: found[0]}, key)
+
+    theta = agreed("rope_theta", 10_000.0)
+    # without the length that Llama 3's scaling began with, transformers takes the whole window
+    original = {"original_max_position_embeddings": agreed("original_max_position_embeddings", window)}
+    factors = {rope_factors(rope | original, theta, head_dim) for rope in said.values()} or {()}
+    if len(factors) > 1:
+        raise UserError("rope_scaling and rope_parameters of this config contradict each other: expected one of them")
+    return theta, factors.pop()
+
+
 def rope_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
     """Divisors of the RoPE frequencies for Hugging Face's `rope_type`s `default`, `linear` and `llama3`.
 
     `llama3` (Llama 3.1 model card): wavelengths longer than original/low are divided by `factor`, those shorter than
     original/high stay, those between are interpolated.
     """
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kinds = {str(rope[key]) for key in ("rope_type", "type") if rope.get(key)} or {"default"}
+    if len(kinds) > 1 or not kinds <= ROPE_NUMBERS.keys():
+        named = " and ".join(sorted(map(repr, kinds)))
+        raise UserError(f"RoPE scaling is {named}, expected {', '.join(ROPE_NUMBERS)}")
+    kind, half = kinds.pop(), head_dim // 2
+    neutral = {} if kind != "default" else {"factor": (1.0, None)}
+    check_settings("RoPE scaling", rope, (*ROPE_HARMLESS, *ROPE_NUMBERS[kind]), ROPE_VALUES | neutral)
+    numbers = [number_of(rope, key) for key in ROPE_NUMBERS[kind]]
     if kind == "default":
         return ()
-    half = head_dim // 2
-    factor = float(rope["factor"]) if "factor" in rope else 1.0
     if kind == "linear":
-        return (factor,) * half
-    if kind != "llama3":
-        raise UserError(f"RoPE scaling is {kind!r}, expected default, linear or llama3")
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    original = float(rope["original_max_position_embeddings"])
+        return (numbers[0],) * half
+    factor, low, high, original = numbers
+    if low >= high:
+        raise UserError(f"low_freq_factor is {low}, expected less than high_freq_factor, {high}")
 
     def divisor(i: int) -> float:
         turns = original * theta ** (-i / half) / (2 * math.pi)  # rotations within the original window

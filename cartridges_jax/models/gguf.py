@@ -1,4 +1,4 @@
-"""Weights from a GGUF file (llama.cpp's format), dequantised by the `gguf` package where they are read.
+"""Weights from a GGUF file (llama.cpp's format) or its parts, dequantised by the `gguf` package where they are read.
 
 Converters to GGUF permute the rows of Llama's q and k so that RoPE acts on neighbouring pairs; `unpermute` undoes it.
 Qwen files are not permuted.
@@ -6,6 +6,7 @@ Qwen files are not permuted.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cartridges_jax.models.config import FAMILIES, ModelConfig, rope_factors
+from cartridges_jax.models.hub import gguf_parts
 from cartridges_jax.models.loading import load_params
+from cartridges_jax.models.settings import LARGEST_HEAD, MOST_LAYERS, check_settings, number_of, size_of
 from cartridges_jax.models.transformer import Params
+from cartridges_jax.tokenizer import gguf_metadata
 from command_line.errors import UserError
 
 LAYER = {
@@ -37,24 +41,44 @@ TOP["output.weight"] = "lm_head.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling arrives as a tensor of divisors
 KEYS = ("embedding_length", "block_count", "feed_forward_length", "context_length")
 KEYS += ("attention.head_count", "attention.layer_norm_rms_epsilon")
+GENERAL = {"general.type": "model", "general.quantization_version": 2}
+# Keys behind the architecture's name that change nothing of what is computed, or are read by name below.
+HARMLESS = (*KEYS, "attention.head_count_kv", "attention.key_length", "rope.freq_base", "vocab_size", "pooling_type")
+HARMLESS += ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length")
+HARMLESS += ("rope.scaling.finetuned",)
+# Those that change it, with the only values that ask for what the decoder computes; in many of them 0 is "not said".
+VALUES: dict[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "rope.scaling.attn_factor": (1.0,),
+    "tensor_data_layout": ("reference", "Meta AI original pth"),
+}
+VALUES |= dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0.0, 1.0))
 
 
 def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
     """Loads config, parameters and their fingerprint.
 
     Raises:
-      FileNotFoundError: no such file.
+      FileNotFoundError: no such file, or no other part of it.
       UserError: not a whole GGUF file, an unsupported architecture, or tensors that do not fit.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a .gguf file")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole GGUF file ({error}): download it again") from error
-    tensors = {_hf_name(t.name): t for t in reader.tensors}
+    parts = gguf_parts(path)
+    metadata = [gguf_metadata(part) for part in parts]
+    for i, (part, said) in enumerate(zip(parts, metadata, strict=True)):
+        number, count = said.get("split.no", i), said.get("split.count") or 1
+        if (number, count) != (i, len(parts)):
+            raise UserError(
+                f"{part} is part {number} (from 0) of {count} by its contents, and {i} of {len(parts)} by its name: "
+                "give the parts of a model back the names that they were published with"
+            )
+    listed = [tensor for part in parts for tensor in _tensors(part)]
+    tensors = {_hf_name(tensor.name): tensor for tensor in listed}
+    if not len(tensors) == len(listed) == metadata[0].get("split.tensors.count", len(listed)):
+        raise UserError(f"{path} and its other parts do not hold the tensors of one model: download them again")
     factors = tensors.pop(ROPE_FACTORS, None)
-    config = _config(reader, tensors, () if factors is None else tuple(map(float, factors.data)))
+    config = _config(metadata[0], tensors, None if factors is None else Dequantized(factors)[:])
 
     def read(name: str) -> Dequantized:
         permuted = config.family == "llama" and re.search(r"\.[qk]_proj\.", name)
@@ -64,18 +88,35 @@ def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelCo
     return config, params, fingerprint
 
 
+def _tensors(path: Path) -> list[gguf.ReaderTensor]:
+    try:
+        with np.errstate(over="raise"):
+            return gguf.GGUFReader(path).tensors
+    except (ValueError, IndexError, KeyError, ArithmeticError) as error:
+        raise UserError(f"{path} is not a whole GGUF file ({error}): download it again") from error
+
+
 class Dequantized:
     """A tensor of the file as float32 rows, in the order of Hugging Face."""
 
-    def __init__(self, tensor: gguf.ReaderTensor, permuted_head_dim: int | None):
-        self._tensor = tensor
+    def __init__(self, tensor: gguf.ReaderTensor, permuted_head_dim: int | None = None):
+        self._tensor, self._permuted = tensor, permuted_head_dim
         self.shape = tuple(map(int, reversed(tensor.shape)))
-        rows = np.arange(self.shape[0])
-        self._rows = None if permuted_head_dim is None else unpermute(rows, permuted_head_dim)
+
+    @functools.cached_property
+    def _rows(self) -> np.ndarray:
+        assert self._permuted is not None
+        return unpermute(np.arange(self.shape[0]), self._permuted)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        chosen = rows if self._rows is None else self._rows[rows]
-        return gguf.dequantize(self._tensor.data[chosen], self._tensor.tensor_type)
+        chosen = rows if self._permuted is None else self._rows[rows]
+        try:
+            return gguf.dequantize(self._tensor.data[chosen], self._tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = self._tensor.tensor_type.name
+            raise UserError(
+                f"{self._tensor.name} is of type {kind}, which no weights are: download it again"
+            ) from error
 
 
 def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -84,42 +125,64 @@ def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _config(reader: gguf.GGUFReader, tensors: dict[str, Any], factors: tuple[float, ...]) -> ModelConfig:
-    architecture = reader.fields.get("general.architecture")
-    family = None if architecture is None else architecture.contents()
+def _config(metadata: dict[str, Any], tensors: dict[str, Any], divisors: np.ndarray | None) -> ModelConfig:
+    family = metadata.get("general.architecture")
     if family not in FAMILIES:
         raise UserError(f"the GGUF's architecture is {family!r}, expected one of {', '.join(FAMILIES)}")
-    missing = [f"{family}.{key}" for key in KEYS if f"{family}.{key}" not in reader.fields]
+    for key, expected in GENERAL.items():
+        if (found := metadata.get(key, expected)) != expected:
+            raise UserError(f"{key} of the GGUF file is {found!r}, expected {expected!r}")
+    settings = {
+        key.removeprefix(f"{family}."): _alike(value) for key, value in metadata.items() if key.startswith(f"{family}.")
+    }
+    missing = [f"{family}.{key}" for key in KEYS if key not in settings]
     missing += ["token_embd.weight"] if "model.embed_tokens.weight" not in tensors else []
     if missing:
         raise UserError(f"the GGUF file lacks {', '.join(missing)}: expected a whole model")
-
-    def value(key: str, default: Any = None) -> Any:
-        field = reader.fields.get(f"{family}.{key}")
-        return default if field is None else field.contents()
-
-    heads, width = value("attention.head_count"), value("embedding_length")
-    head_dim, theta = value("attention.key_length", width // heads), float(value("rope.freq_base", 10_000.0))
-    scaling = value("rope.scaling.type", "none")
-    if scaling != "none":
-        factors = rope_factors({"rope_type": scaling, "factor": value("rope.scaling.factor", 1.0)}, theta, head_dim)
+    heads, width = size_of(settings, "attention.head_count"), size_of(settings, "embedding_length")
+    head_dim = size_of(settings, "attention.key_length", width // heads, LARGEST_HEAD)
+    scale = 0.0, float(np.float32(head_dim**-0.5))
+    same = dict.fromkeys(("attention.value_length", "rope.dimension_count"), (head_dim,))
+    check_settings(f"this {family} GGUF file", settings, HARMLESS, VALUES | same | {"attention.scale": scale})
+    theta = number_of(settings, "rope.freq_base", 10_000.0)
     return ModelConfig(
         family=family,
-        vocab_size=int(tensors["model.embed_tokens.weight"].shape[1]),
-        num_layers=value("block_count"),
+        vocab_size=int(tensors["model.embed_tokens.weight"].shape[-1]),
+        num_layers=size_of(settings, "block_count", most=MOST_LAYERS),
         embed_dim=width,
         num_heads=heads,
-        num_kv_heads=value("attention.head_count_kv", heads),
+        num_kv_heads=size_of(settings, "attention.head_count_kv", heads),
         head_dim=head_dim,
-        mlp_dim=value("feed_forward_length"),
-        norm_eps=float(np.float32(value("attention.layer_norm_rms_epsilon"))),
+        mlp_dim=size_of(settings, "feed_forward_length"),
+        norm_eps=float(np.float32(number_of(settings, "attention.layer_norm_rms_epsilon"))),
         rope_theta=theta,
-        window=value("context_length"),
+        window=size_of(settings, "context_length"),
         tie_embeddings="lm_head.weight" not in tensors,
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in tensors,
-        qk_norm=FAMILIES[family][1],
-        rope_factors=factors,
+        qk_norm=FAMILIES[family].qk_norm,
+        rope_factors=_rope_factors(settings, theta, head_dim, divisors),
     )
+
+
+def _alike(value: Any) -> Any:
+    """A number that is given layer by layer, and is the same for each."""
+    return value[0] if isinstance(value, list) and value and all(one == value[0] for one in value) else value
+
+
+def _rope_factors(
+    settings: dict[str, Any], theta: float, head_dim: int, divisors: np.ndarray | None
+) -> tuple[float, ...]:
+    """As llama.cpp reads them: a factor without a type is linear, of two keys the newer counts, 0 is "not said"."""
+    factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear")) or 1.0
+    kind = settings.get("rope.scaling.type", "linear")
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        scaling: tuple[float, ...] = ()
+    else:
+        scaling = rope_factors({"rope_type": kind, "factor": factor}, theta, head_dim)
+    if divisors is None:
+        return scaling
+    own = tuple(map(float, divisors))
+    return tuple(one * scaling[0] for one in own) if scaling else own
 
 
 def _hf_name(name: str) -> str:

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.loading import load_params
+from cartridges_jax.models.loading import known_name, load_params
 from cartridges_jax.models.transformer import Params
 from command_line.errors import UserError
+from command_line.files import read_json
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -32,18 +33,16 @@ def load_hf(directory: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[Mode
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json: expected a Hugging Face model directory")
-    config = ModelConfig.from_hf(_read_json(config_file))
-    files = _tensor_files(directory)
+    config = ModelConfig.from_hf(read_json(config_file))
+    places = _tensor_places(directory)
 
     mapped = functools.cache(_mapped)
 
     def read(name: str) -> np.ndarray:
-        tensors = mapped(files[name])
-        if name not in tensors:
-            raise UserError(f"{files[name]} is not a whole safetensors file (it lacks {name}): download it again")
-        return tensors[name]
+        path, theirs = places[name]
+        return mapped(path)[theirs]
 
-    params, fingerprint = load_params(config, files, read, dtype, mesh)
+    params, fingerprint = load_params(config, places, read, dtype, mesh)
     return config, params, fingerprint
 
 
@@ -74,30 +73,63 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
     return {name: tensor(entry) for name, entry in header.items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not a whole JSON file ({error}): download it again") from error
+def _tensor_places(directory: Path) -> dict[str, tuple[Path, str]]:
+    """Where the model's tensors are: our name of each -> its file and its name there.
 
-
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _read_json(index).get("weight_map", {})
-        files = {name: directory / Path(shard).name for name, shard in shards.items()}
-        missing = sorted({p.name for p in files.values() if not p.is_file()})
-        if missing:
-            raise FileNotFoundError(
-                f"{directory} lacks {', '.join(missing)}, which its index names: download them again"
-            )
-        return files
-    files = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with _open(path) as reader:
-            files.update(dict.fromkeys(reader.keys(), path))
-    if not files:
+    What lies beside the model (an adapter, a cartridge) is none of it, as long as it holds no tensor of the same name.
+    """
+    theirs = {path: _names(path) for path in sorted(directory.glob("*.safetensors"))}
+    if not theirs:
         raise FileNotFoundError(
             f"{directory} holds no .safetensors file: convert or download the weights in that format"
         )
-    return files
+    whole = "layers.", "embed_tokens.", "norm."  # how names begin in a model that was saved without its head
+    names = [name for listed in theirs.values() for name in listed]
+    if any(name.startswith(whole[:2]) and known_name(f"model.{name}") for name in names):
+        held = {path: {f"model.{n}" if n.startswith(whole) else n: n for n in theirs[path]} for path in theirs}
+    else:
+        held = {path: {name: name for name in theirs[path]} for path in theirs}
+    places: dict[str, tuple[Path, str]] = {}
+    for path in _model_files(directory, held):
+        if len(held[path]) < len(theirs[path]):
+            raise UserError(
+                f"{path} holds tensors twice, with model. before their names and without: leave one of them"
+            )
+        for name, written in held[path].items():
+            if others := [other.name for other in held if other != path and name in held[other]]:
+                raise UserError(
+                    f"{directory} holds {name} in {' and in '.join([path.name, *others])}: leave the files of one "
+                    "model there"
+                )
+            places[name] = path, written
+    return places
+
+
+def _names(path: Path) -> list[str]:
+    with _open(path) as reader:
+        return list(reader.keys())
+
+
+def _model_files(directory: Path, held: dict[Path, dict[str, str]]) -> list[Path]:
+    """The files that transformers would read; where none bears such a name, those with tensors of such names."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise UserError(f"{index} has no weight_map from names to files: download it again")
+        files = {directory / Path(shard).name for shard in shards.values()}
+        if single in held and single not in files:
+            raise UserError(
+                f"{directory} holds {single.name} and {index.name}, which names other files: leave one there"
+            )
+        if missing := sorted(path.name for path in files - held.keys()):
+            raise FileNotFoundError(
+                f"{directory} lacks {', '.join(missing)}, which its index names: download them again"
+            )
+        for name, shard in shards.items():
+            if name not in held[path := directory / Path(shard).name].values():
+                raise UserError(f"{path} is not a whole safetensors file (it lacks {name}): download it again")
+        return sorted(files)
+    if single in held:
+        return [single]
+    return [path for path, names in held.items() if any(map(known_name, names))] or list(held)

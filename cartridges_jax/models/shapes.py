@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from cartridges_jax.models.config import ModelConfig
 from command_line.errors import UserError
+from command_line.files import read_json
 
 LLAMA_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_ROPE |= {"original_max_position_embeddings": 8192}
@@ -42,9 +42,10 @@ def shape_of(name: str) -> ModelConfig:
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
         try:
-            return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raw = read_json(path)
+        except UserError as error:
             raise UserError(f"{name!r} is no config.json: planning reads shapes, not weights") from error
+        return ModelConfig.from_hf(raw)
     short = name.rpartition("/")[2].lower().removesuffix("-instruct")
     if short not in SHAPES:
         raise UserError(

@@ -11,19 +11,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from make_golden import FAMILIES, golden_config, weights
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer as Backend
 
 from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.hf import load_hf
+from cartridges_jax.models.language_model import load_model
 from cartridges_jax.models.transformer import abstract_params
 from command_line.errors import UserError
 
 WriteModel = Callable[..., Path]
+LLAMA3 = golden_config("llama")[0]["rope_parameters"]
 
 
 @pytest.fixture
 def llama() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return golden_config("llama")[0], weights("llama")
+
+
+def assert_same(loaded: tuple[Any, Any, str], expected: tuple[Any, Any, str]) -> None:
+    assert (loaded[0], loaded[2]) == (expected[0], expected[2])
+    jax.tree.map(np.testing.assert_array_equal, loaded[1], expected[1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,6 +65,169 @@ def test_a_tied_checkpoint_may_repeat_its_head(write_hf: WriteModel) -> None:
     once = load_hf(write_hf(config, tensors), jnp.float32)
     twice = load_hf(write_hf(config, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}), jnp.float32)
     assert "head" not in twice[1] and once[2] == twice[2]
+
+
+def test_a_tied_head_of_its_own_is_refused(write_hf: WriteModel) -> None:
+    config, tensors = golden_config("smollm2")[0], weights("smollm2")
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    with pytest.raises(UserError, match=r"lm_head.weight differs from model.embed_tokens.weight, and the config ties"):
+        load_hf(write_hf(config, {**tensors, "lm_head.weight": head}), jnp.float32)
+    with pytest.raises(UserError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        load_hf(write_hf(config, {**tensors, "lm_head.weight": head[1:]}), jnp.float32)
+
+
+def test_a_tied_checkpoint_may_hold_its_head_alone(write_hf: WriteModel) -> None:
+    config, tensors = golden_config("smollm2")[0], weights("smollm2")
+    expected = load_hf(write_hf(config, tensors), jnp.float32)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    assert_same(load_hf(write_hf(config, tensors), jnp.float32), expected)
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_numbers_that_are_none(number: float, stored: str, dtype: Any, write_hf: WriteModel) -> None:
+    config, tensors = golden_config("llama")[0], weights("llama", stored)
+    bad = ["lm_head.weight", "model.layers.2.mlp.down_proj.weight", "model.norm.weight"]
+    for name in bad:
+        tensors[name].reshape(-1)[-1] = number
+    with pytest.raises(UserError, match=r"; ".join(f"{name} holds numbers that are NaN or infinite" for name in bad)):
+        load_hf(write_hf(config, tensors), dtype)
+
+
+def test_numbers_that_the_asked_dtype_cannot_hold(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    llama[1]["model.norm.weight"] = llama[1]["model.norm.weight"].astype(np.float64)
+    llama[1]["model.norm.weight"][3] = 1e300
+    with pytest.raises(UserError, match=r"model.norm.weight holds numbers that are NaN or infinite"):
+        load_hf(write_hf(*llama), jnp.float32)
+
+
+def test_the_largest_numbers_are_numbers(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    llama[1]["model.norm.weight"][:4] = [3.4e38, -3.4e38, 1e-45, -0.0]
+    load_hf(write_hf(*llama), jnp.float32)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_names_of_a_model_without_its_head(shards: int, write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    config, tensors = llama
+    expected = load_hf(write_hf(config, tensors), jnp.float32)
+    bare = {name.removeprefix("model."): array for name, array in tensors.items()}
+    assert_same(load_hf(write_hf(config, bare, shards), jnp.float32), expected)
+    with pytest.raises(UserError, match=r"with model. before their names and without"):
+        load_hf(write_hf(config, tensors | bare), jnp.float32)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_lies_beside_a_model_is_none_of_it(shards: int, write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    expected, folder = load_hf(write_hf(*llama), jnp.float32), write_hf(*llama, shards)
+    update = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({update: np.ones((4, 64), np.float32)}, folder / "adapter_model.safetensors")
+    slots = np.ones((3, 5, 2, 16), np.float32)
+    save_file({"keys": slots, "values": slots}, folder / "cartridge.safetensors")
+    save_file({"norm.weight": np.ones(9, np.float32)}, folder / "consolidated.safetensors")
+    assert_same(load_hf(folder, jnp.float32), expected)
+    if shards == 1:
+        (folder / "model.safetensors").rename(folder / "weights.safetensors")  # told by its tensors then
+        assert_same(load_hf(folder, jnp.float32), expected)
+
+
+def test_shards_without_an_index(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    folder = write_hf(*llama, shards=3)
+    expected = load_hf(folder, jnp.float32)
+    (folder / "model.safetensors.index.json").unlink()
+    assert_same(load_hf(folder, jnp.float32), expected)
+
+
+@pytest.mark.parametrize(
+    ("shards", "other", "sentence"),
+    [
+        (2, "model.safetensors", "holds model.safetensors and model.safetensors.index.json, which names other files"),
+        (2, "model.fp16.safetensors", "in model-0000.-of-00002.safetensors and in model.fp16.safetensors: leave the"),
+        (1, "model.fp16.safetensors", "in model.safetensors and in model.fp16.safetensors: leave the files of one"),
+        (1, "a.safetensors", "in model.safetensors and in a.safetensors"),
+    ],
+)
+def test_two_models_in_a_folder(
+    shards: int, other: str, sentence: str, write_hf: WriteModel, llama: tuple[dict, dict]
+) -> None:
+    folder = write_hf(*llama, shards)
+    save_file({name: array * 2 for name, array in llama[1].items()}, folder / other)
+    with pytest.raises(UserError, match=sentence):
+        load_hf(folder, jnp.float32)
+
+
+def test_a_tensor_in_two_shards(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    folder = write_hf(*llama, shards=2)
+    for shard in folder.glob("model-*"):
+        save_file({**load_file(shard), "model.norm.weight": np.ones(64, np.float32)}, shard)
+    with pytest.raises(
+        UserError, match=r"holds model.norm.weight in model-00001-of-00002.safetensors and in model-00002"
+    ):
+        load_hf(folder, jnp.float32)
+
+
+def test_a_tensor_that_its_index_does_not_name_is_unknown_all_the_same(
+    write_hf: WriteModel, llama: tuple[dict, dict]
+) -> None:
+    folder = write_hf(*llama, shards=2)
+    shard = folder / "model-00001-of-00002.safetensors"
+    save_file({**load_file(shard), "model.layers.0.self_attn.o_proj.bias": np.ones(64, np.float32)}, shard)
+    with pytest.raises(UserError, match=r"self_attn.o_proj.bias is unknown"):
+        load_hf(folder, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "[" * 100_000, "null", '{"weight_map": {"a": 3}}', '{"weight_map": []}', "{}"]
+)
+def test_json_of_another_kind(content: str, write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    folder = write_hf(*llama, shards=2)
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index.json (has no weight_map|holds|is not a whole JSON file)"):
+        load_hf(folder, jnp.float32)
+    if "{" not in content:
+        (folder / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config.json (holds|is not a whole JSON file)"):
+            load_hf(folder, jnp.float32)
+
+
+def test_sizes_of_the_config_are_not_made_for_other_weights(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    """A hundred terabytes are named by what is missing, before any of them is allocated."""
+    config, tensors = llama
+    config |= {"num_hidden_layers": 10_000, "intermediate_size": 4_000_000}
+    with pytest.raises(
+        UserError, match=r"do not fit a llama of 10000 layers: model.layers.10.input_layernorm.weight is"
+    ):
+        load_hf(write_hf(config, tensors), jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [[10**9, 10**9], [2**40, 0], [2**62, 4]])
+def test_a_header_that_claims_huge_shapes(shape: list[int], write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    folder = write_hf(*llama)
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    last = max(header, key=lambda name: header[name].get("data_offsets", [0])[0])
+    header[last] |= {"shape": shape}
+    if 0 in shape:
+        header[last]["data_offsets"][1] = header[last]["data_offsets"][0]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    with pytest.raises(UserError, match=r"model.safetensors is not a whole safetensors file"):
+        load_hf(folder, jnp.float32)
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path)
+    load_model(str(folder))
+    path = folder / "tokenizer.json"
+    backend = Backend.from_file(str(path))
+    backend.add_tokens(["<one more>"])
+    backend.save(str(path))
+    rows = backend.get_vocab_size() - 1
+    with pytest.raises(UserError, match=rf"has ids up to {rows} and its embedding has rows for {rows} ids"):
+        load_model(str(folder))
 
 
 def test_old_buffers_are_no_weights(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
@@ -143,15 +316,98 @@ def test_folders_that_hold_no_model(tmp_path: Path, write_hf: WriteModel, llama:
     [
         ({"model_type": "gemma3"}, "model_type is 'gemma3', expected one of llama, qwen2, qwen3"),
         ({"model_type": "mistral", "sliding_window": 4096}, "model_type is 'mistral'"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "this qwen2 config uses a sliding"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "this qwen3 config uses a"),
-        ({"mlp_bias": True}, "an MLP bias"),
-        ({"hidden_act": "gelu"}, "activation other than silu"),
+        ({"model_type": ["llama"]}, "model_type is .'llama'., expected one of"),
+        (
+            {"architectures": ["LlamaEncoderModel"]},
+            "architectures is .'LlamaEncoderModel'., expected 'LlamaForCausalLM'",
+        ),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "expected 'LlamaForCausalLM'"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map is "),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "use_sliding_window is True"),
+        ({"sliding_window": 511}, "sliding_window is 511"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is .* expected 'full_attention'"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types is"),
+        ({"no_rope_layers": [1, 1, 0]}, "no_rope_layers is .1, 1, 0., expected 1"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size is 8192, which is unknown here"),
+        ({"is_causal": False}, "is_causal is False, expected True"),
+        ({"is_causal": None}, "is_causal is None, expected True"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True, which is unknown"),
+        ({"mlp_bias": True}, "this llama config asks for what this decoder does not compute: mlp_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu' or 'swish'"),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ({"use_qk_norm": True}, "use_qk_norm is True, expected False"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected False or True"),
+        ({"attention_bias": "no"}, "attention_bias is 'no'"),
+        ({"attention_multiplier": 0.125}, "attention_multiplier is 0.125, expected 0.25"),
+        ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256, expected 16"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0, expected 1.0"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22, expected 1.0"),
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0, expected 1.0"),
+        ({"logit_scale": 0.0}, "logit_scale is 0.0, expected 1.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ({"num_experts": 8}, "num_experts is 8"),
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, "num_local_experts is 8.*; num_experts_per_tok is 2"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is"),
+        ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config is"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8192}}, "dual_chunk_attention_config is"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05, which is unknown here"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, expected 1.0"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"rope_theta": 10_000.0}, "gives rope_theta as 10000.0 and 500000.0: expected one of them"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0, expected a positive number"),
+        ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6', expected a positive number"),
+        ({"rope_parameters": ["default"]}, "rope_parameters is .'default'., expected an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling and rope_parameters .* contradict"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_scaling and rope_parameters .* contradict"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}},
+            "RoPE scaling asks for .* factor is 8.0, expected 1.0",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section is"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "type": "yarn", "factor": 2.0}},
+            "RoPE scaling is 'linear' and 'yarn'",
+        ),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is None, expected a positive number"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "factor is -1, expected a positive number"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": float("inf")}}, "factor is inf, expected a positive"),
+        (
+            {"rope_parameters": {**LLAMA3, "low_freq_factor": None}},
+            "low_freq_factor is None, expected a positive number",
+        ),
+        ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "low_freq_factor is 1.0, expected less than"),
+        ({"original_max_position_embeddings": 4096}, "gives original_max_position_embeddings as 4096 and 64"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention is .* expected none"),
+        (
+            {
+                "model_type": "qwen3",
+                "layer_types": ["full_attention"] * 3,
+                "rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}},
+            },
+            "full_attention is",
+        ),
+        ({"rope_parameters": {"full_attention": None, "rope_theta": 1e4}}, "full_attention is None, expected none"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling is 'yarn', expected default, linear"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling is 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling is 'longrope'"),
         ({"num_key_value_heads": 3}, "4 query heads cannot be grouped over 3 kv heads"),
         ({"head_dim": 15}, "head size is 15, expected an even number"),
+        ({"head_dim": 0}, "head_dim is 0, expected a whole number from 1"),
+        ({"head_dim": None, "num_attention_heads": 128}, "head_dim is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected a whole number from 1 to 10,000"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000, expected a whole number from 1 to 2,147,483,647"),
+        ({"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1}, "the config asks for .* weights, more than any"),
+        ({"head_dim": 10**9}, "head_dim is 1000000000"),
+        ({"max_position_embeddings": 10**15}, "max_position_embeddings is"),
+        ({"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
+        ({"hidden_size": 64.5}, "hidden_size is 64.5, expected a whole number"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4, expected a whole number"),
+        ({"num_key_value_heads": True}, "num_key_value_heads is True, expected a whole number"),
     ],
 )
 def test_configs_that_are_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -169,6 +425,44 @@ def test_sliding_window_that_is_switched_off() -> None:
     config = golden_config("qwen2")[0]
     off = {**config, "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 70}
     assert ModelConfig.from_hf(off) == ModelConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "swish"},
+        {"sliding_window": 512, "attention_chunk_size": None},  # as long as the window: no token is hidden
+        {"layer_types": ["full_attention"] * 3, "no_rope_layers": [1, 1, 1]},
+        {"is_causal": True, "is_decoder": True, "use_rope": True, "tie_word_embeddings": None},
+        {"attention_multiplier": 0.25, "logits_scaling": 1.0, "final_logit_softcapping": None, "clip_qkv": None},
+        {"quantization_config": None, "num_experts": 0, "rope_interleaved": False, "use_mrope": False},
+        {"partial_rotary_factor": 1.0, "rope_theta": 500_000, "original_max_position_embeddings": 64},
+        {"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},  # said twice, and the same
+        {"auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None]}, "architectures": ["LlamaForCausalLM"]},
+        {"unsloth_fixed": True, "unsloth_version": "2025.1", "transformers.js_config": {"dtype": "q4"}},
+        {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "max_length": 4096, "pretraining_tp": 2},
+        {"_attn_implementation_autoset": True, "torch_dtype": "bfloat16", "pad_token_id": -1},
+    ],
+)
+def test_settings_that_change_nothing(changes: dict[str, Any]) -> None:
+    config = golden_config("llama")[0]
+    assert ModelConfig.from_hf({**config, **changes}) == ModelConfig.from_hf(config)
+
+
+def test_llama3_scaling_without_its_original_window_has_the_models() -> None:
+    """As in transformers 5, whose llama3 scaling takes max_position_embeddings then."""
+    config, rope = golden_config("llama")[0], dict(LLAMA3)
+    rope["original_max_position_embeddings"] = config["max_position_embeddings"]
+    whole = ModelConfig.from_hf({**config, "rope_parameters": rope})
+    del rope["original_max_position_embeddings"]
+    assert ModelConfig.from_hf({**config, "rope_parameters": rope}) == whole
+    given = {**config, "rope_parameters": rope, "original_max_position_embeddings": 64}
+    assert ModelConfig.from_hf(given) == ModelConfig.from_hf(config)
+
+
+def test_head_size_that_a_qwen3_config_leaves_out() -> None:
+    config = {key: value for key, value in golden_config("qwen3")[0].items() if key != "head_dim"}
+    assert ModelConfig.from_hf(config).head_dim == 128  # the family's, not width over heads
 
 
 @pytest.mark.parametrize("family", FAMILIES)
