@@ -245,7 +245,7 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
         top = message.top_logprobs
         messages.append(
             {
-                "content": message.content,
+                "content": files.writable(message.content, "a message"),
                 "role": message.role,
                 "token_ids": message.token_ids,
                 "top_logprobs": top and {name: getattr(top, name) for name in TOP_LOGPROBS_FIELDS},
@@ -254,8 +254,8 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
     metadata = json.dumps(conversation.metadata, ensure_ascii=False, sort_keys=True)
     return {
         "messages": messages,
-        "system_prompt": conversation.system_prompt,
-        "metadata": metadata,
+        "system_prompt": files.writable(conversation.system_prompt, "a system prompt"),
+        "metadata": files.writable(metadata, "metadata"),
         "type": conversation.type,
     }
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from typing import Any
 
 from command_line import files
 from command_line.errors import UserError
@@ -81,17 +79,17 @@ async def score(client: Client, given: Existing, chunk: str, config: SynthConfig
 
 @functools.lru_cache(maxsize=2)
 def _read(path: str) -> tuple[Existing, ...]:
-    lines = files.read_text(path, "a JSONL file of conversations, as config.distill_existing.path").splitlines()
-    return tuple(_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip())
+    lines = files.read_json_lines(path, "a JSONL file of conversations, as config.distill_existing.path")
+    return tuple(_parse(line, f"{path}:{number}") for number, line in lines)
 
 
 def _parse(line: str, where: str) -> Existing:
     expected = 'expected {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}'
     try:
-        record: Any = json.loads(line)
+        record = files.parse_json(line, where)
         messages = tuple({"role": m["role"], "content": m["content"]} for m in record["messages"])
         context = record.get("context")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where} is no conversation: {expected}") from error
     if not messages or len(messages) % 2 or not all(isinstance(m["content"], str) and m["content"] for m in messages):
         raise UserError(f"{where} does not end with an answer, or has an empty message: {expected}")

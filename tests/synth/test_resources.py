@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line.errors import UserError
-from synth.resources import extras, html, reading
+from synth.resources import extras, html, reading, slack
 from synth.resources.config import ResourceConfig
 from synth.resources.sections import Heading, Section, at_definitions, at_headings
 
@@ -324,6 +324,135 @@ def test_slack_export(slack_export: Path, tmp_path: Path, zipped: bool):
         "10:01 bob: [file: plan.pdf]\n"
         "10:03 bot: @here done\n\n"
     )
+
+
+def slack_text(tmp_path: Path, *messages: dict[str, Any]) -> tuple[str, str]:
+    """What is read of messages, without its first line, and the sentence about it."""
+    root = tmp_path / "export"
+    write(root / "users.json", json.dumps(USERS))
+    write(root / "general" / "2024-01-01.json", json.dumps(messages))
+    found = slack.read_export(str(root))
+    return found[0].text.partition("\n")[2].strip("\n"), str(found)
+
+
+def at(minute: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "message", "user": "U1", "text": "", "ts": str(1704103200 + 60 * minute)} | fields
+
+
+RICH = {
+    "type": "rich_text",
+    "elements": [
+        {
+            "type": "rich_text_section",
+            "elements": [
+                {"type": "text", "text": "Ask "},
+                {"type": "user", "user_id": "U2"},
+                {"type": "text", "text": " about "},
+                {"type": "link", "url": "https://a.b", "text": "this"},
+                {"type": "emoji", "name": "tada"},
+            ],
+        },
+        {
+            "type": "rich_text_list",
+            "elements": [
+                {"type": "rich_text_section", "elements": [{"type": "text", "text": "first"}]},
+                {"type": "rich_text_section", "elements": [{"type": "text", "text": "second"}]},
+            ],
+        },
+        {"type": "rich_text_preformatted", "elements": [{"type": "text", "text": "x = 1\ny = 2"}]},
+    ],
+}
+APP = [
+    {"type": "header", "text": {"type": "plain_text", "text": "Deploy 7"}},
+    {
+        "type": "section",
+        "text": {"type": "mrkdwn", "text": "By <@U1> &amp; co"},
+        "fields": [{"type": "mrkdwn", "text": "*Took* 12 s"}],
+        "accessory": {"type": "image", "image_url": "https://i", "alt_text": "a graph"},
+    },
+    {"type": "context", "elements": [{"type": "mrkdwn", "text": "in Oslo"}]},
+    {"type": "actions", "elements": [{"type": "button", "text": {"type": "plain_text", "text": "Undo"}}]},
+]
+
+
+def test_slack_messages_of_blocks_and_attachments(tmp_path: Path):
+    attached = {"pretext": "New:", "title": "Crash", "text": "in <https://a.b|main>", "fallback": "never shown"}
+    nested = {"blocks": APP[:1], "fallback": "[no preview]"}
+    text, _ = slack_text(
+        tmp_path,
+        at(0, blocks=[RICH]),
+        at(1, blocks=APP),
+        at(2, text="Deploy 7", blocks=APP[:2]),
+        at(3, text="Ask @bob about this", blocks=[RICH]),
+        at(4, attachments=[attached, nested, {"fallback": "only this"}]),
+    )
+    assert text.split("\n") == [
+        "10:00 Ada L: Ask @bob about this (https://a.b):tada:",
+        "- first",
+        "- second",
+        "x = 1",
+        "y = 2",
+        "10:01 Ada L: Deploy 7",
+        "By @Ada L & co",
+        "*Took* 12 s",
+        "a graph",
+        "in Oslo",
+        "10:02 Ada L: Deploy 7",
+        "By @Ada L & co",
+        "*Took* 12 s",
+        "a graph",
+        "10:03 Ada L: Ask @bob about this",
+        "10:04 Ada L: New:",
+        "Crash",
+        "in main (https://a.b)",
+        "Deploy 7",
+        "only this",
+    ]
+
+
+def test_what_slack_says_of_itself_is_no_knowledge(tmp_path: Path):
+    text, told = slack_text(
+        tmp_path,
+        at(0, subtype="channel_join", text="<@U1> has joined the channel"),
+        at(1, subtype="group_leave", text="<@U1> has left the group"),
+        at(2, subtype="channel_topic", text="set the channel topic: x"),
+        at(3, subtype="tombstone", text="This message was deleted.", thread_ts=at(3)["ts"]),
+        at(4, text="still an answer", thread_ts=at(3)["ts"]),
+        at(5, subtype="bot_message", username="bot", user=None, text="a bot's words"),
+        at(6, subtype="me_message", text="waves"),
+        at(7),
+        at(8, files=[{"id": "F1", "mode": "tombstone"}, {"name": "a.py", "mode": "snippet", "preview": "x = 1"}]),
+        at(9, user="U9", user_profile={"real_name": "Guest"}, text="hello"),
+    )
+    assert text.split("\n") == [
+        "  > 10:04 Ada L: still an answer",
+        "10:05 bot: a bot's words",
+        "10:06 Ada L: waves",
+        "10:08 Ada L: [file: a.py]",
+        "x = 1",
+        "10:09 Guest: hello",
+    ]
+    assert told.startswith("read 5 messages, 1 channels, ")
+    assert told.endswith(
+        "left out: 2 joins and leaves, 1 notices of Slack's (topics, names, pins, archiving), 1 deleted messages, "
+        "1 messages without words, 1 deleted or hidden files"
+    )
+
+
+def test_a_slack_message_is_what_its_last_edit_left(tmp_path: Path):
+    edit = at(0, text="final", edited={"user": "U1", "ts": "1704105000.0"})
+    earlier = at(0, text="between", edited={"user": "U1", "ts": "1704104000.0"})
+    text, told = slack_text(
+        tmp_path,
+        at(30, subtype="message_changed", message=edit, previous_message=earlier),
+        at(0, text="draft"),
+        at(20, subtype="message_changed", message=earlier),
+        at(1, text="gone"),
+        at(31, subtype="message_deleted", deleted_ts=at(1)["ts"]),
+        at(2, text="gone, too"),
+        at(32, subtype="message_changed", message=at(2, subtype="tombstone", text="This message was deleted.")),
+    )
+    assert text == "10:00 Ada L: final" and "read 1 messages" in told and "2 deleted messages" in told
 
 
 def test_no_slack_export(tmp_path: Path):
