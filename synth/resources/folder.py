@@ -44,7 +44,7 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]]) -> Iterator[Path]:
     """Files below `folder`, without what a .gitignore of it or of a folder above leaves out."""
     gitignore = folder / ".gitignore"
     if gitignore.is_file():
-        ignored = [*ignored, (folder, _patterns(_decode(gitignore.read_bytes()).splitlines()))]
+        ignored = [*ignored, (folder, _patterns(text.decode(gitignore.read_bytes()).splitlines()))]
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() or entry.name == ".git" or _is_ignored(entry, ignored):
             continue
@@ -78,7 +78,7 @@ def _read_file(file: Path, name: str) -> list[Section]:
     data = file.read_bytes()
     if b"\0" in data[:SNIFFED] or not data.strip():
         return []
-    first, *rest = text.split(_decode(data).rstrip() + "\n\n", file, name)
+    first, *rest = text.split(text.decode(data).rstrip() + "\n\n", file, name)
     return [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
 
 
@@ -90,10 +90,3 @@ def _read_pdf(file: Path, name: str) -> list[Section]:
         return []
     pages = [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
     return [Section(f"{name}{SEPARATOR}{page.name}", page.text) for page in pages]
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")

@@ -22,6 +22,18 @@ def read(path: str) -> str:
     return files.read_text(path, "a text file: set config.resource.path")
 
 
+def decode(data: bytes) -> str:
+    """A text whose encoding nobody says: old ones are in Latin-1, or in Windows' form of it, or look like it."""
+    try:
+        return files.decode(data)
+    except UnicodeDecodeError:
+        pass
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
 def read_text(path: str) -> list[Section]:
     return [Section(Path(path).name, read(path))]
 

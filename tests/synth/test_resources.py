@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line.errors import UserError
-from synth.resources import extras, html, reading, slack
+from synth.resources import extras, html, mail, reading, slack
 from synth.resources.config import ResourceConfig
 from synth.resources.sections import Heading, Section, at_definitions, at_headings
 
@@ -282,6 +282,74 @@ def test_mbox(tmp_path: Path):
     assert "café" in third
     with pytest.raises(UserError, match="holds no message"):
         read(write(tmp_path / "n.mbox", "no mail"), tmp_path)
+
+
+def read_mails(tmp_path: Path, *messages: bytes, envelope: bytes = b"From x Mon Jan  1 10:00:00 2024\n"):
+    stored = b"".join(envelope + raw + b"\n" for raw in messages)
+    return mail.read_mbox(str(write(tmp_path / "m.mbox", stored)))
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        b"From x Mon Jan  1 10:00:00 2024\n",
+        b"From 1800@xxx Mon Jan 01 10:00:00 +0000 2024\r\n",
+        b"From a b@c.d 2024-01-01 10:00:00\n",
+        b"From nobody\n",
+    ],
+)
+def test_a_line_of_a_letter_that_begins_with_from(tmp_path: Path, envelope: bytes):
+    first = b"Subject: one\n\nHello.\n\nFrom here on: no header.\nFrom\n>From quoted\n\nFrom Oslo at 10:30\n\nEnd.\n"
+    found = read_mails(tmp_path, first, b"Subject: two\n\nFrom the start.\n", envelope=envelope)
+    assert [section.name for section in found] == ["one", "two"]
+    assert found[0].text.endswith(
+        "\n\nHello.\n\nFrom here on: no header.\nFrom\nFrom quoted\n\nFrom Oslo at 10:30\n\nEnd.\n\n"
+    )
+    assert found[1].text.endswith("From the start.\n\n")
+
+
+def test_what_is_attached_to_a_letter(tmp_path: Path):
+    inner, outer = EmailMessage(), EmailMessage()
+    inner["From"], inner["Subject"] = "c@example.org", "inner"
+    inner.set_content("Deep words.\n")
+    inner.add_attachment("a;b\n1;2\n", subtype="csv", filename="deep.csv")
+    outer["Subject"] = "outer"
+    outer.set_content("See below.\n")
+    outer.add_alternative("<p>See <b>below</b>.</p>", subtype="html")
+    outer.add_attachment(inner)
+    outer.add_attachment("café\n".encode("latin-1"), maintype="application", subtype="octet-stream", filename="n.txt")
+    outer.add_attachment(b'{"a": 1}', maintype="application", subtype="json", filename="d.json")
+    outer.add_attachment(inner.as_bytes(), maintype="application", subtype="octet-stream", filename="kept.eml")
+    outer.add_attachment(b"\0", maintype="image", subtype="png", filename="p.png")
+    found = read_mails(tmp_path, outer.as_bytes())
+    text = found[0].text
+    order = ["Subject: outer", "See below.", "From: c@example.org", "Deep words.", "--- deep.csv", "1;2"]
+    order += ["--- n.txt", "café", '{"a": 1}', "--- kept.eml", "Deep words."]
+    place = 0
+    for words in order:
+        place = text.index(words, place)
+    assert text.count("below") == 1, "one of two forms"
+    assert str(found).startswith("read 1 messages, ") and str(found).endswith("left out: 1 attachments of image/png")
+
+
+def test_a_letter_between_pictures_and_one_whose_plain_form_is_empty(tmp_path: Path):
+    def part(kind: str, text: str) -> str:
+        return f"--x\nContent-Type: {kind}\n\n{text}\n"
+
+    mixed = "Content-Type: multipart/mixed; boundary=x\n\n" + part("text/plain", "Above.") + part("image/png", "..")
+    mixed += part("text/plain", "Below.") + part("text/html", "<p>List's footer</p>") + "--x--\n"
+    empty = "Content-Type: multipart/alternative; boundary=x\n\n" + part("text/plain", " ")
+    empty += part("text/html", "<p>Only here.</p>") + "--x--\n"
+    damaged = b"Content-Type: multipart/mixed\n\nStill words.\n"
+    first, second, third = read_mails(tmp_path, mixed.encode(), empty.encode(), damaged)
+    assert "Still words." in third.text
+    assert "Above.\nBelow.\nList's footer" in first.text and "Only here." in second.text
+
+
+def test_letters_inside_of_letters_without_end(tmp_path: Path):
+    raw = b"Content-Type: message/rfc822\n\n" * 3000 + b"Subject: x\n\nend\n"
+    found = read_mails(tmp_path, raw, b"Subject: good\n\nwords\n")
+    assert found[-1].name == "good" and found.left_out
 
 
 USERS = [{"id": "U1", "name": "ada", "profile": {"real_name": "Ada L"}}, {"id": "U2", "name": "bob", "profile": {}}]
