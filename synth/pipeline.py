@@ -52,6 +52,8 @@ async def synthesize(config: SynthConfig) -> Path:
     output = Path(config.output_dir)
     dataset = output / "dataset.parquet"
     corpus = reading.read(config.resource, output)
+    for resource in corpus.resources:
+        print(resource.told)
     with locked(output):
         claim(output, config, corpus.to_string())
         reading.keep(config.resource, corpus, output)

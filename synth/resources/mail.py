@@ -10,13 +10,14 @@ import logging
 import mimetypes
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from email.message import EmailMessage
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from command_line.errors import UserError
-from synth.resources import html
+from synth.resources import documents, html
 from synth.resources.sections import Section, Sections
 from synth.resources.text import decode
 from synth.resources.web import Api
@@ -173,8 +174,25 @@ def _parts(part: EmailMessage, left_out: Counter[str], depth: int) -> Iterator[t
     elif kind.startswith(("text/", "multipart/")) or kind in TEXT_KINDS:  # a multipart without parts is damaged
         if text := _decoded(part, kind).strip():
             yield bool(name), _attached(name, text) if name else text
+    elif name and (text := _document(part, name)):
+        yield True, _attached(name, text)
     else:
         left_out[f"attachments of {kind}"] += 1
+
+
+def _document(part: EmailMessage, name: str) -> str:
+    """The text of one that a library takes apart; nothing, if it cannot or there is no such library."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix not in documents.READERS:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"attached{suffix}"
+        path.write_bytes(_payload(part))
+        try:
+            return "".join(section.text for section in documents.READERS[suffix](str(path)))
+        except UserError as error:
+            log.warning("%s, attached to a letter, is left out: %s", name, error)
+            return ""
 
 
 def _attached(name: str, text: str) -> str:

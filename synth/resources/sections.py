@@ -39,7 +39,7 @@ class Sections(list[Section]):
     ):
         super().__init__(sections)
         self.read = Counter(read)  # none: the sections themselves are counted
-        self.left_out = Counter(left_out)
+        self.left_out = +Counter(left_out)  # those that are more than 0
 
     def __str__(self) -> str:
         """One sentence."""
@@ -85,7 +85,7 @@ def at_definitions(code: str, name: str) -> list[Section]:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing"
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _cut(lines: Sequence[str], begins: Sequence[tuple[int, str]], name: str) -> list[Section]:

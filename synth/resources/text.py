@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 
 from command_line import files
-from synth.resources import extras
-from synth.resources.sections import Heading, Section, at_definitions, at_headings
+from synth.resources import extras, rst
+from synth.resources.sections import Heading, Section, Sections, at_definitions, at_headings
 
-PROSE_SUFFIXES = ("", ".txt", ".rst", ".log")  # other texts of a folder are code, as far as their lines look like it
+_DIRECTIVES = re.compile(r"^[ \t]*\.\. (include|literalinclude|toctree|image|figure)::", re.MULTILINE)
+PROSE_SUFFIXES = ("", ".txt", ".log")  # other texts of a folder are code, as far as their lines look like it
 
 
 def read(path: str) -> str:
@@ -53,9 +55,18 @@ def markdown_headings(text: str) -> list[Heading]:
     ]
 
 
+def read_rst(path: str) -> Sections:
+    """As it stands; what its directives name is not followed."""
+    text = read(path)
+    unread = Counter(f"files named by {name}" for name in _DIRECTIVES.findall(text))
+    return Sections(at_headings(text, rst.headings(text), Path(path).name), left_out=unread)
+
+
 def split(text: str, path: Path, name: str) -> list[Section]:
     """The sections of one text of a folder."""
     suffix = path.suffix.lower()
     if suffix in (".md", ".markdown"):
         return at_headings(text, markdown_headings(text), name)
+    if suffix == ".rst":
+        return at_headings(text, rst.headings(text), name)
     return [Section(name, text)] if suffix in PROSE_SUFFIXES else at_definitions(text, name)
