@@ -205,6 +205,7 @@ class FilterConfig:
     repetition: bool = False  # an answer that says the same again and again
     text_talk: bool = False  # an answer that talks about "the text" or "the context"
     refusal: bool = False  # an answer that begins by declining
+    unsupported: bool = False  # an answer with numbers, dates or names that neither its chunk nor a question holds
     near_duplicate: bool = False  # a first question much like that of an earlier conversation
 
 

@@ -176,14 +176,16 @@ def iterate(path: str | os.PathLike[str]) -> Iterator[Conversation]:
 
 
 def outlines(table: pa.Table) -> Iterator[Conversation]:
-    """The conversations of a table without system prompts, token ids and log-probabilities, and so quickly."""
+    """The conversations of a table without token ids and log-probabilities, and so quickly."""
     messages = table["messages"].combine_chunks()
     fields = messages.flatten()
     contents, roles = (fields.field(name).to_pylist() for name in ("content", "role"))
     starts = [0, *np.cumsum(messages.value_lengths().to_numpy())]
-    for i, metadata in enumerate(table["metadata"].to_pylist()):
+    rows = zip(table["system_prompt"].to_pylist(), table["metadata"].to_pylist(), strict=True)
+    for i, (system_prompt, metadata) in enumerate(rows):
         inside = slice(starts[i], starts[i + 1])
-        yield Conversation(tuple(map(Message, contents[inside], roles[inside])), "", json.loads(metadata))
+        messages = tuple(map(Message, contents[inside], roles[inside]))
+        yield Conversation(messages, system_prompt or "", json.loads(metadata))
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> Iterator[Conversation]:
