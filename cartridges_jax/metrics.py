@@ -33,8 +33,8 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int):
         """Opens the log for steps from `first_step` on; later lines of an interrupted run are dropped."""
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
-            files.write_text(path, "".join(line + "\n" for line in kept))
+            lines = path.read_bytes().split(b"\n")  # a crash may have cut one inside of a character
+            files.write_text(path, "".join(line.decode() + "\n" for line in lines if _step(line) < first_step))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -139,7 +139,9 @@ class Journal:
 
 def history(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    return [json.loads(line) for _, line in files.json_lines(path.read_text(encoding="utf-8"))]
 
 
 def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -147,8 +149,8 @@ def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[s
     return next((line for line in lines if "loss" not in line and line["step"] == num_steps - 1), None)
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # the line that a crash cut short

@@ -181,6 +181,22 @@ class ExistingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenConfig:
+    """Questions that exist already, each about a chunk that is given with it, so that nobody cuts and nobody asks.
+
+    With a `share` of 1 all conversations begin with them; with less they are mixed into self-study. An answer that is
+    given, too, is scored and not sampled, as those of `distill_existing` are.
+    """
+
+    path: str  # a folder: chunks/*.md, and questions/*.jsonl of {"question", "chunk": "NAME.md"}, maybe with "answer"
+    share: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise UserError(f"config.given_questions.share is {self.share}, expected more than 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class FilterConfig:
     """What leaves the dataset. All of it stays in the run's parts and is counted, so any switch may change later."""
 
@@ -189,6 +205,7 @@ class FilterConfig:
     repetition: bool = False  # an answer that says the same again and again
     text_talk: bool = False  # an answer that talks about "the text" or "the context"
     refusal: bool = False  # an answer that begins by declining
+    unsupported: bool = False  # an answer with numbers, dates or names that neither its chunk nor a question holds
     near_duplicate: bool = False  # a first question much like that of an earlier conversation
 
 
@@ -219,6 +236,7 @@ class SynthConfig:
     seed_prompt_weights: tuple[float, ...] = ()  # one for each of seed_prompts; none: all alike
     tools: ToolsConfig = ToolsConfig()
     distill_existing: ExistingConfig | None = None
+    given_questions: GivenConfig | None = None
 
     def __post_init__(self):
         for name in ("num_conversations", "conversations_per_chunk", "max_chunks_in_flight", "rounds", "top_logprobs"):
@@ -237,5 +255,10 @@ class SynthConfig:
         if self.questions_per_call > 1 and any("\n" in stop for stop in self.question.stop):
             raise UserError(
                 "config.question.stop ends a message at a line break, but config.questions_per_call asks for a list"
+            )
+        if self.distill_existing and self.given_questions:
+            raise UserError(
+                "config.distill_existing and config.given_questions are both set, and a run takes conversations from "
+                "one of them: make two datasets, training takes several"
             )
         seed_prompts.check(self.seed_prompts, self.seed_prompt_weights)

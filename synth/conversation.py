@@ -176,14 +176,16 @@ def iterate(path: str | os.PathLike[str]) -> Iterator[Conversation]:
 
 
 def outlines(table: pa.Table) -> Iterator[Conversation]:
-    """The conversations of a table without system prompts, token ids and log-probabilities, and so quickly."""
+    """The conversations of a table without token ids and log-probabilities, and so quickly."""
     messages = table["messages"].combine_chunks()
     fields = messages.flatten()
     contents, roles = (fields.field(name).to_pylist() for name in ("content", "role"))
     starts = [0, *np.cumsum(messages.value_lengths().to_numpy())]
-    for i, metadata in enumerate(table["metadata"].to_pylist()):
+    rows = zip(table["system_prompt"].to_pylist(), table["metadata"].to_pylist(), strict=True)
+    for i, (system_prompt, metadata) in enumerate(rows):
         inside = slice(starts[i], starts[i + 1])
-        yield Conversation(tuple(map(Message, contents[inside], roles[inside])), "", json.loads(metadata))
+        messages = tuple(map(Message, contents[inside], roles[inside]))
+        yield Conversation(messages, system_prompt or "", json.loads(metadata))
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> Iterator[Conversation]:
@@ -245,7 +247,7 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
         top = message.top_logprobs
         messages.append(
             {
-                "content": message.content,
+                "content": files.writable(message.content, "a message"),
                 "role": message.role,
                 "token_ids": message.token_ids,
                 "top_logprobs": top and {name: getattr(top, name) for name in TOP_LOGPROBS_FIELDS},
@@ -254,8 +256,8 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
     metadata = json.dumps(conversation.metadata, ensure_ascii=False, sort_keys=True)
     return {
         "messages": messages,
-        "system_prompt": conversation.system_prompt,
-        "metadata": metadata,
+        "system_prompt": files.writable(conversation.system_prompt, "a system prompt"),
+        "metadata": files.writable(metadata, "metadata"),
         "type": conversation.type,
     }
 

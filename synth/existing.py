@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from command_line import files
@@ -43,8 +43,14 @@ def conversation_of(number: int, config: SynthConfig) -> Existing | None:
     given = config.distill_existing
     if given is None:
         return None
-    before, after = math.floor(number * given.share), math.floor((number + 1) * given.share)
-    return _read(given.path)[before] if after > before else None
+    found = place(number, given.share)
+    return None if found is None else _read(given.path)[found]
+
+
+def place(number: int, share: float) -> int | None:
+    """Which of a share of all conversations, spread evenly, number `number` is; None: it is another kind."""
+    before, after = math.floor(number * share), math.floor((number + 1) * share)
+    return before if after > before else None
 
 
 def system_prompt(given: Existing, chunk: str, config: SynthConfig) -> str:
@@ -55,11 +61,13 @@ def system_prompt(given: Existing, chunk: str, config: SynthConfig) -> str:
     return config.system_prompt.replace("{chunk}", chunk if given.context is None else given.context)
 
 
-async def score(client: Client, given: Existing, chunk: str, config: SynthConfig, number: int) -> Conversation:
-    context = system_prompt(given, chunk, config)
+async def score(
+    client: Client, given: Sequence[dict[str, str]], context: str, config: SynthConfig, metadata: dict[str, Any]
+) -> Conversation:
+    """The messages as a conversation, with the teacher's probabilities of the answers behind the system prompt."""
     seen = [{"role": "system", "content": context}] if context else []
     messages: list[Message] = []
-    for message in given.messages:
+    for message in given:
         seen.append(message)
         if message["role"] == "user":
             messages.append(Message(message["content"], "user"))
@@ -67,11 +75,7 @@ async def score(client: Client, given: Existing, chunk: str, config: SynthConfig
         scored = await client.score(seen, config.top_logprobs)
         top_logprobs = flatten(scored.top_logprobs or (), config.min_prob_mass)
         messages.append(Message(message["content"], "assistant", scored.token_ids, top_logprobs))
-    metadata = {
-        "seed_prompt": given.messages[0]["content"],
-        "seed_prompt_type": "existing",
-        "conversation_index": number,
-        "model": config.client.model,
+    metadata |= {
         "context": bool(context),
         "finish_reasons": ["given"] * len(messages),
         "completion_tokens": [len(message.token_ids or ()) for message in messages],
@@ -81,17 +85,17 @@ async def score(client: Client, given: Existing, chunk: str, config: SynthConfig
 
 @functools.lru_cache(maxsize=2)
 def _read(path: str) -> tuple[Existing, ...]:
-    lines = files.read_text(path, "a JSONL file of conversations, as config.distill_existing.path").splitlines()
-    return tuple(_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip())
+    lines = files.read_json_lines(path, "a JSONL file of conversations, as config.distill_existing.path")
+    return tuple(_parse(line, f"{path}:{number}") for number, line in lines)
 
 
 def _parse(line: str, where: str) -> Existing:
     expected = 'expected {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}'
     try:
-        record: Any = json.loads(line)
+        record = files.parse_json(line, where)
         messages = tuple({"role": m["role"], "content": m["content"]} for m in record["messages"])
         context = record.get("context")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where} is no conversation: {expected}") from error
     if not messages or len(messages) % 2 or not all(isinstance(m["content"], str) and m["content"] for m in messages):
         raise UserError(f"{where} does not end with an answer, or has an empty message: {expected}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from synth import support
 from synth.config import FilterConfig
 from synth.conversation import Conversation
 
@@ -44,6 +45,7 @@ def findings(conversation: Conversation) -> set[str]:
         "repetition": any(map(_repeats, answers)),
         "text_talk": any(map(_TEXT_TALK.search, answers)),
         "refusal": any(map(_REFUSAL.match, answers)),
+        "unsupported": _is_unsupported(conversation),
     }
     return {name for name, is_so in found.items() if is_so}
 
@@ -55,6 +57,19 @@ def _repeats(text: str) -> bool:
         words = text
     runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return len(runs) >= 12 and len(set(runs)) < len(runs) / 2
+
+
+def _is_unsupported(conversation: Conversation) -> bool:
+    """Whether an answer claims what neither the teacher's context nor a question says; without a context, it may."""
+    context = conversation.system_prompt
+    answers = [m.content.rpartition("</think>")[2] for m in conversation.messages if m.role == "assistant"]
+    if not context or not any(map(support.may_claim, answers)):
+        return False
+    source = support.source_of(context)
+    if not any(map(source.lacks, answers)):
+        return False
+    asked = "\n\n".join(message.content for message in conversation.messages if message.role != "assistant")
+    return any(map(source.with_words_of(support.Source(asked)).lacks, answers))
 
 
 class Judge:

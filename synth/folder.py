@@ -13,6 +13,7 @@ from typing import Any
 
 from command_line import files
 from command_line.errors import UserError
+from synth import given
 from synth.config import SynthConfig
 
 # What may change between a run and its continuation: where things are, how fast they go, and which of them are shown.
@@ -25,6 +26,7 @@ FREE_KEYS = (
     "filters",
     "resource.path",
     "resource.api_url",
+    "given_questions.path",
     *(f"{client}.{key}" for client in ("client", "question_client") for key in _CLIENT_KEYS),
 )
 
@@ -44,6 +46,8 @@ def locked(output: Path) -> Iterator[None]:
 def claim(output: Path, config: SynthConfig, text: str) -> None:
     """Ties the folder to its config once it holds data, and refuses any other config then: parts of two would mix."""
     ours = dataclasses.asdict(config) | {"document_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    if questions := given.digest(config):
+        ours["given_questions_sha256"] = questions
     for client in filter(None, (ours["client"], ours["question_client"])):
         del client["api_key"]
     ours = json.loads(json.dumps(ours))
@@ -59,6 +63,11 @@ def claim(output: Path, config: SynthConfig, text: str) -> None:
         before, now = _leaves(theirs), _leaves(ours)
         for key in sorted(before.keys() | now.keys()):
             if not _is_free(key) and before.get(key) != now.get(key):
+                if key == "given_questions_sha256":
+                    raise UserError(
+                        f"config.given_questions.path no longer holds the questions and chunks that {output} was made "
+                        "from: bring those back or choose another config.output_dir"
+                    )
                 if key == "document_sha256":
                     raise UserError(
                         f"{config.resource.path} is not the text that {output} was made from: "

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from command_line.errors import UserError
 from command_line.progress import Progress
-from synth import chunkers, conversation, tools
+from synth import chunkers, conversation, given, tools
 from synth.chunkers import Chunker, LocalTokenizer
 from synth.clients.base import Unavailable
 from synth.config import SynthConfig
@@ -52,6 +52,11 @@ async def synthesize(config: SynthConfig) -> Path:
     output = Path(config.output_dir)
     dataset = output / "dataset.parquet"
     corpus = reading.read(config.resource, output)
+    for resource in corpus.resources:
+        print(resource.told)
+    given.check(config)
+    if config.given_questions:
+        print(given.told(config))
     with locked(output):
         claim(output, config, corpus.to_string())
         reading.keep(config.resource, corpus, output)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
-from synth import existing, seed_prompts
+from synth import existing, given, seed_prompts
 from synth.chunkers import Chunk, Chunker
 from synth.clients.base import Client, Completion
 from synth.config import SamplingConfig, Side, SynthConfig
@@ -55,10 +55,11 @@ async def study(
     Each depends on its own index alone, so any of them may be held, in any order.
     """
     existing.check(config)
+    given.check(config)
     rng = random.Random(f"{config.seed}/{index}")
     chunks = await _chunks(index, rng, chunker, config)
     text = "\n\n".join(chunk.text for chunk in chunks)
-    context = "\n\n".join(f"{config.description}\n\n{c.text}" if config.description else c.text for c in chunks)
+    context = "\n\n".join(_described(chunk.text, config) for chunk in chunks)
     sides = _Sides(answer_client, question_client, tools, config)
     talks: list[Talk] = []
     asked: _FirstQuestions | None = None
@@ -68,19 +69,12 @@ async def study(
             prompt = seed_prompts.draw(config.seed_prompts, text, rng, config.seed_prompt_weights)
             asked = _FirstQuestions(prompt, 1 if prompt.is_question else config.questions_per_call, number)
         instruction = rng.choice(config.instructions)
-        given = existing.conversation_of(number, config)
-        if given is not None:
-            hold = functools.partial(existing.score, answer_client, given, context, config, number)
-            opening = SeedPrompt("existing", given.messages[0]["content"], is_question=True)
-            talks.append(Talk(number, existing.system_prompt(given, context, config), opening, hold))
+        if talk := _existing(number, context, sides) or _given(number, sides):
+            talks.append(talk)
             continue
-        metadata = {
-            "seed_prompt": asked.prompt.text,
-            "seed_prompt_type": asked.prompt.kind,
+        metadata = _metadata(number, asked.prompt, config) | {
             "chunk_span": [chunks[0].start, chunks[0].end],
             "resource": chunks[0].resource,
-            "conversation_index": number,
-            "model": config.client.model,
         }
         if len(chunks) > 1:
             metadata["chunk_spans"] = [[chunk.start, chunk.end] for chunk in chunks]
@@ -90,6 +84,49 @@ async def study(
         hold = functools.partial(_converse, sides, system_prompt, asked, asked.join(), instruction, metadata)
         talks.append(Talk(number, system_prompt, asked.prompt, hold))
     return talks
+
+
+def _existing(number: int, context: str, sides: _Sides) -> Talk | None:
+    """Conversation `number`, if it exists already."""
+    found = existing.conversation_of(number, sides.config)
+    if found is None:
+        return None
+    opening = SeedPrompt("existing", found.messages[0]["content"], is_question=True)
+    system_prompt = existing.system_prompt(found, context, sides.config)
+    metadata = _metadata(number, opening, sides.config)
+    hold = functools.partial(existing.score, sides.answer_client, found.messages, system_prompt, sides.config, metadata)
+    return Talk(number, system_prompt, opening, hold)
+
+
+def _given(number: int, sides: _Sides) -> Talk | None:
+    """Conversation `number`, if its question is given: about the chunk that the question names."""
+    config = sides.config
+    found = given.question_of(number, config)
+    if found is None:
+        return None
+    opening = SeedPrompt("given", found.question, is_question=True)
+    system_prompt = config.system_prompt.replace("{chunk}", _described(found.text, config))
+    metadata = _metadata(number, opening, config) | {"chunk": found.chunk}
+    if found.answer is None:
+        asked = _FirstQuestions(opening, 1, number)
+        hold = functools.partial(_converse, sides, system_prompt, asked, asked.join(), "{question}", metadata)
+    else:
+        messages = ({"role": "user", "content": found.question}, {"role": "assistant", "content": found.answer})
+        hold = functools.partial(existing.score, sides.answer_client, messages, system_prompt, config, metadata)
+    return Talk(number, system_prompt, opening, hold)
+
+
+def _metadata(number: int, prompt: SeedPrompt, config: SynthConfig) -> dict[str, Any]:
+    return {
+        "seed_prompt": prompt.text,
+        "seed_prompt_type": prompt.kind,
+        "conversation_index": number,
+        "model": config.client.model,
+    }
+
+
+def _described(chunk: str, config: SynthConfig) -> str:
+    return f"{config.description}\n\n{chunk}" if config.description else chunk
 
 
 async def _chunks(index: int, rng: random.Random, chunker: Chunker, config: SynthConfig) -> list[Chunk]:

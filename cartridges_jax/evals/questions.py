@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
 from cartridges_jax.data import Example
+from command_line import files
 from command_line.errors import UserError
 
 EXPECTED = '{"question": "…", "answer": "…"}'
@@ -35,27 +34,24 @@ def questions_of(path: str | os.PathLike[str]) -> list[Question]:
     Raises:
       FileNotFoundError, UserError: no such file, no question in it, or a line that is something else.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} does not exist: expected one {{"question", "answer"}} a line')
-    return _parsed(Path(path).read_text(encoding="utf-8"), str(path))
+    return _parsed(files.read_json_lines(path, 'one {"question", "answer"} a line'), str(path))
 
 
 def general_questions() -> list[Question]:
     """A fixed set about the world at large, which no cartridge should make a model forget."""
     name = "general.jsonl"
-    return _parsed(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"), name)
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return _parsed(files.json_lines(text), name)
 
 
-def _parsed(text: str, source: str) -> list[Question]:
+def _parsed(lines: Iterable[tuple[int, str]], source: str) -> list[Question]:
     questions = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            entry = json.loads(line)
+            entry = files.parse_json(line, source)
             choices = tuple(choice.strip() for choice in entry.get("choices", ()))
             question = Question(entry["question"].strip(), entry["answer"].strip(), choices)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{source}, line {number}: expected {EXPECTED}") from error
         if choices and question.answer not in choices:
             raise UserError(f"{source}, line {number}: the answer {question.answer!r} is none of its choices")

@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import aiohttp
 
+from command_line import files
+from command_line.errors import UserError
 from synth.clients.base import Busy, Refused, Unavailable
 from synth.config import ClientConfig
 
@@ -115,8 +117,8 @@ class HttpClient:
 
 def parse(data: bytes, url: str) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return files.parse_json(data, url)
+    except UserError as error:
         raise Unavailable(f"{url} gave a reply that is not JSON: {data[:100]!r}", "broken reply") from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from command_line import files
 from synth.clients import pickles
 from synth.clients.alignment import Alignment
 from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, TopRows, Unavailable, finite, reading
@@ -136,7 +137,7 @@ def _completion(reply: Any, top_logprobs: int) -> Completion:
     ids = tuple(map(int, packed["completion_ids"][0]))
     usage = reply["usage"]
     return Completion(
-        text=choice["message"]["content"] or "",
+        text=files.writable(choice["message"]["content"] or "", "a reply"),  # a pickle's strings hold anything
         token_ids=ids,
         top_logprobs=_rows(packed, len(ids)) if top_logprobs else None,
         finish_reason=choice["finish_reason"],

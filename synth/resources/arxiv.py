@@ -9,6 +9,7 @@ import zlib
 from pathlib import PurePosixPath
 
 from command_line.errors import UserError
+from synth.resources.text import decode
 from synth.resources.web import Api
 
 URL = "https://arxiv.org"
@@ -57,14 +58,6 @@ def unpack(data: bytes, what: str) -> dict[str, str]:
             return _texts(archive, what)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{what} is a damaged archive: {error}") from error
-
-
-def decode(data: bytes) -> str:
-    """Old papers are in Latin-1, or in what looks like it."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
 
 
 def _gunzip(data: bytes, what: str) -> bytes:

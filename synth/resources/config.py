@@ -10,7 +10,24 @@ from typing import Literal
 from command_line.errors import UserError
 
 Kind = Literal[
-    "text", "directory", "json", "jsonl", "markdown", "html", "pdf", "latex", "csv", "mbox", "slack", "gmail"
+    "text",
+    "directory",
+    "json",
+    "jsonl",
+    "markdown",
+    "rst",
+    "html",
+    "pdf",
+    "docx",
+    "pptx",
+    "xlsx",
+    "epub",
+    "ipynb",
+    "latex",
+    "csv",
+    "mbox",
+    "slack",
+    "gmail",
 ]
 SUFFIXES: dict[str, Kind] = {
     ".json": "json",
@@ -21,7 +38,16 @@ SUFFIXES: dict[str, Kind] = {
     ".html": "html",
     ".htm": "html",
     ".xhtml": "html",
+    ".rst": "rst",
     ".pdf": "pdf",
+    ".docx": "docx",
+    ".pptx": "pptx",
+    ".xlsx": "xlsx",
+    ".xlsm": "xlsx",
+    ".xls": "xlsx",
+    ".ods": "xlsx",
+    ".epub": "epub",
+    ".ipynb": "ipynb",
     ".tex": "latex",
     ".csv": "csv",
     ".tsv": "csv",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from command_line.errors import UserError
-from synth.resources import extras, pdf, text
-from synth.resources.sections import SEPARATOR, Section
+from synth.resources import documents, extras, text
+from synth.resources.sections import SEPARATOR, Section, Sections
 
 LARGEST_FILE = 2**20  # bytes; what is larger was rarely written by a person
 SNIFFED = 8192  # bytes of a file in which a zero tells that it is no text
@@ -17,7 +19,7 @@ SNIFFED = 8192  # bytes of a file in which a zero tells that it is no text
 log = logging.getLogger(__name__)
 
 
-def read(path: str, include: Sequence[str] = ()) -> list[Section]:
+def read(path: str, include: Sequence[str] = ()) -> Sections:
     """The texts under `path` in the order of their names, each headed by a line with its own path.
 
     Symbolic links are not followed: they may lead out of the folder, or around in it.
@@ -30,26 +32,35 @@ def read(path: str, include: Sequence[str] = ()) -> list[Section]:
         raise NotADirectoryError(f"{path} is not a folder: set config.resource.path to one, or another kind")
     wanted = _patterns(include) if include else None
     sections: list[Section] = []
-    for file in _walk(root, []):
+    files, left_out = 0, Counter[str]()
+    for file in _walk(root, [], left_out):
         name = file.relative_to(root).as_posix()
-        if wanted is None or wanted.match_file(name):
-            sections += _read_file(file, name)
+        if wanted is not None and not wanted.match_file(name):
+            left_out["files that config.resource.include does not name"] += 1
+            continue
+        found = _read_file(file, name, left_out)
+        files += bool(found)
+        sections += found
     if not sections:
         fitting = f" that fits config.resource.include, {include}" if include else ""
         raise UserError(f"{path} holds no text{fitting}")
-    return sections
+    return Sections(sections, {"files": files, "sections": len(sections)}, left_out)
 
 
-def _walk(folder: Path, ignored: list[tuple[Path, Any]]) -> Iterator[Path]:
+def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str]) -> Iterator[Path]:
     """Files below `folder`, without what a .gitignore of it or of a folder above leaves out."""
     gitignore = folder / ".gitignore"
     if gitignore.is_file():
-        ignored = [*ignored, (folder, _patterns(_decode(gitignore.read_bytes()).splitlines()))]
+        ignored = [*ignored, (folder, _patterns(text.decode(gitignore.read_bytes()).splitlines()))]
     for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() or entry.name == ".git" or _is_ignored(entry, ignored):
+        if entry.name == ".git":
             continue
-        if entry.is_dir():
-            yield from _walk(entry, ignored)
+        if entry.is_symlink():
+            left_out["links"] += 1
+        elif _is_ignored(entry, ignored):
+            left_out["files and folders that .gitignore names"] += 1
+        elif entry.is_dir():
+            yield from _walk(entry, ignored, left_out)
         elif entry.is_file():
             yield entry
 
@@ -68,32 +79,37 @@ def _patterns(lines: Sequence[str]) -> Any:
     return extras.load("pathspec", "a folder").GitIgnoreSpec.from_lines(lines)
 
 
-def _read_file(file: Path, name: str) -> list[Section]:
-    if file.suffix.lower() == ".pdf":
-        return _read_pdf(file, name)
+def _read_file(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
+    if file.suffix.lower() in documents.READERS:
+        return _read_document(file, name, left_out)
     size = file.stat().st_size
     if size > LARGEST_FILE:
         log.warning("%s is left out: %d bytes, more than %d", file, size, LARGEST_FILE)
+        left_out[f"files of more than {LARGEST_FILE} bytes"] += 1
         return []
-    data = file.read_bytes()
-    if b"\0" in data[:SNIFFED] or not data.strip():
+    content = _text_of(file.read_bytes())
+    if not content.strip():
+        left_out["empty files" if size == 0 or content else "files that are no texts"] += 1
         return []
-    first, *rest = text.split(_decode(data).rstrip() + "\n\n", file, name)
+    first, *rest = text.split(content.rstrip() + "\n\n", file, name)
     return [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
 
 
-def _read_pdf(file: Path, name: str) -> list[Section]:
+def _text_of(data: bytes) -> str:
+    """Nothing, if it is no text."""
+    if b"\0" in data[:SNIFFED] and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ""
+    return text.decode(data)
+
+
+def _read_document(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
     try:
-        first, *rest = pdf.read(str(file))
-    except ValueError as error:
+        found = documents.READERS[file.suffix.lower()](str(file))
+    except UserError as error:
         log.warning("%s: left out", error)
+        left_out["documents that cannot be read"] += 1
         return []
-    pages = [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
-    return [Section(f"{name}{SEPARATOR}{page.name}", page.text) for page in pages]
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+    left_out.update(found.left_out)
+    first, *rest = found
+    sections = [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
+    return [Section(f"{name}{SEPARATOR}{section.name}", section.text) for section in sections]

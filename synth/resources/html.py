@@ -21,13 +21,18 @@ HEADING = re.compile(r"h([1-6])")
 
 
 def read(path: str) -> list[Section]:
-    source = read_whole(path)
-    soup = _parse(source)
-    name = " ".join(soup.title.get_text().split()) if soup.title else ""
-    text, headings = _Text().of(soup)
-    if not text.strip():
+    sections = sections_of(read_whole(path), Path(path).name)
+    if not any(section.text.strip() for section in sections):
         raise UserError(f"{path} holds no text outside its scripts and navigation")
-    return at_headings(text, headings, name or Path(path).name)
+    return sections
+
+
+def sections_of(source: str, name: str) -> list[Section]:
+    """At its headings; what comes before the first is named by the page's title, or else `name`."""
+    soup = _parse(source)
+    title = " ".join(soup.title.get_text().split()) if soup.title else ""
+    text, headings = _Text().of(soup)
+    return at_headings(text, headings, title or name)
 
 
 def to_text(source: str) -> str:
@@ -47,6 +52,7 @@ class _Text:
         self._line = ""
         self._headings: list[tuple[int, int, str]] = []  # (line, level, title)
         self._verbatim = 0  # how many <pre> are open
+        self._cells = 0  # how many <td> and <th>
 
     def of(self, tree: Any) -> tuple[str, list[Heading]]:
         self._visit(tree)
@@ -74,9 +80,9 @@ class _Text:
                 waiting += [(child, False) for child in reversed(node.contents)]
 
     def _enter(self, node: Any) -> None:
-        if BLOCK.fullmatch(node.name):
-            self._end_line()
+        self._break(node.name)
         self._verbatim += node.name == "pre"
+        self._cells += node.name in CELLS
         if found := HEADING.fullmatch(node.name):
             title = " ".join(node.get_text(" ").split())
             self._headings.append((len(self._lines), int(found[1]), title))
@@ -84,11 +90,18 @@ class _Text:
         elif node.name == "li":
             self._line = "- "
         elif node.name in CELLS and self._line.strip():
-            self._line += " | "
+            self._line = self._line.rstrip() + " | "
 
     def _leave(self, node: Any) -> None:
         self._verbatim -= node.name == "pre"
-        if BLOCK.fullmatch(node.name):
+        self._cells -= node.name in CELLS
+        self._break(node.name)
+
+    def _break(self, name: str) -> None:
+        """A paragraph inside of a cell ends no line of the table."""
+        if self._cells and name in ("p", "div", "br"):
+            self._line += " " if self._line and not self._line.endswith(" ") else ""
+        elif BLOCK.fullmatch(name):
             self._end_line()
 
     def _write(self, text: str) -> None:

@@ -8,26 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command_line.errors import UserError
+from command_line import files
 from synth.resources.sections import Section
 from synth.resources.text import read as read_whole
 
 
 def read_json(path: str) -> list[Section]:
-    return _sections(path, _parse(read_whole(path), path))
+    return _sections(path, files.parse_json(read_whole(path), path))
 
 
 def read_jsonl(path: str) -> list[Section]:
     """As a list whose places are counted from 1, as lines are."""
-    lines = enumerate(read_whole(path).splitlines(), 1)
-    return _sections(path, {str(n): _parse(line, f"{path}, line {n},") for n, line in lines if line.strip()})
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+    lines = files.json_lines(read_whole(path))
+    return _sections(path, {str(n): files.parse_json(line, f"{path}, line {n},") for n, line in lines})
 
 
 def _sections(path: str, tree: Any) -> list[Section]:

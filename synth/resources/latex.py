@@ -4,27 +4,70 @@ from __future__ import annotations
 
 import functools
 import logging
+import posixpath
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from command_line.errors import UserError
 from synth.resources import arxiv
-from synth.resources.sections import Heading, Section, at_headings
+from synth.resources.sections import Heading, Sections, at_headings
+from synth.resources.text import decode
 
 DEEPEST = 20  # files that include one another
 LONGEST_TEXT = 2**25  # characters; a file may be included more than once, and so may those that it includes
 LEVELS = {name: i for i, name in enumerate(("part", "chapter", "section", "subsection", "subsubsection"), 1)}
 
-_COMMENT = re.compile(r"(?<!\\)((?:\\\\)*)%.*")
-_VERBATIM = re.compile(r"\\begin\{(comment|verbatim\*?|lstlisting|minted)\}")
-_INPUT = re.compile(r"\\(?:input|include|subfile)[ \t]*\{([^{}]*)\}|\\input[ \t]+([^\s{}\\]+)")
+# A % or a command in one of these is none: the scanner takes them whole, and any escaped character, too.
+_BRACED = r"\{(?:[^{}\n]|\{[^{}\n]*\})*\}"
+_VERBATIM = (
+    "verbatim",
+    "verbatim*",
+    "Verbatim",
+    "Verbatim*",
+    "BVerbatim",
+    "LVerbatim",
+    "alltt",
+    "lstlisting",
+    "minted",
+    "filecontents",
+    "filecontents*",
+)
+_DEFINES_VERBATIM = re.compile(r"\\(?:lstnewenvironment|DefineVerbatimEnvironment|newtcblisting)\*?\{([\w*]+)\}")
+_OPTIONS = r"(?:\[[^\]\n]{0,300}\])?"
+_LITERAL = rf"""
+    \\begin\{{(?P<environment>NAMES)\}}[\s\S]*?(?:\\end\{{(?P=environment)\}}|\Z)
+  | \\(?:(?:verb\*?|url|path|nolinkurl)(?![a-zA-Z])|lstinline{_OPTIONS}|mintinline{_OPTIONS}{_BRACED})
+    (?:{_BRACED}|(?P<mark>[^\sa-zA-Z*{{\\\[(])[^\n]*?(?P=mark))
+  | \\href{_OPTIONS}{_BRACED}
+"""
+_COMMENT = r"""
+    (?P<comment>^[ \t]*%[^\n]*(?:\n|\Z) | %[^\n]* | \\begin\{comment\}[\s\S]*?(?:\\end\{comment\}[^\n]*\n?|\Z))
+"""
+_INCLUDE = r"""
+    \\(?P<command>input|@input|include|subfile|subfileinclude|includestandalone|InputIfFileExists)\*?(?![a-zA-Z@])
+    [ \t]*(?:\[[^\]\n]{0,300}\])?[ \t]*\{(?P<name>[^{}]*)\}
+  | \\input[ \t]+(?P<bare>[^\s{}\\%]+)
+  | \\(?P<import>(?:sub)?(?:import|inputfrom|includefrom))\*?[ \t]*\{(?P<folder>[^{}]*)\}[ \t]*\{(?P<file>[^{}]*)\}
+  | \\(?:lstinputlisting|verbatiminput|VerbatimInput|inputminted)\*?(?:\[[^\]\n]{0,300}\])?(?:\{[^{}]*\})?
+    \{(?P<listing>[^{}]*)\}
+  | \\(?P<macro>NAMES)[ \t]*\{(?P<argument>[^{}]*)\}
+  | (?P<picture>\\includegraphics\*?)(?![a-zA-Z])
+  | \\(?P<unread>bibliography|printbibliography|includepdf)\*?(?![a-zA-Z])
+  | (?P<begin>\\begin\{document\}) | (?P<end>\\end\{document\}|\\endinput(?![a-zA-Z@]))
+"""
+_DEFINES_INCLUDE = re.compile(
+    r"\\(?:re|provide)?(?:newcommand|command)\*?\{?\\([a-zA-Z]+)\}?\[1\]\{[^{}]*\\(?:input|include|subfile)\{([^{}]*#1[^{}]*)\}"
+)
+_INPUT_PATH = re.compile(r"\\input@path[ \t]*\{((?:[ \t]*\{[^{}]*\})+)")
+_ESCAPED = r"\\[\s\S]"
 _HEADING = re.compile(rf"^[ \t]*\\({'|'.join(LEVELS)})\*?[ \t]*(?:\[[^\]\n]*\])?[ \t]*\{{", re.MULTILINE)
 
 log = logging.getLogger(__name__)
 
 
-def read(path: str, api_url: str | None = None) -> list[Section]:
+def read(path: str, api_url: str | None = None) -> Sections:
     """From the folder or the .tex file at `path`, or, as arxiv:ID or an address there, from arXiv.
 
     Comments are taken out; what \\input names is looked for in the folder only, and left out if it is not there.
@@ -38,29 +81,32 @@ def read(path: str, api_url: str | None = None) -> list[Section]:
     else:
         root, names = _names(Path(path))
         get = functools.partial(_read_inside, root)
+    main = _Document(get).main_file(names, path)
     document = _Document(get)
-    text = document.resolved(document.main_file(names, path))
-    text = text.partition("\\end{document}")[0].strip() + "\n"
-    return at_headings(text, _headings(text), "beginning")
+    text = document.resolved(main).strip() + "\n"
+    for sentence in document.missing:
+        log.warning("%s", sentence)
+    sections = at_headings(text, _headings(text), "beginning")
+    left_out = Counter({"included files that are not there": len(document.missing)}) + document.left_out
+    return Sections(sections, {"files": len(document.files), "sections": len(sections)}, left_out)
 
 
 def without_comments(text: str) -> str:
-    """A line that is nothing but a comment goes with its end; what stands in a verbatim environment stays."""
-    kept, inside = [], ""
-    for line in text.replace("\r\n", "\n").splitlines(keepends=True):
-        if inside:
-            if inside != "comment":
-                kept.append(line)
-            inside = "" if f"\\end{{{inside}}}" in line else inside
-            continue
-        if line.lstrip().startswith("%"):
-            continue
-        if found := _VERBATIM.search(line):
-            inside = "" if f"\\end{{{found[1]}}}" in line else found[1]
-            if found[1] == "comment":
-                continue
-        kept.append(line if inside else _COMMENT.sub(r"\1", line))
-    return "".join(kept)
+    """A line that is nothing but a comment goes with its end; what is verbatim, or an address, stays."""
+    text = text.replace("\r\n", "\n")
+    literal = _with_names(_LITERAL, (*_VERBATIM, *_DEFINES_VERBATIM.findall(text)))
+    return _scanner(f"{_COMMENT}|{literal}|{_ESCAPED}").sub(
+        lambda found: "" if found["comment"] is not None else found[0], text
+    )
+
+
+def _with_names(pattern: str, names: Iterable[str]) -> str:
+    return pattern.replace("NAMES", "|".join(map(re.escape, sorted(set(names)))) or "(?!)")
+
+
+@functools.lru_cache(maxsize=64)
+def _scanner(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.VERBOSE | re.MULTILINE)
 
 
 def _names(path: Path) -> tuple[Path, list[str]]:
@@ -75,59 +121,125 @@ def _names(path: Path) -> tuple[Path, list[str]]:
 def _read_inside(root: Path, name: str) -> str | None:
     """The text of a file, if it lies in `root`, even when links are followed."""
     file = (root / name).resolve()
-    return arxiv.decode(file.read_bytes()) if file.is_relative_to(root.resolve()) and file.is_file() else None
+    return decode(file.read_bytes()) if file.is_relative_to(root.resolve()) and file.is_file() else None
 
 
 class _Document:
     """Files that include one another; `get` gives the text of one, or None."""
 
     def __init__(self, get: Callable[[str], str | None]):
-        self._get = functools.cache(lambda name: None if (text := get(name)) is None else without_comments(text))
-        self._resolved: dict[str, str] = {}  # kept: else ten files that include each other ten times take an age
+        self._get = functools.cache(get)
+        self._clean = functools.cache(lambda name: None if (text := get(name)) is None else without_comments(text))
+        self._resolved: dict[tuple[str, str], str] = {}  # kept: else ten files that include each other take an age
+        self._macros: dict[str, str] = {}  # of the document, that include what their argument names
+        self._environments = set(_VERBATIM)
+        self._folders: list[str] = []  # of \input@path
+        self.missing: list[str] = []  # a sentence for each
+        self.left_out: Counter[str] = Counter()
+        self.files: set[str] = set()
 
     def main_file(self, names: list[str], path: str) -> str:
         """The file that begins a document; of several, main.tex, or else the one that has the most to say."""
-        starts = [name for name in names if re.search(r"\\document(?:class|style)\b", self._get(name) or "")]
+        starts = [name for name in names if re.search(r"\\document(?:class|style)\b", self._clean(name) or "")]
         if not starts:
             raise UserError(f"{path} holds no LaTeX with \\documentclass: set config.resource.path to the main file")
         return max(starts, key=lambda name: (name == "main.tex", len(self.resolved(name))))
 
-    def resolved(self, name: str, above: tuple[str, ...] = ()) -> str:
+    def resolved(self, name: str, above: tuple[str, ...] = (), folder: str = "") -> str:
         """The text of `name` with everything that it includes, in the place where it does.
+
+        `folder` is the one that \\import has led to. Of an included file that is a document itself, its body.
 
         Raises:
           UserError: files include one another without end, or so often that the text has no end either.
         """
         if name in above or len(above) >= DEEPEST:
             raise UserError(f"LaTeX files include one another without end: {' > '.join((*above, name))}")
-        if name not in self._resolved:
+        if (name, folder) not in self._resolved:
+            self.files.add(name)
             pieces, length = [], 0
-            for piece in self._pieces((*above, name)):
+            for piece in self._pieces((*above, name), folder):
                 pieces.append(piece)
                 length += len(piece)
                 if length > LONGEST_TEXT:
                     raise UserError(f"{name} with what it includes is longer than {LONGEST_TEXT} characters")
-            self._resolved[name] = "".join(pieces)
-        return self._resolved[name]
+            self._resolved[name, folder] = "".join(pieces)
+        return self._resolved[name, folder]
 
-    def _pieces(self, above: tuple[str, ...]) -> Iterator[str]:
-        text, end = self._get(above[-1]) or "", 0
-        for found in _INPUT.finditer(text):
-            yield text[end : found.start()]
-            end = found.end()
-            wanted = (found[1] or found[2] or "").strip().strip('"')
-            if included := self._find(wanted, above[0]):
-                yield self.resolved(included, above)
-            elif "#" not in wanted:  # else it stands in a macro's definition
-                log.warning("%s includes %r, which is not there: left out", above[-1], wanted)
-        yield text[end:]
+    def _pieces(self, above: tuple[str, ...], folder: str) -> Iterator[str]:
+        text = self._clean(above[-1]) or ""
+        self._learn(text)
+        found_all, place, end = self._span(text, is_included=len(above) > 1)
+        for found in found_all:
+            yield text[place : found.start()]
+            place = found.end()
+            if found["listing"] is not None:
+                yield self._listing(found["listing"], above, folder)
+            elif found["unread"] or found["picture"]:
+                self.left_out["pictures" if found["picture"] else f"\\{found['unread']}"] += 1
+                yield found[0]
+            else:
+                yield self._included(found, above, folder)
+        yield text[place:end]
 
-    def _find(self, wanted: str, main: str) -> str | None:
-        """TeX looks from the main file's folder, and adds .tex by itself."""
-        for name in (f"{wanted}.tex", wanted):
-            path = (PurePosixPath(main).parent / name).as_posix()
-            if self._get(path) is not None:
-                return path
+    def _learn(self, text: str) -> None:
+        """What a file says of how it, and those that it includes, are to be read."""
+        self._environments |= set(_DEFINES_VERBATIM.findall(text))
+        self._macros |= dict(_DEFINES_INCLUDE.findall(text))
+        for folders in _INPUT_PATH.findall(text):
+            self._folders += re.findall(r"\{([^{}]*)\}", folders)
+
+    def _span(self, text: str, is_included: bool) -> tuple[list[re.Match[str]], int, int]:
+        """What a text includes, and where it begins and ends: after the document, or \\endinput, nothing is read."""
+        literal, include = _with_names(_LITERAL, self._environments), _with_names(_INCLUDE, self._macros)
+        found_all: list[re.Match[str]] = []
+        start = 0
+        for found in _scanner(f"{literal}|{include}|{_ESCAPED}").finditer(text):
+            if found["begin"] and is_included:
+                found_all, start = [], found.end()
+            elif found["end"]:
+                return found_all, start, found.start()
+            elif found.lastgroup not in (None, "environment", "mark", "begin"):
+                found_all.append(found)
+        return found_all, start, len(text)
+
+    def _included(self, found: re.Match[str], above: tuple[str, ...], folder: str) -> str:
+        is_import, main_folder = found["import"] is not None, posixpath.dirname(above[0])
+        if is_import:
+            wanted = found["file"].strip()
+            start = folder if found["import"].startswith("sub") else main_folder
+            folder = posixpath.normpath(posixpath.join(start, found["folder"].strip()))
+        elif found["macro"] is not None:
+            wanted = self._macros[found["macro"]].replace("#1", found["argument"])
+        else:
+            wanted = (found["name"] if found["bare"] is None else found["bare"]).strip().strip('"')
+        if "#" in wanted:  # it stands in a macro's definition
+            return ""
+        name = self._find(wanted, above, folder)
+        if name is None:
+            where = posixpath.join(found["folder"].strip(), wanted) if is_import else wanted
+            self.missing.append(f"{above[-1]} includes {where!r}, which is not there: left out")
+            return ""
+        is_subfile = (found["command"] or "").startswith("subfile")
+        return self.resolved(name, above, posixpath.dirname(name) if is_subfile else folder)
+
+    def _listing(self, wanted: str, above: tuple[str, ...], folder: str) -> str:
+        """A program, say, as it stands."""
+        name = self._find(wanted.strip(), above, folder)
+        if name is None:
+            self.missing.append(f"{above[-1]} shows {wanted!r}, which is not there: left out")
+            return ""
+        self.files.add(name)
+        return self._get(name) or ""
+
+    def _find(self, wanted: str, above: tuple[str, ...], folder: str) -> str | None:
+        """TeX looks where \\import leads to, then from the main file's folder, and adds .tex by itself."""
+        folders = [folder, posixpath.dirname(above[0]), *self._folders, posixpath.dirname(above[-1])]
+        for start in dict.fromkeys(folders):
+            for name in (f"{wanted}.tex", wanted):
+                path = posixpath.normpath(posixpath.join(start, name))
+                if self._get(path) is not None:
+                    return path
         return None
 
 

@@ -7,25 +7,41 @@ import binascii
 import email
 import email.policy
 import logging
-import mailbox
+import mimetypes
 import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from email.message import EmailMessage
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from command_line.errors import UserError
-from synth.resources import html
-from synth.resources.sections import Section
+from synth.resources import documents, html
+from synth.resources.sections import Section, Sections
+from synth.resources.text import decode
 from synth.resources.web import Api
 
 GMAIL_URL = "https://gmail.googleapis.com"
 GMAIL_TOKEN = "GMAIL_TOKEN"  # of the environment: an OAuth access token that may read mail
 MOST_MESSAGES = 10_000
 HEADERS = ("From", "To", "Cc", "Date", "Subject")
+TEXT_KINDS = ("application/json", "application/x-ndjson", "application/xml", "application/yaml", "application/x-yaml")
+DEEPEST = 20  # messages and parts inside of one another
+
+# The line before a message: From, an address and a time. A file keeps to the form of its first one.
+_ENVELOPES = (
+    re.compile(rb"From .*\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b.*\b\d{1,2}:\d\d\b.*\b\d{4}\b"),
+    re.compile(rb"From \S+ .*\b\d{1,2}:\d\d\b"),
+    re.compile(rb"From \S*\s*$"),
+)
+_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:|>?From ")
+_QUOTED = re.compile(rb"^>(>*From )", re.MULTILINE)
 
 log = logging.getLogger(__name__)
 
 
-def read_mbox(path: str) -> list[Section]:
+def read_mbox(path: str) -> Sections:
     """The messages of an mbox file, in its order.
 
     Raises:
@@ -33,17 +49,14 @@ def read_mbox(path: str) -> list[Section]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: expected an mbox file, set config.resource.path")
-    box = mailbox.mbox(path, factory=None, create=False)
-    try:
-        sections = [_section(box.get_bytes(key)) for key in box.keys()]  # noqa: SIM118
-    finally:
-        box.close()
+    left_out: Counter[str] = Counter()
+    sections = [_section(raw, left_out) for raw in _split(Path(path))]
     if not sections:
         raise UserError(f"{path} holds no message: an mbox file begins each with a line 'From '")
-    return sections
+    return Sections(sections, {"messages": len(sections)}, left_out)
 
 
-def read_gmail(address: str, api_url: str | None = None) -> list[Section]:
+def read_gmail(address: str, api_url: str | None = None) -> Sections:
     """The messages that fit the query of gmail:QUERY, as in Gmail's own search box, thread by thread.
 
     Raises:
@@ -55,19 +68,21 @@ def read_gmail(address: str, api_url: str | None = None) -> list[Section]:
         raise UserError(f"{address} needs an OAuth token that may read mail, in the environment's {GMAIL_TOKEN}")
     query = address.removeprefix("gmail:")
     api = Api(api_url or GMAIL_URL, token)
+    left_out: Counter[str] = Counter()
     threads: dict[str, list[tuple[int, Section]]] = {}
     for message_id in _gmail_ids(api, query):
         message = api.get_json(f"gmail/v1/users/me/messages/{message_id}", format="raw")
         try:
             when, thread = int(message["internalDate"]), str(message["threadId"])
-            section = _section(base64.urlsafe_b64decode(message["raw"]))
+            section = _section(base64.urlsafe_b64decode(message["raw"]), left_out)
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise UserError(f"Gmail gave a message that cannot be read, {message_id}: {error!r}") from error
         threads.setdefault(thread, []).append((when, section))
     if not threads:
         raise UserError(f"no message of Gmail fits the query {query!r}")
     ordered = sorted((sorted(thread, key=lambda pair: pair[0]) for thread in threads.values()), key=lambda t: t[0][0])
-    return [section for thread in ordered for _, section in thread]
+    sections = [section for thread in ordered for _, section in thread]
+    return Sections(sections, {"messages": len(sections), "threads": len(ordered)}, left_out)
 
 
 def _gmail_ids(api: Api, query: str) -> list[str]:
@@ -84,12 +99,56 @@ def _gmail_ids(api: Api, query: str) -> list[str]:
         page["pageToken"] = str(reply["nextPageToken"])
 
 
-def _section(raw: bytes) -> Section:
-    message = email.message_from_bytes(raw, policy=email.policy.default)
+def _split(path: Path) -> Iterator[bytes]:
+    """The messages of an mbox file.
+
+    A line that begins with "From " begins one only if it stands behind an empty line or none, looks like the envelope
+    that it should be, and has a header below it: not all programs quote those that a letter contains.
+    """
+    message: list[bytes] | None = None
+    envelope: re.Pattern[bytes] | None = None
+    waiting, is_free = b"", True  # a line that may be an envelope, and whether the one before allows it
+    with path.open("rb") as file:
+        for line in file:
+            if waiting:
+                if _FIELD.match(line):
+                    if message is not None:
+                        yield _unquoted(message)
+                    message = []
+                elif message is not None:
+                    message.append(waiting)
+                waiting = b""
+            if is_free and line.startswith(b"From "):
+                envelope = envelope or next((form for form in _ENVELOPES if form.match(line)), None)
+                if envelope and envelope.match(line):
+                    waiting, is_free = line, False
+                    continue
+            is_free = not line.strip()
+            if message is not None:
+                message.append(line)
+    if message is not None:
+        yield _unquoted([*message, waiting])
+
+
+def _unquoted(lines: list[bytes]) -> bytes:
+    return _QUOTED.sub(rb"\1", b"".join(lines))
+
+
+def _section(raw: bytes, left_out: Counter[str]) -> Section:
+    try:
+        message = email.message_from_bytes(raw, policy=email.policy.default)
+        text = _text(message, left_out, 0)
+        return Section(_header(message, "Subject") or "no subject", text.strip() + "\n\n")
+    except RecursionError:  # of the library, on parts inside of parts without end
+        left_out["messages of too many parts in one another"] += 1
+        return Section("no subject", "")
+
+
+def _text(message: EmailMessage, left_out: Counter[str], depth: int) -> str:
+    """A message with its headers, then the text of what is attached to it."""
     headers = {name: _header(message, name) for name in HEADERS}
     lines = [f"{name}: {value}" for name, value in headers.items() if value]
-    text = "\n".join([*lines, "", _body(message).strip()])
-    return Section(headers["Subject"] or "no subject", text.strip() + "\n\n")
+    return "\n".join([*lines, "", *(text for _, text in _parts(message, left_out, depth))])
 
 
 def _header(message: EmailMessage, name: str) -> str:
@@ -99,14 +158,83 @@ def _header(message: EmailMessage, name: str) -> str:
         return ""
 
 
-def _body(message: EmailMessage) -> str:
-    """The plain text of a message, or that of its HTML."""
-    part = message.get_body(("plain", "html"))
-    if part is None:
+def _parts(part: EmailMessage, left_out: Counter[str], depth: int) -> Iterator[tuple[bool, str]]:
+    """The texts of a part and of those inside of it; what is attached, as the first value says, under its name."""
+    kind, name = _kind(part), _name(part)
+    if depth > DEEPEST:
+        left_out["parts too deep inside of others"] += 1
+    elif kind == "multipart/alternative":
+        yield from _best([list(_parts(inside, left_out, depth + 1)) for inside in _inside(part)])
+    elif kind in ("message/rfc822", "message/global"):
+        for inside in _inside(part) or [email.message_from_bytes(_payload(part), policy=email.policy.default)]:
+            yield True, _attached(name or "message", _text(inside, left_out, depth + 1))
+    elif part.is_multipart():
+        for inside in _inside(part):
+            yield from _parts(inside, left_out, depth + 1)
+    elif kind.startswith(("text/", "multipart/")) or kind in TEXT_KINDS:  # a multipart without parts is damaged
+        if text := _decoded(part, kind).strip():
+            yield bool(name), _attached(name, text) if name else text
+    elif name and (text := _document(part, name)):
+        yield True, _attached(name, text)
+    else:
+        left_out[f"attachments of {kind}"] += 1
+
+
+def _document(part: EmailMessage, name: str) -> str:
+    """The text of one that a library takes apart; nothing, if it cannot or there is no such library."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix not in documents.READERS:
         return ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"attached{suffix}"
+        path.write_bytes(_payload(part))
+        try:
+            return "".join(section.text for section in documents.READERS[suffix](str(path)))
+        except UserError as error:
+            log.warning("%s, attached to a letter, is left out: %s", name, error)
+            return ""
+
+
+def _attached(name: str, text: str) -> str:
+    return f"\n--- {name}\n{text.strip()}\n--- end of {name}\n"
+
+
+def _best(alternatives: list[list[tuple[bool, str]]]) -> Iterator[tuple[bool, str]]:
+    """One message in several forms: of the first that says anything, the plainest; and what is attached to any."""
+    says = [any(not is_attached for is_attached, _ in texts) for texts in alternatives]
+    best = says.index(True) if any(says) else 0
+    for number, texts in enumerate(alternatives):
+        yield from (one for one in texts if number == best or one[0])
+
+
+def _inside(part: EmailMessage) -> list[EmailMessage]:
+    payload = part.get_payload()
+    return [one for one in payload if isinstance(one, EmailMessage)] if isinstance(payload, list) else []
+
+
+def _kind(part: EmailMessage) -> str:
+    """What a part says it is, or what its name says where it does not."""
+    kind = part.get_content_type()
+    if kind == "application/octet-stream":
+        kind = mimetypes.guess_type(_name(part) or "")[0] or kind
+    return kind
+
+
+def _name(part: EmailMessage) -> str | None:
     try:
-        text = part.get_content()
-    except (LookupError, ValueError):  # a charset or an encoding that nobody knows
-        payload = part.get_payload(decode=True)
-        text = payload.decode("latin-1") if isinstance(payload, bytes) else str(payload or "")
-    return html.to_text(text) if part.get_content_subtype() == "html" else text
+        return part.get_filename()
+    except Exception:  # as for other headers
+        return None
+
+
+def _payload(part: EmailMessage) -> bytes:
+    payload = part.get_payload(decode=True)
+    return payload if isinstance(payload, bytes) else b""
+
+
+def _decoded(part: EmailMessage, kind: str) -> str:
+    try:
+        text = _payload(part).decode(part.get_content_charset("utf-8"))
+    except (LookupError, ValueError):  # a charset that nobody knows, or another than is said
+        text = decode(_payload(part))
+    return html.to_text(text) if kind == "text/html" else text.replace("\r\n", "\n")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from command_line.errors import UserError
 from synth.resources import extras
-from synth.resources.sections import Section
+from synth.resources.sections import Section, Sections
 
 
-def read(path: str) -> list[Section]:
+def read(path: str) -> Sections:
     """One section a page, in reading order as far as the file tells it.
 
     Raises:
@@ -30,4 +30,5 @@ def read(path: str) -> list[Section]:
         raise UserError(f"{path} needs a password: save it without one")
     if not any(pages):
         raise UserError(f"{path} holds no text on its {len(pages)} pages: run it through OCR first")
-    return [Section(f"page {number}", f"{text}\n\n") for number, text in enumerate(pages, 1) if text]
+    sections = [Section(f"page {number}", f"{text}\n\n") for number, text in enumerate(pages, 1) if text]
+    return Sections(sections, {"pages": len(sections)}, {"pages without text": len(pages) - len(sections)})

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import files
 from command_line.errors import UserError
-from synth.resources import folder, html, json_tree, latex, mail, pdf, slack, table, text
+from synth.resources import documents, folder, html, json_tree, latex, mail, office, slack, table, text
 from synth.resources.config import Kind, ResourceConfig
-from synth.resources.sections import Section
+from synth.resources.sections import Section, Sections
 
 CORPUS = "corpus.txt"  # what training and evaluation read, beside the dataset
+TOLD = "resources.txt"  # what was read of every resource, and what was left out
 SNAPSHOT = "resources.json"  # texts that came over a network, since another day they may be others
 
 
@@ -23,6 +25,7 @@ class Resource:
     name: str  # its file's or folder's, or its address
     sections: tuple[Section, ...]
     weight: float = 1.0
+    told: str = dataclasses.field(default="", compare=False)  # what was read and left out, in a sentence
 
     def to_string(self) -> str:
         return "".join(section.text for section in self.sections)
@@ -46,12 +49,14 @@ def read(config: ResourceConfig, output: Path) -> Corpus:
       UserError, OSError: something cannot be read; the sentence says what, and what to do.
     """
     kept = _kept(output / SNAPSHOT)
-    return Corpus(tuple(_read_one(one, kept) for one in config.every()))
+    told = (output / TOLD).read_text(encoding="utf-8").split("\n") if kept and (output / TOLD).is_file() else []
+    return Corpus(tuple(_read_one(one, kept, told) for one in config.every()))
 
 
 def keep(config: ResourceConfig, corpus: Corpus, output: Path) -> None:
     """Leaves in `output` the corpus as one text, and what came over a network."""
     files.write_text(output / CORPUS, corpus.to_string())
+    files.write_text(output / TOLD, "".join(f"{resource.told}\n" for resource in corpus.resources))
     remote = {
         one.path: [dataclasses.astuple(section) for section in resource.sections]
         for one, resource in zip(config.every(), corpus.resources, strict=True)
@@ -61,16 +66,22 @@ def keep(config: ResourceConfig, corpus: Corpus, output: Path) -> None:
         files.write_text(output / SNAPSHOT, json.dumps(remote, ensure_ascii=False))
 
 
-def _read_one(config: ResourceConfig, kept: dict[str, list[list[str]]]) -> Resource:
-    if config.is_remote and config.path in kept:
-        sections = [Section(name, text) for name, text in kept[config.path]]
+def _read_one(config: ResourceConfig, kept: dict[str, list[list[str]]], told_before: Sequence[str]) -> Resource:
+    is_kept = config.is_remote and config.path in kept
+    if is_kept:
+        sections = Sections(Section(name, text) for name, text in kept[config.path])
     else:
         sections = _sections(config.path, config.found_kind(), config)
     if not any(section.text.strip() for section in sections):
         raise UserError(f"{config.path} is empty: expected a text")
     # where it lies on this machine is nobody's business who reads the dataset
     name = config.path if config.is_remote else Path(config.path).resolve().name
-    return Resource(name, tuple(sections), config.weight)
+    name = files.writable(name, "the name of a resource")
+    writable = [Section(files.writable(s.name, name), files.writable(s.text, f"{name}, {s.name}")) for s in sections]
+    told = f"{name}: {Sections(writable, sections.read, sections.left_out)}"
+    if is_kept:  # when it was fetched, there was more to tell
+        told = next((line for line in told_before if line.startswith(f"{name}: ")), told)
+    return Resource(name, tuple(writable), config.weight, told)
 
 
 def _kept(snapshot: Path) -> dict[str, list[list[str]]]:
@@ -82,7 +93,12 @@ def _kept(snapshot: Path) -> dict[str, list[list[str]]]:
         raise UserError(f"{snapshot} is damaged, delete it to fetch the resources again: {error}") from error
 
 
-def _sections(path: str, kind: Kind, config: ResourceConfig) -> list[Section]:
+def _sections(path: str, kind: Kind, config: ResourceConfig) -> Sections:
+    found = _read(path, kind, config)
+    return found if isinstance(found, Sections) else Sections(found)
+
+
+def _read(path: str, kind: Kind, config: ResourceConfig) -> list[Section]:
     match kind:
         case "text":
             return text.read_text(path)
@@ -96,8 +112,12 @@ def _sections(path: str, kind: Kind, config: ResourceConfig) -> list[Section]:
             return text.read_markdown(path)
         case "html":
             return html.read(path)
-        case "pdf":
-            return pdf.read(path)
+        case "rst":
+            return text.read_rst(path)
+        case "pdf" | "docx" | "pptx" | "epub" | "ipynb":
+            return documents.READERS[f".{kind}"](path)
+        case "xlsx":
+            return office.read_spreadsheet(path)
         case "latex":
             return latex.read(path, config.api_url)
         case "csv":

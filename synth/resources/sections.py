@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 SEPARATOR = " > "  # between a heading and the one below it
 
@@ -25,6 +26,26 @@ _LEADS_TO_DEFINITION = re.compile(r"[@#/*]| \*|\[\w|template\b")  # decorators, 
 class Section:
     name: str
     text: str  # with the white space behind it, so that joined sections are the whole text
+
+
+class Sections(list[Section]):
+    """What a reader gives: sections, what there was to read, as counts by kind, and what of it was left out, by why."""
+
+    def __init__(
+        self,
+        sections: Iterable[Section] = (),
+        read: Mapping[str, int] | None = None,
+        left_out: Mapping[str, int] | None = None,
+    ):
+        super().__init__(sections)
+        self.read = Counter(read)  # none: the sections themselves are counted
+        self.left_out = +Counter(left_out)  # those that are more than 0
+
+    def __str__(self) -> str:
+        """One sentence."""
+        read = _counted(self.read or {"sections": len(self)})
+        left_out = f"left out: {_counted(self.left_out)}" if self.left_out else "nothing was left out"
+        return f"read {read}, {sum(len(section.text) for section in self)} characters; {left_out}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +82,10 @@ def at_definitions(code: str, name: str) -> list[Section]:
                 first -= 1
             begins.append((first, found["name"] or found["function"]))
     return _cut(lines, begins, name)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _cut(lines: Sequence[str], begins: Sequence[tuple[int, str]], name: str) -> list[Section]:

@@ -2,56 +2,90 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-import json
 import os
-import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from command_line import files
 from command_line.errors import UserError
-from synth.resources.sections import Section
+from synth.resources import slack_blocks
+from synth.resources.sections import Section, Sections
 from synth.resources.web import Api
 
 URL = "https://slack.com/api"
 TOKEN = "SLACK_BOT_TOKEN"  # of the environment: may read channels, their history and users
 LARGEST_EXPORT = 2**31  # bytes, unpacked
 
-_MENTION = re.compile(r"<([@#!])([^|>]+)(?:\|([^>]*))?>")
-_LINK = re.compile(r"<((?:https?|mailto):[^|>]+)(?:\|([^>]*))?>")
-_ENTITIES = (("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&"))
+# What Slack itself says in a channel, by its subtypes, and what they count as.
+_MOVES = "joins and leaves"
+_DELETED = "deleted messages"
+_NOTICES = "notices of Slack's (topics, names, pins, archiving)"
+HOUSEKEEPING = (
+    {f"{kind}_{what}": _MOVES for kind in ("channel", "group") for what in ("join", "leave")}
+    | {"tombstone": _DELETED, "message_deleted": _DELETED}
+    | {
+        f"{kind}_{what}": _NOTICES
+        for kind in ("channel", "group")
+        for what in ("archive", "name", "posting_permissions", "purpose", "topic", "unarchive")
+    }
+    | dict.fromkeys(
+        (
+            "app_conversation_join",
+            "bot_add",
+            "bot_disable",
+            "bot_enable",
+            "bot_remove",
+            "channel_canvas_updated",
+            "channel_convert_to_private",
+            "channel_convert_to_public",
+            "ekm_access_denied",
+            "huddle_thread",
+            "message_replied",
+            "pinned_item",
+            "reminder_add",
+            "reminder_delete",
+            "sh_room_created",
+            "sh_room_shared",
+            "unpinned_item",
+        ),
+        _NOTICES,
+    )
+)
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+PROFILE_NAMES = ("display_name", "real_name", "name")
 
 Message = Mapping[str, Any]
 
 
-def read_export(path: str) -> list[Section]:
+def read_export(path: str) -> Sections:
     """From the folder or the .zip file that Slack's export gives.
 
     Raises:
       FileNotFoundError, UserError: there is no such thing at `path`, or no message in it.
     """
-    files = _zip_files(Path(path)) if Path(path).is_file() else _folder_files(Path(path))
+    found = _zip_files(Path(path)) if Path(path).is_file() else _folder_files(Path(path))
     users: dict[str, str] = {}
     channels: dict[str, list[Message]] = {}
-    for name, data in files:
-        try:
-            content = json.loads(data)
-        except ValueError as error:
-            raise UserError(f"{path} is no Slack export: {name} in it is not JSON: {error}") from error
+    for name, data in found:
+        content = files.parse_json(data, f"{path} is no Slack export: {name} in it")
         parts = PurePosixPath(name).parts
         if parts[-1] == "users.json":
             users |= _names(content)
         elif len(parts) > 1 and isinstance(content, list):
             channels.setdefault(parts[-2], []).extend(message for message in content if isinstance(message, dict))
-    sections = [s for name in sorted(channels) for s in _channel(name, channels[name], users)]
+    sections = _sections(channels, users)
     if not sections:
         raise UserError(f"{path} is no Slack export: expected users.json and a folder of JSON files for every channel")
     return sections
 
 
-def read_api(address: str, api_url: str | None = None) -> list[Section]:
+def read_api(address: str, api_url: str | None = None) -> Sections:
     """The channels of slack:NAME,NAME, or of slack: every one that the token's owner is a member of.
 
     Raises:
@@ -71,7 +105,7 @@ def read_api(address: str, api_url: str | None = None) -> list[Section]:
     if missing := [name for name in wanted if name not in channels]:
         raise UserError(f"Slack shows no channel {missing[0]!r} to this token: invite its owner or change the path")
     users = _names(_pages(api, "users.list", "members"))
-    sections = [s for name in sorted(channels) for s in _channel(name, _history(api, channels[name]), users)]
+    sections = _sections({name: _history(api, channel) for name, channel in channels.items()}, users)
     if not sections:
         raise UserError(f"{address} gives no message of {', '.join(sorted(channels)) or 'any channel'}")
     return sections
@@ -120,53 +154,104 @@ def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:
 def _names(users: Iterable[Any]) -> dict[str, str]:
     names = {}
     for user in users:
-        profile = user.get("profile") or {}
-        names[str(user.get("id"))] = (
-            profile.get("display_name") or profile.get("real_name") or user.get("real_name") or user.get("name") or "?"
-        )
+        if isinstance(user, dict):
+            profile = user.get("profile") or {}
+            found = [*(profile.get(name) for name in PROFILE_NAMES), user.get("real_name"), user.get("name"), "?"]
+            names[str(user.get("id"))] = next(filter(None, found))
     return names
 
 
-def _channel(name: str, messages: Iterable[Message], users: Mapping[str, str]) -> Iterator[Section]:
+def _sections(channels: Mapping[str, Iterable[Message]], users: Mapping[str, str]) -> Sections:
+    counts = _Counts()
+    sections = [s for name in sorted(channels) for s in _channel(name, channels[name], users, counts)]
+    return Sections(sections, {"messages": counts.messages, "channels": len(channels)}, counts.left_out)
+
+
+@dataclasses.dataclass
+class _Counts:
+    messages: int = 0
+    left_out: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+def _channel(name: str, messages: Iterable[Message], users: Mapping[str, str], counts: _Counts) -> Iterator[Section]:
     """Days in order; a thread belongs to the day on which it began."""
-    unique = {str(message.get("ts")): message for message in messages if message.get("ts")}
+    latest = _latest(messages, counts)
     threads: dict[str, list[Message]] = {}
-    for ts in sorted(unique, key=_seconds):
-        threads.setdefault(str(unique[ts].get("thread_ts") or ts), []).append(unique[ts])
+    for ts in sorted(latest, key=_seconds):
+        threads.setdefault(str(latest[ts].get("thread_ts") or ts), []).append(latest[ts])
     days: dict[str, list[str]] = {}
     for ts in sorted(threads, key=_seconds):
-        lines = [_line(message, users, is_reply=i > 0) for i, message in enumerate(threads[ts])]
-        days.setdefault(_time(ts).date().isoformat(), []).extend(line for line in lines if line)
+        lines = [line for message in threads[ts] if (line := _line(message, users, counts))]
+        days.setdefault(_time(ts).date().isoformat(), []).extend(lines)
     for day, lines in days.items():
         if lines:
             yield Section(f"#{name}, {day}", f"#{name}, {day}\n" + "\n".join(lines) + "\n\n")
 
 
-def _line(message: Message, users: Mapping[str, str], is_reply: bool) -> str:
-    text = str(message.get("text") or "")
-    text = _MENTION.sub(lambda found: _mention(found, users), text)
-    text = _LINK.sub(lambda found: f"{found[2]} ({found[1]})" if found[2] else found[1], text)
-    for entity, character in _ENTITIES:
-        text = text.replace(entity, character)
-    files = [file for file in message.get("files") or () if isinstance(file, dict)]
-    text = " ".join([text, *(f"[file: {file.get('title') or file.get('name')}]" for file in files)]).strip()
-    if not text:
+def _latest(messages: Iterable[Message], counts: _Counts) -> dict[str, Message]:
+    """What people said, by its time and as it stands after all edits: without what Slack says of itself."""
+    latest: dict[str, Message] = {}
+    deleted: set[str] = set()
+    for message in messages:
+        subtype = message.get("subtype")
+        if subtype == "message_changed" and isinstance(message.get("message"), dict):
+            message = message["message"]
+            subtype = message.get("subtype")
+        if subtype in ("message_deleted", "tombstone"):
+            deleted.add(str(message.get("deleted_ts") or message.get("ts")))
+        ts = str(message.get("ts") or "")
+        if reason := "messages without a time" if not ts else HOUSEKEEPING.get(str(subtype)):
+            counts.left_out[reason] += 1
+        elif ts not in latest or _edited(message) >= _edited(latest[ts]):
+            latest[ts] = message
+    for ts in deleted & latest.keys():
+        del latest[ts]
+    return latest
+
+
+def _edited(message: Message) -> float:
+    edited = message.get("edited")
+    return _seconds(str(edited.get("ts") or 0)) if isinstance(edited, dict) else 0.0
+
+
+def _line(message: Message, users: Mapping[str, str], counts: _Counts) -> str:
+    text = slack_blocks.text_of(message, users)
+    for file in (file for file in message.get("files") or () if isinstance(file, dict)):
+        title = file.get("title") or file.get("name")
+        if not title or file.get("mode") in ("tombstone", "hidden_by_limit"):
+            counts.left_out["deleted or hidden files"] += 1
+            continue
+        inside = file.get("plain_text") or file.get("preview_plain_text") or file.get("preview") or ""
+        text = f"{text} [file: {title}]" + (f"\n{inside}" if inside else "")
+        counts.left_out["files, but for their names"] += not inside
+    if not (text := text.strip()):
+        counts.left_out["messages without words"] += 1
         return ""
-    who = users.get(str(message.get("user"))) or message.get("username") or message.get("user") or "someone"
-    return f"{'  > ' if is_reply else ''}{_time(str(message['ts'])):%H:%M} {who}: {text}"
+    counts.messages += 1
+    is_reply = str(message.get("thread_ts") or message["ts"]) != str(message["ts"])
+    return f"{'  > ' if is_reply else ''}{_time(str(message['ts'])):%H:%M} {_who(message, users)}: {text}"
 
 
-def _mention(found: re.Match[str], users: Mapping[str, str]) -> str:
-    sign, what, label = found.groups()
-    return f"@{label or what}" if sign == "!" else sign + (label or users.get(what, what))
+def _who(message: Message, users: Mapping[str, str]) -> str:
+    """By users.json, else as the message itself names who wrote it, as those of other workspaces do."""
+    if known := users.get(str(message.get("user"))):
+        return known
+    for key in ("user_profile", "bot_profile"):
+        profile = message.get(key)
+        names = [profile.get(name) for name in PROFILE_NAMES] if isinstance(profile, dict) else []
+        if any(names):
+            return str(next(filter(None, names)))
+    return str(message.get("username") or message.get("user") or "someone")
 
 
 def _seconds(ts: str) -> float:
     try:
-        return float(ts)
-    except ValueError as error:
+        seconds = float(ts)
+        _EPOCH + datetime.timedelta(seconds=seconds)
+    except (ValueError, OverflowError) as error:
         raise UserError(f"a Slack message has the time {ts!r}, expected seconds") from error
+    return seconds
 
 
 def _time(ts: str) -> datetime.datetime:
-    return datetime.datetime.fromtimestamp(_seconds(ts), datetime.UTC)
+    return _EPOCH + datetime.timedelta(seconds=_seconds(ts))

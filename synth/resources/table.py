@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 
 from command_line.errors import UserError
-from synth.resources.sections import Section
+from synth.resources.sections import Section, Sections
 from synth.resources.text import read as read_whole
 
+LONGEST_CELL = 2**31 - 1  # characters
 DELIMITERS = ",;\t|"
 
 
-def read(path: str) -> list[Section]:
+def read(path: str) -> Sections:
     """Rows as lines of `column: value`; the first row names the columns, cells that are empty are left out.
 
     Raises:
       UserError: there is no row below the first.
     """
     text = read_whole(path)
+    csv.field_size_limit(LONGEST_CELL)  # for the process, and there is no other way to say it; 131,072 by default
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
     try:
-        header, *rest = (row for row in rows if any(row))
+        table = [row for row in rows if any(row)]
     except csv.Error as error:
         raise UserError(f"{path} is not CSV: {error}, in line {rows.line_num}") from error
-    if not rest:
+    if len(table) < 2:
         raise UserError(f"{path} has no row below its first, which should name the columns")
+    sections = sections_of(table)
+    return Sections(sections, {"rows": len(sections)})
+
+
+def sections_of(rows: Sequence[Sequence[str]], where: str = "") -> list[Section]:
+    """One for each row below the first, which names the columns; of a single row, its cells."""
+    if len(rows) < 2:
+        return [Section(f"{where}row 1", f"{where}row 1\n{' | '.join(filter(None, row))}\n\n") for row in rows]
+    header, *rest = rows
     sections = []
     for number, row in enumerate(rest, 1):
-        names = [*header, *(f"column {i}" for i in range(len(header) + 1, len(row) + 1))]
+        names = [name or f"column {i}" for i, name in enumerate(header, 1)]
+        names += [f"column {i}" for i in range(len(header) + 1, len(row) + 1)]
         cells = [f"{name}: {cell}\n" for name, cell in zip(names, row, strict=False) if cell]
-        sections.append(Section(f"row {number}", f"row {number}\n{''.join(cells)}\n"))
+        sections.append(Section(f"{where}row {number}", f"{where}row {number}\n{''.join(cells)}\n"))
     return sections
 
 

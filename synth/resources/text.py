@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 
 from command_line import files
-from synth.resources import extras
-from synth.resources.sections import Heading, Section, at_definitions, at_headings
+from synth.resources import extras, rst
+from synth.resources.sections import Heading, Section, Sections, at_definitions, at_headings
 
-PROSE_SUFFIXES = ("", ".txt", ".rst", ".log")  # other texts of a folder are code, as far as their lines look like it
+_DIRECTIVES = re.compile(r"^[ \t]*\.\. (include|literalinclude|toctree|image|figure)::", re.MULTILINE)
+PROSE_SUFFIXES = ("", ".txt", ".log")  # other texts of a folder are code, as far as their lines look like it
 
 
 def read(path: str) -> str:
@@ -20,6 +22,18 @@ def read(path: str) -> str:
       FileNotFoundError, UserError: there is no such file, it holds no text, or is not UTF-8.
     """
     return files.read_text(path, "a text file: set config.resource.path")
+
+
+def decode(data: bytes) -> str:
+    """A text whose encoding nobody says: old ones are in Latin-1, or in Windows' form of it, or look like it."""
+    try:
+        return files.decode(data)
+    except UnicodeDecodeError:
+        pass
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def read_text(path: str) -> list[Section]:
@@ -41,9 +55,18 @@ def markdown_headings(text: str) -> list[Heading]:
     ]
 
 
+def read_rst(path: str) -> Sections:
+    """As it stands; what its directives name is not followed."""
+    text = read(path)
+    unread = Counter(f"files named by {name}" for name in _DIRECTIVES.findall(text))
+    return Sections(at_headings(text, rst.headings(text), Path(path).name), left_out=unread)
+
+
 def split(text: str, path: Path, name: str) -> list[Section]:
     """The sections of one text of a folder."""
     suffix = path.suffix.lower()
     if suffix in (".md", ".markdown"):
         return at_headings(text, markdown_headings(text), name)
+    if suffix == ".rst":
+        return at_headings(text, rst.headings(text), name)
     return [Section(name, text)] if suffix in PROSE_SUFFIXES else at_definitions(text, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import logging
 import time
 import urllib.error
@@ -11,6 +10,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+from command_line import files
 from command_line.errors import UserError
 
 TIMEOUT_SECONDS = 60.0
@@ -75,8 +75,8 @@ class Api:
     def get_json(self, path: str, **parameters: str) -> dict[str, Any]:
         body = self.get(path, **parameters)
         try:
-            reply = json.loads(body)
-        except ValueError as error:
+            reply = files.parse_json(body, path)
+        except UserError as error:
             raise UserError(f"{self._base_url}/{path} gave a reply that is not JSON: {body[:100]!r}") from error
         if not isinstance(reply, dict):
             raise UserError(f"{self._base_url}/{path} gave a reply that is not a JSON object: {body[:100]!r}")

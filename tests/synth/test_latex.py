@@ -75,6 +75,83 @@ def test_comments():
     assert without_comments("a\n\\begin{comment}\nhidden\n\\end{comment}\nb\n") == "a\nb\n"
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        r"\url{http://a.b/c%20d} \href{http://a.b/%7Eme}{here} \path{a%b} \nolinkurl{x%y}",
+        r"\url|a%b| \href[page=1]{u%v}{w}",
+        r"\verb|100 % sure| \verb*+a%b+ \lstinline!a % b! \lstinline[language=C]{a % b} \mintinline{c}{a % b}",
+        "\\begin{lstlisting}[language=C]\na % b;\n\\end{lstlisting}",
+        "\\begin{minted}{c}\n% kept\n\\input{nothing} \\end{document}\n\\end{minted}",
+        "\\begin{Verbatim}\n% kept \\begin{comment}\n\\end{Verbatim}",
+        "\\lstnewenvironment{code}{}{}\n\\begin{code}\n% kept\n\\end{code}",
+        r"\verb|\input{nothing}| \verb+\end{document}+ 50\% \\\% \verb|\\|",
+    ],
+)
+def test_what_only_looks_like_a_comment_or_a_command(tmp_path: Path, kept: str, caplog: pytest.LogCaptureFixture):
+    assert without_comments(f"{kept} % gone\n") == f"{kept} \n"
+    (tmp_path / "main.tex").write_text(
+        f"\\documentclass{{a}}\n\\begin{{document}}\n{kept} % gone\nEnd.\n\\end{{document}}\nNo."
+    )
+    with caplog.at_level(logging.WARNING, "synth"):
+        found = latex.read(str(tmp_path))
+    text = "".join(section.text for section in found)
+    assert kept in text and "gone" not in text and text.endswith("End.\n") and not caplog.records
+
+
+def test_what_other_packages_include(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    def file(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    subfile = "\\documentclass[../main]{{subfiles}}\n\\begin{{document}}\n{}\n\\end{{document}}\nNever {}.\n"
+    file("parts/one.tex", subfile.format("First. \\input{piece}", "one"))
+    file("parts/piece.tex", "Piece.\\endinput Never here.")
+    file("parts/two.tex", subfile.format("Second.", "two"))
+    file("chapters/a/text.tex", "Imported. \\input{local} \\subimport{deep/}{text}")
+    file("chapters/a/local.tex", "Local.")
+    file("chapters/a/deep/text.tex", "Deep. \\input{local} \\input{top}")
+    file("chapters/a/deep/local.tex", "Deep local.")
+    file("top.tex", "Top.")
+    file("figures/plot.tex", "\\documentclass{standalone}\\begin{document}Plot.\\end{document}")
+    file("code/run.c", "int main; // 5 % 3")
+    file("elsewhere/found.tex", "Searched.")
+    file("sections/named.tex", "By a macro.")
+    file(
+        "main.tex",
+        r"""\documentclass{article}
+\makeatletter\def\input@path{{elsewhere/}}\makeatother
+\newcommand{\part}[1]{\clearpage\input{sections/#1}}
+\begin{document}
+\subfile{parts/one} Between. \subfile{parts/two.tex}
+\import{chapters/a/}{text}
+\includestandalone[mode=tex]{figures/plot} \lstinputlisting[language=C]{code/run.c}
+\input{found} \part{named} \includegraphics{a.png} \includegraphicsx
+\subimport{none/}{at all} \subfile{nor this} \import{../}{outside} \lstinputlisting{no.c}
+\bibliography{refs}
+Last.
+\end{document}
+""",
+    )
+    with caplog.at_level(logging.WARNING, "synth"):
+        found = latex.read(str(tmp_path))
+    text = "".join(section.text for section in found)
+    order = ["First.", "Piece.", "Between.", "Second.", "Imported.", "Local.", "Deep.", "Deep local.", "Top.", "Plot."]
+    order += ["int main; // 5 % 3", "Searched.", "By a macro.", "Last."]
+    assert [text.count(words) for words in order] == [1] * len(order)
+    assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
+    assert "Never" not in text
+    assert [record.message.partition(", which")[0] for record in caplog.records] == [
+        "main.tex includes 'none/at all'",
+        "main.tex includes 'nor this'",
+        "main.tex includes '../outside'",
+        "main.tex shows 'no.c'",
+    ]
+    told = str(found)
+    assert told.startswith("read 13 files, ")
+    assert told.endswith("left out: 4 included files that are not there, 1 pictures, 1 \\bibliography")
+
+
 def test_files_that_include_one_another_end(tmp_path: Path):
     (tmp_path / "main.tex").write_text("\\documentclass{a}\\input{a}")
     (tmp_path / "a.tex").write_text("\\input{main}")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line.errors import UserError
-from synth.resources import extras, html, reading
+from synth.resources import extras, html, mail, reading, slack
 from synth.resources.config import ResourceConfig
 from synth.resources.sections import Heading, Section, at_definitions, at_headings
 
@@ -284,6 +284,74 @@ def test_mbox(tmp_path: Path):
         read(write(tmp_path / "n.mbox", "no mail"), tmp_path)
 
 
+def read_mails(tmp_path: Path, *messages: bytes, envelope: bytes = b"From x Mon Jan  1 10:00:00 2024\n"):
+    stored = b"".join(envelope + raw + b"\n" for raw in messages)
+    return mail.read_mbox(str(write(tmp_path / "m.mbox", stored)))
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        b"From x Mon Jan  1 10:00:00 2024\n",
+        b"From 1800@xxx Mon Jan 01 10:00:00 +0000 2024\r\n",
+        b"From a b@c.d 2024-01-01 10:00:00\n",
+        b"From nobody\n",
+    ],
+)
+def test_a_line_of_a_letter_that_begins_with_from(tmp_path: Path, envelope: bytes):
+    first = b"Subject: one\n\nHello.\n\nFrom here on: no header.\nFrom\n>From quoted\n\nFrom Oslo at 10:30\n\nEnd.\n"
+    found = read_mails(tmp_path, first, b"Subject: two\n\nFrom the start.\n", envelope=envelope)
+    assert [section.name for section in found] == ["one", "two"]
+    assert found[0].text.endswith(
+        "\n\nHello.\n\nFrom here on: no header.\nFrom\nFrom quoted\n\nFrom Oslo at 10:30\n\nEnd.\n\n"
+    )
+    assert found[1].text.endswith("From the start.\n\n")
+
+
+def test_what_is_attached_to_a_letter(tmp_path: Path):
+    inner, outer = EmailMessage(), EmailMessage()
+    inner["From"], inner["Subject"] = "c@example.org", "inner"
+    inner.set_content("Deep words.\n")
+    inner.add_attachment("a;b\n1;2\n", subtype="csv", filename="deep.csv")
+    outer["Subject"] = "outer"
+    outer.set_content("See below.\n")
+    outer.add_alternative("<p>See <b>below</b>.</p>", subtype="html")
+    outer.add_attachment(inner)
+    outer.add_attachment("café\n".encode("latin-1"), maintype="application", subtype="octet-stream", filename="n.txt")
+    outer.add_attachment(b'{"a": 1}', maintype="application", subtype="json", filename="d.json")
+    outer.add_attachment(inner.as_bytes(), maintype="application", subtype="octet-stream", filename="kept.eml")
+    outer.add_attachment(b"\0", maintype="image", subtype="png", filename="p.png")
+    found = read_mails(tmp_path, outer.as_bytes())
+    text = found[0].text
+    order = ["Subject: outer", "See below.", "From: c@example.org", "Deep words.", "--- deep.csv", "1;2"]
+    order += ["--- n.txt", "café", '{"a": 1}', "--- kept.eml", "Deep words."]
+    place = 0
+    for words in order:
+        place = text.index(words, place)
+    assert text.count("below") == 1, "one of two forms"
+    assert str(found).startswith("read 1 messages, ") and str(found).endswith("left out: 1 attachments of image/png")
+
+
+def test_a_letter_between_pictures_and_one_whose_plain_form_is_empty(tmp_path: Path):
+    def part(kind: str, text: str) -> str:
+        return f"--x\nContent-Type: {kind}\n\n{text}\n"
+
+    mixed = "Content-Type: multipart/mixed; boundary=x\n\n" + part("text/plain", "Above.") + part("image/png", "..")
+    mixed += part("text/plain", "Below.") + part("text/html", "<p>List's footer</p>") + "--x--\n"
+    empty = "Content-Type: multipart/alternative; boundary=x\n\n" + part("text/plain", " ")
+    empty += part("text/html", "<p>Only here.</p>") + "--x--\n"
+    damaged = b"Content-Type: multipart/mixed\n\nStill words.\n"
+    first, second, third = read_mails(tmp_path, mixed.encode(), empty.encode(), damaged)
+    assert "Still words." in third.text
+    assert "Above.\nBelow.\nList's footer" in first.text and "Only here." in second.text
+
+
+def test_letters_inside_of_letters_without_end(tmp_path: Path):
+    raw = b"Content-Type: message/rfc822\n\n" * 3000 + b"Subject: x\n\nend\n"
+    found = read_mails(tmp_path, raw, b"Subject: good\n\nwords\n")
+    assert found[-1].name == "good" and found.left_out
+
+
 USERS = [{"id": "U1", "name": "ada", "profile": {"real_name": "Ada L"}}, {"id": "U2", "name": "bob", "profile": {}}]
 DAY = [
     {
@@ -324,6 +392,135 @@ def test_slack_export(slack_export: Path, tmp_path: Path, zipped: bool):
         "10:01 bob: [file: plan.pdf]\n"
         "10:03 bot: @here done\n\n"
     )
+
+
+def slack_text(tmp_path: Path, *messages: dict[str, Any]) -> tuple[str, str]:
+    """What is read of messages, without its first line, and the sentence about it."""
+    root = tmp_path / "export"
+    write(root / "users.json", json.dumps(USERS))
+    write(root / "general" / "2024-01-01.json", json.dumps(messages))
+    found = slack.read_export(str(root))
+    return found[0].text.partition("\n")[2].strip("\n"), str(found)
+
+
+def at(minute: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "message", "user": "U1", "text": "", "ts": str(1704103200 + 60 * minute)} | fields
+
+
+RICH = {
+    "type": "rich_text",
+    "elements": [
+        {
+            "type": "rich_text_section",
+            "elements": [
+                {"type": "text", "text": "Ask "},
+                {"type": "user", "user_id": "U2"},
+                {"type": "text", "text": " about "},
+                {"type": "link", "url": "https://a.b", "text": "this"},
+                {"type": "emoji", "name": "tada"},
+            ],
+        },
+        {
+            "type": "rich_text_list",
+            "elements": [
+                {"type": "rich_text_section", "elements": [{"type": "text", "text": "first"}]},
+                {"type": "rich_text_section", "elements": [{"type": "text", "text": "second"}]},
+            ],
+        },
+        {"type": "rich_text_preformatted", "elements": [{"type": "text", "text": "x = 1\ny = 2"}]},
+    ],
+}
+APP = [
+    {"type": "header", "text": {"type": "plain_text", "text": "Deploy 7"}},
+    {
+        "type": "section",
+        "text": {"type": "mrkdwn", "text": "By <@U1> &amp; co"},
+        "fields": [{"type": "mrkdwn", "text": "*Took* 12 s"}],
+        "accessory": {"type": "image", "image_url": "https://i", "alt_text": "a graph"},
+    },
+    {"type": "context", "elements": [{"type": "mrkdwn", "text": "in Oslo"}]},
+    {"type": "actions", "elements": [{"type": "button", "text": {"type": "plain_text", "text": "Undo"}}]},
+]
+
+
+def test_slack_messages_of_blocks_and_attachments(tmp_path: Path):
+    attached = {"pretext": "New:", "title": "Crash", "text": "in <https://a.b|main>", "fallback": "never shown"}
+    nested = {"blocks": APP[:1], "fallback": "[no preview]"}
+    text, _ = slack_text(
+        tmp_path,
+        at(0, blocks=[RICH]),
+        at(1, blocks=APP),
+        at(2, text="Deploy 7", blocks=APP[:2]),
+        at(3, text="Ask @bob about this", blocks=[RICH]),
+        at(4, attachments=[attached, nested, {"fallback": "only this"}]),
+    )
+    assert text.split("\n") == [
+        "10:00 Ada L: Ask @bob about this (https://a.b):tada:",
+        "- first",
+        "- second",
+        "x = 1",
+        "y = 2",
+        "10:01 Ada L: Deploy 7",
+        "By @Ada L & co",
+        "*Took* 12 s",
+        "a graph",
+        "in Oslo",
+        "10:02 Ada L: Deploy 7",
+        "By @Ada L & co",
+        "*Took* 12 s",
+        "a graph",
+        "10:03 Ada L: Ask @bob about this",
+        "10:04 Ada L: New:",
+        "Crash",
+        "in main (https://a.b)",
+        "Deploy 7",
+        "only this",
+    ]
+
+
+def test_what_slack_says_of_itself_is_no_knowledge(tmp_path: Path):
+    text, told = slack_text(
+        tmp_path,
+        at(0, subtype="channel_join", text="<@U1> has joined the channel"),
+        at(1, subtype="group_leave", text="<@U1> has left the group"),
+        at(2, subtype="channel_topic", text="set the channel topic: x"),
+        at(3, subtype="tombstone", text="This message was deleted.", thread_ts=at(3)["ts"]),
+        at(4, text="still an answer", thread_ts=at(3)["ts"]),
+        at(5, subtype="bot_message", username="bot", user=None, text="a bot's words"),
+        at(6, subtype="me_message", text="waves"),
+        at(7),
+        at(8, files=[{"id": "F1", "mode": "tombstone"}, {"name": "a.py", "mode": "snippet", "preview": "x = 1"}]),
+        at(9, user="U9", user_profile={"real_name": "Guest"}, text="hello"),
+    )
+    assert text.split("\n") == [
+        "  > 10:04 Ada L: still an answer",
+        "10:05 bot: a bot's words",
+        "10:06 Ada L: waves",
+        "10:08 Ada L: [file: a.py]",
+        "x = 1",
+        "10:09 Guest: hello",
+    ]
+    assert told.startswith("read 5 messages, 1 channels, ")
+    assert told.endswith(
+        "left out: 2 joins and leaves, 1 notices of Slack's (topics, names, pins, archiving), 1 deleted messages, "
+        "1 messages without words, 1 deleted or hidden files"
+    )
+
+
+def test_a_slack_message_is_what_its_last_edit_left(tmp_path: Path):
+    edit = at(0, text="final", edited={"user": "U1", "ts": "1704105000.0"})
+    earlier = at(0, text="between", edited={"user": "U1", "ts": "1704104000.0"})
+    text, told = slack_text(
+        tmp_path,
+        at(30, subtype="message_changed", message=edit, previous_message=earlier),
+        at(0, text="draft"),
+        at(20, subtype="message_changed", message=earlier),
+        at(1, text="gone"),
+        at(31, subtype="message_deleted", deleted_ts=at(1)["ts"]),
+        at(2, text="gone, too"),
+        at(32, subtype="message_changed", message=at(2, subtype="tombstone", text="This message was deleted.")),
+    )
+    assert text == "10:00 Ada L: final" and "read 1 messages" in told and "2 deleted messages" in told
 
 
 def test_no_slack_export(tmp_path: Path):

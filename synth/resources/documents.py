@@ -1,0 +1,20 @@
+"""Files that a library takes apart, by their suffixes: for a resource, a folder's files and letters' attachments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from synth.resources import epub, notebook, office, pdf
+from synth.resources.sections import Sections
+
+READERS: dict[str, Callable[[str], Sections]] = {
+    ".pdf": pdf.read,
+    ".docx": office.read_docx,
+    ".pptx": office.read_pptx,
+    ".xlsx": office.read_spreadsheet,
+    ".xlsm": office.read_spreadsheet,
+    ".xls": office.read_spreadsheet,
+    ".ods": office.read_spreadsheet,
+    ".epub": epub.read,
+    ".ipynb": notebook.read,
+}

@@ -1,0 +1,81 @@
+"""Jupyter notebooks: their cells as one Markdown text, with the programs and what they wrote in fences."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from command_line import files
+from command_line.errors import UserError
+from synth.resources.sections import Sections, at_headings
+from synth.resources.text import markdown_headings
+from synth.resources.text import read as read_whole
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def read(path: str) -> Sections:
+    """Of outputs, those that are text; at the headings of the Markdown cells.
+
+    Raises:
+      FileNotFoundError, UserError: no such file, no notebook, or one without words.
+    """
+    notebook = files.parse_json(read_whole(path), path)
+    cells = _cells(notebook, path)
+    left_out: Counter[str] = Counter()
+    language = str(_get(notebook, "metadata", "kernelspec", "language") or "python")
+    pieces = [piece.strip("\n") for cell in cells for piece in _pieces(cell, language, left_out)]
+    text = "\n\n".join(piece for piece in pieces if piece.strip()) + "\n"
+    if not text.strip():
+        raise UserError(f"{path} is a notebook without words")
+    sections = at_headings(text, markdown_headings(text), Path(path).name)
+    return Sections(sections, {"cells": len(cells)}, left_out)
+
+
+def _cells(notebook: Any, path: str) -> list[Mapping[str, Any]]:
+    """Before version 4 they stood in worksheets."""
+    if isinstance(notebook, dict):
+        sheets = [notebook, *(sheet for sheet in notebook.get("worksheets") or () if isinstance(sheet, dict))]
+        if any("cells" in sheet for sheet in sheets):
+            return [cell for sheet in sheets for cell in sheet.get("cells") or () if isinstance(cell, dict)]
+    raise UserError(f"{path} is no notebook: expected JSON with cells")
+
+
+def _pieces(cell: Mapping[str, Any], language: str, left_out: Counter[str]) -> Iterator[str]:
+    kind, source = cell.get("cell_type"), _joined(cell.get("source", cell.get("input")))
+    if kind == "heading":
+        yield f"{'#' * int(cell.get('level') or 1)} {source}"
+    elif kind != "code":
+        yield source
+        left_out["pictures"] += len(cell.get("attachments") or ())
+    elif source.strip():
+        yield _fenced(source, language)
+    for output in cell.get("outputs") or ():
+        if not isinstance(output, dict):
+            continue
+        data = output.get("data") or output
+        plain = data.get("text/plain") if isinstance(data, dict) else None
+        text = _joined(output.get("text") or output.get("traceback") or plain)
+        left_out["pictures"] += any(str(kind).startswith(("image/", "png", "jpeg", "svg")) for kind in data)
+        if text.strip():
+            yield _fenced(_COLOURS.sub("", text), "")
+
+
+def _joined(value: Any) -> str:
+    """A text, or its lines."""
+    return "".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.strip(chr(10))}\n{fence}"
+
+
+def _get(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree

@@ -1,0 +1,126 @@
+"""Word, PowerPoint and spreadsheets: their texts by libraries, and what those do not read by count."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line.errors import UserError
+from synth.resources import archive, extras, html, table
+from synth.resources.sections import Section, Sections
+
+# What stands in files of its own inside of a document, by the beginning of their names.
+_DRAWN = {"media/": "pictures and films", "charts/chart": "charts", "diagrams/data": "diagrams"}
+_FORMULAS = (b"<m:oMath>", b"<m:oMath ")
+
+
+def read_docx(path: str) -> Sections:
+    """By headings, with notes and comments behind. Insertions are read, whether accepted or not, and deletions are not.
+
+    Raises:
+      FileNotFoundError, UserError: no such file, one that is damaged or needs a password, or without text.
+    """
+    mammoth = extras.load("mammoth", "a Word document")
+    found = archive.check_office(path, "a Word document")
+    left_out = _unread(found, "word/", _DRAWN | {"header": "page headers", "footer": "page footers"})
+    left_out["formulas"] = sum(found.get("word/document.xml", b"").count(tag) for tag in _FORMULAS)
+    try:
+        with open(path, "rb") as file:
+            source = mammoth.convert_to_html(
+                file,
+                style_map="comment-reference => sup",
+                include_embedded_style_map=False,
+                convert_image=mammoth.images.img_element(lambda image: {}),
+            ).value
+    except Exception as error:  # damage shows as almost any of them
+        raise UserError(f"{path} cannot be read as a Word document: {error or type(error).__name__}") from error
+    return _some(html.sections_of(source, Path(path).name), path, {}, left_out)
+
+
+def read_pptx(path: str) -> Sections:
+    """Slide by slide, with tables and the speaker's notes.
+
+    Raises:
+      FileNotFoundError, UserError: as `read_docx` does.
+    """
+    pptx = extras.load("pptx", "a presentation")
+    left_out = _unread(archive.check_office(path, "a presentation"), "ppt/", _DRAWN)
+    try:
+        slides = [_slide(number, slide) for number, slide in enumerate(pptx.Presentation(path).slides, 1)]
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a presentation: {error or type(error).__name__}") from error
+    sections = [slide for slide in slides if slide.text.strip()]
+    left_out["slides without text"] = len(slides) - len(sections)
+    return _some(sections, path, {"slides": len(sections)}, left_out)
+
+
+def read_spreadsheet(path: str) -> Sections:
+    """Row by row of every sheet, as of CSV; of a formula, the value that was saved with it.
+
+    Raises:
+      FileNotFoundError, UserError: as `read_docx` does.
+    """
+    calamine = extras.load("python_calamine", "a spreadsheet")
+    left_out: Counter[str] = Counter()
+    if Path(path).suffix.lower() != ".xls":  # which is no archive
+        found = archive.check_office(path, "a spreadsheet")
+        left_out = _unread(found, "xl/", _DRAWN | {"comments": "sheets' comments", "threadedComments": "comments"})
+    elif not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a spreadsheet, set config.resource.path")
+    try:
+        with calamine.CalamineWorkbook.from_path(path) as book:
+            sheets = {name: book.get_sheet_by_name(name).to_python() for name in book.sheet_names}
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a spreadsheet: {error or type(error).__name__}") from error
+    sections = []
+    for name, cells in sheets.items():
+        rows = [row for row in ([_value(cell) for cell in row] for row in cells) if any(row)]
+        left_out["empty sheets"] += not rows
+        sections += table.sections_of(rows, f"{name}, " if len(sheets) > 1 else "")
+    return _some(sections, path, {"sheets": len(sheets), "rows": len(sections)}, left_out)
+
+
+def _unread(found: Iterable[str], folder: str, kinds: dict[str, str]) -> Counter[str]:
+    names = [name.removeprefix(folder) for name in found if name.startswith(folder)]
+    return Counter(kind for name in names for start, kind in kinds.items() if name.startswith(start))
+
+
+def _some(sections: Sequence[Section], path: str, read: dict[str, int], left_out: Counter[str]) -> Sections:
+    if not any(section.text.strip() for section in sections):
+        raise UserError(f"{path} holds no text: what it shows may be pictures, run it through OCR first")
+    return Sections(sections, read, left_out)
+
+
+def _slide(number: int, slide: Any) -> Section:
+    shapes = slide.shapes
+    title = " ".join(shapes.title.text_frame.text.split()) if shapes.title is not None else ""
+    lines = [line for shape in shapes for line in _shape_lines(shape)]
+    if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+        notes = slide.notes_slide.notes_text_frame.text.strip()
+        lines += ["", f"Notes: {notes}"] if notes else []
+    text = "\n".join(lines).replace("\v", "\n")  # a line break inside of a paragraph
+    name = f"slide {number}" + (f": {title}" if title else "")
+    return Section(name, f"{text}\n\n" if text.strip() else "")
+
+
+def _shape_lines(shape: Any) -> Iterator[str]:
+    if hasattr(shape, "shapes"):  # a group
+        for inside in shape.shapes:
+            yield from _shape_lines(inside)
+    elif shape.has_text_frame and shape.text_frame.text.strip():
+        yield shape.text_frame.text
+    elif getattr(shape, "has_table", False):
+        for row in shape.table.rows:
+            yield " | ".join(" ".join(cell.text.split()) for cell in row.cells)
+
+
+def _value(cell: Any) -> str:
+    """As a person would write it."""
+    if isinstance(cell, float) and cell.is_integer() and abs(cell) < 1e15:
+        return str(int(cell))
+    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
+        return cell.date().isoformat()
+    return str(cell)
