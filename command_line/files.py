@@ -164,7 +164,8 @@ def _without_lone_surrogates(text: str, where: str) -> str:
 
 
 def _tell_replaced(count: int, where: str) -> None:
-    log.warning("%s: %d halves of surrogate pairs, which are no characters, became U+FFFD", where, count)
+    name = _SURROGATE.sub(REPLACEMENT, where)  # a file's name may be none, and what is told goes to a terminal
+    log.warning("%s: %d halves of surrogate pairs, which are no characters, became U+FFFD", name, count)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

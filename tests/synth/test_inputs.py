@@ -86,6 +86,7 @@ def test_halves_of_surrogate_pairs_reach_no_file(tmp_path: Path, caplog: pytest.
     folder = tmp_path / "folder"
     folder.mkdir()
     assert text_of_folder(folder, name, b"words") == "File: caf\ufffd.txt\n\nwords\n\n"
+    assert caplog.text.encode()  # the sentence that names it is itself fit for a terminal
     path = tmp_path / "d.parquet"
     messages = (Message("a\ud800", "user"), Message("b", "assistant"))
     conversation.write(path, [Conversation(messages, "\udc00", {"k": "\udc00"}, "x")])
