@@ -317,7 +317,11 @@ def _backend(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
     vocab = {token: i for i, (token, kind) in enumerate(typed) if kind != _UNUSED}
     # Llama 3 looks a whole word up before it merges, and is the one of the four that begins a text with a BOS.
     llama = pre == "llama-bpe"
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False, ignore_merges=llama))
+    try:
+        bpe = models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False, ignore_merges=llama)
+    except Exception as error:  # tokenizers raises bare Exception for merges of tokens that are not there
+        raise UserError(f"{str(path)!r} has a garbled vocabulary ({error}): download it again") from error
+    backend = Backend(bpe)
     if pre == "smollm":
         first, own_regex = [pre_tokenizers.Digits(individual_digits=True)], True
     elif pre == "gpt-2":

@@ -501,3 +501,22 @@ def test_rope_factors() -> None:
     llama3 = golden_config("llama")[0]["rope_parameters"]
     factors = rope_factors(llama3, llama3["rope_theta"], 16)
     assert factors[0] == 1.0 and 1.0 < factors[1] < 8.0 and factors[2:] == (8.0,) * 6  # all three of its ranges
+
+
+def test_keys_of_every_config_that_transformers_writes() -> None:
+    """One of transformers 4 holds the base class's keys too; vLLM hands them all to us."""
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    for kind in (LlamaConfig, Qwen2Config, Qwen3Config):
+        raw = kind(num_attention_heads=32, eos_token_id=[1, 2], torch_dtype="bfloat16").to_dict()
+        assert ModelConfig.from_hf(raw) == ModelConfig.from_hf(json.loads(json.dumps(raw)))
+    generation = {
+        "temperature": 0.6,
+        "top_k": 20,
+        "num_beams": 2,
+        "typical_p": 0.5,
+        "bad_words_ids": [[3]],
+        "prefix": "x",
+    }
+    assert ModelConfig.from_hf({**raw, **generation, "pruned_heads": {}}) == ModelConfig.from_hf(raw)
