@@ -505,11 +505,10 @@ def test_rope_factors() -> None:
 
 def test_keys_of_every_config_that_transformers_writes() -> None:
     """One of transformers 4 holds the base class's keys too; vLLM hands them all to us."""
-    pytest.importorskip("transformers")
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
     for kind in (LlamaConfig, Qwen2Config, Qwen3Config):
-        raw = kind(num_attention_heads=32, eos_token_id=[1, 2], torch_dtype="bfloat16").to_dict()
+        raw = kind(num_attention_heads=32, eos_token_id=[1, 2], dtype="bfloat16").to_dict()
         assert ModelConfig.from_hf(raw) == ModelConfig.from_hf(json.loads(json.dumps(raw)))
     generation = {
         "temperature": 0.6,
