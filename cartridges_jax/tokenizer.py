@@ -272,20 +272,21 @@ def _from_gguf(path: Path) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(f"{str(path)!r} has a tokenizer of kind {kind!r}: only byte-level BPE ('gpt2') is supported")
-    if missing := [key for key in ("tokens", "merges") if not metadata.get(f"tokenizer.ggml.{key}")]:
-        raise UserError(f"{str(path)!r} lacks tokenizer.ggml.{missing[0]}: download it again")
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+        if not isinstance(texts := metadata.get(key), list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{str(path)!r} lacks {key}, a list of texts: download it again")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
 
     def token_id(name: str) -> int | None:
         found = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if found is not None and not 0 <= found < len(tokens):
+        if found is not None and not _is_id(found, len(tokens)):
             raise UserError(f"{str(path)!r} names token {found} as its {name}, of {len(tokens)}: download it again")
         return found
 
     ids = {"bos": token_id("bos"), "eos": token_id("eos")}
     for name, key in (("unk", "unknown"), ("pad", "padding")):  # nothing here is computed from them
         found = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        ids[name] = found if found is not None and 0 <= found < len(tokens) else None
+        ids[name] = found if _is_id(found, len(tokens)) else None
     named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     wrapped = _fast_class()(
         tokenizer_object=_backend(metadata, path), chat_template=metadata.get("tokenizer.chat_template"), **named
@@ -296,6 +297,10 @@ def _from_gguf(path: Path) -> Tokenizer:
     if not stops and wrapped.chat_template:
         raise UserError(f"{str(path)!r} names no token that ends an answer: convert it again, with its eos token")
     return Tokenizer(wrapped, frozenset(stops))
+
+
+def _is_id(value: object, count: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
 def _backend(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
@@ -312,7 +317,11 @@ def _backend(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
     vocab = {token: i for i, (token, kind) in enumerate(typed) if kind != _UNUSED}
     # Llama 3 looks a whole word up before it merges, and is the one of the four that begins a text with a BOS.
     llama = pre == "llama-bpe"
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False, ignore_merges=llama))
+    try:
+        bpe = models.BPE(vocab=vocab, merges=merges, fuse_unk=False, byte_fallback=False, ignore_merges=llama)
+    except Exception as error:  # tokenizers raises bare Exception for merges of tokens that are not there
+        raise UserError(f"{str(path)!r} has a garbled vocabulary ({error}): download it again") from error
+    backend = Backend(bpe)
     if pre == "smollm":
         first, own_regex = [pre_tokenizers.Digits(individual_digits=True)], True
     elif pre == "gpt-2":
@@ -368,7 +377,7 @@ def _listed_stops(path: Path) -> set[int]:
         if listed is None:
             continue
         ids = listed if isinstance(listed, list) else [listed]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        if not all(_is_id(i, 2**31) for i in ids):
             raise UserError(f"{path / name} has eos_token_id {listed!r}, expected the ids that end an answer")
         return set(ids)
     return set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,14 @@ def write_folder(
 
 
 def write_gguf(
-    backend: Backend, path: Path, pre: str, kind: str = "gpt2", ids: dict[str, int] | None = None
+    backend: Backend,
+    path: Path,
+    pre: str,
+    kind: str = "gpt2",
+    ids: dict[str, int] | None = None,
+    added: Sequence[str] = (),
 ) -> ModelFiles:
-    """`ids` are those that the metadata gives names (eos, eot, …), if not the usual."""
+    """`ids` are those that the metadata gives names (eos, eot, …), if not the usual; `added` are put around a text."""
     import gguf
 
     model = json.loads(backend.to_str())["model"]
@@ -108,6 +114,8 @@ def write_gguf(
     names = {"bos": "<|begin|>", "eos": "<|eos|>", "eot": "<|end|>"}
     for name, token_id in ({n: vocab.index(text) for n, text in names.items()} if ids is None else ids).items():
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
+    for name in added:
+        writer.add_bool(f"tokenizer.ggml.add_{name}_token", True)
     writer.add_chat_template(TEMPLATE)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -267,6 +275,25 @@ def test_a_gguf_that_names_no_end_at_all(tmp_path: Path, monkeypatch: pytest.Mon
         load_tokenizer(write_gguf(train("gpt-2"), tmp_path / "m.gguf", "gpt-2", ids={}))
 
 
+@pytest.mark.parametrize("added", [(), ("bos",), ("eos",), ("bos", "eos")])
+def test_what_a_gguf_puts_around_a_text(added: tuple[str, ...], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_gguf(train("gpt-2"), tmp_path / "m.gguf", "gpt-2", added=added))
+    ids = tokenizer.encode("the cat")
+    before, behind = (tokenizer.encode(text) for text in ("<|begin|>", "<|eos|>"))
+    expected = before * ("bos" in added) + ids + behind * ("eos" in added)
+    assert tokenizer.encode("the cat", add_special_tokens=True) == expected
+
+
+def test_the_first_part_of_a_gguf_has_the_tokenizer(tmp_path: Path) -> None:
+    files = write_gguf(train("gpt-2"), tmp_path / "m-00001-of-00002.gguf", "gpt-2")
+    second = tmp_path / "m-00002-of-00002.gguf"
+    with pytest.raises(FileNotFoundError, match=r"lacks m-00002-of-00002.gguf, parts of the same model"):
+        load_tokenizer(files)
+    whole = load_tokenizer(write_gguf(train("gpt-2"), tmp_path / "whole.gguf", "gpt-2"))
+    second.write_bytes(b"GGUF")
+    assert load_tokenizer(ModelFiles("split", gguf=second)).fingerprint == whole.fingerprint
+
+
 def test_special_ids_outside_a_gguf_vocabulary(tmp_path: Path) -> None:
     backend = train("gpt-2")
     for name in ("eos", "bos", "eot", "eom"):
@@ -299,6 +326,10 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     backend = train("gpt-2")
     with pytest.raises(UserError, match="splits text by 'klingon': known are 'gpt-2', "):
         load_tokenizer(write_gguf(backend, tmp_path / "a.gguf", "klingon"))
+    garbled = (tmp_path / "a.gguf").read_bytes().replace(b"klingon", b"gpt-2\0\0").replace(b"t h", b"t q")
+    (tmp_path / "a2.gguf").write_bytes(garbled)
+    with pytest.raises(UserError, match=r"garbled vocabulary .*Token .* out of vocabulary"):
+        load_tokenizer(ModelFiles("garbled", gguf=tmp_path / "a2.gguf"))
     with pytest.raises(UserError, match="kind 'llama'"):
         load_tokenizer(write_gguf(backend, tmp_path / "b.gguf", "gpt-2", kind="llama"))
     whole = (tmp_path / "a.gguf").read_bytes()

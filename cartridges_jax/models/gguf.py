@@ -127,7 +127,7 @@ def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _config(metadata: dict[str, Any], tensors: dict[str, Any], divisors: np.ndarray | None) -> ModelConfig:
     family = metadata.get("general.architecture")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"the GGUF's architecture is {family!r}, expected one of {', '.join(FAMILIES)}")
     for key, expected in GENERAL.items():
         if (found := metadata.get(key, expected)) != expected:
@@ -181,8 +181,9 @@ def _rope_factors(
         scaling = rope_factors({"rope_type": kind, "factor": factor}, theta, head_dim)
     if divisors is None:
         return scaling
-    own = tuple(map(float, divisors))
-    return tuple(one * scaling[0] for one in own) if scaling else own
+    if divisors.shape != (head_dim // 2,):
+        raise UserError(f"{ROPE_FACTORS} is {divisors.shape}, expected {(head_dim // 2,)}: download the file again")
+    return tuple(float(divisor) * (scaling[0] if scaling else 1.0) for divisor in divisors)
 
 
 def _hf_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cartridges_jax.models.transformer import Params
 from command_line.errors import UserError
 from command_line.files import read_json
 
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -111,7 +113,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _model_files(directory: Path, held: dict[Path, dict[str, str]]) -> list[Path]:
-    """The files that transformers would read; where none bears such a name, those with tensors of such names."""
+    """The files that transformers would read; where there are none, shards and those with a tensor that we know."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         shards = read_json(index).get("weight_map")
@@ -132,4 +134,5 @@ def _model_files(directory: Path, held: dict[Path, dict[str, str]]) -> list[Path
         return sorted(files)
     if single in held:
         return [single]
-    return [path for path, names in held.items() if any(map(known_name, names))] or list(held)
+    ours = [path for path, names in held.items() if SHARD.search(path.name) or any(map(known_name, names))]
+    return ours or list(held)

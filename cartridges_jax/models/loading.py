@@ -128,7 +128,7 @@ def load_params(
             return jnp.asarray(*parts.values())
         return jax.make_array_from_callback(leaf.shape, placement, lambda index: parts[_bounds(index, leaf.shape)])
 
-    with np.errstate(over="ignore"):  # it is told with the name of the tensor
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is told by the name of the tensor
         params = jax.tree.map_with_path(load, tree)
     _refuse(config, sorted(set(infinite)))
     digest = hashlib.sha256(b"".join(samples[name] for name in expected))

@@ -268,6 +268,16 @@ def test_divisors_that_are_no_numbers(tmp_path: Path) -> None:
         load_gguf(tmp_path / "m.gguf", jnp.float32)
 
 
+def test_divisors_for_another_head(tmp_path: Path) -> None:
+    config, tensors = golden_config("llama")[0], weights("llama")
+    write_gguf(tmp_path / "m.gguf", config, tensors)
+    whole, name = (tmp_path / "m.gguf").read_bytes(), b"rope_freqs.weight"
+    at = whole.index(name) + len(name) + 4
+    (tmp_path / "m.gguf").write_bytes(whole[:at] + (4).to_bytes(8, "little") + whole[at + 8 :])
+    with pytest.raises(UserError, match=r"rope_freqs.weight is .4,., expected .8,."):
+        load_gguf(tmp_path / "m.gguf", jnp.float32)
+
+
 @pytest.mark.parametrize(
     ("at", "count"),
     [(8, 2**62), (16, 2**62), (8, 10**9), (16, 10**9)],

@@ -20,6 +20,7 @@ from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import load_model
 from cartridges_jax.models.transformer import abstract_params
+from cartridges_jax.sharding import MeshConfig, make_mesh
 from command_line.errors import UserError
 
 WriteModel = Callable[..., Path]
@@ -96,6 +97,14 @@ def test_numbers_that_are_none(number: float, stored: str, dtype: Any, write_hf:
         load_hf(write_hf(config, tensors), dtype)
 
 
+def test_numbers_that_are_none_in_a_part_of_an_array(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
+    llama[1]["model.layers.1.mlp.up_proj.weight"][-1, -1] = np.nan
+    with pytest.raises(
+        UserError, match=r"3 layers: model.layers.1.mlp.up_proj.weight holds numbers that are NaN or inf"
+    ):
+        load_hf(write_hf(*llama), jnp.float32, make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
 def test_numbers_that_the_asked_dtype_cannot_hold(write_hf: WriteModel, llama: tuple[dict, dict]) -> None:
     llama[1]["model.norm.weight"] = llama[1]["model.norm.weight"].astype(np.float64)
     llama[1]["model.norm.weight"][3] = 1e300
@@ -137,6 +146,10 @@ def test_shards_without_an_index(write_hf: WriteModel, llama: tuple[dict, dict])
     expected = load_hf(folder, jnp.float32)
     (folder / "model.safetensors.index.json").unlink()
     assert_same(load_hf(folder, jnp.float32), expected)
+    bias = {"model.layers.0.self_attn.o_proj.bias": np.ones(64, np.float32)}
+    save_file(bias, folder / "model-00004-of-00004.safetensors")  # it is the model's, if not of ours
+    with pytest.raises(UserError, match=r"self_attn.o_proj.bias is unknown"):
+        load_hf(folder, jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -488,3 +501,21 @@ def test_rope_factors() -> None:
     llama3 = golden_config("llama")[0]["rope_parameters"]
     factors = rope_factors(llama3, llama3["rope_theta"], 16)
     assert factors[0] == 1.0 and 1.0 < factors[1] < 8.0 and factors[2:] == (8.0,) * 6  # all three of its ranges
+
+
+def test_keys_of_every_config_that_transformers_writes() -> None:
+    """One of transformers 4 holds the base class's keys too; vLLM hands them all to us."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    for kind in (LlamaConfig, Qwen2Config, Qwen3Config):
+        raw = kind(num_attention_heads=32, eos_token_id=[1, 2], dtype="bfloat16").to_dict()
+        assert ModelConfig.from_hf(raw) == ModelConfig.from_hf(json.loads(json.dumps(raw)))
+    generation = {
+        "temperature": 0.6,
+        "top_k": 20,
+        "num_beams": 2,
+        "typical_p": 0.5,
+        "bad_words_ids": [[3]],
+        "prefix": "x",
+    }
+    assert ModelConfig.from_hf({**raw, **generation, "pruned_heads": {}}) == ModelConfig.from_hf(raw)
