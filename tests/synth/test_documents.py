@@ -196,9 +196,16 @@ def test_a_notebook(tmp_path: Path):
     assert found.told.endswith("read 4 cells, 115 characters; left out: 2 pictures")
     path.write_text('{"worksheets": [{"cells": [{"cell_type": "code", "input": "old = 1"}]}]}')
     assert "old = 1" in read(path).to_string()
-    path.write_text("[]")
-    with pytest.raises(UserError, match="is no notebook"):
-        read(path)
+    page = {"data": {"text/html": "<b>Only</b> HTML", "image/png": ""}}
+    odd = {"cell_type": "heading", "level": "x", "source": "odd", "outputs": 3, "attachments": 4}
+    path.write_text(
+        json.dumps({"metadata": [], "cells": [odd, 5, {"cell_type": "code"}, {"outputs": [{"data": 3}, page]}]})
+    )
+    assert read(path).to_string() == "# odd\n\n```\nOnly HTML\n```\n"
+    for nothing in ("[]", '{"cells": []}', '{"cells": 5}', "3"):
+        path.write_text(nothing)
+        with pytest.raises(UserError, match=r"is no notebook|is a notebook without words"):
+            read(path)
 
 
 RST = """Before.
