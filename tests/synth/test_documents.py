@@ -295,6 +295,16 @@ def test_entities_are_refused(tmp_path: Path, suffix: str, encoding: str):
         read(path)
 
 
+def test_a_sheet_of_two_cells_that_are_far_apart(tmp_path: Path):
+    path = tmp_path / "s.xlsx"
+    with xlsxwriter.Workbook(path) as book:
+        sheet = book.add_worksheet()
+        sheet.write(0, 0, "here")
+        sheet.write(1048575, 16383, "there")
+    with pytest.raises(UserError, match=r"spans 17179869184 cells in 'xl/worksheets/sheet1\.xml', more than"):
+        read(path)
+
+
 def test_a_length_that_lies(tmp_path: Path):
     """What an archive says of a file's length is not believed further than it goes."""
     path = make_docx(tmp_path / "a.docx", BODY)
