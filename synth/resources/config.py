@@ -44,8 +44,6 @@ SUFFIXES: dict[str, Kind] = {
     ".pptx": "pptx",
     ".xlsx": "xlsx",
     ".xlsm": "xlsx",
-    ".xls": "xlsx",
-    ".ods": "xlsx",
     ".epub": "epub",
     ".ipynb": "ipynb",
     ".tex": "latex",

@@ -13,8 +13,6 @@ READERS: dict[str, Callable[[str], Sections]] = {
     ".pptx": office.read_pptx,
     ".xlsx": office.read_spreadsheet,
     ".xlsm": office.read_spreadsheet,
-    ".xls": office.read_spreadsheet,
-    ".ods": office.read_spreadsheet,
     ".epub": epub.read,
     ".ipynb": notebook.read,
 }

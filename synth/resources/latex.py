@@ -43,7 +43,8 @@ _LITERAL = rf"""
   | \\href{_OPTIONS}{_BRACED}
 """
 _COMMENT = r"""
-    (?P<comment>^[ \t]*%[^\n]*(?:\n|\Z) | %[^\n]* | \\begin\{comment\}[\s\S]*?(?:\\end\{comment\}[^\n]*\n?|\Z))
+    (?P<comment>^[ \t]*%[^\n]*(?:\n|\Z) | %[^\n]* | \\begin\{comment\}[\s\S]*?\\end\{comment\}[^\n]*\n?)
+  | \\begin\{comment\}[\s\S]*  # without an end: it hides nothing
 """
 _INCLUDE = r"""
     \\(?P<command>input|@input|include|subfile|subfileinclude|includestandalone|InputIfFileExists)\*?(?![a-zA-Z@])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import email
 import email.policy
 import logging
@@ -102,14 +103,15 @@ def _gmail_ids(api: Api, query: str) -> list[str]:
 def _split(path: Path) -> Iterator[bytes]:
     """The messages of an mbox file.
 
-    A line that begins with "From " begins one only if it stands behind an empty line or none, looks like the envelope
-    that it should be, and has a header below it: not all programs quote those that a letter contains.
+    A line that begins with "From " begins one only if it looks like the envelope that it should be, has a header below
+    it and, unless it says day and time in full, an empty line above: not all programs quote those that a letter has.
     """
     message: list[bytes] | None = None
     envelope: re.Pattern[bytes] | None = None
     waiting, is_free = b"", True  # a line that may be an envelope, and whether the one before allows it
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
             if waiting:
                 if _FIELD.match(line):
                     if message is not None:
@@ -118,9 +120,9 @@ def _split(path: Path) -> Iterator[bytes]:
                 elif message is not None:
                     message.append(waiting)
                 waiting = b""
-            if is_free and line.startswith(b"From "):
+            if line.startswith(b"From "):
                 envelope = envelope or next((form for form in _ENVELOPES if form.match(line)), None)
-                if envelope and envelope.match(line):
+                if envelope and (is_free or envelope is _ENVELOPES[0]) and envelope.match(line):
                     waiting, is_free = line, False
                     continue
             is_free = not line.strip()

@@ -10,10 +10,12 @@ from typing import Any
 
 from command_line import files
 from command_line.errors import UserError
+from synth.resources import html
 from synth.resources.sections import Sections, at_headings
 from synth.resources.text import markdown_headings
 from synth.resources.text import read as read_whole
 
+_FORMS = ("plain", "markdown", "latex")  # of an output, which is HTML only if it is nothing else
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -38,30 +40,34 @@ def read(path: str) -> Sections:
 def _cells(notebook: Any, path: str) -> list[Mapping[str, Any]]:
     """Before version 4 they stood in worksheets."""
     if isinstance(notebook, dict):
-        sheets = [notebook, *(sheet for sheet in notebook.get("worksheets") or () if isinstance(sheet, dict))]
+        sheets = [notebook, *_dicts(notebook.get("worksheets"))]
         if any("cells" in sheet for sheet in sheets):
-            return [cell for sheet in sheets for cell in sheet.get("cells") or () if isinstance(cell, dict)]
+            return [cell for sheet in sheets for cell in _dicts(sheet.get("cells"))]
     raise UserError(f"{path} is no notebook: expected JSON with cells")
 
 
 def _pieces(cell: Mapping[str, Any], language: str, left_out: Counter[str]) -> Iterator[str]:
     kind, source = cell.get("cell_type"), _joined(cell.get("source", cell.get("input")))
     if kind == "heading":
-        yield f"{'#' * int(cell.get('level') or 1)} {source}"
+        level = cell.get("level")
+        yield f"{'#' * (level if isinstance(level, int) else 1)} {source}"
     elif kind != "code":
         yield source
-        left_out["pictures"] += len(cell.get("attachments") or ())
+        left_out["pictures"] += len(_get(cell, "attachments") or {})
     elif source.strip():
         yield _fenced(source, language)
-    for output in cell.get("outputs") or ():
-        if not isinstance(output, dict):
-            continue
-        data = output.get("data") or output
-        plain = data.get("text/plain") if isinstance(data, dict) else None
-        text = _joined(output.get("text") or output.get("traceback") or plain)
+    for output in _dicts(cell.get("outputs")):
+        data = output["data"] if isinstance(output.get("data"), dict) else output
+        forms = (output.get("text"), output.get("traceback"), *(data.get(f"text/{form}") for form in _FORMS))
+        text = next((text for form in forms if (text := _joined(form)).strip()), "")
+        text = text or html.to_text(_joined(data.get("text/html")))
         left_out["pictures"] += any(str(kind).startswith(("image/", "png", "jpeg", "svg")) for kind in data)
         if text.strip():
             yield _fenced(_COLOURS.sub("", text), "")
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _joined(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from synth.resources.sections import Section, Sections
 
 # What stands in files of its own inside of a document, by the beginning of their names.
 _DRAWN = {"media/": "pictures and films", "charts/chart": "charts", "diagrams/data": "diagrams"}
+_CELL = re.compile(rb"""<(?:\w+:)?c\b[^>]*?\br=["']([A-Z]{1,3})(\d{1,7})["']""")
+MOST_CELLS = 2**25  # of a sheet
 _FORMULAS = (b"<m:oMath>", b"<m:oMath ")
 
 
@@ -64,12 +67,13 @@ def read_spreadsheet(path: str) -> Sections:
       FileNotFoundError, UserError: as `read_docx` does.
     """
     calamine = extras.load("python_calamine", "a spreadsheet")
-    left_out: Counter[str] = Counter()
-    if Path(path).suffix.lower() != ".xls":  # which is no archive
-        found = archive.check_office(path, "a spreadsheet")
-        left_out = _unread(found, "xl/", _DRAWN | {"comments": "sheets' comments", "threadedComments": "comments"})
-    elif not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected a spreadsheet, set config.resource.path")
+    found = archive.check_office(path, "a spreadsheet")
+    left_out = _unread(found, "xl/", _DRAWN | {"comments": "sheets' comments", "threadedComments": "comments"})
+    for name, data in found.items():
+        if (cells := _spanned(data)) > MOST_CELLS:
+            raise UserError(
+                f"{path} spans {cells} cells in {name!r}, more than {MOST_CELLS}: save a smaller part of it"
+            )
     try:
         with calamine.CalamineWorkbook.from_path(path) as book:
             sheets = {name: book.get_sheet_by_name(name).to_python() for name in book.sheet_names}
@@ -81,6 +85,17 @@ def read_spreadsheet(path: str) -> Sections:
         left_out["empty sheets"] += not rows
         sections += table.sections_of(rows, f"{name}, " if len(sheets) > 1 else "")
     return _some(sections, path, {"sheets": len(sheets), "rows": len(sections)}, left_out)
+
+
+def _spanned(sheet: bytes) -> int:
+    """The cells of the rectangle that a sheet's cells lie in, all of which the library holds, be there three."""
+    rows = columns = 0
+    for letters, row in set(_CELL.findall(sheet)):
+        column = 0
+        for letter in letters:
+            column = column * 26 + letter - ord("A") + 1
+        rows, columns = max(rows, int(row)), max(columns, column)
+    return rows * columns
 
 
 def _unread(found: Iterable[str], folder: str, kinds: dict[str, str]) -> Counter[str]:

@@ -216,7 +216,7 @@ def _edited(message: Message) -> float:
 
 def _line(message: Message, users: Mapping[str, str], counts: _Counts) -> str:
     text = slack_blocks.text_of(message, users)
-    for file in (file for file in message.get("files") or () if isinstance(file, dict)):
+    for file in slack_blocks.dicts(message.get("files")):
         title = file.get("title") or file.get("name")
         if not title or file.get("mode") in ("tombstone", "hidden_by_limit"):
             counts.left_out["deleted or hidden files"] += 1

@@ -21,15 +21,18 @@ def text_of(message: Mapping[str, Any], users: Users) -> str:
     """The text of a message, then that of blocks which say more, as those of apps do, then that of attachments."""
     text = _plain(str(message.get("text") or ""), users)
     pieces = [text] if text.strip() else []
-    blocks = [block for block in message.get("blocks") or () if isinstance(block, dict)]
+    blocks = dicts(message.get("blocks"))
     # what a person types comes both as text and as one block of rich text
     if not pieces or [block.get("type") for block in blocks] != ["rich_text"]:
         pieces = _joined(pieces, "\n".join(_words(block, users) for block in blocks))
-    for attachment in message.get("attachments") or ():
-        if isinstance(attachment, dict):
-            own = _words({key: value for key, value in attachment.items() if key != "fallback"}, users)
-            pieces = _joined(pieces, own or _plain(str(attachment.get("fallback") or ""), users))
+    for attachment in dicts(message.get("attachments")):
+        own = _words({key: value for key, value in attachment.items() if key != "fallback"}, users)
+        pieces = _joined(pieces, own or _plain(str(attachment.get("fallback") or ""), users))
     return "\n".join(pieces)
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _joined(pieces: list[str], more: str) -> list[str]:

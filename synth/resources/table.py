@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 from command_line.errors import UserError
@@ -12,6 +13,7 @@ from synth.resources.text import read as read_whole
 
 LONGEST_CELL = 2**31 - 1  # characters
 DELIMITERS = ",;\t|"
+_SEPARATOR = re.compile(r"sep=([^\n])\n")  # as Excel names it in a first line
 
 
 def read(path: str) -> Sections:
@@ -22,7 +24,11 @@ def read(path: str) -> Sections:
     """
     text = read_whole(path)
     csv.field_size_limit(LONGEST_CELL)  # for the process, and there is no other way to say it; 131,072 by default
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
+    named = _SEPARATOR.match(text)
+    rows = csv.reader(
+        io.StringIO(text[named.end() :] if named else text, newline=""),
+        delimiter=named[1] if named else _delimiter(text),
+    )
     try:
         table = [row for row in rows if any(row)]
     except csv.Error as error:

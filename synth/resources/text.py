@@ -30,6 +30,10 @@ def decode(data: bytes) -> str:
         return files.decode(data)
     except UnicodeDecodeError:
         pass
+    text = data.decode("utf-8", "replace")
+    damaged = text.count(files.REPLACEMENT)
+    if sum(not character.isascii() for character in text) > 2 * damaged:  # UTF-8 with a few bytes that are not
+        return text
     try:
         return data.decode("cp1252")
     except UnicodeDecodeError:

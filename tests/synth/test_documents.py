@@ -196,9 +196,16 @@ def test_a_notebook(tmp_path: Path):
     assert found.told.endswith("read 4 cells, 115 characters; left out: 2 pictures")
     path.write_text('{"worksheets": [{"cells": [{"cell_type": "code", "input": "old = 1"}]}]}')
     assert "old = 1" in read(path).to_string()
-    path.write_text("[]")
-    with pytest.raises(UserError, match="is no notebook"):
-        read(path)
+    page = {"data": {"text/html": "<b>Only</b> HTML", "image/png": ""}}
+    odd = {"cell_type": "heading", "level": "x", "source": "odd", "outputs": 3, "attachments": 4}
+    path.write_text(
+        json.dumps({"metadata": [], "cells": [odd, 5, {"cell_type": "code"}, {"outputs": [{"data": 3}, page]}]})
+    )
+    assert read(path).to_string() == "# odd\n\n```\nOnly HTML\n```\n"
+    for nothing in ("[]", '{"cells": []}', '{"cells": 5}', "3"):
+        path.write_text(nothing)
+        with pytest.raises(UserError, match=r"is no notebook|is a notebook without words"):
+            read(path)
 
 
 RST = """Before.
@@ -285,6 +292,16 @@ def test_entities_are_refused(tmp_path: Path, suffix: str, encoding: str):
     bomb = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE a [<!ENTITY e0 "boom">{levels}]><a>&e9;</a>'
     path = zipped(tmp_path / f"a.{suffix}", {"word/document.xml": bomb.encode(encoding)})
     with pytest.raises(UserError, match=r"defines entities in 'word/document\.xml'.*refused"):
+        read(path)
+
+
+def test_a_sheet_of_two_cells_that_are_far_apart(tmp_path: Path):
+    path = tmp_path / "s.xlsx"
+    with xlsxwriter.Workbook(path) as book:
+        sheet = book.add_worksheet()
+        sheet.write(0, 0, "here")
+        sheet.write(1048575, 16383, "there")
+    with pytest.raises(UserError, match=r"spans 17179869184 cells in 'xl/worksheets/sheet1\.xml', more than"):
         read(path)
 
 

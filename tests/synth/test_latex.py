@@ -73,6 +73,7 @@ def test_comments():
     verbatim = "\\begin{verbatim}\n100 % sure\n\\end{verbatim}\n"
     assert without_comments(verbatim + "x % y\n") == verbatim + "x \n"
     assert without_comments("a\n\\begin{comment}\nhidden\n\\end{comment}\nb\n") == "a\nb\n"
+    assert without_comments("a\n\\begin{comment}\nno end\n") == "a\n\\begin{comment}\nno end\n"
 
 
 @pytest.mark.parametrize(

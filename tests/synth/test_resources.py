@@ -198,6 +198,8 @@ def test_csv_rows_stand_alone(tmp_path: Path):
     assert found.to_string() == (
         "row 1\nname: Ada\nthe age: 36\n\nrow 2\nname: B; C\n\nrow 3\nname: D\nthe age: 1\ncolumn 3: extra\n\n"
     )
+    named = read(write(tmp_path / "v.csv", "sep=|\na|b;c\n1|2\n"), tmp_path)
+    assert named.to_string() == "row 1\na: 1\nb;c: 2\n\n"
     with pytest.raises(UserError, match="has no row below its first"):
         read(write(tmp_path / "u.csv", "a,b\n"), tmp_path)
 
@@ -306,6 +308,19 @@ def test_a_line_of_a_letter_that_begins_with_from(tmp_path: Path, envelope: byte
         "\n\nHello.\n\nFrom here on: no header.\nFrom\nFrom quoted\n\nFrom Oslo at 10:30\n\nEnd.\n\n"
     )
     assert found[1].text.endswith("From the start.\n\n")
+
+
+def test_the_first_letter_behind_a_mark_and_one_without_an_empty_line_above(tmp_path: Path):
+    envelope = b"From x Mon Jan  1 10:00:00 2024\n"
+    stored = b"\xef\xbb\xbf" + envelope + b"Subject: one\n\nWords.\n" + envelope + b"Subject: two\n\nMore.\n"
+    found = mail.read_mbox(str(write(tmp_path / "m.mbox", stored)))
+    assert [section.name for section in found] == ["one", "two"]
+
+
+def test_a_letter_in_utf_8_with_one_bad_byte(tmp_path: Path):
+    kind = b"Content-Type: text/plain; charset=utf-8\n\n"
+    first, second = read_mails(tmp_path, kind + "Grüße, né".encode() + b"\xff\n", kind + b"caf\xe9\n")
+    assert first.text == "Grüße, né\ufffd\n\n" and second.text == "café\n\n"
 
 
 def test_what_is_attached_to_a_letter(tmp_path: Path):
@@ -520,6 +535,8 @@ def test_a_slack_message_is_what_its_last_edit_left(tmp_path: Path):
         at(2, text="gone, too"),
         at(32, subtype="message_changed", message=at(2, subtype="tombstone", text="This message was deleted.")),
     )
+    odd = at(3, text="odd", blocks="x", attachments=5, files=3)
+    assert slack_text(tmp_path, odd, {"ts": "1"}, {"text": "no time"})[0].endswith("odd")
     assert text == "10:00 Ada L: final" and "read 1 messages" in told and "2 deleted messages" in told
 
 
