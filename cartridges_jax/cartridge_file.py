@@ -123,7 +123,7 @@ def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray
 
 def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
     """Before anything is made of them: numpy would stretch what does not belong together."""
-    keys, values, shape = tensors["keys"], tensors["values"], tensors["keys"].shape
+    values, shape = tensors["values"], tensors["keys"].shape
     if len(shape) != 4 or values.shape != shape:
         raise ValueError(f"keys are {shape} and values {values.shape}, expected [layers, slots, kv heads, head size]")
     for name in ("keys_scale", "values_scale", "bias"):

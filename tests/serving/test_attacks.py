@@ -1,4 +1,4 @@
-"""Bodies, headers and files that are meant to do harm: each is refused with a sentence, and nobody else waits for it."""
+"""Bodies, headers and files that are meant to do harm: each is refused with a sentence, and nobody else waits."""
 
 from __future__ import annotations
 
