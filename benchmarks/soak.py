@@ -3,10 +3,11 @@
     python benchmarks/soak.py [--minutes=30] [--model=smollm2-135m] [--seed=0]
 
 A server process on the loopback gets well-formed requests (whole, streamed, with a cartridge, two composed, or none),
-clients that go away or read slowly, malformed and oversize bodies, and cartridges that are loaded, dropped, pinned and
-replaced under it. Checked throughout: a well-formed greedy request gives the tokens that it gives alone, or a proper
-refusal (429, 503); anything else is refused with 4xx in OpenAI's shape; the process lives. Checked at the end: no
-answer is left running, and memory did not grow.
+clients that go away or read slowly, malformed, oversize and hostile bodies, cartridges whose numbers overflow, and
+cartridges that are loaded, dropped, pinned and replaced under it. Checked throughout: a well-formed greedy
+request gives the tokens that it gives alone, or a proper refusal (429, 503); anything else is refused with 4xx in
+OpenAI's shape; no reply holds NaN; the process lives. Checked at the end: no answer is left running, and memory did not
+grow.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gzip
 import json
 import random
 import re
@@ -34,6 +36,7 @@ from command_line.progress import Progress
 WORKERS, WATCH_SECONDS = 12, 5
 WORDS = ("the", "a", "lid", "box", "is", "of", "in", "wide", "cat", "owl", "sleeps", "weighs", "what", "seven", "blue")
 NAMES = ("short", "middle", "long")
+HOSTILE = {"keys": 1e38, "values": 3e38, "bias": 1e38}  # what every third slot of a cartridge holds: finite in its file
 GROWTH_MB = 64  # of the server's memory, beyond which it is a leak
 
 
@@ -53,12 +56,19 @@ def main() -> None:
 
 
 def write_cartridges(model: str, folder: Path, seed: int) -> None:
+    import jax.numpy as jnp
+
     import cartridges_jax as cj
 
     loaded, rng = cj.load_model(model), random.Random(seed)
     for name, length in zip(NAMES, (5, 24, 60), strict=True):
         text = " ".join(rng.choices(WORDS, k=100))
         cj.Cartridge.from_text(loaded, text, length).save(folder / f"{name}.safetensors")
+    clean = cj.Cartridge.from_text(loaded, " ".join(WORDS), 10)
+    clean = clean.replace(bias=jnp.zeros(clean.keys.shape[:3]))
+    for name, value in HOSTILE.items():
+        hostile = clean.replace(**{name: getattr(clean, name).at[:, ::3].set(value)})
+        hostile.save(folder / f"hostile-{name}.safetensors")
 
 
 @contextlib.contextmanager
@@ -126,6 +136,7 @@ class Soak:
 
     async def _work(self, end: float) -> None:
         actions = [self._answer] * 4 + [self._stream] * 3 + [self._leave, self._malformed, self._oversize, self._manage]
+        actions += [self._overflow, self._attack]
         while time.monotonic() < end and self._process.poll() is None:
             action = self._rng.choice(actions)
             try:
@@ -181,6 +192,38 @@ class Soak:
             reply = await response.json()
             if route != "/tokenize" or response.status != 200:  # which looks at the messages only
                 self._refused(response.status, reply, range(400, 500))
+
+    async def _overflow(self) -> None:
+        """A cartridge whose numbers are too large: numbers that are none are refused, whatever else may be said."""
+        body = {
+            "messages": [{"role": "user", "content": self._rng.choice(WORDS)}],
+            "cartridges": [{"id": f"hostile-{self._rng.choice(list(HOSTILE))}"}],
+            "max_tokens": 8,
+            "logprobs": True,
+            "top_logprobs": 3,
+        }
+        async with self._session.post(f"{self._url}/v1/chat/completions", json=body) as response:
+            text = await response.text()
+            self._expect("NaN" not in text and "Infinity" not in text, f"no JSON: {text[:200]}")
+            if response.status != 200:
+                self._refused(response.status, json.loads(text), (422, 429, 503))
+
+    async def _attack(self) -> None:
+        body, headers = self._rng.choice(
+            [
+                (json.dumps({"messages": [{"role": "system", "content": "<cartridge>" * 3000}]}).encode(), {}),
+                (b'{"messages": ' + b"[" * 972 + b"]" * 972 + b"}", {}),
+                (b'{"messages": []}', {"Content-Encoding": "gzip"}),
+                (gzip.compress(b" " * (1 << 24)), {"Content-Encoding": "gzip"}),
+                (b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e400}', {}),
+            ]
+        )
+        start = time.monotonic()
+        async with self._session.post(f"{self._url}/v1/chat/completions", data=body, headers=headers) as response:
+            reply = await response.json()
+            if response.status != 200:
+                self._refused(response.status, reply, range(400, 500))
+        self._expect(time.monotonic() - start < 30, f"{body[:60]!r} took {time.monotonic() - start:.0f} s")
 
     async def _oversize(self) -> None:
         length = self._rng.choice([3000, 50_000])

@@ -17,6 +17,7 @@ from typing import Any
 
 from command_line import config
 from command_line.errors import UserError
+from command_line.progress import printable
 
 TIMEOUT_SECONDS = 600.0
 # Tokasaurus rewrites an id that holds anything else, and then looks for a folder of another name.
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
         prompt = _prompt(args.model, args.question)
         body = vllm_request(args.name, _num_slots(args), prompt, args.served_model or args.model, args.max_tokens)
         answer = post(f"{url}/v1/completions", body)["choices"][0]["text"]
-    print(answer.strip())
+    print(printable(answer.strip()))
     return 0
 
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from cartridges_jax.models.language_model import LanguageModel
 
 
+LARGEST_NUMBER = 1e300  # of FLOPs or tokens, beyond which a header is not believed
+
+
 @dataclasses.dataclass(frozen=True)
 class Provenance:
     """Where a cartridge comes from. Hashable, so that it may ride along through `jit` as a static field."""
@@ -66,13 +69,17 @@ class Provenance:
         """Takes the fields it knows.
 
         Raises:
-          TypeError: one of them holds something else than a text or a number.
+          TypeError, ValueError: one of them holds something else than a text or a number that can be told to others.
         """
         known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         found = {name: values[name] for name in known if name in values}
         for name, value in found.items():
             if type(value) is not known[name] and not (known[name] is float and type(value) is int):
                 raise TypeError(f"{name} is a {type(value).__name__}, expected a {known[name].__name__}")
+            if isinstance(value, str):
+                value.encode()  # a lone surrogate is a ValueError
+            elif not abs(value) < LARGEST_NUMBER:
+                raise ValueError(f"{name} is no finite number")
         return cls(**found)
 
 

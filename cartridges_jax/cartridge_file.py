@@ -13,15 +13,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
 
+from cartridges_jax import tensor_file
 from cartridges_jax.cartridge import Cartridge, Provenance
 from command_line import files
 from command_line.errors import UserError
 
 FORMAT_VERSION = 2  # the newest that is read; 1 had no int8, and is still written wherever it can say the same
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None = None) -> None:
@@ -39,9 +41,8 @@ def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None 
 
 def record_evaluation(path: Path, evaluation: str) -> None:
     """Puts an evaluation, as JSON, into the header of a file that `write` wrote; its arrays keep their bytes."""
-    with safe_open(path, framework="numpy") as reader:
-        header = json.loads((reader.metadata() or {})["cartridge"])
-        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    data, metadata = tensor_file.read(path)
+    header, tensors = json.loads(metadata["cartridge"]), load(data)
     _save(path, tensors, header | {"evaluation": evaluation})
 
 
@@ -63,13 +64,13 @@ def read(path: Path) -> Cartridge:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a cartridge.safetensors file")
     try:
-        with safe_open(path, framework="numpy") as reader:
-            header = json.loads((reader.metadata() or {})["cartridge"])
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        data, metadata = tensor_file.read(path)
+        header, tensors = json.loads(metadata["cartridge"]), load(data)
         version = header["format_version"]
         if version <= FORMAT_VERSION:
+            _check_shapes(tensors)
             keys, values = _decode("keys", tensors), _decode("values", tensors)
-            bias = None if "bias" not in tensors else jnp.asarray(tensors["bias"])
+            bias = None if "bias" not in tensors else jnp.asarray(tensors["bias"].astype(np.float32))
             return Cartridge(keys, values, bias, *read_header(header))
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
@@ -118,6 +119,20 @@ def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray
     scale_lpk = np.abs(held.astype(np.float32)).max(-1, initial=0) / 127
     scale_lpk[scale_lpk == 0] = 1.0  # a slot of zeros
     return {name: np.rint(held / scale_lpk[..., None]).astype(np.int8), f"{name}_scale": scale_lpk.astype(np.float32)}
+
+
+def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
+    """Before anything is made of them: numpy would stretch what does not belong together."""
+    values, shape = tensors["values"], tensors["keys"].shape
+    if len(shape) != 4 or values.shape != shape:
+        raise ValueError(f"keys are {shape} and values {values.shape}, expected [layers, slots, kv heads, head size]")
+    for name in ("keys_scale", "values_scale", "bias"):
+        if name in tensors and tensors[name].shape != shape[:3]:
+            raise ValueError(f"{name} is {tensors[name].shape}, expected {shape[:3]}")
+    for name, tensor in tensors.items():
+        is_whole = f"{name}_scale" in tensors if tensor.dtype == np.int8 else tensor.dtype in FLOATS
+        if not is_whole:
+            raise ValueError(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}, int8 with its scale")
 
 
 def _decode(name: str, tensors: dict[str, np.ndarray]) -> jnp.ndarray:

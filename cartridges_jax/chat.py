@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridges_jax.serving.scheduler import Engine, Finished, Prefix, Request, Scheduler, Token
+from cartridges_jax.serving.scheduler import NOT_FINITE, Engine, Finished, Prefix, Request, Scheduler, Token
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup, keep_programs
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
@@ -143,6 +143,8 @@ class Chat:
             self._scheduler.step()
 
     def _why_cut(self, event: Finished, request: Request) -> str:
+        if event.reason == "not_finite":
+            return NOT_FINITE
         if event.reason != "length":
             return ""
         return "--max-tokens is reached" if request.max_tokens == self._max_tokens else "the window is full"
@@ -310,7 +312,7 @@ def _read() -> str:
 
 
 def _write(piece: str) -> None:
-    sys.stdout.write(piece)
+    sys.stdout.write(progress.printable(piece))
     sys.stdout.flush()
 
 

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     l, p, k, h = cartridge.keys.shape
     print(f"{place}: {formats.FORMATS[args.to].title}, {p} slots, {l} layers, {k} heads of size {h}, {args.dtype}")
     known = cartridge.provenance.weights_hash
-    print(f"made for {cartridge.provenance.model or 'an unknown model'}{'' if known else ' (its weights are unknown)'}")
+    made_for = progress.printable(cartridge.provenance.model) or "an unknown model"
+    print(f"made for {made_for}{'' if known else ' (its weights are unknown)'}")
     return 0
 
 

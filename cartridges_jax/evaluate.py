@@ -32,7 +32,7 @@ from cartridges_jax.serving.scheduler import Place, Prefix, SlotInput
 from cartridges_jax.train import INITIAL
 from command_line.config import build, load, run
 from command_line.errors import UserError
-from command_line.progress import Progress
+from command_line.progress import Progress, printable
 
 TIMED_TOKENS = 16  # decode steps behind the rate in the table
 
@@ -262,7 +262,7 @@ def _report(
 def main(argv: list[str]) -> int:
     config = build(EvalConfig, load(argv, EvalConfig))
     report = evaluate(config)
-    print(table(report))
+    print(printable(table(report)))
     print(f"report: {Path(config.output_dir) / 'report.md'}")
     return 0
 

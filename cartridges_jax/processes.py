@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from command_line.errors import UserError
+from command_line.progress import printable
 
 
 @contextmanager
@@ -95,5 +96,5 @@ def _join() -> None:
 
 def _leave(sentence: str) -> None:
     """Ends the process at once: leaving the job in order would wait minutes for those that are lost."""
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
     os._exit(2)

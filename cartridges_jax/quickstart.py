@@ -33,7 +33,7 @@ from cartridges_jax.report import samples, table
 from cartridges_jax.train import TrainConfig, train
 from command_line import config as command_config
 from command_line import files
-from command_line.progress import stage
+from command_line.progress import printable, stage
 
 CONFIG = "configs/quickstart.py"
 DOCUMENT = "examples/document.txt"
@@ -218,7 +218,7 @@ def _show(report: dict[str, Any], cartridge: Path, config: ConfigDict, seconds: 
     print(f"\n{table(report)}\n")
     if gap is not None:
         print(f"The cartridge closes {gap:.0%} of the gap between knowing nothing and reading the full document.\n")
-    print(samples(report, report["config"]["num_samples"]))
+    print(printable(samples(report, report["config"]["num_samples"])))
     print(f"""
 It took {seconds / 60:.1f} minutes. What to do next:
   chat with it:   {python} -m cartridges_jax.chat --model={name} --cartridge={cartridge}

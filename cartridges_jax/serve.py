@@ -39,6 +39,7 @@ LIMITS = {
 
 
 def main(argv: list[str]) -> int:
+    progress.log_to_terminal()
     args = _arguments(argv)
     folder = _folder(args.cartridges)
     api_key = _read_key(args.api_key_file)
@@ -226,9 +227,16 @@ def describe(cartridge: Cartridge) -> dict[str, Any]:
 
 def _json_or_text(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:  # a file may say anything there
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):  # a file may say anything there
         return text
+    return text if _is_deep(value) else value
+
+
+def _is_deep(value: Any, most: int = 16) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most == 0 or any(_is_deep(part, most - 1) for part in parts)
 
 
 async def run(server: Server, sock: socket.socket, ready: str) -> int:

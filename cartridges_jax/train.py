@@ -48,7 +48,7 @@ from cartridges_jax.trackers import TrackConfig
 from command_line import files
 from command_line.config import build, load, run
 from command_line.errors import UserError
-from command_line.progress import stage
+from command_line.progress import log_to_terminal, stage
 
 INITIAL = "initial.safetensors"  # the initial state, beside the run's config
 
@@ -264,7 +264,7 @@ def _with_training(
 
 
 def main(argv: list[str]) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_terminal()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in one sentence
     config = build(TrainConfig, load(argv, TrainConfig))
     with processes.joined_job(config.distributed):

@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from command_line.errors import UserError
+from command_line.progress import printable
 
 T = TypeVar("T")
 _SETTABLE = (bool, int, float, str, tuple)  # what a setting on the command line can be
@@ -138,7 +139,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except (UserError, OSError) as error:
         if shown:
             traceback.print_exception(error)
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
 
 

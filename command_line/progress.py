@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -10,13 +11,32 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+# Control characters but for tab and newline: the first 32 have pictures, the others stand for what cannot be shown.
+_CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | {i: 0xFFFD for i in range(0x7F, 0xA0)}
+
+
+def printable(text: str) -> str:
+    """What others wrote (a model, a server, a file), as it may be printed: a terminal would obey its escape codes."""
+    return text.translate(_CONTROLS)
+
+
+class PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def log_to_terminal(format: str = "%(message)s") -> None:
+    """Shows warnings on stderr, without escape codes."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter(format))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 class Progress:
     """Counts `unit`s towards `total`; `note` is a short text beside the count (a loss, say)."""
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0):
-        self._name, self._total, self._unit = name, total, unit
+        self._name, self._total, self._unit = name, total, unit = printable(name), total, unit
         self._done, self._first = done, done
         self._printed: int | None = None
         self._start = self._last = time.monotonic()
@@ -29,7 +49,7 @@ class Progress:
         self._done += count
         if not self._bar.disable:
             self._bar.update(count)
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(printable(note), refresh=False)
         elif time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             self._print(note)
@@ -46,12 +66,13 @@ class Progress:
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
         ends = "done in " + _clock(elapsed) if self._done >= self._total else _clock(left) + " left"
         text = f"{self._name}: {self._done}/{self._total} {self._unit}, {rate:.2f} {self._unit}/s, {ends}"
-        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+        print(f"{text}, {printable(note)}" if note else text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Says that a step of unknown length begins, and how long it took."""
+    name = printable(name)
     print(f"{name} ...", file=sys.stderr, flush=True)
     start = time.monotonic()
     yield

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
-from command_line import config
+from command_line import config, progress
 from synth.config import SynthConfig
 from synth.dry_run import describe
 from synth.pipeline import synthesize
 
 
 def main(argv: list[str]) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    progress.log_to_terminal("%(levelname)s: %(message)s")
     settings = config.build(SynthConfig, config.load(argv, SynthConfig))
     if settings.dry_run:
-        print(asyncio.run(describe(settings)))
+        print(progress.printable(asyncio.run(describe(settings))))
     else:
         asyncio.run(synthesize(settings))
     return 0

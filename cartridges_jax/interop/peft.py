@@ -12,9 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load, save_file
 
+from cartridges_jax import tensor_file
 from cartridges_jax.cartridge import Cartridge, Provenance
 from cartridges_jax.cartridge_file import cast, header_of, read_header
 from cartridges_jax.interop import torch_zip
@@ -112,8 +113,8 @@ def _read_tensor(folder: Path) -> tuple[np.ndarray, tuple[int, Provenance] | Non
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {TENSORS}: save the adapter again")
     try:
-        with safe_open(path, framework="numpy") as reader:
-            header = (reader.metadata() or {}).get("cartridge")
-            return reader.get_tensor(TENSOR), None if header is None else read_header(json.loads(header))
-    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        data, metadata = tensor_file.read(path)
+        header = metadata.get("cartridge")
+        return load(data)[TENSOR], None if header is None else read_header(json.loads(header))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a whole adapter file ({error!r}): save it again") from error

@@ -22,7 +22,7 @@ from command_line.errors import UserError
 
 HEADER = "cartridge.json"
 CONFIG = "config.yaml"  # of the training run, beside the file
-LARGEST_CONFIG = 1 << 20  # bytes
+LARGEST_CONFIG = 1 << 18  # bytes
 
 
 def read(path: Path) -> Cartridge:
@@ -101,7 +101,10 @@ def model_of(config: Mapping[str, Any]) -> str:
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    pass
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges (`<<`), which no run writes, double what is merged at every level."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "it merges groups by <<", node.start_mark)
 
 
 _ConfigLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)

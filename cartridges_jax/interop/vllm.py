@@ -19,10 +19,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import torch as torch_tensors
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 from vllm.logger import init_logger
 
+from cartridges_jax import tensor_file
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 from command_line.errors import UserError
@@ -163,9 +164,8 @@ class CartridgeConnector(KVConnectorBase_V1):
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is no cartridge.safetensors: convert it with python -m cartridges_jax.convert")
         try:
-            with safe_open(path, framework="pt") as reader:
-                header = json.loads(reader.metadata()["cartridge"])
-                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            data, metadata = tensor_file.read(path)
+            header, tensors = json.loads(metadata["cartridge"]), torch_tensors.load(data)
             keys, values = (_decoded(tensors, side) for side in ("keys", "values"))
         except Exception as error:
             raise UserError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
@@ -181,4 +181,6 @@ class CartridgeConnector(KVConnectorBase_V1):
 
 def _decoded(tensors: dict[str, Any], side: str) -> Any:
     scale = tensors.get(f"{side}_scale")
+    if scale is not None and scale.shape != tensors[side].shape[:-1]:
+        raise ValueError(f"{side}_scale is {tuple(scale.shape)}, expected {tuple(tensors[side].shape[:-1])}")
     return tensors[side].float() * (1 if scale is None else scale[..., None])

@@ -7,6 +7,11 @@ nothing. Partial softmaxes merge by their maxima and sums as they come.
 
 Both loops run as often as there are pages: their number is data, and one compiled program serves every length.
 
+What a query does not see has no part in its result, whatever number it is: a weight of zero would not be enough, since
+zero times infinity is not a number. So masked weights are zeros, also for a query all of whose scores lie below the
+mask's, and a page that several requests see adds nothing to the others. Behind a sequence's last position, its pages
+hold zeros or what is its own (`Engine`).
+
 Axis letters beyond the README's: r requests, c shared pages, w pages of single requests, z a page's positions, m the
 queries of a request that share a kv head (t times g).
 """
@@ -110,14 +115,15 @@ def _shared(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan) -> Par
         page_c, count_c, first_c, members_cr = (_at(a, i * at_once, at_once) for a in (*plan.shared[:3], plan.members))
         limit_crm = _limit(positions_rm, count_c[:, None, None], first_c[:, None, None])
         limit_cx = jnp.where(members_cr[:, :, None], limit_crm, 0).reshape(at_once, r * m)
-        seen_cxz = jnp.arange(pages.bias.shape[2]) < limit_cx[:, :, None]
+        seen_c1xz = (jnp.arange(pages.bias.shape[2]) < limit_cx[:, :, None])[:, None]
         scores_ckxz = _by_pages(q_kxh, np.zeros(at_once, np.int32), pages.keys, page_c)
-        scores_ckxz = jnp.where(seen_cxz[:, None], scores_ckxz + pages.bias[page_c][:, :, None], MASKED)
+        scores_ckxz = jnp.where(seen_c1xz, scores_ckxz + pages.bias[page_c][:, :, None], MASKED)
         top_kx, total_kx, o_kxh = partial
         new_top_kx = jnp.maximum(top_kx, scores_ckxz.max((0, 3)))
-        weights_ckxz = jnp.exp(scores_ckxz - new_top_kx[..., None])
+        weights_ckxz = jnp.where(seen_c1xz, jnp.exp(scores_ckxz - new_top_kx[..., None]), 0)
         kept_kx = jnp.exp(top_kx - new_top_kx)
         weighed_ckxh = _by_pages(weights_ckxz, np.arange(at_once, dtype=np.int32), pages.values, page_c)
+        weighed_ckxh = jnp.where(limit_cx[:, None, :, None] > 0, weighed_ckxh, 0)
         o_kxh = o_kxh * kept_kx[..., None] + weighed_ckxh.sum(0)
         return new_top_kx, total_kx * kept_kx + weights_ckxz.sum((0, 3)), o_kxh
 
@@ -136,11 +142,11 @@ def _own(q_rkmh: Array, positions_rt: Array, pages: Pages, plan: Plan, partial: 
         page_w, count_w, first_w, row_w = (_at(a, i * at_once, at_once) for a in (*plan.own[:3], plan.reader))
         scores_wkmz = _by_pages(q_rkmh, row_w, pages.keys, page_w)
         limit_wt = _limit(positions_rt[row_w], count_w[:, None], first_w[:, None])
-        seen_wmz = jnp.arange(pages.bias.shape[2]) < jnp.repeat(limit_wt, m // t, axis=1)[..., None]
-        scores_wkmz = jnp.where(seen_wmz[:, None], scores_wkmz + pages.bias[page_w][:, :, None], MASKED)
+        seen_w1mz = (jnp.arange(pages.bias.shape[2]) < jnp.repeat(limit_wt, m // t, axis=1)[..., None])[:, None]
+        scores_wkmz = jnp.where(seen_w1mz, scores_wkmz + pages.bias[page_w][:, :, None], MASKED)
         top_rkm, total_rkm, o_rkmh = partial
         new_top_rkm = top_rkm.at[row_w].max(scores_wkmz.max(3))
-        weights_wkmz = jnp.exp(scores_wkmz - new_top_rkm[row_w][..., None])
+        weights_wkmz = jnp.where(seen_w1mz, jnp.exp(scores_wkmz - new_top_rkm[row_w][..., None]), 0)
         weighed_wkmh = _by_pages(weights_wkmz, np.arange(at_once, dtype=np.int32), pages.values, page_w)
         kept_rkm = jnp.exp(top_rkm - new_top_rkm)
         return (

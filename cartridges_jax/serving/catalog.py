@@ -15,7 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cartridges_jax.serving.protocol import ApiError, read_body, read_reference
+from cartridges_jax.serving.protocol import ApiError, read_body, read_reference, to_json
 from cartridges_jax.serving.scheduler import Prefix
 from cartridges_jax.serving.store import CartridgeStore, Reference, TooMany, UnknownCartridge, version
 from command_line.errors import UserError
@@ -28,16 +28,17 @@ MAX_FETCHES = 8  # that may wait for one another
 class Catalog:
     """Loads, describes, pins and drops cartridges; `describe` tells what a loaded one is made of, as JSON."""
 
-    def __init__(self, store: CartridgeStore, describe: Callable[[Any], dict[str, Any]]):
-        self._store, self._describe = store, describe
+    def __init__(self, store: CartridgeStore, describe: Callable[[Any], dict[str, Any]], max_seconds: float):
+        self._store, self._describe, self._max_seconds = store, describe, max_seconds
+        self._lister = ThreadPoolExecutor(1, "listing")
         self._loader = ThreadPoolExecutor(1, "cartridges")
         self._fetcher = ThreadPoolExecutor(1, "downloads")
         self._fetches = 0
         self._in_use: Counter[str] = Counter()
 
     def close(self) -> None:
-        self._loader.shutdown(wait=False, cancel_futures=True)
-        self._fetcher.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._lister, self._loader, self._fetcher):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def using(self, references: Sequence[Reference]) -> Iterator[None]:
@@ -51,17 +52,21 @@ class Catalog:
             self._in_use = +self._in_use  # without those that came to 0
 
     async def prefix(self, references: Sequence[Reference]) -> Prefix | None:
-        """The cartridges as one; None if there are none. Raises: ApiError, if they cannot be had."""
+        """The cartridges as one; None if there are none. Raises: ApiError, if they cannot be had, or not in time."""
         if not references:
             return None
         names = ", ".join(reference.name for reference in references)
         try:
-            self._store.check(references)
-            for reference in references:
-                if self._store.missing(reference):
-                    await self._fetch(reference)
-            ready = self._store.ready(references)
-            return ready or await self._in(self._loader, self._store.prefix, references)
+            async with asyncio.timeout(self._max_seconds):
+                self._store.check(references)
+                for reference in references:
+                    if self._store.missing(reference):
+                        await self._fetch(reference)
+                ready = self._store.ready(references)
+                return ready or await self._in(self._loader, self._store.prefix, references)
+        except TimeoutError as error:
+            message = f"cartridge {names!r} was not here within {self._max_seconds:g} s: ask again, or load it first"
+            raise ApiError(504, message, "cartridges", "timeout") from error
         except (UnknownCartridge, FileNotFoundError) as error:
             raise ApiError(404, str(error), "cartridges", "cartridge_not_found") from error
         except UserError as error:
@@ -76,13 +81,16 @@ class Catalog:
             raise ApiError(500, message, "cartridges", "cartridge_broken") from error
 
     async def listing(self, _: web.Request) -> web.Response:
+        return web.Response(text=await self._in(self._lister, self._listed), content_type="application/json")
+
+    def _listed(self) -> str:
         known = [Reference(id) for id in self._store.list()] + self._store.remote()
-        return web.json_response({"object": "list", "data": [self._entry(reference) for reference in known]})
+        return to_json({"object": "list", "data": [self._entry(reference) for reference in known]})
 
     async def one(self, request: web.Request) -> web.Response:
         reference = Reference(request.match_info["id"])
         self._find(reference)
-        return web.json_response(self._entry(reference))
+        return web.json_response(self._entry(reference), dumps=to_json)
 
     async def load(self, reference: Reference) -> None:
         await self.prefix([reference])
@@ -111,7 +119,7 @@ class Catalog:
                 raise ApiError(409, str(error), "id", "too_many_pinned") from error
             except UserError as error:
                 raise ApiError(409, str(error), "id", "cartridge_pinned") from error
-            return web.json_response(self._entry(reference))
+            return web.json_response(self._entry(reference), dumps=to_json)
 
         return handler
 

@@ -2,44 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cartridges_jax.serving.calls import Call
 from cartridges_jax.serving.protocol import ApiError
-from cartridges_jax.serving.scheduler import Event, Request, Sampled, Started, Token
+from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Request, Sampled, Started, Token
 from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
 
 TOO_LATE = "the answer took longer than this server allows: ask for fewer tokens, or again when it is less busy"
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; holds back an end that may still become one."""
+    """Lets text through up to the first stop string; holds back an end that may still become one.
+
+    Knuth, Morris and Pratt's search: of each stop string it is known how much of it the text ends with, so that work is
+    linear in the text, whatever repeats itself in either.
+    """
 
     def __init__(self, stops: tuple[str, ...]):
-        self._stops = stops
+        self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._matched = [0] * len(stops)
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that is certain, and whether a stop string follows it."""
+        begins = [at for i in range(len(self._stops)) if (at := self._find(i, piece)) is not None]
         self._held += piece
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            certain, self._held = self._held[: min(found)], ""
+        if begins:
+            certain, self._held = self._held[: min(begins)], ""
+            self._matched = [0] * len(self._stops)
             return certain, True
-        split = len(self._held) - max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        split = len(self._held) - max(self._matched, default=0)
         certain, self._held = self._held[:split], self._held[split:]
         return certain, False
+
+    def _find(self, i: int, piece: str) -> int | None:
+        """Where stop string i begins in what is held and the piece behind it."""
+        (stop, borders), matched = self._stops[i], self._matched[i]
+        for end, character in enumerate(piece, start=len(self._held) + 1):
+            while matched and stop[matched] != character:
+                matched = borders[matched - 1]
+            matched += stop[matched] == character
+            if matched == len(stop):
+                return end - matched
+        self._matched[i] = matched
+        return None
 
     def flush(self) -> str:
         held, self._held = self._held, ""
         return held
 
 
-def _overlap(held: str, stop: str) -> int:
-    """Length of the longest end of `held` that begins `stop`."""
-    return next((n for n in range(min(len(held), len(stop) - 1), 0, -1) if held.endswith(stop[:n])), 0)
+@functools.lru_cache(64)
+def _borders(text: str) -> tuple[int, ...]:
+    """For each beginning of the text, the length of its longest proper end that is a beginning, too."""
+    borders = [0]
+    for character in text[1:]:
+        length = borders[-1]
+        while length and text[length] != character:
+            length = borders[length - 1]
+        borders.append(length + (text[length] == character))
+    return tuple(borders)
 
 
 @dataclass
@@ -73,7 +99,7 @@ class Choice:
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
 
     def take(self, event: Event) -> Delta:
-        """What an event adds. Raises: ApiError, when time is up."""
+        """What an event adds. Raises: ApiError, when time is up, or the model's numbers are not finite."""
         delta = Delta()
         if isinstance(event, Started):
             self.cached_tokens = event.cached_tokens
@@ -82,6 +108,8 @@ class Choice:
             delta = self._token(event.sampled)
         elif event.reason == "deadline":
             raise ApiError(504, TOO_LATE, code="timeout")
+        elif event.reason == "not_finite":
+            raise ApiError(422, NOT_FINITE, "cartridges", code="not_finite")
         else:
             delta.text = self._certain(self._decoder.flush())
             if self.finish_reason is None:  # flushing may have completed a stop string

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -18,7 +17,7 @@ from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
-from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json
 from cartridges_jax.tokenizer import Tokenizer
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
@@ -87,13 +86,14 @@ class Completions:
         if NPZ in request.headers.get("Accept", ""):
             body = await asyncio.to_thread(npz.of_batch, replies)
             return web.Response(body=body, content_type=NPZ)
-        return web.json_response([reply for reply, _ in replies])
+        return _response(await asyncio.to_thread(_encoded, [reply for reply, _ in replies]))
 
     async def _one(self, request: web.Request, call: Call) -> web.StreamResponse:
         async with self._answering(call) as answer:
             if call.stream:
                 return await _stream(request, answer)
-            return web.json_response(answer.whole(await answer.all()))
+            deltas = await answer.all()
+            return _response(await asyncio.to_thread(lambda: _encoded(answer.whole(deltas))))
 
     @asynccontextmanager
     async def _answering(self, call: Call) -> AsyncIterator[Answer]:
@@ -101,7 +101,7 @@ class Completions:
         assert self.thread is not None, "the server has not been started"
         start = time.monotonic()
         with self._catalog.using(call.cartridges):
-            job = self.thread.submit(call, await self._catalog.prefix(call.cartridges))
+            job = self.thread.submit(call, await self._catalog.prefix(call.cartridges), start)
             answer = None
             try:
                 answer = Answer(job, await job.accepted(), self._tokenizer, self._token_text)
@@ -119,7 +119,7 @@ class Completions:
                 try:
                     async with self._answering(call) as answer:
                         deltas = await answer.all()
-                        return answer.whole(deltas), deltas
+                        return await asyncio.to_thread(answer.whole, deltas), deltas
                 except ApiError as error:
                     if error.code != "queue_full" or time.monotonic() > end:
                         raise
@@ -143,6 +143,19 @@ class Completions:
         if call.stream:
             refuse(f"{where}.stream", True, "false: a batch is answered as a whole")
         return call
+
+
+def _encoded(reply: Any) -> str:
+    """A reply, or several, as JSON, a choice at a time: no thread gets a turn while `json` encodes."""
+    if isinstance(reply, list):
+        return f"[{', '.join(map(_encoded, reply))}]"
+    choices = f"[{', '.join(map(to_json, reply['choices']))}]"
+    parts = (f"{to_json(name)}: {choices if name == 'choices' else to_json(value)}" for name, value in reply.items())
+    return f"{{{', '.join(parts)}}}"
+
+
+def _response(text: str) -> web.Response:
+    return web.Response(text=text, content_type="application/json")
 
 
 async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
@@ -174,7 +187,7 @@ async def _finish(response: web.StreamResponse) -> None:
 
 async def _send(response: web.StreamResponse, chunks: Iterable[dict[str, Any]]) -> None:
     for chunk in chunks:
-        await _write(response, f"data: {json.dumps(chunk)}\n\n".encode())
+        await _write(response, f"data: {to_json(chunk)}\n\n".encode())
 
 
 async def _write(response: web.StreamResponse, data: bytes) -> None:

@@ -2,7 +2,11 @@
 
 Which page holds what is the scheduler's business. A call turns that into arrays of fixed sizes, so that a handful of
 compiled programs serves every mixture of requests: decoding for a few sizes of batch, prefill for a few sizes of chunk,
-and one program each to load, to copy and to score.
+and one program each to load, to copy, to clear and to score.
+
+Nothing that a page held before reaches whoever has it now. Masked keys and biases do no harm; of values even the masked
+ones are multiplied, by zero, which leaves infinity and NaN what they are. So a page's values are zeros where its owner
+has written nothing: they are cleared when its first place is written, and what is loaded or copied ends in zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving import decoder
 from cartridges_jax.serving.cache import Prefix
-from cartridges_jax.serving.sampling import Sampling, sample
+from cartridges_jax.serving.sampling import Sampling, normalizer, sample
 from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
 from command_line.errors import UserError
 
@@ -106,9 +110,9 @@ class Engine:
             parts = [a[:, slots] for a in arrays]
             self._cache = _load(self._cache, page, *parts, config=self._config, mesh=self._mesh)
 
-    def copy(self, source: int, target: int) -> None:
-        """The target page becomes a copy of the source."""
-        self._cache = _copy(self._cache, source, target, mesh=self._mesh)
+    def copy(self, source: int, target: int, count: int) -> None:
+        """The target page becomes a copy of the source's first `count` places."""
+        self._cache = _copy(self._cache, source, target, count, mesh=self._mesh)
 
     def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
         """Writes the keys and values of `tokens` at `position`, `position` + 1, …"""
@@ -126,6 +130,8 @@ class Engine:
         """What a step of decoding takes: slots, tokens (-1: the slot's last) and wishes, padded to a size of batch."""
         b = next(size for size in self._batch_sizes if size >= len(inputs))
         padding = b - len(inputs)
+        for i in inputs:
+            self._clear_begun(i.place, i.position, 1)
         slots = np.array([i.slot for i in inputs] + [self.num_slots] * padding, np.int32)
         tokens = np.array([-1 if i.token is None else i.token for i in inputs] + [0] * padding, np.int32)
         positions = np.array([i.position for i in inputs] + [0] * padding, np.int32)
@@ -194,7 +200,8 @@ class Engine:
             *(functools.partial(self.prefill, [0] * min(size, self.max_length), 0, place) for size in PREFILL_SIZES),
             *(functools.partial(decode, size) for size in self._batch_sizes),
             load,
-            functools.partial(self.copy, 0, 0),
+            functools.partial(self.copy, 0, 0, 0),
+            functools.partial(self._clear_begun, place, 0, 1),
             functools.partial(self.score, [0, 0], None, 1),
         ]
 
@@ -204,8 +211,18 @@ class Engine:
             compiled()
         jax.block_until_ready(self._cache)
 
+    def _clear_begun(self, place: Place, position: int, count: int) -> None:
+        """Clears the pages whose first place is among the `count` positions from this one on, soon to be written."""
+        first = position - place.prefix_length
+        for start in range(-(-first // PAGE_SIZE) * PAGE_SIZE, first + count, PAGE_SIZE):
+            values = _clear(
+                [p.values for p in self._cache], _written(place, place.prefix_length + start)[0], mesh=self._mesh
+            )
+            self._cache = [p._replace(values=v) for p, v in zip(self._cache, values, strict=True)]
+
     def _chunk(self, tokens: Sequence[int], size: int, position: int, place: Place) -> Step:
         """Tokens of one request, padded to `size`."""
+        self._clear_begun(place, position, len(tokens))
         padding = size - len(tokens)
         tokens_t = np.pad(np.asarray(tokens, np.int32), (0, padding))
         written = [_written(place, position + i) for i in range(len(tokens))]
@@ -309,11 +326,29 @@ def _load(
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
-def _copy(cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""], *, mesh: Mesh) -> list[Pages]:
-    def local(cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""]) -> list[Pages]:
-        return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)
+def _copy(
+    cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""], count: Int[Array, ""], *, mesh: Mesh
+) -> list[Pages]:
+    def local(cache: list[Pages], source: Array, target: Array, count: Array) -> list[Pages]:
+        is_copied_z1 = jnp.arange(PAGE_SIZE)[:, None] < count
+        return [
+            Pages(
+                pages.keys.at[target].set(pages.keys[source]),
+                pages.values.at[target].set(jnp.where(is_copied_z1, pages.values[source], 0)),
+                pages.bias.at[target].set(pages.bias[source]),
+            )
+            for pages in cache
+        ]
 
-    return sharding.on_mesh(local, mesh, (sharding.PAGES, P(), P()), sharding.PAGES)(cache, source, target)
+    return sharding.on_mesh(local, mesh, (sharding.PAGES, *[P()] * 3), sharding.PAGES)(cache, source, target, count)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _clear(values: list[Array], page: Int[Array, ""], *, mesh: Mesh) -> list[Array]:
+    def local(values: list[Array], page: Array) -> list[Array]:
+        return [layer.at[page].set(0) for layer in values]
+
+    return sharding.on_mesh(local, mesh, (sharding.PAGES, P()), sharding.PAGES)(values, page)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=1)
@@ -365,7 +400,7 @@ def _score(
     def local(weights: decoder.Weights, cache: list[Pages], step: Step, following: Array) -> tuple[list[Pages], Any]:
         hidden_td, cache = _forward(weights, cache, step, config)
         logits_tv = decoder.logits(weights, hidden_td)
-        normalizer_t1 = jax.nn.logsumexp(logits_tv, axis=-1, keepdims=True)
+        normalizer_t1 = normalizer(logits_tv)
         own_t1 = jnp.take_along_axis(logits_tv, following[:, None], axis=-1)
         top_tj, ids_tj = jax.lax.top_k(logits_tv, num_top)
         rank_t = 1 + (logits_tv > own_t1).sum(-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from cartridges_jax.serving.calls import Call
 from cartridges_jax.serving.protocol import SEEDS, ApiError
 from cartridges_jax.serving.scheduler import (
+    NOT_FINITE,
     Engine,
     Event,
     Finished,
@@ -89,9 +91,9 @@ class EngineThread:
         """Choices that run or wait."""
         return len(self._live)
 
-    def submit(self, call: Call, prefix: Prefix | None) -> Job:
-        """Hands a call over; its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
-        job = Job(call, prefix, time.monotonic() + self._max_seconds)
+    def submit(self, call: Call, prefix: Prefix | None, start: float) -> Job:
+        """Hands over a call that came at `start`; its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
+        job = Job(call, prefix, start + self._max_seconds)
         with self._closed:
             if self._end is not None:
                 raise self._end
@@ -154,6 +156,9 @@ class EngineThread:
             count, prompt = job.call.prompt_logprobs, None
             if count is not None:
                 prompt = self._engine.score(requests[0].prompt, job.prefix, count)
+                if not all(math.isfinite(scored.sampled.logprob) for scored in prompt):
+                    self._reject(job, ApiError(422, NOT_FINITE, "cartridges", "not_finite"))
+                    return
             self._post([(job, 0, Accepted(prompt))])
         except QueueFull as error:
             self._reject(job, _queue_full(str(error)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import Event, Prefix, Request, Scheduler, Token
+from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Finished, Prefix, Request, Scheduler, Token
 from command_line.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def generate(
       The continuations without stop tokens, in the order of the prompts.
 
     Raises:
-      UserError: a prompt without tokens, or one that does not fit the model's window with its answer and the slots.
+      UserError: a prompt without tokens, one that does not fit the model's window with its answer and the slots, or a
+        cartridge with which the model's numbers are not finite.
     """
     ids = [tuple(model.tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
     answers = generate_ids(model, ids, cartridge, max_tokens, temperature, top_p, seed)
@@ -75,6 +76,8 @@ def generate_ids(
     for event in run(Scheduler(engine, max_queue=len(requests)), requests):
         if isinstance(event, Token) and event.sampled.token not in stop_ids:
             answers[int(event.id)].append(event.sampled.token)
+        elif isinstance(event, Finished) and event.reason == "not_finite":
+            raise UserError(f"prompt {event.id}: {NOT_FINITE}")
     return answers
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-import re
+import reprlib
+import zlib
 from typing import Any, NoReturn
 
 from aiohttp import web
@@ -16,7 +18,10 @@ MAX_CARTRIDGES = 8  # in one request
 SEEDS = 2**31
 BODY_SECONDS = 60.0  # for a request's body to arrive
 RETRY_AFTER_SECONDS = 1
-TAG = re.compile(r"<cartridge>(.*?)</cartridge>", re.DOTALL)
+MAX_STOP_LENGTH = 1024  # characters
+TAG, END_TAG = "<cartridge>", "</cartridge>"
+WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+to_json = functools.partial(json.dumps, allow_nan=False)  # NaN is no JSON, and nobody else could read it
 # Fields that would change the answer and that are not there yet: asking for them is refused, a neutral value is not.
 UNSUPPORTED: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -53,7 +58,7 @@ class ApiError(Exception):
 
     def response(self) -> web.Response:
         extra = {429: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
-        return web.json_response(self.body, status=self.status, headers=extra.get(self.status))
+        return web.json_response(self.body, status=self.status, headers=extra.get(self.status), dumps=to_json)
 
 
 class Fields:
@@ -97,6 +102,7 @@ async def read_body(request: web.Request) -> Fields:
     try:
         async with asyncio.timeout(BODY_SECONDS):
             raw = await request.read()
+        raw = _unpacked(raw, request.headers.get("Content-Encoding", "").strip().lower(), request.client_max_size)
         return Fields(json.loads(raw), size=len(raw))
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from error
@@ -104,13 +110,37 @@ async def read_body(request: web.Request) -> Fields:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 
 
+def _unpacked(raw: bytes, encoding: str, most: int) -> bytes:
+    """The body as it was before it was packed, of which no more is made than a body may have."""
+    if encoding in ("", "identity"):
+        return raw
+    if encoding not in WINDOW_BITS:
+        message = f"Content-Encoding is {shorten(encoding)}, expected {' or '.join(WINDOW_BITS)}, or none"
+        raise ApiError(415, message, code="unsupported_encoding")
+    inflating = zlib.decompressobj(WINDOW_BITS[encoding])
+    try:
+        body = inflating.decompress(raw, most + 1)
+    except zlib.error as error:
+        raise ApiError(400, f"the body is not {encoding}: {error}", code="invalid_encoding") from error
+    if len(body) > most:
+        raise ApiError(413, f"the body has more than {most} bytes when it is unpacked", code="body_too_large")
+    if not inflating.eof or inflating.unused_data:
+        raise ApiError(400, f"the body is not one whole {encoding} stream: pack it again", code="invalid_encoding")
+    return body
+
+
 def refuse(name: str, value: object, expected: str) -> NoReturn:
     raise ApiError(400, f"{name} is {shorten(value)}, expected {expected}", name, "invalid_value")
 
 
 def shorten(value: object) -> str:
-    shown = repr(value)
+    """Its beginning, however long or deep it is."""
+    shown = _SHORT.repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 4, 20, 20, 100, 100
 
 
 def text(name: str, value: object) -> str:
@@ -149,8 +179,8 @@ def read_stops(value: object) -> tuple[str, ...]:
     if not isinstance(values, list) or len(values) > MAX_STOPS:
         refuse("stop", value, f"a text or a list of at most {MAX_STOPS}")
     stops = tuple(text("stop", stop) for stop in values)
-    if "" in stops:
-        refuse("stop", value, "texts that are not empty")
+    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
+        refuse("stop", value, f"texts that are not empty, of at most {MAX_STOP_LENGTH} characters")
     return stops
 
 
@@ -179,12 +209,24 @@ def take_tags(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], tup
     """
     kept, found = [], []
     for message in messages:
-        tags = TAG.findall(message["content"]) if message["role"] == "system" else []
-        found += [_read_tag(tag) for tag in tags]
-        content = TAG.sub("", message["content"]).strip() if tags else message["content"]
+        content, tags = _split(message["content"]) if message["role"] == "system" else (message["content"], [])
+        found += tags
+        content = content.strip() if tags else content
         if content or not tags:
             kept.append(message | {"content": content})
-    return kept, tuple(found)
+    if len(found) > MAX_CARTRIDGES:
+        refuse("messages", found, f"at most {MAX_CARTRIDGES} cartridges")
+    return kept, tuple(map(_read_tag, found))
+
+
+def _split(content: str) -> tuple[str, list[str]]:
+    """The text without its tags, and what stands in them; each character is looked at once."""
+    kept, tags, start = [], [], 0
+    while (opened := content.find(TAG, start)) >= 0 and (closed := content.find(END_TAG, opened + len(TAG))) >= 0:
+        kept.append(content[start:opened])
+        tags.append(content[opened + len(TAG) : closed])
+        start = closed + len(END_TAG)
+    return "".join([*kept, content[start:]]), tags
 
 
 def _read_tag(tag: str) -> Reference:

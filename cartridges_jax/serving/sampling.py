@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+NEVER = -1e30  # a logit
 SORTED = 256  # best tokens among which the last one kept is looked for first
 
 
@@ -28,9 +29,12 @@ def sample(
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
 
     Log-probabilities are those of the model, before temperature, top-k and top-p: what distillation needs.
-    Where no row wants alternatives, theirs are meaningless.
+    Where no row wants alternatives, theirs are meaningless. A row whose logits are not all finite has NaN for its
+    token's log-probability, and changes nothing about the others.
     """
-    normalizer_b1 = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    normalizer_b1 = normalizer(logits)
+    # a row without is taken to be certain of its first token, so that the others need not look any longer for its sake
+    logits = jnp.where(jnp.isnan(normalizer_b1), jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER), logits)
     top_logits_bj, top_ids_bj = jax.lax.cond(
         (sampling.num_top > 0).any(),
         lambda: tuple(jax.lax.top_k(logits, num_top)),
@@ -43,6 +47,12 @@ def sample(
     )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1
+
+
+def normalizer(logits_bv: Float[Array, "b v"]) -> Float[Array, "b 1"]:
+    """What makes logits log-probabilities when it is subtracted; NaN, unless all of a row are finite."""
+    is_finite_b1 = jnp.isfinite(logits_bv).all(-1, keepdims=True)
+    return jnp.where(is_finite_b1, jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True), jnp.nan)
 
 
 def _best(logits_bv: Array) -> Array:

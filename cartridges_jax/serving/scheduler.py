@@ -42,7 +42,10 @@ class SlotInput:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A sampled token; log-probabilities are raw (before temperature), the alternatives best first."""
+    """A sampled token; log-probabilities are raw (before temperature), the alternatives best first.
+
+    A log-probability of NaN says that the model's logits were not finite: the token means nothing then.
+    """
 
     token: int
     logprob: float
@@ -78,8 +81,8 @@ class Engine(Protocol):
     def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
         """Writes a cartridge to these pages."""
 
-    def copy(self, source: int, target: int) -> None:
-        """Makes the target page a copy of the source."""
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Makes the target page a copy of the source's first `count` positions."""
 
     def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
         """Writes the tokens' keys and values at `position`, `position` + 1, …"""
@@ -133,11 +136,17 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
+    """The request has ended; "not_finite": what the model makes of its cartridge and prompt are no numbers."""
+
     id: str
-    reason: Literal["stop", "length", "cancelled", "deadline"]
+    reason: Literal["stop", "length", "cancelled", "deadline", "not_finite"]
 
 
 Event = Started | Token | Finished
+NOT_FINITE = (
+    "the model's numbers are not finite here: the cartridge holds values that are too large for this model, or the "
+    "model's dtype is too small; use another cartridge, or train this one again"
+)
 
 
 class QueueFull(Exception):
@@ -257,7 +266,7 @@ class Scheduler:
             assert request.prefix is not None
             self._engine.load(request.prefix, lease.path[0].pages)
         if lease.copy is not None:
-            self._engine.copy(*lease.copy)
+            self._engine.copy(*lease.copy, lease.cached % self._engine.page_size)
         slot.request, slot.lease, slot.prefilled, slot.dispatched, slot.answer = request, lease, lease.cached, 0, []
         self._filling = slot
         self._events.append(Started(request.id, lease.cached))
@@ -299,6 +308,9 @@ class Scheduler:
                 self._take(slot, request, sampled)
 
     def _take(self, slot: _Slot, request: Request, sampled: Sampled) -> None:
+        if not math.isfinite(sampled.logprob):
+            self._finish(slot, Finished(request.id, "not_finite"))
+            return
         slot.answer.append(sampled.token)
         self._events.append(Token(request.id, _trim(sampled, request.top_logprobs)))
         if sampled.token in request.stop_ids and not request.ignore_eos:

@@ -27,7 +27,7 @@ from cartridges_jax.serving.completions import Completions, Handler
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.openapi import document_of
-from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
 from cartridges_jax.serving.scheduler import Engine
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup
@@ -35,6 +35,7 @@ from cartridges_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_reply = functools.partial(web.json_response, dumps=to_json)
 OPEN = ("/", "/health", "/ping")  # what needs no key, beside the files of the page
 
 
@@ -44,7 +45,7 @@ class Server:
     Args:
       max_queue: answers that may wait for a slot; beyond them requests are refused.
       max_body: bytes of a request.
-      max_seconds: that a request may take, waiting included.
+      max_seconds: that a request may take; fetching and loading a cartridge and waiting for a slot are included.
       describe: what a loaded cartridge is made of, as JSON.
       kv_bytes_per_token: what a position of prompt, answer or cartridge costs, for the page to show.
       document: a text that the page compares cartridges with.
@@ -75,7 +76,7 @@ class Server:
         self._loopback = True
         self._metrics = Metrics()
         self._warmup = Warmup(programs)
-        self._catalog = Catalog(store, describe)
+        self._catalog = Catalog(store, describe, max_seconds)
         self._reader = Reader(
             engine, tokenizer, store, model, max_choices=engine.num_slots + max_queue, rng=rng or random.Random()
         )
@@ -89,7 +90,9 @@ class Server:
         """Serves on a bound socket until the runner's `cleanup`."""
         self._loopback = is_loopback(sock)
         # Without handler_cancellation a client that goes away would be answered to the end.
-        runner = web.AppRunner(self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
+        runner = web.AppRunner(
+            self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0, auto_decompress=False
+        )
         await runner.setup()
         await web.SockSite(runner, sock).start()
         return runner
@@ -160,8 +163,10 @@ class Server:
                 message = f"this server has no API key and is asked as {shorten(request.host)}: ask for 127.0.0.1"
                 raise ApiError(403, message, code="host")
         elif not (request.path in OPEN or request.path.startswith(page.PREFIX)):
-            given = request.headers.get("Authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
+            # bytes that are no UTF-8 are surrogates there
+            header = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+            scheme, _, given = header.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._api_key.encode()):
                 raise ApiError(401, "no or wrong API key: send Authorization: Bearer KEY", code="invalid_api_key")
         return await handler(request)
 
@@ -173,17 +178,17 @@ class Server:
         return response
 
     async def _openapi(self, _: web.Request) -> web.Response:
-        return web.json_response(document_of(self._model, self._engine.max_top_logprobs))
+        return _reply(document_of(self._model, self._engine.max_top_logprobs))
 
     async def _health(self, _: web.Request) -> web.Response:
         if not self._running().alive:
-            return web.json_response({"status": "failed"}, status=503)
+            return _reply({"status": "failed"}, status=503)
         if self._warmup.is_done:
-            return web.json_response({"status": "ok"})
+            return _reply({"status": "ok"})
         left = self._warmup.seconds_left
         programs = {"programs": self._warmup.total, "compiled": self._warmup.compiled, "seconds_left": left}
         headers = {"Retry-After": str(math.ceil(left or 1))}
-        return web.json_response({"status": "starting", **programs}, status=503, headers=headers)
+        return _reply({"status": "starting", **programs}, status=503, headers=headers)
 
     async def _metrics_text(self, _: web.Request) -> web.Response:
         live = self._running().num_live
@@ -192,12 +197,12 @@ class Server:
 
     async def _models(self, _: web.Request) -> web.Response:
         # The model alone: Tokasaurus' clients insist on exactly one, and /v1/cartridges lists the others.
-        return web.json_response({"object": "list", "data": [self._model_entry(self._model)]})
+        return _reply({"object": "list", "data": [self._model_entry(self._model)]})
 
     async def _one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
         self._reader.read_model_name(name)
-        return web.json_response(self._model_entry(name))
+        return _reply(self._model_entry(name))
 
     def _model_entry(self, name: str) -> dict[str, Any]:
         return {
@@ -212,7 +217,7 @@ class Server:
     async def _tokenize(self, request: web.Request) -> web.Response:
         ids = await asyncio.to_thread(self._ids, await read_body(request))
         reply = {"count": len(ids), "max_model_len": self._engine.max_length, "tokens": ids, "token_strs": None}
-        return web.json_response(reply)
+        return _reply(reply)
 
     def _ids(self, fields: Fields) -> list[int]:
         if fields.get("messages") is not None:
@@ -221,8 +226,10 @@ class Server:
         return self._tokenizer.encode(fields.text("prompt"), add_special_tokens=fields.flag("add_special_tokens", True))
 
     async def _detokenize(self, request: web.Request) -> web.Response:
-        ids = self._reader.token_ids("tokens", (await read_body(request)).get("tokens"))
-        return web.json_response({"prompt": self._tokenizer.decode(ids, skip_special_tokens=False)})
+        return _reply({"prompt": await asyncio.to_thread(self._text, await read_body(request))})
+
+    def _text(self, fields: Fields) -> str:
+        return self._tokenizer.decode(self._reader.token_ids("tokens", fields.get("tokens")), skip_special_tokens=False)
 
     def _decode_token(self, id: int) -> str:
         return self._tokenizer.decode([id], skip_special_tokens=False)
@@ -248,7 +255,7 @@ def _is_local(host: str | None) -> bool:
 
 
 async def _ping(_: web.Request) -> web.Response:
-    return web.json_response({"message": "pong"})
+    return _reply({"message": "pong"})
 
 
 @web.middleware
@@ -264,5 +271,5 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         refusal.headers.update({name: error.headers[name] for name in ("Allow",) if name in error.headers})
         return refusal
     except Exception:
-        logger.exception("%s %s failed", request.method, request.path)
+        logger.exception("%s %r failed", request.method, request.path)
         return ApiError(500, "the server failed at this request: its log says why").response()

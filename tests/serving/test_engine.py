@@ -195,7 +195,7 @@ def test_a_copy_goes_its_own_way(engine: Engine, name: str):
     fill(engine, mine, name, common)
     fill(engine, other, name, TOKENS[50:150])  # what the copy must overwrite
     own = -(-slots_of(name) // PAGE_SIZE)
-    engine.copy(mine.pages[own], other.pages[own])
+    engine.copy(mine.pages[own], other.pages[own], len(common))
     for place, tokens in ((mine, ours), (other, theirs)):
         engine.prefill(tokens[30:-1], slots_of(name) + 30, place)
         same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, name)[-1])
@@ -231,7 +231,7 @@ def test_a_used_page_is_as_good_as_new(name: str):
     used, fresh = (Engine(tiny.model(), num_slots=1, max_length=128) for _ in range(2))
     pages = range(used.num_pages)
     fill(used, Place(pages, slots_of("biased")), "biased", TOKENS[:100])
-    used.copy(0, 1)
+    used.copy(0, 1, 100)
     tokens = TOKENS[200:225]
     place = Place(pages, slots_of(name))
     answers = []

@@ -70,10 +70,10 @@ class FakeEngine:
             part = held[i * self.page_size : (i + 1) * self.page_size]
             self.cells[page][: len(part)] = part
 
-    def copy(self, source: int, target: int) -> None:
-        assert source != target
+    def copy(self, source: int, target: int, count: int) -> None:
+        assert source != target and 0 < count < self.page_size
         self.log.append("copy")
-        self.cells[target] = list(self.cells[source])
+        self.cells[target][:count] = self.cells[source][:count]
 
     def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
         assert tokens and position + len(tokens) <= self.max_length

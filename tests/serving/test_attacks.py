@@ -1,0 +1,380 @@
+"""Bodies, headers and files that are meant to do harm: each is refused with a sentence, and nobody else waits."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import math
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import save_file
+from test_server import HELLO, SAID, Client, ScriptEngine, folder, serving  # pyrefly: ignore[missing-import]
+
+from cartridges_jax import cartridge_file, serve
+from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.interop import formats
+from cartridges_jax.serving.choices import StopStrings
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.protocol import take_tags
+from cartridges_jax.serving.server import Server
+from cartridges_jax.serving.store import CartridgeStore
+from command_line import progress
+from command_line.errors import UserError
+
+__all__ = ["folder"]  # a fixture
+BODY = json.dumps({"messages": HELLO}).encode()
+LIVE = "/v1/chat/completions"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def test_unclosed_tags_take_time_in_proportion():
+    def read(count: int) -> float:
+        return seconds(lambda: take_tags([{"role": "system", "content": "<cartridge>" * count}]))
+
+    assert read(60_000) < 0.5
+    half_open = "<cartridge>" * 60_000 + "</cartridge>"
+
+    async def test(client: Client) -> None:
+        for content in (half_open, '<cartridge>{"id": "manual"}</cartridge>' * 20_000):
+            status, reply = await client.chat(messages=[{"role": "system", "content": content}, *HELLO])
+            assert status == 400 and "cartridge" in reply["error"]["message"] and len(reply["error"]["message"]) < 500
+
+    serving(ScriptEngine(SAID), test, max_body=1 << 22)
+
+
+def test_stop_strings_take_time_in_proportion():
+    stops = tuple("a" * (1000 - i) + "b" for i in range(16))
+
+    def read(count: int) -> None:
+        found = StopStrings(stops)
+        assert not any(found.push("a" * 10)[1] for _ in range(count))
+
+    assert seconds(lambda: read(2000)) < 2
+
+
+def test_a_stop_string_has_an_end():
+    async def test(client: Client) -> None:
+        assert (await client.chat(stop="x" * 1024))[0] == 200
+        status, reply = await client.chat(stop=["x" * 1025])
+        assert status == 400 and "1024 characters" in reply["error"]["message"]
+
+    serving(ScriptEngine(SAID), test)
+
+
+@pytest.mark.parametrize("depth", [10, 500, 900, 972, 990, 5000, 100_000])
+@pytest.mark.parametrize("field", ["messages", "stop", "cartridges", "tools", "temperature", "seed", "prompt", "n"])
+def test_deep_bodies(depth: int, field: str):
+    async def test(client: Client) -> None:
+        for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+            body = f'{{"messages": [{{"role": "user", "content": "hi"}}], "prompt": "hi", "{field}": {value}}}'
+            for path in (LIVE, "/v1/completions", "/tokenize", "/v1/cartridges/load", "/detokenize"):
+                status, reply = await client.post(path, data=body)
+                assert status < 500 and (status == 200 or len(reply["error"]["message"]) < 500)
+
+    serving(ScriptEngine(SAID), test)
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"Bearer key", 200),
+        (b"bearer key", 200),
+        (b"BEARER  key", 200),
+        (b"Basic key", 401),
+        (b"Bearer k\xc3\xa9y", 401),
+        (b"Bearer \xff\xfe", 401),
+        (b"\xe9", 401),
+        (b"Bearer", 401),
+        (b"", 401),
+    ],
+)
+def test_any_authorization_is_answered(header: bytes, status: int):
+    """Byte for byte: clients of ours would not send some of these."""
+
+    async def test(client: Client) -> None:
+        host, port = client.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"GET /v1/models HTTP/1.1\r\nHost: h\r\nConnection: close\r\nAuthorization: " + header + b"\r\n\r\n"
+        )
+        line = await reader.readline()
+        writer.close()
+        assert int(line.split()[1]) == status
+
+    serving(ScriptEngine(SAID), test, api_key="key")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data", "status", "words"),
+    [
+        ("gzip", gzip.compress(BODY), 200, ""),
+        ("GZIP", gzip.compress(BODY), 200, ""),
+        ("deflate", zlib.compress(BODY), 200, ""),
+        ("identity", BODY, 200, ""),
+        ("gzip", BODY, 400, "not gzip"),
+        ("deflate", BODY, 400, "not deflate"),
+        ("gzip", gzip.compress(BODY)[:-9], 400, "one whole gzip stream"),
+        ("gzip", gzip.compress(BODY) * 2, 400, "one whole gzip stream"),
+        ("gzip", b"", 400, "one whole gzip stream"),
+        ("gzip", gzip.compress(b" " * (64 << 20)), 413, "when it is unpacked"),
+        ("deflate", zlib.compress(b"[" * (64 << 20)), 413, "when it is unpacked"),
+        ("br", BODY, 415, "expected gzip or deflate"),
+        ("gzip, gzip", gzip.compress(gzip.compress(BODY)), 415, "expected gzip or deflate"),
+    ],
+)
+def test_packed_bodies(encoding: str, data: bytes, status: int, words: str):
+    async def test(client: Client) -> None:
+        got, reply = await client.post(LIVE, data=data, headers={"Content-Encoding": encoding})
+        assert got == status and (status == 200 or words in reply["error"]["message"])
+
+    serving(ScriptEngine(SAID), test, max_body=1 << 20)
+
+
+@pytest.mark.parametrize(
+    "number", ["1e400", "-1e400", "NaN", "Infinity", "9" * 4000, "-0", "1" + "0" * 5000, "0.0", "-1", "true", '"1"']
+)
+def test_numbers_at_the_edges(number: str):
+    async def test(client: Client) -> None:
+        for field in ("temperature", "top_p", "top_k", "seed", "n", "max_tokens", "top_logprobs", "prompt_logprobs"):
+            body = f'{{"messages": [{{"role": "user", "content": "hi"}}], "{field}": {number}}}'
+            status, _ = await client.post(LIVE, data=body)
+            assert status < 500, (field, number)
+
+    serving(ScriptEngine(SAID), test)
+
+
+def test_nothing_long_is_done_on_the_event_loop(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Listing looks at every file, and the text of many tokens takes its time."""
+
+    def elsewhere(of: type, name: str) -> None:
+        real = getattr(of, name)
+
+        def checked(*args: Any, **how: Any) -> Any:
+            with pytest.raises(RuntimeError):  # this thread runs no loop
+                asyncio.get_running_loop()
+            seen.add(name)
+            return real(*args, **how)
+
+        monkeypatch.setattr(of, name, checked)
+
+    seen: set[str] = set()
+    elsewhere(CartridgeStore, "list")
+    elsewhere(Server, "_text")
+
+    async def test(client: Client) -> None:
+        status, reply = await client.get("/v1/cartridges")
+        assert status == 200 and len(reply["data"]) >= 2
+        assert (await client.post("/detokenize", json={"tokens": [65] * 1000}))[0] == 200
+        assert seen == {"list", "_text"}
+
+    serving(ScriptEngine(SAID), test, folder)
+
+
+def test_time_includes_fetching_and_loading(folder: Path):
+    def fetch(name: str) -> Path:
+        time.sleep(1.5)
+        return folder / "manual.safetensors"
+
+    async def test(client: Client) -> None:
+        start = time.monotonic()
+        slow = {"cartridges": [{"id": "org/slow", "source": "huggingface"}]}
+        status, reply = await client.chat(**slow)
+        assert status == 504 and reply["error"]["code"] == "timeout" and time.monotonic() - start < 1.2
+        assert (await client.post("/v1/cartridges/load", json={"id": "org/slow", "source": "huggingface"}))[0] == 504
+        assert (await client.chat())[0] == 200, "nobody else waits"
+
+    serving(ScriptEngine(SAID), test, folder, fetch, max_seconds=0.3)
+
+
+def small() -> Cartridge:
+    return Cartridge.from_tokens(tiny.model(), range(5, 25))
+
+
+def write(path: Path, tensors: dict[str, np.ndarray] | None = None, **header: Any) -> Path:
+    """A cartridge's file with these tensors and these entries of its header in place of its own."""
+    cartridge = small()
+    own = {"keys": np.asarray(cartridge.keys), "values": np.asarray(cartridge.values)}
+    told = {"format_version": 2, **cartridge_file.header_of(cartridge)} | header
+    save_file(own | (tensors or {}), path, metadata={"cartridge": json.dumps(told)})
+    return path
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"keys": np.ones((2, 20, 2, 8), np.int8), "keys_scale": np.ones((20_000, 1, 1, 1, 1), np.float32)},
+        {"keys": np.ones((2, 20, 2, 8), np.int8), "keys_scale": np.ones((2, 20, 1), np.float32)},
+        {"keys": np.ones((2, 20, 2, 8), np.int8)},
+        {"keys": np.ones((2, 20, 2, 8), np.int64)},
+        {"keys": np.ones((1, 1, 1, 1), np.float32)},
+        {"bias": np.zeros((2, 20), np.float32)},
+        {"bias": np.zeros((2, 20, 2), np.int32)},
+        {"bias": np.full((2, 20, 2), np.nan, np.float32)},
+        {"values": np.full((2, 20, 2, 8), np.inf, np.float32)},
+        {"values": np.full((2, 20, 2, 8), 127, np.int8), "values_scale": np.full((2, 20, 2), 1e38, np.float32)},
+    ],
+)
+def test_files_whose_arrays_cannot_be_a_cartridge_s(tmp_path: Path, tensors: dict[str, np.ndarray]):
+    with pytest.raises(UserError, match=r"not a whole cartridge file|not finite"):
+        formats.read(write(tmp_path / "c.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"training_flops": math.nan},
+        {"training_flops": math.inf},
+        {"training_flops": 10**400},
+        {"training_tokens": 10**400},
+        {"training_tokens": True},
+        {"recipe": "\ud800"},
+        {"recipe": ["a"]},
+        {"evaluation": {"a": 1}},
+        {"model": None},
+        {"num_frozen": 1.0},
+        {"format_version": "2"},
+        {"evaluation": "x" * (1 << 21)},
+    ],
+)
+def test_headers_that_say_what_no_header_says(tmp_path: Path, header: dict[str, Any]):
+    with pytest.raises(UserError, match="not a whole cartridge file"):
+        formats.read(write(tmp_path / "c.safetensors", **header))
+
+
+@pytest.mark.parametrize(
+    "evaluation", ["NaN", '{"a": 1e400}', "[" * 900 + "]" * 900, "[" * 10**5, "{", "\x1b[2J", '{"a": [1]}']
+)
+def test_what_a_header_says_is_listed_as_json(tmp_path: Path, evaluation: str):
+    described = serve.describe(formats.read(write(tmp_path / "c.safetensors", evaluation=evaluation)))
+    json.loads(json.dumps({"data": [described]}, allow_nan=False))
+    assert described["evaluation"] == ({"a": [1]} if "1]" in evaluation else evaluation)
+
+
+def test_yaml_merges_are_refused(tmp_path: Path):
+    lines = ["a0: &a0 {x: 1, y: 2}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40))]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    formats.write(small(), tmp_path / "cartridge.pt", "upstream")
+    from cartridges_jax.interop import upstream
+
+    with pytest.raises(UserError, match="merges groups by <<"):
+        upstream.read_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("a: &a [1]\nb: *a\nmodel: {pretrained_model_name_or_path: org/name}\n")
+    assert upstream.model_of(upstream.read_config(tmp_path / "config.yaml")) == "org/name"
+
+
+def test_a_file_that_is_written_over_while_it_is_read_kills_nobody(tmp_path: Path):
+    """As `cp` does: cut to nothing, then written again."""
+    path = write(
+        tmp_path / "c.safetensors", {name: np.ones((2, 60_000, 2, 8), np.float32) for name in ("keys", "values")}
+    )
+    whole = path.read_bytes()
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom cartridges_jax import cartridge_file\n"
+        "from command_line.errors import UserError\n"
+        "print('ready', flush=True)\nend = time.monotonic() + 2\n"
+        "while time.monotonic() < end:\n"
+        "    try:\n        cartridge_file.read(Path(sys.argv[1]))\n"
+        "    except UserError:\n        pass\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+        while reader.poll() is None:
+            with open(path, "r+b") as file:
+                file.truncate(0)
+                file.write(whole)
+    assert reader.returncode == 0
+
+
+def test_a_hostile_cartridge_is_refused_and_its_neighbours_are_not(tmp_path: Path):
+    """Over HTTP, on a real engine: finite in the file, not finite in the model."""
+    huge = {"values": np.full((2, 20, 2, 8), 3e38, np.float32)}
+    write(tmp_path / "huge.safetensors", huge)
+    small().save(tmp_path / "fine.safetensors")
+    write(tmp_path / "nan.safetensors", {"values": np.full((2, 20, 2, 8), np.nan, np.float32)})
+    model = tiny.model()
+
+    def strict(text: str) -> Any:
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    async def test(client: Client) -> None:
+        async def ask(name: str | None, path: str = LIVE, **fields: Any) -> tuple[int, str]:
+            body = {"temperature": 0, "max_tokens": 5, "return_token_ids": True, **fields}
+            body |= {"messages": HELLO} if path == LIVE else {"prompt": "hello"}
+            body |= {"cartridges": [{"id": name}]} if name else {}
+            async with client.session.post(client.url + path, json=body) as response:
+                return response.status, await response.text()
+
+        alone = {name: strict((await ask(name))[1])["choices"] for name in (None, "fine")}
+        for fields in ({"logprobs": True, "top_logprobs": 3}, {"prompt_logprobs": 2}, {}):
+            replies = await asyncio.gather(ask("huge", **fields), ask("fine"), ask(None), ask("huge", **fields))
+            for status, text in (replies[0], replies[3]):
+                assert status == 422 and strict(text)["error"]["code"] == "not_finite"
+            for (status, text), name in zip(replies[1:3], ("fine", None), strict=True):
+                assert status == 200 and strict(text)["choices"] == alone[name]
+        status, text = await ask("huge", stream=True)
+        assert status == 200 and "not_finite" in text and "NaN" not in text
+        assert (await ask("huge", "/v1/completions"))[0] == 422
+        assert (await ask("nan"))[0] == 400
+        async with client.session.get(client.url + "/v1/cartridges") as response:
+            assert {c["id"] for c in strict(await response.text())["data"]} == {"huge", "fine", "nan"}
+        async with client.session.get(client.url + "/metrics") as response:
+            assert "nan" not in (await response.text()).lower()
+
+    engine = Engine(model, 4, 256, batch_sizes=[4])
+    store = CartridgeStore(tmp_path, lambda path: Cartridge.load(path, model=model))
+    server = Server(engine, model.tokenizer, store, "tiny")
+
+    async def body() -> None:
+        import aiohttp
+
+        sock = serve.bind("127.0.0.1", 0)
+        runner = await server.start(sock)
+        try:
+            async with aiohttp.ClientSession() as session:
+                await asyncio.wait_for(test(Client(session, f"http://127.0.0.1:{sock.getsockname()[1]}")), 60)
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(body())
+
+
+def test_escape_codes_reach_no_terminal(capsys: pytest.CaptureFixture[str]):
+    from cartridges_jax import chat
+    from command_line import config
+
+    text = "a\x1b[2J\x1b]0;title\x07\x9b31m\x7f\r\tb\n"
+    shown = progress.printable(text)
+    assert not [c for c in shown if (ord(c) < 32 and c not in "\t\n") or 0x7F <= ord(c) < 0xA0]
+    assert (
+        len(shown) == len(text)
+        and shown.endswith("\tb\n")
+        and progress.printable("größer — 漢字\n") == "größer — 漢字\n"
+    )
+    chat._write(text)
+
+    def fail(_: list[str]) -> int:
+        raise UserError(text)
+
+    with pytest.raises(SystemExit):
+        config.run(fail)
+    with progress.stage(text):
+        pass
+    told = capsys.readouterr()
+    assert (
+        "\x1b" not in told.out + told.err and "\x9b" not in told.out + told.err and "␛" in told.out and "␛" in told.err
+    )
