@@ -73,6 +73,7 @@ async def score(client: Client, given: Existing, chunk: str, config: SynthConfig
         "conversation_index": number,
         "model": config.client.model,
         "context": bool(context),
+        "thinking": False,  # as `Client.score` renders them
         "finish_reasons": ["given"] * len(messages),
         "completion_tokens": [len(message.token_ids or ()) for message in messages],
     }
