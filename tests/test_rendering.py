@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import chat_templates
 import pytest
+import tiny
 from chat_templates import APART, BOS, TEMPLATES
 
-from cartridges_jax.data import example_of
+import cartridges_jax as cj
+from cartridges_jax import train as training
+from cartridges_jax.data import example_of, thinking_of
+from cartridges_jax.initializers import InitConfig
 from cartridges_jax.models.hub import resolve
+from cartridges_jax.serving import generate as generation
 from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
+from cartridges_jax.train import TrainConfig
 from command_line.errors import UserError
+from synth import conversation
 from synth.conversation import Conversation, Message, TopLogprobs
 
 CONTEXT = "You know this text well:\n\n<text>\nThe owl sleeps in box 3.\n</text>"
@@ -155,3 +166,79 @@ def test_a_mode_of_thinking_that_is_none_is_refused():
     messages = (Message("Q", "user"), Message("A", "assistant"))
     with pytest.raises(UserError, match="thinking 'yes', expected true, false or no such key"):
         example_of(Conversation(messages, "", {"thinking": "yes"}), chat_templates.tokenizer("qwen3"))
+
+
+def test_a_prompt_behind_a_cartridge_has_no_bos(monkeypatch: pytest.MonkeyPatch):
+    model = dataclasses.replace(tiny.model(), tokenizer=chat_templates.tokenizer("tulu"))
+    prompts: list[tuple[int, ...]] = []
+    monkeypatch.setattr(generation, "generate_ids", lambda _, given, *rest: prompts.extend(given) or [[]])
+    cj.generate(model, ["Hi"])
+    cj.generate(model, ["Hi"], cartridge=cj.Cartridge.from_tokens(model, [1, 2, 3]))
+    assert prompts == [(model.tokenizer.bos_id, *prompts[1]), tuple(model.tokenizer.encode("Hi"))]
+
+
+def test_the_header_keeps_the_mode_of_thinking(tmp_path: Path):
+    model = tiny.model()
+    made = {}
+    for mode in MODES:
+        bare = cj.Cartridge.from_tokens(model, [1, 2, 3])
+        kept = bare.replace(provenance=dataclasses.replace(bare.provenance, thinking=mode))
+        kept.save(tmp_path / f"{mode}.safetensors")
+        made[mode] = cj.Cartridge.load(tmp_path / f"{mode}.safetensors", model=model)
+        assert made[mode].provenance.as_dict().get("thinking", "absent") == ("absent" if mode is None else mode)
+        assert made[mode].thinking is mode
+        assert cj.compose([made[mode], made[mode]]).thinking is mode
+    assert cj.compose([made[True], made[False]]).thinking is None
+    assert cj.compose([made[None], made[False]]).thinking is None
+
+
+@pytest.mark.parametrize(
+    "modes, kept",
+    [([True, True], True), ([False], False), ([True, False], None), ([None, False], None), ([None], None)],
+)
+def test_a_datasets_mode_is_that_of_all_its_conversations(tmp_path: Path, modes: list[bool | None], kept: bool | None):
+    turns = (Message("Q", "user"), Message("A", "assistant"))
+    told = [{} if mode is None else {"thinking": mode} for mode in modes]
+    conversation.write(tmp_path / "d.parquet", [Conversation(turns, "", one) for one in told])
+    assert thinking_of(tmp_path / "d.parquet") is kept
+
+
+def test_a_run_that_goes_on_tomorrow_renders_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = dataclasses.replace(tiny.model(), tokenizer=chat_templates.tokenizer("llama3"))
+    top = TopLogprobs([0], [5], [-0.1], (1, 1))
+    turns = (Message("Be brief.", "system"), Message("Who?", "user"), Message("I", "assistant", (5,), top))
+    conversation.write(tmp_path / "d.parquet", [Conversation(turns, "", {"thinking": False})])
+    (tmp_path / "corpus.txt").write_text(tiny.TEXT)
+
+    def run(name: str, day: datetime.date) -> tuple[dict[str, Any], list[str], list[int]]:
+        class Calendar(datetime.date):
+            @classmethod
+            def today(cls) -> datetime.date:
+                return day
+
+        monkeypatch.setattr(training.datetime, "date", Calendar)
+        shown: list[Any] = []
+        rows = training.PackedRows
+        monkeypatch.setattr(
+            training, "PackedRows", lambda examples, *rest: shown.extend(examples) or rows(examples, *rest)
+        )
+        settings = TrainConfig(
+            corpus=str(tmp_path / "corpus.txt"),
+            output_dir=str(tmp_path / name),
+            dataset=str(tmp_path / "d.parquet"),
+            num_steps=0,
+            seq_len=256,
+            init=InitConfig(kind="text", num_slots=4),
+        )
+        path = training.train(settings, model)
+        assert cj.Cartridge.load(path).thinking is False
+        monkeypatch.undo()
+        record = json.loads((tmp_path / name / "config.json").read_text())
+        return record, sorted(p.name for p in (tmp_path / name / "examples").iterdir()), shown[0].tokens.tolist()
+
+    first, second = datetime.date(2025, 3, 1), datetime.date(2025, 3, 2)
+    begun = run("one", first)
+    assert begun[0]["day"] == "2025-03-01"
+    assert "Today Date: 01 Mar 2025" in model.tokenizer.decode(begun[2])
+    assert run("one", second) == begun
+    assert "Today Date: 02 Mar 2025" in model.tokenizer.decode(run("two", second)[2])

@@ -40,7 +40,7 @@ from command_line.config import run
 from command_line.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-BEGUN = {"checkpoints", "config.json", "initial.safetensors", "metrics.jsonl"}
+BEGUN = {"checkpoints", "config.json", "examples", "initial.safetensors", "metrics.jsonl"}
 # ml_collections loads a config file by a method that importlib is going to remove
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
