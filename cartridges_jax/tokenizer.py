@@ -173,8 +173,8 @@ class Tokenizer:
         if apart is None:  # a system message is asked for, or would leave a trace in the turns: as it is without
             apart = "", self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
         opening, turns = apart
-        bos = self._wrapped.bos_token
-        if isinstance(bos, str) and turns.startswith(bos) and bos not in opening and self._is_written_once(bos):
+        bos = self._bos
+        if bos and turns.startswith(bos) and bos not in opening:
             return opening + bos, turns.removeprefix(bos)
         return opening, turns
 
@@ -199,17 +199,23 @@ class Tokenizer:
             parts.append((opening, whole.removeprefix(opening)))
         return parts[0] if len({turns for _, turns in parts}) == 1 else None
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 (a process has few tokenizers)
-    def _is_written_once(self, bos: str) -> bool:
-        """Whether `bos` begins a conversation, and not every turn of it: some models have one token for both."""
+    @functools.cached_property
+    def _bos(self) -> str:
+        """What the template begins every conversation with; nothing, if the BOS token begins every turn of it.
+
+        Some models have one token for both.
+        """
+        bos = self._wrapped.bos_token
+        if not isinstance(bos, str):
+            return ""
         turn = {"role": "user", "content": "."}
         conversation = [turn, {"role": "assistant", "content": "."}, turn]
         try:
             if not self._render(conversation, True, None, bos_token="").startswith(bos):
-                return True  # the template itself calls it that
-            return self._render(conversation, True, None).count(bos) == 1
+                return bos  # the template itself calls it that
+            return bos if self._render(conversation, True, None).count(bos) == 1 else ""
         except UserError:  # one that knows no second turn
-            return True
+            return bos
 
     def _ids_behind(self, opening: str, text: str) -> list[int]:
         """Ids of `text` behind `opening`: at the very beginning of a text many a tokenizer would put a space."""

@@ -221,10 +221,9 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
     """Keeps another config from mixing into a run that has begun."""
-    path = directory / "config.json"
-    if not path.is_file():
+    theirs = _recorded(directory)
+    if theirs is None:
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
     theirs.setdefault("day", mine["day"])  # which earlier versions did not record
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
@@ -235,11 +234,15 @@ def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
 
 def _day(directory: Path) -> datetime.date:
     """The day that chat templates are told: the one on which the run began, as its record has it."""
-    path, day = directory / "config.json", datetime.date.today()
-    if path.is_file():
-        recorded = json.loads(path.read_text(encoding="utf-8")).get("day")
-        day = day if recorded is None else datetime.date.fromisoformat(recorded)
+    recorded = (_recorded(directory) or {}).get("day")
+    day = datetime.date.today() if recorded is None else datetime.date.fromisoformat(recorded)
     return datetime.date.fromordinal(processes.agreed(day.toordinal()))
+
+
+def _recorded(directory: Path) -> dict[str, Any] | None:
+    """The settings of the run that the folder holds, if it holds one."""
+    path = directory / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cache: ExampleCache) -> None:
