@@ -186,18 +186,31 @@ class Tokenizer:
         Two messages are tried: a template that puts the system message into the user's turn is found out by turns that
         differ.
         """
-        parts = []
-        for content in _PROBES:
-            system = {"role": "system", "content": content}
+        systems = [{"role": "system", "content": content} for content in _PROBES]
+        for render_system in (self._system_alone, self._system_without_eos, self._system_before_turns):
             try:
-                opening = self._render([system], False, thinking)
-                whole = self._render([system, *messages], add_generation_prompt, thinking)
+                wholes = [self._render([system, *messages], add_generation_prompt, thinking) for system in systems]
+                openings = [render_system(system, thinking) for system in systems]
             except UserError:
-                return None
-            if not whole.startswith(opening):
-                return None
-            parts.append((opening, whole.removeprefix(opening)))
-        return parts[0] if len({turns for _, turns in parts}) == 1 else None
+                continue
+            pairs = list(zip(openings, wholes, strict=True))
+            turns = {whole[len(opening) :] for opening, whole in pairs if whole.startswith(opening)}
+            if len(turns) == 1 and all(whole.startswith(opening) for opening, whole in pairs):
+                return openings[0], turns.pop()
+        return None
+
+    def _system_alone(self, system: Mapping[str, str], thinking: bool | None) -> str:
+        return self._render([system], False, thinking)
+
+    def _system_without_eos(self, system: Mapping[str, str], thinking: bool | None) -> str:
+        """For templates that end with an EOS whatever they do not ask to be continued."""
+        return self._system_alone(system, thinking).removesuffix(str(self._wrapped.eos_token))
+
+    def _system_before_turns(self, system: Mapping[str, str], thinking: bool | None) -> str:
+        """For templates that refuse it alone: what is left of one round when a second shows how long a round is."""
+        round_ = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+        one, two = (self._render([system, *round_ * count], False, thinking) for count in (1, 2))
+        return one.removesuffix(two.removeprefix(one))
 
     @functools.cached_property
     def _bos(self) -> str:

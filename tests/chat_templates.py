@@ -105,6 +105,45 @@ DEEPSEEK_LLM = (
     "{% elif m.role == 'assistant' %}{{ 'Assistant: ' + m.content + '<|end|>' }}{% else %}{{ m.content + '\\n\\n' }}"
     "{% endif %}{% endfor %}" + _ASK + "{{ 'Assistant:' }}{% endif %}"
 )
+# A default system message, none may stand alone.
+DEFAULT_NOT_ALONE = (
+    "{{ bos_token }}{% if messages[0].role != 'system' %}{{ '<|system|>\\nYou are helpful<|end|>\\n' }}{% endif %}"
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('No user query found') }}"
+    "{% endif %}{% for m in messages %}" + _MARKED + "{% endfor %}" + _ASK + "{{ '<|assistant|>' }}{% endif %}"
+)
+# Whatever is not to be continued ends with an EOS.
+EOS_AT_END = (
+    "{{ bos_token }}{% if messages[0].role != 'system' %}{{ '<|system|>You are helpful<|end|>\\n' }}{% endif %}"
+    "{% for m in messages %}"
+    + _MARKED
+    + "{% endfor %}"
+    + _ASK
+    + "{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Every question opens with a BOS, and the first holds the system message.
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set told = '<<SYS>>' + messages[0].content + '<</SYS>>' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set told = '' %}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}{{ told if loop.first else '' }}"
+    "{{ m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# All of it is text.
+VICUNA = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content + ' ' }}{% set messages = messages[1:] %}"
+    "{% else %}{{ 'A chat with a helpful assistant. ' }}{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ 'USER: ' + m.content + ' ' }}{% else %}{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    + _ASK
+    + "{{ 'ASSISTANT:' }}{% endif %}"
+)
+# A question is told whether it shall be thought over.
+SOFT_SWITCH = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}"
+    ""
+    "{% if m.role == 'user' and enable_thinking is defined %}{{ ' /think' if enable_thinking else ' /no_think' }}{% endif %}{{ '<|end|>\\n' }}{% endfor %}"
+    + _ASK
+    + "{{ '<|assistant|>\\n' }}{% endif %}"
+)
 TEMPLATES = {
     "qwen3": QWEN3,
     "r1": R1,
@@ -116,8 +155,14 @@ TEMPLATES = {
     "drops system": DROPS_SYSTEM,
     "tulu": TULU,
     "deepseek llm": DEEPSEEK_LLM,
+    "default, not alone": DEFAULT_NOT_ALONE,
+    "eos at end": EOS_AT_END,
+    "llama2": LLAMA2,
+    "vicuna": VICUNA,
+    "soft switch": SOFT_SWITCH,
 }
-APART = ("qwen3", "r1", "llama3", "mode in system", "tulu", "deepseek llm")  # keep the system message to itself
+FOLDED = ("folded first", "folded last", "no system", "drops system", "llama2")  # or without a system message
+APART = tuple(name for name in TEMPLATES if name not in FOLDED)
 TEXT = ["Who sleeps in box 3?\n\n", "The owl does.\n", "User: Why so?\n", "Assistant: [INST] It flies. [/INST]"] * 4
 
 

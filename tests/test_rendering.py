@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_what_is_trained_is_what_is_served_and_what_the_teacher_saw(name: str, k
     for turns, mode in itertools.product(ROUNDS, MODES):
         served = tokenizer.turn_ids(turns, add_generation_prompt=True, thinking=mode)
         assert trained(tokenizer, turns, mode) == served
-        assert tokenizer.bos_id not in served
+        assert served[0] != tokenizer.bos_id
         if name in APART:
             seen = [{"role": "system", "content": CONTEXT}, *turns]
             teachers = tokenizer.chat_ids(seen, add_generation_prompt=True, thinking=mode)
@@ -79,9 +80,8 @@ def test_what_is_trained_is_what_is_served_and_what_the_teacher_saw(name: str, k
             assert whole == [tokenizer.bos_id, *served]
         behind = tokenizer.render_turns(turns, add_generation_prompt=True, thinking=mode)
         assert shown.endswith(behind) and not behind.startswith(BOS)
-        assert shown.removesuffix(behind).endswith(
-            (CONTEXT, CONTEXT + "\n\n", CONTEXT + "\n", "<|end|>\n", "<|end|>", BOS)
-        )
+        left_out = shown.removesuffix(behind)
+        assert re.sub(r"(<.end.>)?\s*$", "", left_out).endswith(CONTEXT) if name in APART else left_out == BOS
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
