@@ -139,10 +139,8 @@ VICUNA = (
 # A question is told whether it shall be thought over.
 SOFT_SWITCH = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}"
-    ""
-    "{% if m.role == 'user' and enable_thinking is defined %}{{ ' /think' if enable_thinking else ' /no_think' }}{% endif %}{{ '<|end|>\\n' }}{% endfor %}"
-    + _ASK
-    + "{{ '<|assistant|>\\n' }}{% endif %}"
+    "{% if m.role == 'user' and enable_thinking is defined %}{{ ' /think' if enable_thinking else ' /no_think' }}"
+    "{% endif %}{{ '<|end|>\\n' }}{% endfor %}" + _ASK + "{{ '<|assistant|>\\n' }}{% endif %}"
 )
 TEMPLATES = {
     "qwen3": QWEN3,
