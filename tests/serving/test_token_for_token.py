@@ -23,6 +23,7 @@ from cartridges_jax.evals.questions import Question
 from cartridges_jax.evaluate import Condition, EvalConfig, _asked
 from cartridges_jax.initializers import InitConfig
 from cartridges_jax.serving import engine as engines
+from cartridges_jax.serving import generate as generation
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.train import TrainConfig, train
@@ -43,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> cj.LanguageModel:
 
 def prompted(root: str, body: dict[str, Any]) -> list[int]:
     """The ids that the server was prompted with."""
-    url = f"{root}/v1/chat/completions"
+    url = f"{root}/v1/{'chat/' if 'messages' in body else ''}completions"
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.loads(response.read())["prompt_token_ids"]
@@ -109,6 +110,8 @@ def test_the_same_ids_in_all_places(
                 told = prompted(root, teacher | {"messages": seen})
                 assert told[len(told) - len(trained) :] == trained
                 assert tokenizer.turn_ids(turns[:i], add_generation_prompt=True, thinking=mode) == trained
+                text = tokenizer.render_turns(turns[:i], add_generation_prompt=True, thinking=mode)
+                assert prompted(root, body | {"prompt": text}) == trained
                 ends_unthought = tokenizer.decode(trained, skip_special_tokens=False).endswith("</think>\n\n")
                 assert ends_unthought == (mode is False)
 
@@ -135,7 +138,10 @@ def test_the_same_ids_in_all_places(
         prompts.extend(given)
         return [[] for _ in given]
 
+    monkeypatch.setattr(generation, "generate_ids", generate)
+    text = tokenizer.render_turns(asked, add_generation_prompt=True, thinking=cartridge.thinking)
+    cj.generate(model, [text], cartridge=cartridge)
     monkeypatch.setattr(during, "generate_ids", generate)
     evals = EvalsConfig(generation=(GenerationEval("asked", str(questions)),))
     Evals(evals, model, "logprobs", "bucket", cartridge.thinking).run(cartridge)
-    assert prompts == [expected]
+    assert prompts == [expected, expected]
