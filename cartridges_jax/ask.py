@@ -34,8 +34,9 @@ def main(argv: list[str]) -> int:
         body = tokasaurus_request(args.name, args.question, args.model, args.max_tokens)
         answer = post(f"{url}/custom/cartridge/chat/completions", body)["choices"][0]["message"]["content"]
     else:
-        prompt = _prompt(args.model, args.question)
-        body = vllm_request(args.name, _num_slots(args), prompt, args.served_model or args.model, args.max_tokens)
+        num_slots, thinking = _slots_and_thinking(args)
+        prompt = _prompt(args.model, args.question, thinking)
+        body = vllm_request(args.name, num_slots, prompt, args.served_model or args.model, args.max_tokens)
         answer = post(f"{url}/v1/completions", body)["choices"][0]["text"]
     print(printable(answer.strip()))
     return 0
@@ -116,18 +117,19 @@ def _register(args: argparse.Namespace) -> None:
     formats.write(Cartridge.load(args.cartridge), place, format)
 
 
-def _num_slots(args: argparse.Namespace) -> int:
+def _slots_and_thinking(args: argparse.Namespace) -> tuple[int, bool | None]:
     from cartridges_jax.cartridge import Cartridge
 
-    return Cartridge.load(args.folder / f"{args.name}.safetensors").num_slots
+    cartridge = Cartridge.load(args.folder / f"{args.name}.safetensors")
+    return cartridge.num_slots, cartridge.thinking
 
 
-def _prompt(model: str, question: str) -> list[int]:
+def _prompt(model: str, question: str, thinking: bool | None) -> list[int]:
     from cartridges_jax.models.hub import resolve
     from cartridges_jax.tokenizer import load_tokenizer
 
     messages = [{"role": "user", "content": question}]
-    return load_tokenizer(resolve(model)).turn_ids(messages, add_generation_prompt=True)
+    return load_tokenizer(resolve(model)).turn_ids(messages, add_generation_prompt=True, thinking=thinking)
 
 
 if __name__ == "__main__":

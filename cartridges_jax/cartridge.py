@@ -49,6 +49,7 @@ class Provenance:
     training_flops: float = 0.0
     evaluation: str = ""  # JSON of the evaluation's table
     dataset_hash: str = ""  # of the conversations that it was trained on
+    thinking: bool | None = None  # the mode in which it was trained to answer; None: as the chat template has it
 
     @classmethod
     def of(cls, model: LanguageModel, corpus: str, recipe: str) -> Provenance:
@@ -61,8 +62,9 @@ class Provenance:
             recipe=recipe,
         )
 
-    def as_dict(self) -> dict[str, str | int | float]:
-        return dataclasses.asdict(self)
+    def as_dict(self) -> dict[str, str | int | float | bool]:
+        """JSON's values; what is None is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
@@ -71,7 +73,7 @@ class Provenance:
         Raises:
           TypeError, ValueError: one of them holds something else than a text or a number that can be told to others.
         """
-        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        known = {field.name: type(field.default) for field in dataclasses.fields(cls)} | {"thinking": bool}
         found = {name: values[name] for name in known if name in values}
         for name, value in found.items():
             if type(value) is not known[name] and not (known[name] is float and type(value) is int):
@@ -95,6 +97,11 @@ class Cartridge:
     def num_slots(self) -> int:
         """p."""
         return self.keys.shape[1]
+
+    @property
+    def thinking(self) -> bool | None:
+        """The mode in which it was trained to answer, which a chat template is asked for unless told otherwise."""
+        return self.provenance.thinking
 
     @property
     def prefix(self) -> tuple[Array, Array, Array | None]:

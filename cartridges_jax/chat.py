@@ -68,9 +68,11 @@ class Chat:
         max_tokens: int,
         temperature: float,
         rng: random.Random,
+        thinking: bool | None = None,
     ):
         self._engine, self._tokenizer, self.prefix = engine, tokenizer, prefix
         self._max_tokens, self._temperature, self._rng = max_tokens, temperature, rng
+        self._thinking = thinking  # None: as the cartridge was trained, or as the template has it
         self._scheduler = Scheduler(engine, max_queue=0)
         self.messages: list[dict[str, str]] = []
         self.told = Told(0.0, 0, 0)  # of the last answer
@@ -105,7 +107,10 @@ class Chat:
 
     def _request(self, messages: Sequence[Mapping[str, str]], prefix: Prefix | None) -> Request:
         encode = self._tokenizer.turn_ids if prefix else self._tokenizer.chat_ids
-        prompt = tuple(encode(messages, add_generation_prompt=True))
+        cartridge = prefix or self.prefix  # an answer that is compared with it is asked for alike
+        thinking = cartridge.thinking if cartridge and self._thinking is None else self._thinking
+        mode = {} if thinking is None else {"thinking": thinking}
+        prompt = tuple(encode(messages, add_generation_prompt=True, **mode))
         slots = prefix.length if prefix else 0
         room = self._engine.max_length - slots - len(prompt)
         if room < 1:
@@ -275,11 +280,19 @@ def main(argv: list[str]) -> int:
         if name in store.list():
             return store.get(name)
         cartridge = load_file(name)
-        return Prefix(f"{name}@{time.monotonic_ns()}", cartridge.num_slots, cartridge)
+        return Prefix(f"{name}@{time.monotonic_ns()}", cartridge.num_slots, cartridge, cartridge.thinking)
 
     prefix = None if args.cartridge is None else load(args.cartridge)
     rng = random.Random(args.seed)
-    chat = Chat(engine, model.tokenizer, prefix, max_tokens=args.max_tokens, temperature=args.temperature, rng=rng)
+    chat = Chat(
+        engine,
+        model.tokenizer,
+        prefix,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        rng=rng,
+        thinking=args.thinking,
+    )
     print(f"{model.name}, {prefix.length if prefix else 0} slots of a cartridge. /help lists the commands.")
     Terminal(chat, _read, _write, load, document).talk()
     return 0
@@ -295,6 +308,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=512, help="of one answer")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, help="for the same answers again, at a temperature above 0")
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model thinks first, if its template can tell it to (default: as the cartridge was trained)",
+    )
     parser.add_argument(
         "--warmup",
         action=argparse.BooleanOptionalAction,

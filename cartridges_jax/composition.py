@@ -53,5 +53,6 @@ def compose(cartridges: Sequence[Cartridge]) -> Cartridge:
             training_tokens=sum(c.provenance.training_tokens for c in cartridges),
             training_flops=sum(c.provenance.training_flops for c in cartridges),
             evaluation="",
+            thinking=first.thinking if all(c.thinking == first.thinking for c in cartridges) else None,
         ),
     )

@@ -1,8 +1,8 @@
 """From self-study conversations to packed, fixed-shape rows, deterministic from (seed, step).
 
-A conversation is laid out by the model's chat template, from its first turn on; the context is never part of it, and
-the cartridge stands where a system message would (`Tokenizer.render_turns`). Answers keep the ids that the
-teacher sampled, since its log-probabilities belong to them; everything else is encoded as a server would encode it.
+An answer is laid out behind the very ids with which a server would be asked for it (`Tokenizer.turn_ids`): the context
+is never part of them, since the cartridge stands where a system message would. Answers keep the ids that the teacher
+sampled, to which its log-probabilities belong.
 Rows are addressed by their index, so that the data position of a run is its step and nothing else.
 """
 
@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import numpy as np
+import pyarrow.parquet as pq
 
 from cartridges_jax.interop.sources import fetch_dataset
 from cartridges_jax.losses import Batch
 from cartridges_jax.tokenizer import Tokenizer
 from command_line import files
 from command_line.errors import UserError
-from synth.conversation import Conversation, Message, iterate, read, write
+from synth.conversation import Conversation, iterate, read, write
 
 Targets = Literal["logprobs", "tokens"]  # the teacher's distribution, or the answer's next token for certain
 OPEN_ROWS = 64  # rows that packing may still add to; more of them fill better and cost more comparisons
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
     dataset: str
-    weight: float  # its share of an epoch's conversations, of which it has at least one
+    weight: float  # its share of an epoch's answers, of which it has at least one
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1:
@@ -46,7 +48,9 @@ class MixConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation. Entry e: at position `target_index[e]`, token `target_ids[e]` comes next, log-probability so.
+    """One answer and what it follows.
+
+    Entry e: at position `target_index[e]`, token `target_ids[e]` comes next, with that log-probability.
 
     Positions are those that predict, one before the token they are about (targets of design §9).
     """
@@ -85,7 +89,7 @@ def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[Example]:
-    """Reads a dataset, of `synth` or of upstream's, and lays every conversation out.
+    """Reads a dataset, of `synth` or of upstream's, and lays every answer out.
 
     Raises:
       FileNotFoundError, UserError: no such file, a damaged one, or one without a single target.
@@ -98,10 +102,9 @@ def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "l
     found = []
     for file in dataset_files(path):
         for conversation in iterate(file):
-            example = example_of(conversation, tokenizer, targets)
-            if len(example.target_index):
-                kind = conversation.metadata.get("seed_prompt_type") or conversation.type or "none"
-                found.append((str(kind), example))
+            kind = conversation.metadata.get("seed_prompt_type") or conversation.type or "none"
+            examples = example_of(conversation, tokenizer, targets)
+            found += [(str(kind), example) for example in examples if len(example.target_index)]
     if not found and targets == "logprobs":
         raise UserError(
             f"{path} holds no teacher log-probabilities: synthesize with top_logprobs above 0, or train on "
@@ -113,7 +116,7 @@ def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "l
 
 
 def check_lengths(examples: Sequence[Example], seq_len: int) -> None:
-    """Says how many conversations rows of `seq_len` tokens cut.
+    """Says how many conversations, each up to an answer, rows of `seq_len` tokens cut.
 
     Raises:
       UserError: no target is left.
@@ -134,49 +137,54 @@ def dataset_hash(*sources: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def example_of(conversation: Conversation, tokenizer: Tokenizer, targets: Targets = "logprobs") -> Example:
-    """Tokens of a conversation as the model will see them behind a cartridge, and the targets in them."""
-    frames = _frames(conversation.messages, tokenizer)
-    tokens = list(frames[0])
-    index, ids, logprobs = [], [], []
+def example_of(conversation: Conversation, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[Example]:
+    """An example for every answer: the ids that a server would be asked with, then the answer's own, and the targets.
+
+    What stands before an answer is rendered as if it were being asked for, so that it is what the teacher saw, earlier
+    answers included: a template may show those otherwise than it asked for them.
+    """
+    thinking = _thinking(conversation.metadata)
+    turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    examples = []
     for i, message in enumerate(conversation.messages):
-        start = len(tokens)
-        asked = message.top_logprobs is not None and message.token_ids is not None
-        answer = list(message.token_ids) if asked else tokenizer.encode(message.content)
-        tokens += answer
-        if targets == "tokens" and message.role == "assistant":
-            index.append(np.arange(len(answer), dtype=np.int32) + start - 1)
-            ids.append(np.asarray(answer, np.int32))
-            logprobs.append(np.zeros(len(answer), np.float32))
-        elif targets == "logprobs" and asked:
-            index.append(np.asarray(message.top_logprobs.token_idx, np.int32) + start - 1)
-            ids.append(np.asarray(message.top_logprobs.token_id, np.int32))
-            logprobs.append(np.asarray(message.top_logprobs.logprobs, np.float32))
-        if i + 1 < len(conversation.messages):
-            frame = frames[i + 1]
-            # an answer that ended by itself brings its end-of-turn token along; one that was cut gets the frame's
-            tokens += frame[1:] if frame and tokens[-1] == frame[0] and frame[0] in tokenizer.stop_ids else frame
-    empty = [np.zeros(0, np.int32)]
-    return Example(
-        np.asarray(tokens, np.int32),
-        np.concatenate(index or empty),
-        np.concatenate(ids or empty),
-        np.concatenate(logprobs or [np.zeros(0, np.float32)]),
-    )
+        if message.role != "assistant":
+            continue
+        sampled, top = message.token_ids, message.top_logprobs
+        if sampled is None:
+            prompt, answer = tokenizer.answered_ids(turns[:i], message.content, thinking=thinking)
+        else:
+            prompt = tokenizer.turn_ids(turns[:i], add_generation_prompt=True, thinking=thinking)
+            answer = list(sampled)
+        index, ids, logprobs = [], [], []
+        if targets == "tokens":
+            index, ids, logprobs = np.arange(len(answer)), answer, np.zeros(len(answer))
+        elif sampled is not None and top is not None:
+            index, ids, logprobs = top.token_idx, top.token_id, top.logprobs
+        examples.append(
+            Example(
+                np.asarray(prompt + answer, np.int32),
+                np.asarray(index, np.int32) + np.int32(len(prompt) - 1),
+                np.asarray(ids, np.int32),
+                np.asarray(logprobs, np.float32),
+            )
+        )
+    return examples
 
 
-def _frames(messages: Sequence[Message], tokenizer: Tokenizer) -> list[list[int]]:
-    """What the chat template puts before, between and after the contents of messages, as ids."""
-    marks = [f"\N{SYMBOL FOR NULL}{i}\N{SYMBOL FOR NULL}" for i in range(len(messages))]
-    marked = [{"role": message.role, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = tokenizer.render_turns(marked, add_generation_prompt=False)
-    frames = []
-    for mark in marks:
-        before, found, rest = rest.partition(mark)
-        if not found:
-            raise UserError("the model's chat template leaves out a message: its conversations cannot be laid out")
-        frames.append(tokenizer.encode(before))
-    return [*frames, tokenizer.encode(rest)]
+def thinking_of(source: str | os.PathLike[str]) -> bool | None:
+    """The thinking mode that all of a dataset's answers were given in; None if it was the template's, or differs."""
+    columns = (pq.read_table(file, columns=["metadata"])["metadata"] for file in dataset_files(source))
+    modes = {
+        _thinking(json.loads(one) if isinstance(one, str) else one or {}) for c in columns for one in c.to_pylist()
+    }
+    return modes.pop() if len(modes) == 1 else None
+
+
+def _thinking(metadata: Mapping[str, Any]) -> bool | None:
+    mode = metadata.get("thinking")
+    if mode is not None and not isinstance(mode, bool):
+        raise UserError(f"a conversation's metadata has thinking {mode!r}, expected true, false or no such key")
+    return mode
 
 
 def pack(lengths: Sequence[int], seq_len: int, order: Sequence[int]) -> list[list[int]]:
@@ -211,7 +219,7 @@ def _order(counts: Sequence[int], weights: Sequence[float], rng: np.random.Gener
 class PackedRows:
     """Rows of a whole run, epoch after epoch, as a random-access source: row i is the same whenever it is asked for.
 
-    `mixed` are other datasets with their shares of every epoch's conversations, of which `examples` fill the rest,
+    `mixed` are other datasets with their shares of every epoch's answers, of which `examples` fill the rest,
     each of them once.
     """
 

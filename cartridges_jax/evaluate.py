@@ -50,6 +50,7 @@ class EvalConfig:
     instruction: str = "{question}"  # how a question is put to the model, alike in every condition
     document_prompt: str = "{document}"  # the system message of the full-document condition
     num_samples: int = 3  # answers shown in the report
+    thinking: bool | None = None  # whether the model is asked to think first; None: as the cartridge was trained
 
     def __post_init__(self) -> None:
         if (self.questions is None) == (self.held_out is None):
@@ -77,6 +78,8 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
     corpus = read_corpus(config.corpus)
     model = model or load_model(config.model, config.dtype)
     cartridge = Cartridge.load(config.cartridge, model=model)
+    if config.thinking is None:
+        config = dataclasses.replace(config, thinking=cartridge.thinking)
     conditions = _conditions(config, model, corpus, cartridge)
     progress = Progress("evaluating", len(conditions) * 3, "parts")
     rows = []
@@ -136,13 +139,13 @@ def _measure(
     model: LanguageModel,
     progress: Progress,
 ) -> dict[str, Any]:
-    prompts = [_prompt(condition, question, config, model) for question in questions]
+    asked = [_asked(condition, question, config, model) for question in questions]
+    prompts, references = ([pair[i] for pair in asked] for i in range(2))
     prefix, tails = condition.prefix, prompts
     if condition.system is not None:
         shared = _shared_length(prompts)
         prefix = Cartridge.from_tokens(model, prompts[0][:shared])
         tails = [prompt[shared:] for prompt in prompts]
-    references = [model.tokenizer.encode(question.answer) for question in questions]
     nll = answer_nll(model, prefix, tails, references)
     progress.advance(note=f"{condition.name}: log-likelihood")
     # conditions with few tokens of context share compiled programs
@@ -178,13 +181,17 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i, is_same in enumerate(same) if not is_same), shortest - 1)
 
 
-def _prompt(condition: Condition, question: Question, config: EvalConfig, model: LanguageModel) -> list[int]:
+def _asked(
+    condition: Condition, question: Question, config: EvalConfig, model: LanguageModel
+) -> tuple[list[int], list[int]]:
+    """The ids of a question as it is put to the model, and those of its reference."""
     messages = [{"role": "user", "content": config.instruction.replace("{question}", question.question)}]
-    if condition.prefix is not None:
-        return model.tokenizer.turn_ids(messages, add_generation_prompt=True)
     if condition.system is not None:
         messages.insert(0, {"role": "system", "content": condition.system})
-    return model.tokenizer.chat_ids(messages, add_generation_prompt=True)
+    behind_cartridge = condition.prefix is not None
+    return model.tokenizer.answered_ids(
+        messages, question.answer, behind_cartridge=behind_cartridge, thinking=config.thinking
+    )
 
 
 def answer_nll(
@@ -253,7 +260,10 @@ def _report(
         "num_questions": len(rows[0]["answers"]),
         "num_slots": cartridge.num_slots,
         "gap_closed": gap_closed(rows, "cartridge"),
-        "off_topic": {"alone": general_nll(model, None), "cartridge": general_nll(model, cartridge)},
+        "off_topic": {
+            "alone": general_nll(model, None, config.thinking),
+            "cartridge": general_nll(model, cartridge, config.thinking),
+        },
         "provenance": {key: provenance[key] for key in ("recipe", "training_tokens", "training_flops", "weights_hash")},
         "rows": rows,
     }

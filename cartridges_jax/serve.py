@@ -214,7 +214,7 @@ def memory_of(engine: Engine, bytes_per_token: int) -> str:
 
 def describe(cartridge: Cartridge) -> dict[str, Any]:
     """Size, origin and quality of a cartridge, as JSON."""
-    provenance = {name: value for name, value in cartridge.provenance.as_dict().items() if value}
+    provenance = {name: value for name, value in cartridge.provenance.as_dict().items() if value or value is False}
     evaluation = str(provenance.pop("evaluation", ""))
     provenance.pop("model_config", None)
     return {

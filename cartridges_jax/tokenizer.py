@@ -8,6 +8,8 @@ their regexes are those of each model's published tokenizer.json.
 
 from __future__ import annotations
 
+import copy
+import datetime
 import functools
 import hashlib
 import json
@@ -31,6 +33,7 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\
 _LLAMA3 = _WORDS % r"\p{N}{1,3}"
 _QWEN2 = _WORDS % r"\p{N}"
 _PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
+_PROBES = (".", ",")  # system messages
 
 # tokenizer.ggml.token_type; UNUSED is padding that converters add up to the size of the embedding.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -66,6 +69,7 @@ class Tokenizer:
         bos = wrapped.bos_token_id
         self.bos_id = bos if isinstance(bos, int) else None
         self.stop_ids = stop_ids
+        self._day: datetime.date | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`; `add_special_tokens` adds what the model puts around a text (a BOS, say), if anything."""
@@ -74,6 +78,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that name no token are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def on(self, day: datetime.date) -> Tokenizer:
+        """The same tokenizer, whose chat template is told that it is `day`; by default it is told the day it is."""
+        pinned = copy.copy(self)
+        pinned._day = day
+        return pinned
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
@@ -86,22 +96,7 @@ class Tokenizer:
         Raises:
           UserError: the model has no chat template, or its template refuses these messages.
         """
-        import jinja2
-
-        if not self._wrapped.chat_template:
-            raise UserError("this model has no chat template: use an instruction-tuned model, or plain completions")
-        conversation = [dict(message) for message in messages]
-        try:
-            text = self._wrapped.apply_chat_template(
-                conversation,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **({} if thinking is None else {"enable_thinking": thinking}),
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the model's chat template refuses these messages: {error}") from error
-        assert isinstance(text, str)
-        return text
+        return self._render(messages, add_generation_prompt, thinking)
 
     def chat_ids(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
@@ -112,31 +107,140 @@ class Tokenizer:
     def render_turns(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
     ) -> str:
-        """`render_chat` as it stands behind a cartridge, which takes the system message's place.
+        """`render_chat` as it stands behind a cartridge, which takes the place of the BOS and of the system message.
 
         Many templates open with a system message of their own where none is given. Between a cartridge and a question
         it costs a small model most of what the cartridge knows, so it is left out; one among `messages` stays.
         Raises: as `render_chat`.
         """
-        if any(message["role"] == "system" for message in messages):
-            return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
-        system = {"role": "system", "content": "."}
-        try:
-            opening = self.render_chat([system], add_generation_prompt=False)
-            whole = self.render_chat(
-                [system, *messages], add_generation_prompt=add_generation_prompt, thinking=thinking
-            )
-        except UserError:  # a template without system messages adds none either
-            return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
-        if not whole.startswith(opening):
-            return self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
-        return whole[len(opening) :]
+        return self._parted(messages, add_generation_prompt, thinking)[1]
 
     def turn_ids(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
     ) -> list[int]:
-        """Ids of `render_turns`' text. Raises: as `render_chat`."""
-        return self.encode(self.render_turns(messages, add_generation_prompt=add_generation_prompt, thinking=thinking))
+        """Ids of `render_turns`' text, as they follow what the cartridge stands for. Raises: as `render_chat`."""
+        return self._ids_behind(*self._parted(messages, add_generation_prompt, thinking))
+
+    def answered_ids(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        answer: str,
+        *,
+        behind_cartridge: bool = True,
+        thinking: bool | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """The ids that ask for an answer, and those of an answer that nobody sampled, as they follow them.
+
+        Raises: as `render_chat`.
+        """
+        if behind_cartridge:
+            opening, turns = self._parted(messages, True, thinking)
+        else:
+            opening, turns = "", self.render_chat(messages, add_generation_prompt=True, thinking=thinking)
+        prompt, whole = self._ids_behind(opening, turns), self._ids_behind(opening, turns + answer)
+        return prompt, whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.encode(answer)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool,
+        thinking: bool | None,
+        **variables: str,
+    ) -> str:
+        import jinja2
+
+        # `apply_chat_template` renders by it, too, but lets nobody say what day it is.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        if not self._wrapped.chat_template:
+            raise UserError("this model has no chat template: use an instruction-tuned model, or plain completions")
+        options = {**self._wrapped.special_tokens_map, **variables}
+        if thinking is not None:
+            options["enable_thinking"] = thinking
+        if self._day is not None:
+            options["strftime_now"] = self._day.strftime
+        try:
+            return _compile_jinja_template(self._wrapped.get_chat_template()).render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **options,
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template refuses these messages: {error}") from error
+
+    def _parted(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, thinking: bool | None
+    ) -> tuple[str, str]:
+        """What a cartridge stands for in a rendering, and the turns behind it."""
+        apart = None
+        if not any(message["role"] == "system" for message in messages):
+            apart = self._behind_system_message(messages, add_generation_prompt, thinking)
+        if apart is None:  # a system message is asked for, or would leave a trace in the turns: as it is without
+            apart = "", self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
+        opening, turns = apart
+        bos = self._bos
+        if bos and turns.startswith(bos) and bos not in opening:
+            return opening + bos, turns.removeprefix(bos)
+        return opening, turns
+
+    def _behind_system_message(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, thinking: bool | None
+    ) -> tuple[str, str] | None:
+        """A system message as the template renders it, and what follows; None if it does not keep the two apart.
+
+        Two messages are tried: a template that puts the system message into the user's turn is found out by turns that
+        differ.
+        """
+        systems = [{"role": "system", "content": content} for content in _PROBES]
+        for render_system in (self._system_alone, self._system_without_eos, self._system_before_turns):
+            try:
+                wholes = [self._render([system, *messages], add_generation_prompt, thinking) for system in systems]
+                openings = [render_system(system, thinking) for system in systems]
+            except UserError:
+                continue
+            pairs = list(zip(openings, wholes, strict=True))
+            turns = {whole[len(opening) :] for opening, whole in pairs if whole.startswith(opening)}
+            if len(turns) == 1 and all(whole.startswith(opening) for opening, whole in pairs):
+                return openings[0], turns.pop()
+        return None
+
+    def _system_alone(self, system: Mapping[str, str], thinking: bool | None) -> str:
+        return self._render([system], False, thinking)
+
+    def _system_without_eos(self, system: Mapping[str, str], thinking: bool | None) -> str:
+        """For templates that end with an EOS whatever they do not ask to be continued."""
+        return self._system_alone(system, thinking).removesuffix(str(self._wrapped.eos_token))
+
+    def _system_before_turns(self, system: Mapping[str, str], thinking: bool | None) -> str:
+        """For templates that refuse it alone: what is left of one round when a second shows how long a round is."""
+        round_ = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
+        one, two = (self._render([system, *round_ * count], False, thinking) for count in (1, 2))
+        return one.removesuffix(two.removeprefix(one))
+
+    @functools.cached_property
+    def _bos(self) -> str:
+        """What the template begins every conversation with; nothing, if the BOS token begins every turn of it.
+
+        Some models have one token for both.
+        """
+        bos = self._wrapped.bos_token
+        if not isinstance(bos, str):
+            return ""
+        turn = {"role": "user", "content": "."}
+        conversation = [turn, {"role": "assistant", "content": "."}, turn]
+        try:
+            if not self._render(conversation, True, None, bos_token="").startswith(bos):
+                return bos  # the template itself calls it that
+            return bos if self._render(conversation, True, None).count(bos) == 1 else ""
+        except UserError:  # one that knows no second turn
+            return bos
+
+    def _ids_behind(self, opening: str, text: str) -> list[int]:
+        """Ids of `text` behind `opening`: at the very beginning of a text many a tokenizer would put a space."""
+        before, whole = self.encode(opening), self.encode(opening + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self.encode(text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -150,6 +254,12 @@ class Tokenizer:
         vocab = sorted(self._backend.get_vocab().items(), key=lambda item: item[1])
         parts = [vocab, merges, self._wrapped.chat_template or ""]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def rendering(self) -> str:
+        """SHA-256 of all that turns messages into ids: the whole tokenizer, its template, and the day if pinned."""
+        parts = [self._backend.to_str(), self._wrapped.chat_template, self._wrapped.special_tokens_map, str(self._day)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class StreamDecoder:

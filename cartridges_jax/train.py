@@ -6,6 +6,7 @@ A run that is killed and started again continues from its last checkpoint and en
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import logging
@@ -28,10 +29,11 @@ from cartridges_jax.data import (
     dataset_files,
     dataset_hash,
     read_corpus,
-    read_examples,
+    thinking_of,
 )
 from cartridges_jax.device import matmul_peak
 from cartridges_jax.evals.during import Evals, EvalsConfig
+from cartridges_jax.example_cache import ExampleCache
 from cartridges_jax.initializers import InitConfig, initial_cartridge
 from cartridges_jax.loop import Best, Job, RunState, run_loop
 from cartridges_jax.losses import Reduction, Tail
@@ -51,6 +53,7 @@ from command_line.errors import UserError
 from command_line.progress import log_to_terminal, stage
 
 INITIAL = "initial.safetensors"  # the initial state, beside the run's config
+EXAMPLES = "examples"  # a folder of what was laid out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,22 +125,26 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     if config.init.kind != "pretrained":  # of which the file decides
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)
-    settings = _settings(config)
+    day = _day(directory)
+    model = dataclasses.replace(model, tokenizer=model.tokenizer.on(day))
+    settings = _settings(config) | {"day": day.isoformat()}
     _refuse_other_config(directory, settings)
     step_rows = config.batch_size * config.accumulation
     with stage("laying out conversations"):
-        examples = [] if config.dataset is None else read_examples(config.dataset, model.tokenizer, config.targets)
-        mixed = [(read_examples(m.dataset, model.tokenizer, config.targets), m.weight) for m in config.mix]
+        cache = ExampleCache(directory / EXAMPLES, model.tokenizer, config.targets)
+        examples = [] if config.dataset is None else cache.read(config.dataset)
+        mixed = [(cache.read(one.dataset), one.weight) for one in config.mix]
         check_lengths([*examples, *(example for others, _ in mixed for example in others)], config.seq_len)
         rows = PackedRows(examples, config.seq_len, step_rows, config.num_epochs, config.seed, mixed)
-    evals = Evals(config.evals, model, config.targets, config.tail)
+    thinking = None if config.dataset is None else thinking_of(config.dataset)
+    evals = Evals(config.evals, model, config.targets, config.tail, thinking)
     cartridge = _initial(config, model, corpus, examples)
     _check_window(cartridge.num_slots, config, model)
     evals.check_window(cartridge.num_slots)
     num_steps = len(rows) // step_rows
     num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
     tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
-    _begin(directory, settings, cartridge)
+    _begin(directory, settings, cartridge, cache)
     state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
     best = None if config.evals.patience is None else Best.of(cartridge)
     run_state = sharding.placed(RunState(state, best, jnp.zeros((), jnp.float32)), sharding.CARTRIDGE, mesh)
@@ -214,10 +221,10 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
     """Keeps another config from mixing into a run that has begun."""
-    path = directory / "config.json"
-    if not path.is_file():
+    theirs = _recorded(directory)
+    if theirs is None:
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    theirs.setdefault("day", mine["day"])  # which earlier versions did not record
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
         raise UserError(
@@ -225,13 +232,27 @@ def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
         )
 
 
-def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge) -> None:
-    """Records what the run starts from: its config and its initial state."""
+def _day(directory: Path) -> datetime.date:
+    """The day that chat templates are told: the one on which the run began, as its record has it."""
+    recorded = (_recorded(directory) or {}).get("day")
+    day = datetime.date.today() if recorded is None else datetime.date.fromisoformat(recorded)
+    return datetime.date.fromordinal(processes.agreed(day.toordinal()))
+
+
+def _recorded(directory: Path) -> dict[str, Any] | None:
+    """The settings of the run that the folder holds, if it holds one."""
+    path = directory / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cache: ExampleCache) -> None:
+    """Records what the run starts from: its config, its initial state and what was laid out."""
     whole = sharding.gathered(cartridge)
     if processes.is_first():
         files.write_text(directory / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
         if not (directory / INITIAL).is_file():
             whole.save(directory / INITIAL)
+        cache.keep()
     processes.wait_for_all("the run has begun")
 
 
@@ -258,6 +279,7 @@ def _with_training(
         training_tokens=before.training_tokens + tokens,
         training_flops=before.training_flops + flops_per_token(job.model.config) * tokens,
         dataset_hash=dataset_hash if config.dataset else before.dataset_hash,
+        thinking=thinking_of(config.dataset) if config.dataset else before.thinking,
         evaluation=json.dumps(evaluated, sort_keys=True) if evaluated else evaluation,
     )
     return cartridge.replace(provenance=provenance)  # type: ignore[attr-defined]

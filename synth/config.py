@@ -123,9 +123,10 @@ class SamplingConfig:
     top_p: float = 1.0
     max_tokens: int = 512
     stop: tuple[str, ...] = ()  # the message ends before any of these
-    thinking: float | None = None  # how likely a message is thought over first; None: as the chat template does
-
-    thinking_instruction: str = ""  # added to the last message that such a one answers, if the template has no switch
+    # How likely a conversation's messages are thought over first, drawn once for all of them; None: as the template has
+    # it. The instruction is added to what such a message answers, if the template has no switch.
+    thinking: float | None = None
+    thinking_instruction: str = ""
 
     def check(self, name: str) -> None:
         _at_least(f"{name}.temperature", self.temperature, 0)

@@ -77,6 +77,7 @@ async def score(
         messages.append(Message(message["content"], "assistant", scored.token_ids, top_logprobs))
     metadata |= {
         "context": bool(context),
+        "thinking": False,  # as `Client.score` renders them
         "finish_reasons": ["given"] * len(messages),
         "completion_tokens": [len(message.token_ids or ()) for message in messages],
     }

@@ -143,16 +143,29 @@ class _Sides:
     tools: Sequence[Tool]
     config: SynthConfig
 
+    def thinks(self, side: Side, where: str) -> bool | None:
+        """Whether the side thinks its messages over, in the conversation that `where` names; None if nobody says so."""
+        likely = self._of(side)[1].thinking
+        return None if likely is None else random.Random(f"{where}/{side}/thinking").random() < likely
+
+    def instructed(self, side: Side, text: str, thinks: bool | None) -> str:
+        """What the side answers, with what tells it to think."""
+        instruction = self._of(side)[1].thinking_instruction
+        return f"{text}\n\n{instruction}" if thinks and instruction else text
+
     async def say(
-        self, side: Side, seen: list[ChatMessage], where: str, top_logprobs: int = 0, scale: int = 1
+        self,
+        side: Side,
+        seen: list[ChatMessage],
+        where: str,
+        thinks: bool | None,
+        top_logprobs: int = 0,
+        scale: int = 1,
     ) -> Completion:
         """A message, asked for again while it is empty; `scale` times as long as the config allows one to be."""
         client, sampling = self._of(side)
-        thinking = sampling.thinking and float(random.Random(f"{where}/thinking").random() < sampling.thinking)
-        sampling = dataclasses.replace(sampling, thinking=thinking, max_tokens=sampling.max_tokens * scale)
-        if thinking and sampling.thinking_instruction:
-            last = seen[-1]
-            seen = [*seen[:-1], {**last, "content": f"{last['content']}\n\n{sampling.thinking_instruction}"}]
+        mode = None if thinks is None else float(thinks)
+        sampling = dataclasses.replace(sampling, thinking=mode, max_tokens=sampling.max_tokens * scale)
         completion = await client.complete(seen, sampling, _seed(f"{where}/0"), top_logprobs)
         for attempt in range(1, ATTEMPTS):
             if completion.text.strip():
@@ -206,10 +219,11 @@ class _FirstQuestions:
         task = f"{self.prompt.text}\n\nDo this {self._size} times, each time about something else."
         task += " Number the results from 1, each on one line of its own, and write nothing else."
         best: list[str] = []
+        thinks = sides.thinks("question", f"{sides.config.seed}/questions/{self._first}")
+        seen = [system, {"role": "user", "content": sides.instructed("question", task, thinks)}]
         for attempt in range(ATTEMPTS):
             where = f"{sides.config.seed}/questions/{self._first}/{attempt}"
-            seen = [system, {"role": "user", "content": task}]
-            said = await sides.say("question", seen, where, scale=self._size)
+            said = await sides.say("question", seen, where, thinks, scale=self._size)
             best = max(best, _listed(spoken(said.text)), key=len)
             if len(best) >= self._size:
                 break
@@ -224,8 +238,17 @@ async def _converse(
     instruction: str,
     metadata: dict[str, Any],
 ) -> Conversation:
-    """One that ends early, with an empty message, is one for the filters."""
+    """One that ends early, with an empty message, is one for the filters.
+
+    The messages are kept as the answering side is shown them, since a student is asked with them: what tells it to
+    think is part of a question, and earlier answers reach the chat template whole, which shows or hides their thoughts.
+    """
     config = sides.config
+    name = f"{config.seed}/conversation/{metadata['conversation_index']}"
+    asker_thinks, answerer_thinks = (sides.thinks(side, name) for side in ("question", "answer"))
+    if answerer_thinks is not None:
+        metadata["thinking"] = answerer_thinks
+    asked_plainly: list[str] = []
     system = {"role": "system", "content": system_prompt}
     task = {"role": "user", "content": asked.prompt.text}
     messages: list[Message] = []
@@ -242,7 +265,7 @@ async def _converse(
         return [system, *seen[1:]]
 
     for number in range(config.rounds):
-        where = f"{config.seed}/conversation/{metadata['conversation_index']}/{number}"
+        where = f"{name}/{number}"
 
         if asked.prompt.is_question and not messages:
             messages.append(Message(asked.prompt.text, "user"))
@@ -252,9 +275,13 @@ async def _converse(
             messages.append(Message(text and instruction.replace("{question}", text), "user"))
             turns.append(("listed", 0))
         else:
-            seen = [system, task, *({"role": _other(m.role), "content": spoken(m.content)} for m in messages)]
+            seen = [system, task]
+            for plain, answered in zip(asked_plainly, messages[1::2], strict=True):
+                seen.append({"role": "assistant", "content": plain})
+                seen.append({"role": "user", "content": spoken(answered.content)})
             seen = await look_up("question", seen, f"{where}/question")
-            question = await sides.say("question", seen, f"{where}/question")
+            seen[-1] = seen[-1] | {"content": sides.instructed("question", seen[-1]["content"], asker_thinks)}
+            question = await sides.say("question", seen, f"{where}/question", asker_thinks)
             text = spoken(question.text)
             if text.strip() and not messages and instruction != "{question}":
                 text = instruction.replace("{question}", text.strip())
@@ -265,10 +292,14 @@ async def _converse(
             turns.append((question.finish_reason, question.completion_tokens))
         if not messages[-1].content.strip():
             break
+        asked_plainly.append(messages[-1].content)
+        told = sides.instructed("answer", messages[-1].content, answerer_thinks)
+        if told != messages[-1].content:
+            messages[-1] = Message(told, "user")
 
-        seen = [system, *({"role": m.role, "content": spoken(m.content)} for m in messages)]
+        seen = [system, *({"role": m.role, "content": m.content} for m in messages)]
         seen = await look_up("answer", seen, f"{where}/answer")
-        answer = await sides.say("answer", seen, f"{where}/answer", config.top_logprobs)
+        answer = await sides.say("answer", seen, f"{where}/answer", answerer_thinks, config.top_logprobs)
         top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)
         messages.append(Message(answer.text, "assistant", answer.token_ids, top_logprobs))
         turns.append((answer.finish_reason, answer.completion_tokens))
@@ -297,10 +328,6 @@ def _listed(text: str) -> list[str]:
 
 def _seed(where: str) -> int:
     return random.Random(where).getrandbits(31)
-
-
-def _other(role: str) -> str:
-    return "assistant" if role == "user" else "user"
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

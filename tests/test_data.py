@@ -60,7 +60,7 @@ def talk(*messages: Message) -> Conversation:
 
 
 def test_the_frames_around_messages_are_those_of_the_chat_template(tokenizer: Tokenizer):
-    found = example_of(talk(Message("Hi", "user"), answer(tokenizer, SAMPLED, ended=True)), tokenizer)
+    [found] = example_of(talk(Message("Hi", "user"), answer(tokenizer, SAMPLED, ended=True)), tokenizer)
     start, end = tokenizer.encode(tiny.START), tokenizer.encode(tiny.END)
     user, assistant, newline = (tokenizer.encode(text) for text in ("user\n", "assistant\n", "\n"))
     question = tokenizer.encode("Hi")
@@ -71,28 +71,30 @@ def test_the_frames_around_messages_are_those_of_the_chat_template(tokenizer: To
 
 def test_a_conversation_without_samples_is_laid_out_as_a_server_would(tokenizer: Tokenizer):
     messages = [Message("Who sleeps in box 3?", "user"), Message("The owl.", "assistant"), Message("Why?", "user")]
-    found = example_of(talk(*messages), tokenizer).tokens.tolist()
+    messages.append(Message("It flies.", "assistant"))
+    first, second = (example.tokens.tolist() for example in example_of(talk(*messages), tokenizer))
     whole = tokenizer.chat_ids([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=False)
-    assert found == whole[: len(found)]
-    assert tokenizer.decode(whole[len(found) :], skip_special_tokens=False) == tiny.END + "\n"
+    assert second == whole[: len(second)] and first == whole[: len(first)]
+    assert tokenizer.decode(whole[len(second) :], skip_special_tokens=False) == tiny.END + "\n"
+    assert tokenizer.decode(first).endswith("The owl.")
 
 
 def test_the_last_answer_ends_as_it_was_sampled(tokenizer: Tokenizer):
     question, end = Message("Hi", "user"), tokenizer.encode(tiny.END)[0]
-    cut = example_of(talk(question, answer(tokenizer, SAMPLED, ended=False)), tokenizer).tokens
-    ended = example_of(talk(question, answer(tokenizer, SAMPLED, ended=True)), tokenizer).tokens
+    cut = example_of(talk(question, answer(tokenizer, SAMPLED, ended=False)), tokenizer)[0].tokens
+    ended = example_of(talk(question, answer(tokenizer, SAMPLED, ended=True)), tokenizer)[0].tokens
     assert cut[-1] == letters(tokenizer, SAMPLED)[-1]
     assert ended.tolist() == [*cut.tolist(), end]
 
 
 def test_an_answer_in_the_middle_is_ended_exactly_once(tokenizer: Tokenizer):
-    question, more = Message("Hi", "user"), Message("And?", "user")
+    question, more, last = Message("Hi", "user"), Message("And?", "user"), Message("No.", "assistant")
     both = [
-        example_of(talk(question, answer(tokenizer, SAMPLED, ended=ended), more), tokenizer).tokens.tolist()
+        example_of(talk(question, answer(tokenizer, SAMPLED, ended=ended), more, last), tokenizer)[1].tokens.tolist()
         for ended in (True, False)
     ]
     assert both[0] == both[1]
-    assert both[0].count(tokenizer.encode(tiny.END)[0]) == 2
+    assert both[0].count(tokenizer.encode(tiny.END)[0]) == 3
 
 
 def test_an_entry_predicts_the_token_after_its_position(tokenizer: Tokenizer):
@@ -100,16 +102,17 @@ def test_an_entry_predicts_the_token_after_its_position(tokenizer: Tokenizer):
     first = answer(tokenizer, SAMPLED, True, ks)
     conversation_ = talk(Message("Hi", "user"), first, Message("And?", "user"), answer(tokenizer, SAMPLED, False))
     found = example_of(conversation_, tokenizer)
-    assert (np.diff(found.target_index) >= 0).all()
-    entries = list(zip(found.target_index, found.target_ids, found.target_logprobs, strict=True))
-    of_first, of_second = entries[: sum(ks)], entries[sum(ks) :]
+    assert all((np.diff(one.target_index) >= 0).all() for one in found)
+    of_first, of_second = (
+        list(zip(one.target_index, one.target_ids, one.target_logprobs, strict=True)) for one in found
+    )
     start = len(tokenizer.chat_ids([{"role": "user", "content": "Hi"}], add_generation_prompt=True))
-    assert tuple(found.tokens[start : start + len(ks)]) == first.token_ids
+    assert tuple(found[0].tokens[start:]) == first.token_ids
     expected = [(start + i - 1, i + j, -0.5 - j) for i, k in enumerate(ks) for j in range(k)]
     assert of_first == expected
-    second = len(found.tokens) - len(SAMPLED)
+    second = len(found[1].tokens) - len(SAMPLED)
     assert [e[0] for e in of_second] == [second + i - 1 for i in range(len(SAMPLED))]
-    assert found.tokens[of_second[0][0] + 1 :].tolist() == list(letters(tokenizer, SAMPLED))
+    assert found[1].tokens[of_second[0][0] + 1 :].tolist() == list(letters(tokenizer, SAMPLED))
 
 
 def test_targets_meet_the_token_that_was_sampled(tmp_path: Path):
@@ -134,7 +137,7 @@ def test_what_synthesis_writes_is_what_training_reads(tmp_path: Path, tokenizer:
     ]
     conversation.write(tmp_path / "d.parquet", written)
     found = read_examples(tmp_path / "d.parquet", tokenizer)
-    expected = [example_of(written[0], tokenizer), example_of(written[2], tokenizer)]
+    expected = [*example_of(written[0], tokenizer), *example_of(written[2], tokenizer)]
     for a, b in zip(found, expected, strict=True):
         for field in dataclasses.fields(Example):
             np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
@@ -319,11 +322,11 @@ def test_exchanges_are_questions_with_their_answers(tmp_path: Path):
 def test_next_tokens_are_targets_of_every_answer(tokenizer: Tokenizer):
     said = answer(tokenizer, SAMPLED, ended=True)
     asked, plain = Message("question", "user"), Message("later", "assistant")
-    example = example_of(talk(asked, said, asked, plain), tokenizer, "tokens")
-    expected = [*(said.token_ids or ()), *tokenizer.encode("later")]
-    assert example.target_ids.tolist() == expected
-    np.testing.assert_array_equal(example.tokens[example.target_index + 1], expected)
-    assert not example.target_logprobs.any()
+    examples = example_of(talk(asked, said, asked, plain), tokenizer, "tokens")
+    for example, expected in zip(examples, [list(said.token_ids or ()), tokenizer.encode("later")], strict=True):
+        assert example.target_ids.tolist() == expected
+        np.testing.assert_array_equal(example.tokens[example.target_index + 1], expected)
+        assert not example.target_logprobs.any()
 
 
 def test_answers_without_log_probabilities_do_for_next_tokens(tmp_path: Path, tokenizer: Tokenizer):

@@ -40,7 +40,7 @@ from command_line.config import run
 from command_line.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-BEGUN = {"checkpoints", "config.json", "initial.safetensors", "metrics.jsonl"}
+BEGUN = {"checkpoints", "config.json", "examples", "initial.safetensors", "metrics.jsonl"}
 # ml_collections loads a config file by a method that importlib is going to remove
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -104,7 +104,8 @@ def test_a_run_leaves_what_design_says(finished: dict[str, Any]):
     assert set(os.listdir(folder)) == {*BEGUN, "cartridge.safetensors", "report.md", "report.png"}
     assert leftovers(folder) == []
     config = json.loads((folder / "config.json").read_text())
-    ours = dataclasses.asdict(config_of(finished)) | {"output_dir": "", "dataset_hash": config["dataset_hash"]}
+    recorded = {name: config[name] for name in ("dataset_hash", "day")}
+    ours = dataclasses.asdict(config_of(finished)) | {"output_dir": ""} | recorded
     assert config == json.loads(json.dumps(ours))
     lines = metrics_of(folder, timing=True)
     assert set(lines[0]) == {"step", "loss", "targets", "grad_norm", "lr", "tokens", *TIMING}

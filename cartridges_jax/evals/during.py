@@ -12,7 +12,7 @@ from cartridges_jax import sharding
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.data import Example, Targets, typed_examples
 from cartridges_jax.evals.loss import answer_loss
-from cartridges_jax.evals.questions import Question, answer_examples, general_questions, questions_of
+from cartridges_jax.evals.questions import Question, answered_examples, general_questions, questions_of
 from cartridges_jax.evals.scorers import Scorer, score
 from cartridges_jax.losses import Tail
 from cartridges_jax.models.language_model import LanguageModel
@@ -35,17 +35,16 @@ class LossEval:
                 f"the evaluation {self.name} has the instruction {self.instruction!r}, expected a {{question}} in it"
             )
 
-    def examples(self, model: LanguageModel, targets: Targets) -> dict[str, list[Example]]:
-        """By type of seed prompt; questions have none."""
+    def examples(self, model: LanguageModel, targets: Targets, thinking: bool | None) -> dict[str, list[Example]]:
+        """By type of seed prompt; questions have none, and are asked in the given mode of thinking."""
         if self.dataset is not None:
             groups = defaultdict(list)
             for kind, example in typed_examples(self.dataset, model.tokenizer, targets):
                 groups[kind].append(example)
             return dict(groups)
         assert self.questions is not None
-        questions = questions_of(self.questions)
-        prompts = [_turn(model, question.asked(self.instruction)) for question in questions]
-        return {"": answer_examples(prompts, [model.tokenizer.encode(question.answer) for question in questions])}
+        asked = [(question.asked(self.instruction), question.answer) for question in questions_of(self.questions)]
+        return {"": answered_examples(model, asked, thinking=thinking)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +94,27 @@ class EvalsConfig:
 class Evals:
     """The configured evaluations with their inputs, which are read once.
 
+    Args:
+      thinking: the mode in which questions are asked, which is that of the conversations that are trained on.
+
     Raises:
       FileNotFoundError, UserError: an input is missing or unusable.
     """
 
-    def __init__(self, config: EvalsConfig, model: LanguageModel, targets: Targets, tail: Tail):
+    def __init__(
+        self, config: EvalsConfig, model: LanguageModel, targets: Targets, tail: Tail, thinking: bool | None = None
+    ):
         if config.generation and sharding.mesh_of(model.params).size > 1:
             raise UserError("evals.generation needs a model on one device: drop it here, and ask the cartridge later")
-        self._config, self._model, self._tail = config, model, tail
-        self._losses = {one.name: one.examples(model, targets) for one in config.loss}
+        self._config, self._model, self._tail, self._thinking = config, model, tail, thinking
+        self._losses = {one.name: one.examples(model, targets, thinking) for one in config.loss}
         self._questions = {one.name: questions_of(one.questions) for one in config.generation}
         for one in config.generation:
             if one.scorer == "choice" and not all(q.choices for q in self._questions[one.name]):
                 raise UserError(f"{one.questions} has a question without choices, which the scorer 'choice' needs")
             if one.scorer == "chrf":
                 score("chrf", "a", "a")  # says now that sacrebleu is missing
-        self._without = general_nll(model, None) if config.off_topic else None
+        self._without = general_nll(model, None, thinking) if config.off_topic else None
 
     def check_window(self, num_slots: int) -> None:
         """Raises:
@@ -118,10 +122,10 @@ class Evals:
         """
         examples = {name: [e for members in groups.values() for e in members] for name, groups in self._losses.items()}
         if self._without is not None:
-            examples["off_topic"] = _general_examples(self._model, behind=True)
+            examples["off_topic"] = _general_examples(self._model, True, self._thinking)
         lengths = {name: max(len(example.tokens) for example in members) for name, members in examples.items()}
         for one in self._config.generation:
-            asked = [_turn(self._model, question.asked(one.instruction)) for question in self._questions[one.name]]
+            asked = [self._turn(question.asked(one.instruction)) for question in self._questions[one.name]]
             lengths[one.name] = max(lengths.get(one.name, 0), max(map(len, asked)) + one.max_tokens)
         for name, length in lengths.items():
             if num_slots + length > self._model.config.window:
@@ -144,7 +148,7 @@ class Evals:
         for name, groups in self._losses.items():
             metrics |= self._loss(name, groups, cartridge)
         if self._without is not None:
-            loss = general_nll(self._model, cartridge)
+            loss = general_nll(self._model, cartridge, self._thinking)
             metrics |= {
                 "eval_off_topic/loss": loss,
                 "eval_off_topic/loss_without_cartridge": self._without,
@@ -171,7 +175,7 @@ class Evals:
         self, one: GenerationEval, questions: list[Question], cartridge: Cartridge
     ) -> tuple[list[dict[str, Any]], int]:
         asked = [(i, sample) for i in range(len(questions)) for sample in range(one.num_samples)]
-        prompts = [tuple(_turn(self._model, questions[i].asked(one.instruction))) for i, _ in asked]
+        prompts = [tuple(self._turn(questions[i].asked(one.instruction))) for i, _ in asked]
         ids = generate_ids(self._model, prompts, cartridge, one.max_tokens, one.temperature)
         rows = []
         for (i, sample), answer in zip(asked, ids, strict=True):
@@ -189,22 +193,20 @@ class Evals:
             )
         return rows, sum(map(len, ids))
 
+    def _turn(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        return self._model.tokenizer.turn_ids(messages, add_generation_prompt=True, thinking=self._thinking)
 
-def general_nll(model: LanguageModel, prefix: Cartridge | None) -> float:
+
+def general_nll(model: LanguageModel, prefix: Cartridge | None, thinking: bool | None = None) -> float:
     """Nats per token of the answers to general questions, asked behind a cartridge, or of the model alone."""
-    total, count = answer_loss(model, prefix, _general_examples(model, behind=prefix is not None))
+    total, count = answer_loss(model, prefix, _general_examples(model, prefix is not None, thinking))
     return total / count
 
 
-def _general_examples(model: LanguageModel, behind: bool) -> list[Example]:
-    questions = general_questions()
-    lay_out = model.tokenizer.turn_ids if behind else model.tokenizer.chat_ids
-    prompts = [lay_out([{"role": "user", "content": q.question}], add_generation_prompt=True) for q in questions]
-    return answer_examples(prompts, [model.tokenizer.encode(question.answer) for question in questions])
-
-
-def _turn(model: LanguageModel, text: str) -> list[int]:
-    return model.tokenizer.turn_ids([{"role": "user", "content": text}], add_generation_prompt=True)
+def _general_examples(model: LanguageModel, behind_cartridge: bool, thinking: bool | None) -> list[Example]:
+    asked = [(question.question, question.answer) for question in general_questions()]
+    return answered_examples(model, asked, behind_cartridge=behind_cartridge, thinking=thinking)
 
 
 def _losses(key: str, loss: float) -> dict[str, float]:

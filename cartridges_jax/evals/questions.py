@@ -10,6 +10,7 @@ from importlib import resources
 import numpy as np
 
 from cartridges_jax.data import Example
+from cartridges_jax.models.language_model import LanguageModel
 from command_line import files
 from command_line.errors import UserError
 
@@ -61,6 +62,23 @@ def _parsed(lines: Iterable[tuple[int, str]], source: str) -> list[Question]:
     if not questions:
         raise UserError(f'{source} holds no question: expected one {{"question", "answer"}} a line')
     return questions
+
+
+def answered_examples(
+    model: LanguageModel,
+    exchanges: Sequence[tuple[str, str]],
+    *,
+    behind_cartridge: bool = True,
+    thinking: bool | None = None,
+) -> list[Example]:
+    """Questions, each put to the model as a chat's first turn, and their answers, whose tokens are the targets."""
+    laid_out = [
+        model.tokenizer.answered_ids(
+            [{"role": "user", "content": question}], answer, behind_cartridge=behind_cartridge, thinking=thinking
+        )
+        for question, answer in exchanges
+    ]
+    return answer_examples(*zip(*laid_out, strict=True))
 
 
 def answer_examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Example]:

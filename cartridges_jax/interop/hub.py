@@ -41,7 +41,8 @@ import cartridges_jax as cj
 
 model = cj.load_model("{model}")
 cartridge = cj.Cartridge.load("hf:{repo}", model=model)  # refused if it was made for another model
-prompt = model.tokenizer.render_turns([{{"role": "user", "content": "…"}}], add_generation_prompt=True)
+turns = [{{"role": "user", "content": "…"}}]
+prompt = model.tokenizer.render_turns(turns, add_generation_prompt=True, thinking=cartridge.thinking)
 print(cj.generate(model, [prompt], cartridge=cartridge, max_tokens=64)[0])
 ```
 

@@ -19,6 +19,7 @@ class Prefix:
     key: str
     length: int
     cartridge: object = field(compare=False)
+    thinking: bool | None = None  # the mode in which it was trained to answer; None: as the chat template has it
 
 
 @dataclass(eq=False)

@@ -53,6 +53,8 @@ class Call:
     prompt_logprobs: int | None = None  # so many alternatives at each token of the prompt; None: nothing about it
     fingerprint: bool = False  # Tokasaurus' `system_fingerprint` with the token ids
     packed: bool = False  # and with log-probabilities, instead of `logprobs`
+    # The prompt in a mode of thinking, of a chat that does not say which: then it is the cartridge's.
+    in_mode: Callable[[bool], tuple[int, ...]] | None = None
 
     @property
     def num_choices(self) -> int:
@@ -86,6 +88,7 @@ class Reader:
             refuse("top_logprobs", top_logprobs, "logprobs to be true as well")
         encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
         prompt = self.encode_chat(messages, fields, encode)
+        is_open = bool(cartridges) and _thinking(fields) is None
         max_tokens = fields.integer("max_tokens", None, 1, SEEDS)
         return self._call(
             fields,
@@ -97,6 +100,7 @@ class Reader:
             max_tokens=fields.integer("max_completion_tokens", max_tokens, 1, SEEDS),
             logprobs=logprobs,
             fingerprint=fingerprint,
+            in_mode=functools.partial(self.encode_chat, messages, fields, encode) if is_open else None,
         )
 
     def completion(self, fields: Fields, fingerprint: bool = False) -> Call:
@@ -104,7 +108,7 @@ class Reader:
         logprobs = fields.integer("logprobs", None, 0, self._engine.max_top_logprobs)
         return self._call(
             fields,
-            self._read_prompts(fields),
+            self._read_prompts(fields, bool(cartridges)),
             logprobs or 0,
             kind="text",
             model=model,
@@ -115,13 +119,19 @@ class Reader:
         )
 
     def encode_chat(
-        self, messages: list[dict[str, str]], fields: Fields, encode: Callable[..., list[int]]
+        self,
+        messages: list[dict[str, str]],
+        fields: Fields,
+        encode: Callable[..., list[int]],
+        thinking: bool | None = None,
     ) -> tuple[int, ...]:
-        """A conversation's token ids, by the template options in `fields`. Raises: ApiError."""
-        for name in ("chat_template_kwargs", "apply_chat_template_overrides"):
-            options = fields.group(name)
-            if options.get("enable_thinking") is not None:
-                encode = functools.partial(encode, thinking=options.flag("enable_thinking"))
+        """A conversation's token ids, by the template options in `fields`; `thinking` where they have none of it.
+
+        Raises: ApiError.
+        """
+        asked = _thinking(fields)
+        if (thinking := thinking if asked is None else asked) is not None:
+            encode = functools.partial(encode, thinking=thinking)
         try:
             return tuple(encode(messages, add_generation_prompt=fields.flag("add_generation_prompt", True)))
         except UserError as error:
@@ -171,14 +181,16 @@ class Reader:
             packed=packed,
         )
 
-    def _read_prompts(self, fields: Fields) -> list[tuple[int, ...]]:
+    def _read_prompts(self, fields: Fields, behind_cartridge: bool) -> list[tuple[int, ...]]:
         """A text, a list of token ids, or a list of either."""
         prompt = fields.get("prompt")
         single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and type(prompt[0]) is int)
         prompts = [prompt] if single else prompt
         if not isinstance(prompts, list) or not 0 < len(prompts) <= self._max_choices:
             refuse("prompt", prompt, f"a text, a list of token ids, or a list of 1 to {self._max_choices} of either")
-        special = fields.flag("add_special_tokens", True)
+        special = fields.flag("add_special_tokens", not behind_cartridge)
+        if behind_cartridge and special and self._tokenizer.encode("", add_special_tokens=True):
+            refuse("add_special_tokens", special, "false: a cartridge holds the beginning of the text already")
         return [
             self.token_ids("prompt", one)
             if isinstance(one, list)
@@ -219,3 +231,13 @@ class Reader:
             raise ApiError(400, str(error), param, "invalid_value") from error
         except UnknownCartridge as error:
             raise ApiError(404, str(error), param, code) from error
+
+
+def _thinking(fields: Fields) -> bool | None:
+    """The template's `enable_thinking` that is asked for, if any. Raises: ApiError."""
+    asked = None
+    for name in ("chat_template_kwargs", "apply_chat_template_overrides"):
+        options = fields.group(name)
+        if options.get("enable_thinking") is not None:
+            asked = options.flag("enable_thinking")
+    return asked

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json
+from cartridges_jax.serving.scheduler import Prefix
 from cartridges_jax.tokenizer import Tokenizer
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
@@ -101,7 +103,8 @@ class Completions:
         assert self.thread is not None, "the server has not been started"
         start = time.monotonic()
         with self._catalog.using(call.cartridges):
-            job = self.thread.submit(call, await self._catalog.prefix(call.cartridges), start)
+            prefix = await self._catalog.prefix(call.cartridges)
+            job = self.thread.submit(await _in_mode_of(prefix, call), prefix, start)
             answer = None
             try:
                 answer = Answer(job, await job.accepted(), self._tokenizer, self._token_text)
@@ -156,6 +159,14 @@ def _encoded(reply: Any) -> str:
 
 def _response(text: str) -> web.Response:
     return web.Response(text=text, content_type="application/json")
+
+
+async def _in_mode_of(prefix: Prefix | None, call: Call) -> Call:
+    """The call as it is asked behind a cartridge that was trained in a mode of thinking."""
+    if prefix is None or prefix.thinking is None or call.in_mode is None:
+        return call
+    prompt = await asyncio.to_thread(call.in_mode, prefix.thinking)
+    return replace(call, requests=tuple(replace(request, prompt=prompt) for request in call.requests))
 
 
 async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:

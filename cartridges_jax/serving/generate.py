@@ -25,7 +25,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Continues each prompt, taken as it is (no chat template), behind the cartridge's slots.
+    """Continues each prompt, taken as it is (no chat template), behind the cartridge's slots, or else behind a BOS.
 
     Returns:
       The continuations without stop tokens, in the order of the prompts.
@@ -34,7 +34,8 @@ def generate(
       UserError: a prompt without tokens, one that does not fit the model's window with its answer and the slots, or a
         cartridge with which the model's numbers are not finite.
     """
-    ids = [tuple(model.tokenizer.encode(prompt, add_special_tokens=True)) for prompt in prompts]
+    begins = cartridge is None  # which holds the beginning of a text
+    ids = [tuple(model.tokenizer.encode(prompt, add_special_tokens=begins)) for prompt in prompts]
     answers = generate_ids(model, ids, cartridge, max_tokens, temperature, top_p, seed)
     return [model.tokenizer.decode(answer) for answer in answers]
 

@@ -167,7 +167,7 @@ class CartridgeStore:
         if composed is None:
             assert self._compose is not None
             cartridge = self._compose([part.cartridge for part in parts])
-            composed = self._hold(_names(references), Prefix(key, cartridge.num_slots, cartridge))
+            composed = self._hold(_names(references), _prefix(key, cartridge))
         return composed
 
     def pin(self, reference: Reference, pinned: bool) -> None:
@@ -230,7 +230,7 @@ class CartridgeStore:
         # Read before loading: a file replaced meanwhile then looks changed at the next use, and is loaded again.
         key = self._key(reference)
         cartridge = self._load(self.path(reference))
-        return self._hold((reference.name,), Prefix(key, cartridge.num_slots, cartridge))
+        return self._hold((reference.name,), _prefix(key, cartridge))
 
     def _current(self, reference: Reference) -> Prefix | None:
         try:
@@ -282,6 +282,10 @@ class CartridgeStore:
 def version(prefix: Prefix) -> str:
     """A short name of a cartridge's content, for people to compare."""
     return hashlib.sha256(prefix.key.encode()).hexdigest()[:12]
+
+
+def _prefix(key: str, cartridge: Loaded) -> Prefix:
+    return Prefix(key, cartridge.num_slots, cartridge, getattr(cartridge, "thinking", None))  # few formats know it
 
 
 def _names(references: Sequence[Reference]) -> tuple[str, ...]:

@@ -95,7 +95,10 @@ class Client(Protocol):
     ) -> Completion: ...
 
     async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
-        """The last message, which is the assistant's, as if the server had sampled it, end-of-turn token included."""
+        """The last message, which is the assistant's, as if the server had sampled it, end-of-turn token included.
+
+        A given answer was not thought over: where the chat template has a switch, it is off.
+        """
         ...
 
     async def tokenize(self, text: str) -> list[int]: ...

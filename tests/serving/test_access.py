@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_server import HELLO, SAID, Client, ScriptEngine, folder, serving  # pyrefly: ignore[missing-import]
+from test_server import END, HELLO, SAID, Client, ScriptEngine, folder, serving  # pyrefly: ignore[missing-import]
 
 __all__ = ["folder"]  # a fixture
 
@@ -104,3 +104,20 @@ def test_metrics_count():
         assert len([line for line in lines if line.startswith("# TYPE")]) == len({c.partition("{")[0] for c in counts})
 
     serving(ScriptEngine(SAID), test)
+
+
+def test_a_cartridge_holds_the_beginning_of_a_text(folder: Path):
+    async def test(client: Client) -> None:
+        async def prompted(**body: object) -> tuple[int, list[int]]:
+            asked = {"prompt": "hi", "max_tokens": 1, "return_token_ids": True} | body
+            status, reply = await client.post("/v1/completions", json=asked)
+            return status, reply["prompt_token_ids"] if status == 200 else [reply["error"]["param"]]
+
+        behind = {"cartridges": [{"id": "manual"}]}
+        assert await prompted() == (200, [END, *b"hi"])
+        assert await prompted(**behind) == (200, [*b"hi"])
+        assert await prompted(**behind, add_special_tokens=False) == (200, [*b"hi"])
+        assert await prompted(**behind, add_special_tokens=True) == (400, ["add_special_tokens"])
+        assert await prompted(**behind, prompt=[END, 5]) == (200, [END, 5]), "ids are taken as they are"
+
+    serving(ScriptEngine(SAID), test, folder)

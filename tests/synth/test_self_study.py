@@ -102,7 +102,7 @@ def test_questions_by_another_model(server: StubServer, speaker: Speaker, make_c
     assert {(one.metadata["question_model"], one.metadata["model"]) for one in made} == {("other", MODEL)}
 
 
-def test_thinking_is_drawn_for_each_message(speaker: Speaker, make_config: MakeConfig):
+def test_thinking_is_drawn_once_a_conversation_and_recorded(speaker: Speaker, make_config: MakeConfig):
     def speak(body: dict[str, Any]) -> str:
         thinks = body["chat_template_kwargs"]["enable_thinking"]
         return "<think>\nhm\n</think>\n\nSo it is." if thinks else "It is."
@@ -118,18 +118,27 @@ def test_thinking_is_drawn_for_each_message(speaker: Speaker, make_config: MakeC
         answer=SamplingConfig(thinking=0.25, thinking_instruction="Think first."),
     )
     made = make(config)
-    answers = [one.messages[i].content for one in made for i in (1, 3)]
-    assert 0.12 < sum(text.startswith("<think>") for text in answers) / len(answers) < 0.4
-    questions = [one.messages[i].content for one in made for i in (0, 2)]
-    assert Counter(questions).keys() == {"So it is.", "It is."}, "nobody is asked a thought"
+    assert 0.12 < sum(one.metadata["thinking"] for one in made) / len(made) < 0.4
+    asked = set()
     for one in made:
-        ids = one.messages[0].token_ids
-        assert (ids is None) == (one.messages[0].content == "So it is."), "ids of a text that was cut would be wrong"
+        thinks, questions = one.metadata["thinking"], [one.messages[i] for i in (0, 2)]
+        assert all(one.messages[i].content.startswith("<think>") == thinks for i in (1, 3))
+        assert all(question.content.endswith("\n\nThink first.") == thinks for question in questions)
+        said = [question.content.removesuffix("\n\nThink first.") for question in questions]
+        assert said in (["So it is."] * 2, ["It is."] * 2), "nobody is asked a thought"
+        asked.add(said[0])
+        for question in questions:
+            assert (question.token_ids is None) == (thinks or said[0] == "So it is."), "of a text that was changed"
+    assert len(asked) == 2
+    told = [(body["messages"][1:], body["chat_template_kwargs"]["enable_thinking"]) for body in speaker.requests]
+    taught = [shown for body, shown in zip(speaker.requests, told, strict=True) if body.get("logprobs")]
+    for one in made:
+        turns = [{"role": message.role, "content": message.content} for message in one.messages]
+        assert (turns[:1], one.metadata["thinking"]) in taught
+        assert (turns[:3], one.metadata["thinking"]) in taught, "earlier turns reach the template as they are kept"
     for body in speaker.requests:
-        thinks = body["chat_template_kwargs"]["enable_thinking"]
-        assert body["messages"][-1]["content"].endswith("Think first.") == (thinks and bool(body.get("logprobs")))
-        assert not any("<think>" in message["content"] for message in body["messages"])
-    assert not any("Think first." in message.content for one in made for message in one.messages)
+        if not body.get("logprobs"):
+            assert not any(text in m["content"] for m in body["messages"] for text in ("<think>", "Think first."))
 
 
 def test_what_is_spoken():
