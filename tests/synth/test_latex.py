@@ -104,7 +104,7 @@ def test_a_verbatim_environment_of_the_main_files_own(tmp_path: Path):
     (tmp_path / "main.tex").write_text("\\documentclass{a}\\lstnewenvironment{code}{}{}\\begin{document}\\input{part}")
     part = "\\begin{code}\n5 % 3 \\input{none}\n\\end{code}\n"
     (tmp_path / "part.tex").write_text(part + "x % y\n")
-    assert "".join(section.text for section in latex.read(str(tmp_path))).endswith(part + "x \n")
+    assert "".join(section.text for section in latex.read(str(tmp_path))).endswith(part + "x\n")
 
 
 def test_what_other_packages_include(tmp_path: Path, caplog: pytest.LogCaptureFixture):
