@@ -202,7 +202,8 @@ def _bare(word: str) -> str:
 
 
 def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text)
+    """One way of writing for dashes, apostrophes, digits and letters: accents are left out as often as not."""
+    text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
     return re.sub("[\u2018\u2019]", "'", re.sub("[\u2010-\u2015\u2212]", "-", text))
 
 

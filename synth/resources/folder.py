@@ -51,7 +51,7 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str])
     """Files below `folder`, without what a .gitignore of it or of a folder above leaves out."""
     gitignore = folder / ".gitignore"
     if gitignore.is_file():
-        ignored = [*ignored, (folder, _patterns(text.decode(gitignore.read_bytes()).splitlines()))]
+        ignored = [*ignored, (folder, _patterns(text.decode(gitignore.read_bytes()).split("\n")))]
     for entry in sorted(folder.iterdir()):
         if entry.name == ".git":
             continue

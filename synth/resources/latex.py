@@ -92,10 +92,10 @@ def read(path: str, api_url: str | None = None) -> Sections:
     return Sections(sections, {"files": len(document.files), "sections": len(sections)}, left_out)
 
 
-def without_comments(text: str) -> str:
+def without_comments(text: str, verbatim: Iterable[str] = _VERBATIM) -> str:
     """A line that is nothing but a comment goes with its end; what is verbatim, or an address, stays."""
     text = text.replace("\r\n", "\n")
-    literal = _with_names(_LITERAL, (*_VERBATIM, *_DEFINES_VERBATIM.findall(text)))
+    literal = _with_names(_LITERAL, (*verbatim, *_DEFINES_VERBATIM.findall(text)))
     return _scanner(f"{_COMMENT}|{literal}|{_ESCAPED}").sub(
         lambda found: "" if found["comment"] is not None else found[0], text
     )
@@ -130,7 +130,9 @@ class _Document:
 
     def __init__(self, get: Callable[[str], str | None]):
         self._get = functools.cache(get)
-        self._clean = functools.cache(lambda name: None if (text := get(name)) is None else without_comments(text))
+        self._clean: Callable[[str], str] = functools.cache(
+            lambda name: without_comments(get(name) or "", self._environments)  # those of the files that include it
+        )
         self._resolved: dict[tuple[str, str], str] = {}  # kept: else ten files that include each other take an age
         self._macros: dict[str, str] = {}  # of the document, that include what their argument names
         self._environments = set(_VERBATIM)
@@ -141,7 +143,7 @@ class _Document:
 
     def main_file(self, names: list[str], path: str) -> str:
         """The file that begins a document; of several, main.tex, or else the one that has the most to say."""
-        starts = [name for name in names if re.search(r"\\document(?:class|style)\b", self._clean(name) or "")]
+        starts = [name for name in names if re.search(r"\\document(?:class|style)\b", self._clean(name))]
         if not starts:
             raise UserError(f"{path} holds no LaTeX with \\documentclass: set config.resource.path to the main file")
         return max(starts, key=lambda name: (name == "main.tex", len(self.resolved(name))))
@@ -168,7 +170,7 @@ class _Document:
         return self._resolved[name, folder]
 
     def _pieces(self, above: tuple[str, ...], folder: str) -> Iterator[str]:
-        text = self._clean(above[-1]) or ""
+        text = self._clean(above[-1])
         self._learn(text)
         found_all, place, end = self._span(text, is_included=len(above) > 1)
         for found in found_all:

@@ -100,6 +100,13 @@ def test_what_only_looks_like_a_comment_or_a_command(tmp_path: Path, kept: str, 
     assert kept in text and "gone" not in text and text.endswith("End.\n") and not caplog.records
 
 
+def test_a_verbatim_environment_of_the_main_files_own(tmp_path: Path):
+    (tmp_path / "main.tex").write_text("\\documentclass{a}\\lstnewenvironment{code}{}{}\\begin{document}\\input{part}")
+    part = "\\begin{code}\n5 % 3 \\input{none}\n\\end{code}\n"
+    (tmp_path / "part.tex").write_text(part + "x % y\n")
+    assert "".join(section.text for section in latex.read(str(tmp_path))).endswith(part + "x\n")
+
+
 def test_what_other_packages_include(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     def file(name: str, text: str) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,8 @@ SUPPORTED = [
     "There are two reasons:\n\n1. The lamp is bright.\n2. The tower is tall.\n3) It is old.",
     "It names three things: the lamp, the tower, and the boat.",
     "First, he cleans it. Second, he checks it. However, nobody sees him.",
+    "There, says K\u00e9pler, it is \u221241.5 m.",
+    "It was made in the third year, and cost 1,250 thousand kroner, as Hale\u2019s books say.",
     "Yes. Dr. Lovelace did so. I think it's true, and I'm sure.",
     "**Key Points And Findings:** the lamp is old.\n- Main Source Of Money: the institute",
     "## Summary Of The Whole Report\n\nThe lamp is old.",
