@@ -126,8 +126,11 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     _refuse_other_config(directory, settings)
     step_rows = config.batch_size * config.accumulation
     with stage("laying out conversations"):
-        examples = [] if config.dataset is None else read_examples(config.dataset, model.tokenizer, config.targets)
-        mixed = [(read_examples(m.dataset, model.tokenizer, config.targets), m.weight) for m in config.mix]
+        read = functools.partial(
+            read_examples, tokenizer=model.tokenizer, targets=config.targets, vocab_size=model.config.vocab_size
+        )
+        examples = [] if config.dataset is None else read(config.dataset)
+        mixed = [(read(one.dataset), one.weight) for one in config.mix]
         check_lengths([*examples, *(example for others, _ in mixed for example in others)], config.seq_len)
         rows = PackedRows(examples, config.seq_len, step_rows, config.num_epochs, config.seed, mixed)
     evals = Evals(config.evals, model, config.targets, config.tail)

@@ -91,7 +91,7 @@ def _parse(line: str, where: str) -> Existing:
         record: Any = json.loads(line)
         messages = tuple({"role": m["role"], "content": m["content"]} for m in record["messages"])
         context = record.get("context")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} is no conversation: {expected}") from error
     if not messages or len(messages) % 2 or not all(isinstance(m["content"], str) and m["content"] for m in messages):
         raise UserError(f"{where} does not end with an answer, or has an empty message: {expected}")
