@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import files
+from command_line.addresses import without_credentials
 from command_line.errors import UserError
 from synth.config import SynthConfig
 
@@ -46,7 +47,7 @@ def claim(output: Path, config: SynthConfig, text: str) -> None:
     ours = dataclasses.asdict(config) | {"document_sha256": hashlib.sha256(text.encode()).hexdigest()}
     for client in filter(None, (ours["client"], ours["question_client"])):
         del client["api_key"]
-    ours = json.loads(json.dumps(ours))
+    ours = json.loads(without_credentials(json.dumps(ours)))
     path = output / "config.json"
     if (output / "dataset.parquet").exists() or any((output / "parts").glob("*.parquet")):
         try:
