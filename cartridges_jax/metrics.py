@@ -33,7 +33,8 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int):
         """Opens the log for steps from `first_step` on; later lines of an interrupted run are dropped."""
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < first_step]
+            lines = _lines(path)
+            kept = [line for number, line in enumerate(lines) if _step(path, lines, number) < first_step]
             files.write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -138,8 +139,13 @@ class Journal:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The lines of a log; none if there is no such file.
+
+    Raises:
+      UserError: a line is damaged.
+    """
+    lines = _lines(path) if path.is_file() else []
+    return [_parsed(path, line, number) for number, line in enumerate(lines)]
 
 
 def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -147,8 +153,24 @@ def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[s
     return next((line for line in lines if "loss" not in line and line["step"] == num_steps - 1), None)
 
 
-def _step(line: str) -> float:
+def _lines(path: Path) -> list[str]:
+    return path.read_bytes().decode(errors="replace").splitlines()
+
+
+def _parsed(path: Path, line: str, number: int) -> dict[str, Any]:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # the line that a crash cut short
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int) or "\N{REPLACEMENT CHARACTER}" in line:
+        raise UserError(f"{path}, line {number + 1}, is damaged: bring the file back, or remove that line")
+    return found
+
+
+def _step(path: Path, lines: Sequence[str], number: int) -> float:
+    try:
+        return _parsed(path, lines[number], number)["step"]
+    except UserError:
+        if number == len(lines) - 1:
+            return float("inf")  # the line that a crash cut short
+        raise

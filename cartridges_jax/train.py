@@ -5,10 +5,12 @@ A run that is killed and started again continues from its last checkpoint and en
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +48,7 @@ from cartridges_jax.sharding import MeshConfig
 from cartridges_jax.step import TrainState
 from cartridges_jax.trackers import TrackConfig
 from command_line import files
+from command_line.addresses import without_credentials
 from command_line.config import build, load, run
 from command_line.errors import UserError
 from command_line.progress import stage
@@ -106,6 +109,11 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     Raises:
       FileNotFoundError, UserError: a missing or unusable input, before anything is written.
     """
+    with _locked(Path(config.output_dir)):
+        return _train(config, model)
+
+
+def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     corpus = read_corpus(config.corpus)
     for source in [*_datasets(config), *(one.dataset for one in config.evals.loss if one.dataset)]:
         dataset_files(source)
@@ -147,9 +155,8 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     job = Job(config, model, rows, tx, num_steps, mesh, evals)
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
-        latest = checkpoints.latest_step()
-        if latest is not None:
-            run_state = checkpoints.restore(latest, run_state)
+        restored = checkpoints.restore(run_state)
+        run_state = run_state if restored is None else restored
         journal = _journal(job, run_state, directory, settings)
         try:
             run_state = run_loop(job, run_state, journal, checkpoints)
@@ -158,6 +165,24 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     finally:
         checkpoints.close()
     return _finish(job, run_state, directory, settings)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The run's directory is this job's alone; its first process holds the lock for all.
+
+    Raises: UserError, on every process.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if processes.is_first():
+            try:
+                stack.enter_context(files.locked(directory))
+            except UserError as error:
+                refusal = error
+        if processes.agreed(refusal is not None):
+            raise refusal or UserError(f"{directory} is in use by another run")
+        yield
 
 
 def _finish(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Path:
@@ -212,7 +237,8 @@ def _datasets(config: TrainConfig) -> list[str]:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """What a run is made of, as JSON has it: it may be moved, to another folder, other devices or other dashboards."""
     moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False, track=TrackConfig())
-    return json.loads(json.dumps(dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}))
+    settings = dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}
+    return json.loads(without_credentials(json.dumps(settings)))
 
 
 def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
@@ -220,7 +246,15 @@ def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
     path = directory / "config.json"
     if not path.is_file():
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        theirs = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        theirs = error
+    if not isinstance(theirs, dict):
+        raise UserError(
+            f"{path} is damaged and does not say how the run was made: bring it back, or choose another "
+            "config.output_dir"
+        )
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
         raise UserError(

@@ -1,13 +1,10 @@
-"""The folder of a run belongs to one config, and to one process at a time."""
+"""The folder of a run belongs to one config."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +25,6 @@ FREE_KEYS = (
     "resource.api_url",
     *(f"{client}.{key}" for client in ("client", "question_client") for key in _CLIENT_KEYS),
 )
-
-
-@contextlib.contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Raises: UserError, another process writes there. The lock goes with the process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{output} is in use by another run: wait for it or choose another output_dir") from error
-        yield
 
 
 def claim(output: Path, config: SynthConfig, text: str) -> None:
