@@ -7,6 +7,7 @@ engine's format.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import re
 import urllib.error
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line import config
+from command_line.addresses import basic_login, without_credentials
 from command_line.errors import UserError
 from command_line.progress import printable
 
 TIMEOUT_SECONDS = 600.0
+LARGEST_REPLY = 2**26  # bytes
 # Tokasaurus rewrites an id that holds anything else, and then looks for a folder of another name.
 NAME = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 DEFAULT_URLS = {"tokasaurus": "http://127.0.0.1:10210", "vllm": "http://127.0.0.1:8000"}
@@ -32,14 +35,25 @@ def main(argv: list[str]) -> int:
     url = (args.url or DEFAULT_URLS[args.engine]).rstrip("/")
     if args.engine == "tokasaurus":
         body = tokasaurus_request(args.name, args.question, args.model, args.max_tokens)
-        answer = post(f"{url}/custom/cartridge/chat/completions", body)["choices"][0]["message"]["content"]
+        reply = post(f"{url}/custom/cartridge/chat/completions", body)
     else:
         num_slots, thinking = _slots_and_thinking(args)
         prompt = _prompt(args.model, args.question, thinking)
         body = vllm_request(args.name, num_slots, prompt, args.served_model or args.model, args.max_tokens)
-        answer = post(f"{url}/v1/completions", body)["choices"][0]["text"]
-    print(printable(answer.strip()))
+        reply = post(f"{url}/v1/completions", body)
+    print(printable(_answer(reply, without_credentials(url)).strip()))
     return 0
+
+
+def _answer(reply: dict[str, Any], url: str) -> str:
+    try:
+        choice = reply["choices"][0]
+        found = choice["message"]["content"] if "message" in choice else choice["text"]
+    except (LookupError, TypeError) as error:
+        raise ConnectionError(f"{url} answers without a text: is it the right kind of server?") from error
+    if not isinstance(found, str):
+        raise ConnectionError(f"{url} answers without a text: is it the right kind of server?")
+    return found
 
 
 def tokasaurus_request(name: str, question: str, model: str, max_tokens: int) -> dict[str, Any]:
@@ -73,15 +87,36 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
       UserError: it refuses the request; the sentence is its own.
       ConnectionError: it cannot be reached, or answers something else than JSON.
     """
+    login, url = basic_login(url), without_credentials(url)
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    if login:
+        request.add_header("Authorization", login)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            return json.loads(response.read())
+        with _OPENER.open(request, timeout=TIMEOUT_SECONDS) as response:
+            data = response.read(LARGEST_REPLY + 1)
+        reply = json.loads(data) if len(data) <= LARGEST_REPLY else None
     except urllib.error.HTTPError as error:
         with error:
-            raise UserError(f"{url} answers {error.code}: {error.read(2000).decode(errors='replace')}") from error
-    except (OSError, ValueError) as error:
+            words = error.read(2000).decode(errors="replace")
+        if 300 <= error.code < 400:
+            where = without_credentials(error.headers.get("Location", "nowhere"))[:200]
+            raise UserError(f"{url} leads to {where}, where nothing was sent: give the server's own address") from error
+        raise UserError(f"{url} answers {error.code}: {words}") from error
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url} cannot be asked ({error}): is the server running there?") from error
+    if not isinstance(reply, dict):
+        raise ConnectionError(f"{url} answers something else than a JSON object of at most {LARGEST_REPLY} bytes")
+    return reply
+
+
+class _Nowhere(urllib.request.HTTPRedirectHandler):
+    """What is sent is for the server that was named alone."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # pyrefly: ignore
+        return None
+
+
+_OPENER = urllib.request.build_opener(_Nowhere)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -1,7 +1,12 @@
-"""The training state on disk, through Orbax: written beside the run, asynchronously; a killed write leaves no trace."""
+"""The training state on disk, through Orbax: written beside the run, asynchronously; a killed write leaves no trace.
+
+A checkpoint holds a checksum of its arrays, since what lies under them does not tell a byte that changed. It is a sum
+over all elements, and so the same whichever devices hold them.
+"""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,26 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cartridges_jax import processes
+from command_line.errors import UserError
 
 KEEP = 2
 OVERHEAD_BYTES = 1 << 20  # of a checkpoint beside its arrays
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """`checkpoints/` of a run. The frozen base is never in them."""
 
     def __init__(self, directory: Path):
+        self._directory = directory.absolute()
+        self._manager = self._opened()
+
+    def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEEP, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
         """Begins to write the state.
@@ -50,12 +60,56 @@ class Checkpoints:
                 "same command again"
             )
         with self._one_sentence():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            self._manager.save(step, args=ocp.args.StandardSave({"state": state, "checksum": checksum(state)}))
 
-    def restore(self, step: int, like: Any) -> Any:
-        """The state of `step`, with the shapes, dtypes and placement of `like`: the mesh may be another."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    def restore(self, like: Any) -> Any | None:
+        """The newest state that is whole, with the shapes, dtypes and placement of `like`: the mesh may be another.
+
+        None if there is none yet. Damaged ones that are newer are told and removed, as they will be written again.
+
+        Raises:
+          UserError: there are some, and none is whole.
+        """
+        damaged: list[int] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            state, problem = self._restored(step, like)
+            if problem is None:
+                for other in damaged:
+                    self._manager.delete(other)
+                if damaged:  # it has looked at the newest to learn how they are written
+                    self._manager.close()
+                    self._manager = self._opened()
+                return state
+            log.warning("checkpoint %s is damaged (%s): going back to the one before it", self._folder(step), problem)
+            damaged.append(step)
+        if damaged:
+            raise UserError(
+                f"{', '.join(str(self._folder(step)) for step in damaged)}: no checkpoint can be read: bring one back, "
+                f"or remove {self._directory} to begin again from the initial state"
+            )
+        return None
+
+    def _restored(self, step: int, like: Any) -> tuple[Any, str | None]:
+        """The state of `step`, or what is wrong with it."""
+        wanted = {"state": like, "checksum": checksum(like)}
+        state, problem = None, None
+        try:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+            with ocp.StandardCheckpointer() as checkpointer:
+                found = checkpointer.restore(self._folder(step) / "default", abstract)
+            state = found["state"]
+            if int(checksum(state)) != int(found["checksum"]):
+                problem = "its checksum is another"
+        except Exception as error:  # Orbax and TensorStore raise whatever they trip over
+            if isinstance(error, MemoryError | PermissionError):
+                raise
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if processes.any_of(problem is not None):
+            return None, problem or "another process cannot read it"
+        return state, None
+
+    def _folder(self, step: int) -> Path:
+        return self._directory / str(step)
 
     def close(self) -> None:
         """Waits for the last write.
@@ -86,3 +140,17 @@ class Checkpoints:
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             time.sleep(0.1)
+
+
+@jax.jit
+def checksum(state: Any) -> jax.Array:
+    """Of the bits of all elements, each times an odd number of its place: one bit that changes always shows."""
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(state)):
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        total = total * np.uint32(31) + (bits * (2 * place + np.uint32(2 * number + 1))).sum(dtype=jnp.uint32)
+    return total

@@ -88,20 +88,28 @@ def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
     return shards
 
 
-def read_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[Example]:
+def read_examples(
+    path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs", vocab_size: int | None = None
+) -> list[Example]:
     """Reads a dataset, of `synth` or of upstream's, and lays every answer out.
 
+    Args:
+      vocab_size: how many ids the model has, its embedding's rows; by default those of the tokenizer.
+
     Raises:
-      FileNotFoundError, UserError: no such file, a damaged one, or one without a single target.
+      FileNotFoundError, UserError: no such file, a damaged one, one without a single target, or a row that cannot be
+        true.
     """
-    return [example for _, example in typed_examples(path, tokenizer, targets)]
+    return [example for _, example in typed_examples(path, tokenizer, targets, vocab_size)]
 
 
-def typed_examples(path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[tuple[str, Example]]:
+def typed_examples(
+    path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs", vocab_size: int | None = None
+) -> list[tuple[str, Example]]:
     """`read_examples`, each behind the type of its seed prompt."""
     found = []
     for file in dataset_files(path):
-        for conversation in iterate(file):
+        for conversation in iterate(file, vocab_size or tokenizer.vocab_size):
             kind = conversation.metadata.get("seed_prompt_type") or conversation.type or "none"
             examples = example_of(conversation, tokenizer, targets)
             found += [(str(kind), example) for example in examples if len(example.target_index)]
@@ -323,5 +331,19 @@ def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path,
 
 
 def exchanges(path: str | Path) -> list[tuple[str, str]]:
-    """The first message of each conversation and the answer to it."""
-    return [(c.messages[0].content, c.messages[1].content) for c in iterate(path)]
+    """The first message of each conversation and the answer to it.
+
+    Raises:
+      FileNotFoundError, UserError: no such file, a damaged one, or a conversation without a question and an answer.
+    """
+    found = []
+    for row, conversation in enumerate(iterate(path)):
+        if [message.role for message in conversation.messages[:2]] != ["user", "assistant"]:
+            raise UserError(
+                f"{path}, row {row} (counted from 0): expected a conversation that begins with a question of a user "
+                "and the answer of an assistant"
+            )
+        found.append((conversation.messages[0].content, conversation.messages[1].content))
+    if not found:
+        raise UserError(f"{path} holds no conversation: expected some to ask about")
+    return found

@@ -34,8 +34,8 @@ class ExampleCache:
     `keep` writes what was read: a run that refuses its inputs leaves nothing behind.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, targets: Targets):
-        self._folder, self._tokenizer, self._targets = folder, tokenizer, targets
+    def __init__(self, folder: Path, tokenizer: Tokenizer, targets: Targets, vocab_size: int):
+        self._folder, self._tokenizer, self._targets, self._vocab_size = folder, tokenizer, targets, vocab_size
         self._new: dict[Path, list[Example]] = {}
 
     def read(self, source: str) -> list[Example]:
@@ -43,7 +43,7 @@ class ExampleCache:
         path = self._folder / f"{self._key(source)}.npz"
         examples = _load(path) if path.is_file() else None
         if examples is None:
-            examples = self._new[path] = read_examples(source, self._tokenizer, self._targets)
+            examples = self._new[path] = read_examples(source, self._tokenizer, self._targets, self._vocab_size)
         return examples
 
     def keep(self) -> None:
@@ -52,7 +52,7 @@ class ExampleCache:
 
     def _key(self, source: str) -> str:
         versions = [importlib.metadata.version(name) for name in LIBRARIES]
-        parts = [FORMAT, versions, dataset_hash(source), self._tokenizer.rendering, self._targets]
+        parts = [FORMAT, versions, dataset_hash(source), self._tokenizer.rendering, self._targets, self._vocab_size]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -33,8 +33,9 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int):
         """Opens the log for steps from `first_step` on; later lines of an interrupted run are dropped."""
         if path.exists():
-            lines = path.read_bytes().split(b"\n")  # a crash may have cut one inside of a character
-            files.write_text(path, "".join(line.decode() + "\n" for line in lines if _step(line) < first_step))
+            lines = _lines(path)
+            kept = [line for number, line in enumerate(lines) if _step(path, lines, number) < first_step]
+            files.write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -138,10 +139,13 @@ class Journal:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; none if there is no such file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for _, line in files.json_lines(path.read_text(encoding="utf-8"))]
+    """The lines of a log; none if there is no such file.
+
+    Raises:
+      UserError: a line is damaged.
+    """
+    lines = _lines(path) if path.is_file() else []
+    return [_parsed(path, line, number) for number, line in enumerate(lines)]
 
 
 def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -149,8 +153,26 @@ def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[s
     return next((line for line in lines if "loss" not in line and line["step"] == num_steps - 1), None)
 
 
-def _step(line: bytes) -> float:
+def _lines(path: Path) -> list[str]:
+    """Without their ends, which are line feeds and nothing else; the last may be cut inside of a character."""
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _parsed(path: Path, line: str, number: int) -> dict[str, Any]:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the line that a crash cut short
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int) or "\N{REPLACEMENT CHARACTER}" in line:
+        raise UserError(f"{path}, line {number + 1}, is damaged: bring the file back, or remove that line")
+    return found
+
+
+def _step(path: Path, lines: Sequence[str], number: int) -> float:
+    try:
+        return _parsed(path, lines[number], number)["step"]
+    except UserError:
+        if number == len(lines) - 1:
+            return float("inf")  # the line that a crash cut short
+        raise

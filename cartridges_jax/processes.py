@@ -63,6 +63,15 @@ def agreed(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def any_of(value: bool) -> bool:
+    """Whether it holds on any process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.int32(value)).any())
+
+
 def wait_for_all(where: str) -> None:
     """Returns when every process has come here: behind it, all see the files that the first has written."""
     if jax.process_count() > 1:

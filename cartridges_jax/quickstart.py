@@ -33,6 +33,7 @@ from cartridges_jax.report import samples, table
 from cartridges_jax.train import TrainConfig, train
 from command_line import config as command_config
 from command_line import files
+from command_line.errors import UserError
 from command_line.progress import printable, stage
 
 CONFIG = "configs/quickstart.py"
@@ -62,7 +63,10 @@ def main(argv: list[str]) -> int:
         if not cartridge.is_file():
             _train(config, corpus, dataset, cartridge.parent)
         _evaluate(config, corpus, questions, held_out, cartridge, directory)
-    shown = json.loads(report.read_text(encoding="utf-8"))
+    try:
+        shown = json.loads(report.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{report} is damaged: remove it, and the same command evaluates again") from error
     _show(shown, cartridge, config, time.monotonic() - begun, directory)
     return 0
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cartridges_jax.ask import post
+from command_line.addresses import without_credentials
 from command_line.errors import UserError
 
 CHUNK = 64  # tokens of a sampled chunk (arXiv 2508.17032)
@@ -53,10 +54,12 @@ def summary(corpus: str, num_tokens: int, config: SummaryConfig) -> str:
         "temperature": 0.0,
     }
     url = f"{str(config.base_url).rstrip('/')}/chat/completions"
-    choices = post(url, body).get("choices") or [{}]
-    text = choices[0].get("message", {}).get("content") or ""
-    if not text.strip():
-        raise UserError(f"{url} answers without a text: expected a summary to start from")
+    try:
+        text = post(url, body)["choices"][0]["message"]["content"]
+    except (LookupError, TypeError):
+        text = None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{without_credentials(url)} answers without a text: expected a summary to start from")
     return text
 
 

@@ -5,11 +5,13 @@ A run that is killed and started again continues from its last checkpoint and en
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +50,7 @@ from cartridges_jax.sharding import MeshConfig
 from cartridges_jax.step import TrainState
 from cartridges_jax.trackers import TrackConfig
 from command_line import files
+from command_line.addresses import without_credentials
 from command_line.config import build, load, run
 from command_line.errors import UserError
 from command_line.progress import log_to_terminal, stage
@@ -109,6 +112,11 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     Raises:
       FileNotFoundError, UserError: a missing or unusable input, before anything is written.
     """
+    with _locked(Path(config.output_dir)):
+        return _train(config, model)
+
+
+def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     corpus = read_corpus(config.corpus)
     for source in [*_datasets(config), *(one.dataset for one in config.evals.loss if one.dataset)]:
         dataset_files(source)
@@ -131,7 +139,7 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     _refuse_other_config(directory, settings)
     step_rows = config.batch_size * config.accumulation
     with stage("laying out conversations"):
-        cache = ExampleCache(directory / EXAMPLES, model.tokenizer, config.targets)
+        cache = ExampleCache(directory / EXAMPLES, model.tokenizer, config.targets, model.config.vocab_size)
         examples = [] if config.dataset is None else cache.read(config.dataset)
         mixed = [(cache.read(one.dataset), one.weight) for one in config.mix]
         check_lengths([*examples, *(example for others, _ in mixed for example in others)], config.seq_len)
@@ -151,9 +159,8 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     job = Job(config, model, rows, tx, num_steps, mesh, evals)
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
-        latest = checkpoints.latest_step()
-        if latest is not None:
-            run_state = checkpoints.restore(latest, run_state)
+        restored = checkpoints.restore(run_state)
+        run_state = run_state if restored is None else restored
         journal = _journal(job, run_state, directory, settings)
         try:
             run_state = run_loop(job, run_state, journal, checkpoints)
@@ -162,6 +169,24 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     finally:
         checkpoints.close()
     return _finish(job, run_state, directory, settings)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The run's directory is this job's alone; its first process holds the lock for all.
+
+    Raises: UserError, on every process.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if processes.is_first():
+            try:
+                stack.enter_context(files.locked(directory))
+            except UserError as error:
+                refusal = error
+        if processes.agreed(refusal is not None):
+            raise refusal or UserError(f"{directory} is in use by another run")
+        yield
 
 
 def _finish(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Path:
@@ -216,7 +241,8 @@ def _datasets(config: TrainConfig) -> list[str]:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """What a run is made of, as JSON has it: it may be moved, to another folder, other devices or other dashboards."""
     moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False, track=TrackConfig())
-    return json.loads(json.dumps(dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}))
+    settings = dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}
+    return json.loads(without_credentials(json.dumps(settings)))
 
 
 def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
@@ -224,7 +250,7 @@ def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
     theirs = _recorded(directory)
     if theirs is None:
         return
-    theirs.setdefault("day", mine["day"])  # which earlier versions did not record
+    theirs.setdefault("day", mine["day"])
     changed = sorted(key for key in mine if mine[key] != theirs.get(key))
     if changed:
         raise UserError(
@@ -240,9 +266,19 @@ def _day(directory: Path) -> datetime.date:
 
 
 def _recorded(directory: Path) -> dict[str, Any] | None:
-    """The settings of the run that the folder holds, if it holds one."""
+    """The settings of the run that the folder holds, if it holds one. Raises: UserError, if they are damaged."""
     path = directory / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_bytes())
+        datetime.date.fromisoformat(settings.get("day", "2000-01-01"))  # which earlier versions did not record
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged and does not say how the run was made: bring it back, or choose another "
+            "config.output_dir"
+        ) from error
+    return settings
 
 
 def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cache: ExampleCache) -> None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from command_line.addresses import without_credentials
 from command_line.errors import UserError
 from command_line.progress import printable
 
@@ -139,7 +140,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except (UserError, OSError) as error:
         if shown:
             traceback.print_exception(error)
-        print(f"error: {printable(' '.join(str(error).split())) or type(error).__name__}", file=sys.stderr)
+        sentence = printable(without_credentials(" ".join(str(error).split()))) or type(error).__name__
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,12 +6,13 @@ And texts that are texts, also those in JSON: read with every complaint in one s
 from __future__ import annotations
 
 import codecs
+import fcntl
 import json
 import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,31 @@ def _tell_replaced(count: int, where: str) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """A folder for one process at a time; made if it is missing, and taken away again if nothing was put there.
+
+    Raises:
+      UserError: another process writes there. The lock goes with the process, however it ends.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.fstat(file.fileno()).st_ino == path.stat().st_ino  # else its last owner has removed it
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(f"{folder} is in use by another run: wait for it or choose another output_dir")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()

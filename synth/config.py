@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import urllib.parse
 from typing import Literal
 
+from command_line.addresses import without_credentials
 from command_line.errors import UserError
 from synth import seed_prompts
 from synth.resources.config import ResourceConfig
@@ -40,10 +42,10 @@ class ClientConfig:
     questions, but not be the teacher.
     """
 
-    base_url: str | tuple[str, ...]  # ends in /v1
+    base_url: str | tuple[str, ...] = dataclasses.field(repr=False)  # ends in /v1; may hold user:password@
     model: str
     kind: ClientKind = "openai"
-    api_key: str | None = None
+    api_key: str | None = dataclasses.field(default=None, repr=False)
     timeout_seconds: float = 120.0  # for a whole request and its reply
     max_retries: int = 5
     tokenizer: str | None = None  # folder or Hub id: sglang needs it, others check their texts by it
@@ -55,8 +57,22 @@ class ClientConfig:
         if not self.urls:
             raise UserError("config.client.base_url names no server, expected something like http://127.0.0.1:8000/v1")
         for url in self.urls:
+            shown = without_credentials(url)
+            if "@" in shown:  # a part of a password would be taken for another part of the address, and shown
+                raise UserError(
+                    "config.client.base_url has an @ where none is expected: write what is special in a password as "
+                    "%40 for @, %2F for /, %3F for ?, %23 for #"
+                )
             if not url.startswith(("http://", "https://")):
-                raise UserError(f"config.client.base_url is {url!r}, expected something like http://127.0.0.1:8000/v1")
+                raise UserError(
+                    f"config.client.base_url is {shown!r}, expected something like http://127.0.0.1:8000/v1"
+                )
+            try:
+                urllib.parse.urlsplit(url).port  # noqa: B018
+            except ValueError as error:
+                raise UserError(f"config.client.base_url is {shown!r}, which is no address: {error}") from None
+            if self.api_key and shown != url:
+                raise UserError("config.client has an api_key, and a password in its base_url: set one of them")
         _at_least("client.timeout_seconds", self.timeout_seconds, 0.001)
         _at_least("client.max_retries", self.max_retries, 0)
         _at_least("client.batch_size", self.batch_size, 1)

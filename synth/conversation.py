@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from command_line import files
 from command_line.errors import UserError
+from synth.columns import Columns
 
 COLUMNS = ("messages", "system_prompt", "metadata", "type")
 MESSAGE_FIELDS = ("content", "role", "token_ids", "top_logprobs")
@@ -68,7 +69,7 @@ class TopLogprobs:
 
     def __post_init__(self):
         for name, dtype in (("token_idx", np.int64), ("token_id", np.int32), ("logprobs", np.float32)):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
+            object.__setattr__(self, name, _as(dtype, getattr(self, name), name))
         object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         if not len(self.token_idx) == len(self.token_id) == len(self.logprobs):
             raise UserError(
@@ -157,22 +158,36 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
         yield waiting
 
 
-def read(path: str | os.PathLike[str]) -> list[Conversation]:
-    return list(iterate(path))
+def read(path: str | os.PathLike[str], vocab_size: int | None = None) -> list[Conversation]:
+    return list(iterate(path, vocab_size))
 
 
-def iterate(path: str | os.PathLike[str]) -> Iterator[Conversation]:
-    """Reads conversations one by one.
+def iterate(path: str | os.PathLike[str], vocab_size: int | None = None) -> Iterator[Conversation]:
+    """Reads conversations one by one; `vocab_size` is that of the model whose ids they hold, if it is known.
 
     Raises:
-      UserError: the file is cut short, damaged, or not a conversation dataset; the sentence names what is missing.
+      UserError: the file is cut short, damaged, not a conversation dataset, or holds what cannot be true; the sentence
+        names what is missing, or the row.
     """
     with open_file(path) as file:
-        try:
-            for batch in file.iter_batches(batch_size=256, columns=list(COLUMNS)):
-                yield from from_batch(batch)
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+        first = 0
+        batches = file.iter_batches(batch_size=256, columns=list(COLUMNS))
+        while True:
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                columns = Columns(batch.column("messages"))
+            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path} is damaged: {_first_line(error)}") from error
+            columns.check(path, first, vocab_size)
+            yield from _conversations(columns, batch, path, first)
+            first += batch.num_rows
+
+
+def check(table: pa.Table, source: str | os.PathLike[str], first: int = 0) -> None:
+    """Raises: UserError, a row of the table cannot be true; `first` is the number of the first."""
+    Columns(table.column("messages")).check(source, first)
 
 
 def outlines(table: pa.Table) -> Iterator[Conversation]:
@@ -189,9 +204,9 @@ def outlines(table: pa.Table) -> Iterator[Conversation]:
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> Iterator[Conversation]:
-    columns = [batch.column(name) for name in COLUMNS]
-    for i in range(batch.num_rows):
-        yield _from_row(*(column[i] for column in columns))
+    """Conversations as they are, whether they can be true or not."""
+    if batch.num_rows:
+        yield from _conversations(Columns(batch.column("messages")), batch, "the dataset", 0)
 
 
 def read_notes(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]:
@@ -262,28 +277,39 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
     }
 
 
-def _from_row(messages: Any, system_prompt: Any, metadata: Any, type_: Any) -> Conversation:
-    found = metadata.as_py()
-    return Conversation(
-        tuple(_to_message(message) for message in messages.values) if messages.is_valid else (),
-        system_prompt.as_py() or "",
-        json.loads(found) if isinstance(found, str) else found or {},
-        type_.as_py(),
-    )
-
-
-def _to_message(message: Any) -> Message:
+def _conversations(
+    columns: Columns, batch: pa.RecordBatch | pa.Table, source: str | os.PathLike[str], first: int
+) -> Iterator[Conversation]:
     """Keeps the arrays as arrays: through Python lists a large dataset would take minutes to read."""
-    token_ids, top = message["token_ids"], message["top_logprobs"]
-    has_top = top.is_valid and all(top[name].is_valid for name in TOP_LOGPROBS_FIELDS)
+    others = zip(*(batch.column(name).to_pylist() for name in COLUMNS[1:]), strict=True)
+    for row, (system_prompt, metadata, type_) in enumerate(others):
+        messages = tuple(_message(columns, m) for m in range(columns.bounds[row], columns.bounds[row + 1]))
+        try:
+            found = json.loads(metadata) if isinstance(metadata, str) else metadata or {}
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{source}, row {first + row} (counted from 0): its metadata is no JSON object")
+        yield Conversation(messages, system_prompt or "", found, type_)
+
+
+def _message(columns: Columns, m: int) -> Message:
+    ids = columns.token_ids
+    top = None
+    if columns.has_top[m]:
+        top = TopLogprobs(*(getattr(columns, name)[m] for name in TOP_LOGPROBS_FIELDS))
     return Message(
-        message["content"].as_py() or "",
-        message["role"].as_py(),
-        tuple(token_ids.as_py()) if token_ids.is_valid else None,
-        TopLogprobs(*(top[name].values.to_numpy(zero_copy_only=False) for name in TOP_LOGPROBS_FIELDS))
-        if has_top
-        else None,
+        columns.contents[m] or "", columns.roles[m], tuple(ids[m].tolist()) if ids.is_there[m] else None, top
     )
+
+
+def _as(dtype: type, value: Any, name: str) -> np.ndarray:
+    """Raises: UserError, an integer would become another."""
+    found = np.asarray(value)
+    made = found.astype(dtype, copy=False)
+    if made is not found and issubclass(dtype, np.integer) and (made != found).any():
+        raise UserError(f"top_logprobs has {found[made != found][0]} in its {name}, expected integers that fit")
+    return made
 
 
 def _first_line(error: Exception) -> str:

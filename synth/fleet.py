@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Self, TypeVar
 
+from command_line.addresses import without_credentials
 from synth.clients import connect
-from synth.clients.base import Busy, ChatMessages, Client, Completion, Unavailable
+from synth.clients.base import Busy, ChatMessages, Client, Completion, Rejected, Unavailable, Unsuited
 from synth.config import ClientConfig, SamplingConfig
 from synth.endpoint import Endpoint, Ticket
 
@@ -33,7 +34,8 @@ class Fleet:
     def __init__(self, config: ClientConfig, seed: int = 0):
         self._config = config
         self._rng = random.Random(f"{seed}/fleet")  # of waits, not of results
-        self._clients = {Endpoint(url, self._rng): connect(config, url) for url in config.urls}
+        self._clients = {Endpoint(without_credentials(url), self._rng): connect(config, url) for url in config.urls}
+        self._suited: dict[tuple[Endpoint, str], bool] = {}  # by kind of call: whether its last reply was whole
         self._quiet_until: dict[tuple[str, str], float] = {}
         self.prompt_tokens = self.completion_tokens = 0
         self.errors: Counter[str] = Counter()
@@ -65,13 +67,13 @@ class Fleet:
         """One client for calls that begin alike: they go to the same server, for its prefix cache, while it lasts."""
         return Route(self)
 
-    async def call(self, route: Route, ask: Callable[[Client], Awaitable[T]]) -> T:
-        """Raises: Refused, at once; Unavailable, when retries or time are used up."""
+    async def call(self, route: Route, what: str, ask: Callable[[Client], Awaitable[T]]) -> T:
+        """Raises: Refused, if a server is not what `what` needs; Unavailable, when retries or time are used up."""
         deadline: float | None = None
         for attempt in itertools.count(1):
             endpoint, ticket, deadline = await self._turn(route, deadline)
             try:
-                reply = await self._attempt(endpoint, ticket, deadline, ask)
+                reply = await self._attempt(endpoint, ticket, deadline, what, ask)
             except Unavailable as error:
                 wait = min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
                 wait *= self._rng.uniform(0.5, 1.0)
@@ -87,7 +89,7 @@ class Fleet:
         raise AssertionError("unreachable")
 
     async def _attempt(
-        self, endpoint: Endpoint, ticket: Ticket, deadline: float, ask: Callable[[Client], Awaitable[T]]
+        self, endpoint: Endpoint, ticket: Ticket, deadline: float, what: str, ask: Callable[[Client], Awaitable[T]]
     ) -> T:
         try:
             try:
@@ -96,6 +98,8 @@ class Fleet:
             except TimeoutError as error:
                 text = f"{endpoint.name} gave no answer in {self._config.deadline_seconds:g} s, all attempts together"
                 raise Unavailable(text, "timeout") from error
+            except Rejected as error:
+                raise self._judged(endpoint, what, error) from error
         except Unavailable as error:
             self.errors[error.kind] += 1
             if isinstance(error, Busy):
@@ -106,8 +110,19 @@ class Fleet:
         except BaseException:
             endpoint.left(ticket)
             raise
+        self._suited[endpoint, what] = True
         endpoint.succeeded(ticket, _now(), reply.completion_tokens if isinstance(reply, Completion) else 0)
         return reply
+
+    def _judged(self, endpoint: Endpoint, what: str, error: Rejected) -> Exception:
+        """The error itself where it tells how the server is, which another call would not change.
+
+        From a server that has answered before it is about one call; and of a reply that lacks something, it takes two.
+        """
+        key = endpoint, what
+        is_odd = self._suited.get(key, False) or (isinstance(error, Unsuited) and key not in self._suited)
+        self._suited.setdefault(key, False)
+        return Unavailable(str(error), "odd reply" if isinstance(error, Unsuited) else "rejected") if is_odd else error
 
     async def _turn(self, route: Route, deadline: float | None) -> tuple[Endpoint, Ticket, float]:
         """Where and when to call. The time of a call runs from its first attempt, or while no server is there."""
@@ -127,7 +142,8 @@ class Fleet:
                         await asyncio.sleep(min(e.opens_at for e in self._clients) - now)
             except TimeoutError as error:
                 seconds = f"{self._config.deadline_seconds:g} s"
-                raise Unavailable(f"no server of {', '.join(self._config.urls)} was there for {seconds}") from error
+                names = ", ".join(known.name for known in self._clients)
+                raise Unavailable(f"no server of {names} was there for {seconds}") from error
             called = endpoint is not None
 
     def _choose(self, route: Route, now: float) -> Endpoint | None:
@@ -160,16 +176,19 @@ class Route:
     async def complete(
         self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
     ) -> Completion:
-        return await self._fleet.call(self, lambda client: client.complete(messages, sampling, seed, top_logprobs))
+        what = "answers" if top_logprobs else "texts"
+        return await self._fleet.call(
+            self, what, lambda client: client.complete(messages, sampling, seed, top_logprobs)
+        )
 
     async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
-        return await self._fleet.call(self, lambda client: client.score(messages, top_logprobs))
+        return await self._fleet.call(self, "scores", lambda client: client.score(messages, top_logprobs))
 
     async def tokenize(self, text: str) -> list[int]:
-        return await self._fleet.call(self, lambda client: client.tokenize(text))
+        return await self._fleet.call(self, "tokens", lambda client: client.tokenize(text))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        return await self._fleet.call(self, lambda client: client.detokenize(token_ids))
+        return await self._fleet.call(self, "texts of tokens", lambda client: client.detokenize(token_ids))
 
 
 def _now() -> float:

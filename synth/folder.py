@@ -1,17 +1,15 @@
-"""The folder of a run belongs to one config, and to one process at a time."""
+"""The folder of a run belongs to one config."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from command_line import files
+from command_line.addresses import without_credentials
 from command_line.errors import UserError
 from synth import given
 from synth.config import SynthConfig
@@ -31,18 +29,6 @@ FREE_KEYS = (
 )
 
 
-@contextlib.contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Raises: UserError, another process writes there. The lock goes with the process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{output} is in use by another run: wait for it or choose another output_dir") from error
-        yield
-
-
 def claim(output: Path, config: SynthConfig, text: str) -> None:
     """Ties the folder to its config once it holds data, and refuses any other config then: parts of two would mix."""
     ours = dataclasses.asdict(config) | {"document_sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -50,7 +36,7 @@ def claim(output: Path, config: SynthConfig, text: str) -> None:
         ours["given_questions_sha256"] = questions
     for client in filter(None, (ours["client"], ours["question_client"])):
         del client["api_key"]
-    ours = json.loads(json.dumps(ours))
+    ours = json.loads(without_credentials(json.dumps(ours)))
     path = output / "config.json"
     if (output / "dataset.parquet").exists() or any((output / "parts").glob("*.parquet")):
         try:

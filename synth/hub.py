@@ -16,7 +16,15 @@ from command_line import config
 from command_line.errors import UserError
 from synth import conversation, dataset
 
-LEFT_OUT = ("api_key", "api_url", "base_url", "output_dir", "path", "also")  # of the config: whose servers and folders
+LEFT_OUT = (
+    "api_key",
+    "api_url",
+    "base_url",
+    "output_dir",
+    "path",
+    "also",
+    "env",
+)  # of the config: whose servers and folders
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**12, "n>1M"))
 
 CARD = """---

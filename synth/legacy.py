@@ -44,12 +44,21 @@ def read(path: Path) -> Iterator[Conversation]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it is no such pickle, or names what no dataset needs; the sentence says what.
+      UserError: it is no such pickle, names what no dataset needs, or has a row that cannot be true; the sentence says
+        what.
     """
     found = inert_pickle.load(path, PACKAGES)
     rows = found.get("rows") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not all(isinstance(row, Record) for row in rows):
         raise UserError(f"{path} is no dataset of upstream's: expected a list of conversations, or a dict with rows")
+    made, first = _conversations(rows, path), 0
+    while group := list(itertools.islice(made, conversation.ROWS_PER_GROUP)):
+        conversation.check(conversation.to_table(group), path, first)
+        yield from group
+        first += len(group)
+
+
+def _conversations(rows: Sequence[Record], path: Path) -> Iterator[Conversation]:
     room = _Room(path, max(SMALLEST_ROOM, MOST_EXPANSION * path.stat().st_size))
     for number, row in enumerate(rows):
         try:
@@ -117,7 +126,14 @@ def _message(message: dict[str, Any], ids: Any, top: TopLogprobs | None, room: _
     if not isinstance(content, str) or not isinstance(role, str):
         raise TypeError("content and role should be texts")
     room.take(len(content) + (0 if ids is None else len(ids)) + (0 if top is None else len(top.token_id)))
-    return Message(content, role, None if ids is None else tuple(int(i) for i in ids), top)
+    return Message(content, role, None if ids is None else _ids(ids), top)
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    found = np.asarray(value)
+    if found.size and (found.ndim != 1 or found.dtype.kind not in "iu" or not (abs(found) < 2**62).all()):
+        raise TypeError("token_ids should be integers")
+    return tuple(found.tolist())
 
 
 def _flat(value: Any) -> TopLogprobs | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from command_line import files
 from command_line.errors import UserError
 from command_line.progress import Progress
 from synth import chunkers, conversation, given, tools
@@ -28,7 +29,7 @@ from synth.config import SynthConfig
 from synth.conversation import Conversation
 from synth.filters import Judge
 from synth.fleet import Fleet
-from synth.folder import claim, locked
+from synth.folder import claim
 from synth.parts import Parts
 from synth.resources import reading
 from synth.resources.reading import Corpus
@@ -57,7 +58,7 @@ async def synthesize(config: SynthConfig) -> Path:
     given.check(config)
     if config.given_questions:
         print(given.told(config))
-    with locked(output):
+    with files.locked(output):
         claim(output, config, corpus.to_string())
         reading.keep(config.resource, corpus, output)
         if _is_complete(dataset, config):

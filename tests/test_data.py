@@ -7,15 +7,18 @@ import itertools
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import config_of, settings_in
 
 from cartridges_jax.data import (
     Example,
+    MixConfig,
     PackedRows,
     batches,
     check_lengths,
@@ -26,7 +29,9 @@ from cartridges_jax.data import (
     read_examples,
     split_dataset,
 )
+from cartridges_jax.evals.during import EvalsConfig, LossEval
 from cartridges_jax.tokenizer import Tokenizer
+from cartridges_jax.train import train
 from command_line.errors import UserError
 from synth import conversation
 from synth.conversation import Conversation, Message
@@ -343,3 +348,40 @@ def test_a_datasets_hash_is_that_of_its_bytes(tmp_path: Path):
     paths = [tiny.write_dataset(tmp_path / f"{i}.parquet", tiny.model(), count=3, seed=i // 2) for i in range(3)]
     first, same, other = map(dataset_hash, paths)
     assert first == same != other and dataset_hash(*paths[:2]) != first
+
+
+@pytest.mark.parametrize("where", ["dataset", "mix", "evals"])
+def test_ids_beyond_the_models_vocabulary_stop_a_run_before_it_begins(tmp_path: Path, where: str):
+    """The model's embedding may have more rows than its tokenizer has ids, and a teacher may name those."""
+    model = tiny.model()
+    good = tiny.write_dataset(tmp_path / "good.parquet", model)
+    (tmp_path / "corpus.txt").write_text(tiny.TEXT)
+    ids = (*model.tokenizer.encode("Ho"), model.config.vocab_size)
+    top = tiny.top_logprobs([[(token, -0.5)] for token in ids])
+    conversation.write(
+        tmp_path / "bad.parquet",
+        [*conversation.read(good), talk(Message("Hi", "user"), Message("Ho", "assistant", ids, top))],
+    )
+    bad = str(tmp_path / "bad.parquet")
+    settings: dict[str, Any] = {
+        "dataset": {"dataset": bad},
+        "mix": {"mix": (MixConfig(bad, 0.1),)},
+        "evals": {"evals": EvalsConfig(loss=(LossEval("held_out", bad),))},
+    }[where]
+    config = config_of(settings_in(tmp_path, tmp_path) | {"dataset": str(good)}, **settings)
+    sentence = rf"bad\.parquet, row 24, message 1 .*: token_ids holds {ids[-1]}, .* vocabulary of {ids[-1]}"
+    with pytest.raises(UserError, match=sentence):
+        train(config, model)
+    assert not (tmp_path / "run").exists()
+    assert len(read_examples(bad, model.tokenizer, vocab_size=ids[-1] + 1)) == 25
+
+
+@pytest.mark.parametrize("messages", [(), (Message("Hi", "user"),), (Message("a", "assistant"), Message("b", "user"))])
+def test_exchanges_without_an_answer_are_refused_by_row(tmp_path: Path, messages: tuple[Message, ...]):
+    whole = talk(Message("Hi", "user"), Message("Ho", "assistant"))
+    conversation.write(tmp_path / "d.parquet", [whole, talk(*messages)])
+    with pytest.raises(UserError, match=r"d\.parquet, row 1 .*: expected a conversation that begins with a question"):
+        exchanges(tmp_path / "d.parquet")
+    conversation.write(tmp_path / "d.parquet", [])
+    with pytest.raises(UserError, match=r"d\.parquet holds no conversation"):
+        exchanges(tmp_path / "d.parquet")

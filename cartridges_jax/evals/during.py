@@ -39,7 +39,8 @@ class LossEval:
         """By type of seed prompt; questions have none, and are asked in the given mode of thinking."""
         if self.dataset is not None:
             groups = defaultdict(list)
-            for kind, example in typed_examples(self.dataset, model.tokenizer, targets):
+            found = typed_examples(self.dataset, model.tokenizer, targets, model.config.vocab_size)
+            for kind, example in found:
                 groups[kind].append(example)
             return dict(groups)
         assert self.questions is not None

@@ -14,6 +14,7 @@ from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop.sources import check_size
 from cartridges_jax.models.hub import HUB_ID, hub_errors
 from command_line import files
+from command_line.addresses import without_credentials
 from command_line.errors import UserError
 
 CARD = """# {title}
@@ -93,7 +94,8 @@ def push_dataset(dataset: str | os.PathLike[str], repo: str, *, private: bool = 
             (Path(folder) / f"data/train-{i:05}-of-{len(paths):05}.parquet").symlink_to(path.resolve())
         for config in (paths[0].parent / name for name in ("config.json", "config.yaml")):
             if config.is_file():
-                (Path(folder) / config.name).symlink_to(config.resolve())
+                text = config.read_text(encoding="utf-8", errors="replace")
+                files.write_text(Path(folder) / config.name, without_credentials(text))
         return _upload(Path(folder), repo, "dataset", private)
 
 

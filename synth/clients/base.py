@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 from command_line.errors import UserError
+from synth.columns import LARGEST_ID
 from synth.config import SamplingConfig
 
 ChatMessages = Sequence[dict[str, str]]
 OWN_TOKENIZER = "set config.chunker.tokenizer to a tokenizer.json, a folder that holds one, or a Hub id"
+ROUNDING = 1e-3  # what a log-probability of 0 may have become in bfloat16
 TopRows = tuple[tuple[tuple[int, float], ...], ...]  # per token: (token id, log-probability) pairs
 
 
 class Refused(UserError):
     """The server will not serve this request, now or later; the sentence holds its own words."""
+
+
+class Rejected(Refused):
+    """The server will not serve this request; whoever was answered by it before knows that it serves others."""
+
+
+class Unsuited(Rejected):
+    """A reply lacks what is asked for: the server is set up so, unless it is the only one of its replies."""
 
 
 class Unavailable(OSError):
@@ -49,6 +59,73 @@ class Completion:
     completion_tokens: int
     cached_tokens: int
 
+    def __post_init__(self):
+        """Raises: Unavailable, a part is of another type, or is no token id or log-probability."""
+        texts, counts = (self.text, self.finish_reason), (self.prompt_tokens, self.completion_tokens)
+        if not all(isinstance(text, str) for text in texts):
+            raise broken("a text that is none")
+        if not all(_is_count(count) for count in (*counts, self.cached_tokens)):
+            raise broken("a number of tokens that is none")
+        if not all(map(is_token_id, self.token_ids or ())):
+            raise broken("a token id that is none")
+        for row in self.top_logprobs or ():
+            if not all(is_token_id(token) and isinstance(logprob, float) and logprob <= 0 for token, logprob in row):
+                raise broken("an alternative without a token id or a log-probability")
+            if len({token for token, _ in row}) < len(row):
+                raise broken("an alternative twice")
+
+
+def is_token_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_ID
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_ID
+
+
+def broken(what: str) -> Unavailable:
+    return Unavailable(f"the server gave {what}", "broken reply")
+
+
+def enough(rows: Iterable[Iterable[tuple[int, float]]], asked: int, setting: str) -> TopRows:
+    """The `asked` likeliest alternatives of every token; `setting` says how the server comes to give as many.
+
+    Raises: Unsuited, for less of them, which would be another lesson than the config's.
+    """
+    made = tuple(tuple(sorted(row, key=lambda pair: -pair[1])[:asked]) for row in rows)
+    most = max(map(len, made), default=asked)
+    if most < asked:
+        raise Unsuited(
+            f"the server gives {most} alternatives to a token and not the {asked} of config.top_logprobs: {setting}, "
+            f"or set config.top_logprobs to {max(1, most)} in another config.output_dir"
+        )
+    if any(len(row) < asked for row in made):
+        raise broken("alternatives to some tokens only")
+    return made
+
+
+def check_same_model(named: Any, model: str, aliases: Collection[str] = ()) -> None:
+    """Whether a reply's name of the model contradicts the config's. Raises: Refused.
+
+    Names of one model differ in harmless ways: by case, by a folder or organisation before it, by a file's suffix, by
+    the revision or the date behind it. Servers that have several names for it answer with one of them, `aliases`.
+    """
+    if not named or not isinstance(named, str) or any(_same_name(named, known) for known in (model, *aliases)):
+        return
+    raise Refused(
+        f"the server answers as {named[:100]!r}, but config.client.model is {model!r}: another model's answers would "
+        "be mixed in; start the server with that model, or change config.client.model in another config.output_dir"
+    )
+
+
+_ADDED = re.compile(r"(\.gguf|@.*|:latest|-\d{4}-\d{2}-\d{2}|-\d{8})$")
+
+
+def _same_name(one: str, other: str) -> bool:
+    parts = [[part for part in _ADDED.sub("", name.casefold()).split("/") if part] for name in (one, other)]
+    short, long = sorted(parts, key=len)
+    return not short or long[-len(short) :] == short
+
 
 @contextlib.contextmanager
 def reading(url: str) -> Iterator[None]:
@@ -57,16 +134,16 @@ def reading(url: str) -> Iterator[None]:
         yield
     except Refused:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise Unavailable(f"{url} gave a reply with a part missing or wrong ({error!r})", "broken reply") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise Unavailable(f"{url} gave a reply with a part missing or wrong ({reason})", "broken reply") from error
 
 
 def finite(logprob: Any) -> float:
-    """A log-probability; a server in trouble gives NaN, which no JSON parser minds."""
-    value = float(logprob)
-    if math.isnan(value):
-        raise Unavailable("the server gave a logprob that is not a number", "broken reply")
-    return value
+    """A log-probability, which rounding may have lifted above 0; -infinity is one of nothing."""
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= ROUNDING:
+        raise broken("a log-probability that is none")
+    return min(float(logprob), 0.0)
 
 
 def answer_span(opened: list[int], empty: list[int], whole: list[int]) -> slice:

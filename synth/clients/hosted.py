@@ -36,6 +36,7 @@ class HostedClient(HttpClient):
             body["stop"] = list(sampling.stop)
         url = f"{self._url}/chat/completions"
         reply = await self._http.post(url, body)
+        await self._check_named(reply)
         with reading(url):
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             return Completion(

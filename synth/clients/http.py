@@ -10,22 +10,29 @@ from typing import Any, Self
 import aiohttp
 
 from command_line import files
+from command_line.addresses import basic_login, without_credentials
 from command_line.errors import UserError
-from synth.clients.base import Busy, Refused, Unavailable
+from synth.clients.base import Busy, Refused, Rejected, Unavailable, check_same_model, reading
 from synth.config import ClientConfig
+
+LARGEST_REPLY = 2**28  # bytes, unpacked: the logprobs of a long conversation, or the tokens of a long document
+LONGEST_PAUSE_SECONDS = 600.0  # that a server's Retry-After is believed
 
 
 class Http:
     """A session with one server, an async context manager; `timeout` seconds are for a whole request and its reply."""
 
-    def __init__(self, timeout: float, api_key: str | None = None):
-        self._timeout, self._api_key = timeout, api_key
+    def __init__(self, timeout: float, api_key: str | None = None, login: str | None = None):
+        self._timeout = timeout
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        if login:
+            self._headers["Authorization"] = login
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # whoever calls bounds the requests in flight
             timeout=aiohttp.ClientTimeout(total=self._timeout),
-            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
+            headers=self._headers,
         )
         return self
 
@@ -39,7 +46,7 @@ class Http:
         """A JSON object for a JSON object."""
         reply = parse(await self._bytes("POST", url, body), url)
         if not isinstance(reply, dict):
-            raise Unavailable(f"{url} gave a reply that is not a JSON object: {str(reply)[:100]!r}", "broken reply")
+            raise Unavailable(f"{url} gave a {type(reply).__name__}, expected a JSON object", "broken reply")
         return reply
 
     async def post_for_bytes(self, url: str, body: dict[str, Any]) -> bytes:
@@ -47,6 +54,15 @@ class Http:
 
     async def models(self, url: str) -> list[str]:
         """The models that the server at `url` serves, from OpenAI's list of them or Together's bare one."""
+        return [str(entry["id"]) for entry in await self._listed(url)]
+
+    async def aliases(self, url: str, model: str) -> set[str]:
+        """Other names under which the server serves the model: vLLM answers with the first of several."""
+        listed = await self._listed(url)
+        roots = [entry["root"] for entry in listed if entry["id"] == model and isinstance(entry.get("root"), str)]
+        return {*roots, *(entry["id"] for entry in listed if entry.get("root") in roots)}
+
+    async def _listed(self, url: str) -> list[dict[str, Any]]:
         try:
             reply = await self.get(f"{url}/models")
         except Unavailable as error:
@@ -60,20 +76,22 @@ class Http:
         models = reply.get("data") if isinstance(reply, dict) else reply
         if not isinstance(models, list):
             raise Refused(f"GET {url}/models gave no list of models: config.client.base_url should end in /v1")
-        return [str(model.get("id")) for model in models if isinstance(model, dict)]
+        return [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
     async def check_model(self, url: str, model: str) -> None:
+        """`model` may name a cartridge behind a colon: ours lists the model alone."""
         served = await self.models(url)
-        if model not in served:
+        if model not in served and model.rpartition(":")[0] not in served:
             raise Refused(
-                f"{url} does not serve {model!r}, it serves {', '.join(served) or 'nothing'}: "
+                f"{url} does not serve {model!r}, it serves {', '.join(served)[:300] or 'nothing'}: "
                 "change config.client.model"
             )
 
     async def _bytes(self, method: str, url: str, body: dict[str, Any] | None) -> bytes:
         try:
-            async with self._session.request(method, url, json=body) as response:
-                data = await response.read()
+            # what is sent is for the configured server alone
+            async with self._session.request(method, url, json=body, allow_redirects=False) as response:
+                data = await _read(response, url)
         except TimeoutError as error:
             raise Unavailable(f"{url} gave no answer in {self._timeout:g} s", "timeout") from error
         except aiohttp.ClientPayloadError as error:
@@ -83,6 +101,11 @@ class Http:
         except aiohttp.ClientError as error:
             raise Unavailable(f"{url} cannot be reached: {error or type(error).__name__}", "connection") from error
         status, retry_after = response.status, response.headers.get("Retry-After")
+        if 300 <= status < 400:
+            where = without_credentials(response.headers.get("Location", "nowhere"))[:200]
+            raise Rejected(
+                f"{url} leads to {where}, where nothing was sent: set config.client.base_url to where the server is"
+            )
         if status < 400:
             return data
         problem = f"{method} {url} gave HTTP {status}: {_server_words(data)}"
@@ -92,7 +115,16 @@ class Http:
             raise Unavailable(problem, "timeout")
         if status >= 500:
             raise Unavailable(problem, f"http {status}")
-        raise Refused(problem)
+        raise Refused(problem) if status in (401, 403, 404) else Rejected(problem)
+
+
+async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
+    data = bytearray()
+    async for piece in response.content.iter_any():  # unpacked already
+        data += piece
+        if len(data) > LARGEST_REPLY:
+            raise Unavailable(f"{url} gave a reply of more than {LARGEST_REPLY} bytes", "broken reply")
+    return bytes(data)
 
 
 class HttpClient:
@@ -100,9 +132,10 @@ class HttpClient:
 
     def __init__(self, config: ClientConfig, url: str):
         self._config = config
-        self._url = url.rstrip("/")
+        self._url = without_credentials(url).rstrip("/")
         self._root = self._url.removesuffix("/v1")  # where routes live that are not OpenAI's
-        self._http = Http(config.timeout_seconds, config.api_key)
+        self._http = Http(config.timeout_seconds, config.api_key, basic_login(url))
+        self._aliases: set[str] = set()
 
     async def __aenter__(self) -> Self:
         await self._http.__aenter__()
@@ -113,6 +146,16 @@ class HttpClient:
 
     async def check(self) -> None:
         await self._http.check_model(self._url, self._config.model)
+
+    async def _check_named(self, reply: dict[str, Any]) -> None:
+        """Raises: Refused, if another model answered."""
+        named, model = reply.get("model"), self._config.model
+        try:
+            check_same_model(named, model, self._aliases)
+        except Refused:
+            with reading(self._url):
+                self._aliases |= await self._http.aliases(f"{self._root}/v1", model)
+            check_same_model(named, model, self._aliases)
 
 
 def parse(data: bytes, url: str) -> Any:
@@ -128,20 +171,19 @@ def _server_words(data: bytes) -> str:
     try:
         reply = json.loads(text)
         error = reply.get("error", reply)
-        return str(error.get("message") or error.get("detail") or text) if isinstance(error, dict) else str(error)
+        text = str(error.get("message") or error.get("detail") or text) if isinstance(error, dict) else str(error)
     except (ValueError, AttributeError, RecursionError):
-        return " ".join(text.split())[:300] or "no message"
+        pass
+    return " ".join(text.split())[:300] or "no message"
 
 
 def _seconds(retry_after: str | None) -> float:
     """From either form that HTTP allows."""
-    if not retry_after:
-        return 0.0
     try:
-        return max(0.0, float(retry_after))
+        seconds = float(retry_after or 0)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+        try:
+            seconds = email.utils.parsedate_to_datetime(str(retry_after)).timestamp() - time.time()
+        except (ValueError, TypeError, LookupError, OverflowError):
+            return 0.0
+    return min(max(0.0, seconds), LONGEST_PAUSE_SECONDS)

@@ -18,13 +18,19 @@ from synth.clients.base import (
     Completion,
     Refused,
     Unavailable,
+    Unsuited,
     answer_span,
+    broken,
+    enough,
     finite,
+    is_token_id,
     reading,
 )
 from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
+
+MORE = "start vLLM with --max-logprobs as high, and others with their own setting for it"
 
 
 class OpenAIClient(HttpClient):
@@ -57,8 +63,9 @@ class OpenAIClient(HttpClient):
             body |= {"logprobs": True, "top_logprobs": top_logprobs, "return_tokens_as_token_ids": True}
         url = f"{self._url}/chat/completions"
         reply = await self._http.post(url, body)
+        await self._check_named(reply)
         with reading(url):
-            completion = _completion(reply, bool(top_logprobs))
+            completion = _completion(reply, top_logprobs)
         if completion.top_logprobs:
             await self._alignment.check(completion, sampling.stop)
         return completion
@@ -71,12 +78,13 @@ class OpenAIClient(HttpClient):
             "return_token_ids": True,
         }
         reply = await self._http.post(url, body)
+        await self._check_named(reply)
         if not reply.get("prompt_logprobs"):
-            raise Refused(f"{url} gives no prompt_logprobs: vLLM and cartridges_jax.serve do")
+            raise Unsuited(f"{url} gives no prompt_logprobs: vLLM and cartridges_jax.serve do")
         with reading(url):
-            whole = list(map(int, reply["prompt_token_ids"]))
-            rows = [_best(row, top_logprobs) for row in reply["prompt_logprobs"]]
-            prompt_tokens = int(reply["usage"]["prompt_tokens"])
+            whole = list(reply["prompt_token_ids"])
+            rows = [_prompt_row(row) for row in reply["prompt_logprobs"]]
+            prompt_tokens = reply["usage"]["prompt_tokens"]
         if len(rows) != len(whole):
             raise Unavailable(f"{url} gave {len(whole)} prompt ids with logprobs of {len(rows)}", "wrong tokens")
         before = list(messages[:-1])
@@ -84,11 +92,12 @@ class OpenAIClient(HttpClient):
         empty = await self._chat_ids([*before, {"role": "assistant", "content": ""}], add_generation_prompt=False)
         part = answer_span(opened, empty, whole)
         ids = tuple(whole[part])
-        return Completion(messages[-1]["content"], ids, tuple(rows[part]), "given", prompt_tokens, 0, 0)
+        best = enough(rows[part], top_logprobs, MORE)
+        return Completion(messages[-1]["content"], ids, best, "given", prompt_tokens, 0, 0)
 
     async def _chat_ids(self, messages: ChatMessages, *, add_generation_prompt: bool) -> list[int]:
         body = self._conversation(messages, add_generation_prompt=add_generation_prompt)
-        return await self._ask_tokenizer("tokenize", (body,), ("tokens",))
+        return self._ids(await self._ask_tokenizer("tokenize", (body,), ("tokens",)))
 
     def _conversation(self, messages: ChatMessages, *, add_generation_prompt: bool) -> dict[str, Any]:
         return {
@@ -102,11 +111,19 @@ class OpenAIClient(HttpClient):
     async def tokenize(self, text: str) -> list[int]:
         vllm = {"model": self._config.model, "prompt": text, "add_special_tokens": False}
         llama_cpp = {"content": text, "add_special": False}  # answers vLLM's form with no tokens
-        return await self._ask_tokenizer("tokenize", (vllm, llama_cpp), ("tokens",))
+        return self._ids(await self._ask_tokenizer("tokenize", (vllm, llama_cpp), ("tokens",)))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         body = {"model": self._config.model, "tokens": list(token_ids)}
-        return await self._ask_tokenizer("detokenize", (body,), ("prompt", "content"))
+        text = await self._ask_tokenizer("detokenize", (body,), ("prompt", "content"))
+        if not isinstance(text, str):
+            raise broken("a text of tokens that is none")
+        return text
+
+    def _ids(self, tokens: Any) -> list[int]:
+        if not isinstance(tokens, list) or not all(map(is_token_id, tokens)):
+            raise broken("tokens of a text that are none")
+        return tokens
 
     async def _ask_tokenizer(self, route: str, bodies: Sequence[dict[str, Any]], keys: Sequence[str]) -> Any:
         url = f"{self._root}/{route}"
@@ -123,12 +140,14 @@ class OpenAIClient(HttpClient):
         raise Refused(f"{problem}: {OWN_TOKENIZER}")
 
 
-def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
+def _completion(reply: dict[str, Any], top_logprobs: int) -> Completion:
     choice = reply["choices"][0]
     message = choice["message"]
     text = message.get("content") or ""
     if message.get("reasoning_content") or message.get("reasoning"):
-        raise Refused("the server sets the model's thinking apart from its answer: start it without a reasoning parser")
+        raise Unsuited(
+            "the server sets the model's thinking apart from its answer: start it without a reasoning parser"
+        )
     entries = (choice.get("logprobs") or {}).get("content") or []
     token_ids = choice.get("token_ids")
     usage = reply.get("usage") or {}
@@ -136,10 +155,10 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
     if token_ids and written and abs(len(token_ids) - written) > 1:  # some count the end-of-turn token, others do not
         raise Unavailable(f"the server gave {len(token_ids)} token ids and counts {written}", "wrong tokens")
     rows = None
-    if wants_logprobs and text.strip():
+    if top_logprobs and text.strip():
         if not entries:
-            raise Refused("the server gives no logprobs: vLLM, llama-server and cartridges_jax.serve do")
-        rows = tuple(tuple(map(_pair, entry["top_logprobs"])) for entry in entries)
+            raise Unsuited("the server gives no logprobs: vLLM, llama-server and cartridges_jax.serve do")
+        rows = enough((map(_pair, entry["top_logprobs"]) for entry in entries), top_logprobs, MORE)
         token_ids = [_token_id(entry) for entry in entries] if token_ids is None else token_ids
         if len(token_ids) - len(rows) not in (0, 1):  # some servers count the end-of-turn token, but give no logprobs
             raise Unavailable(
@@ -147,7 +166,7 @@ def _completion(reply: dict[str, Any], wants_logprobs: bool) -> Completion:
             )
     return Completion(
         text=text,
-        token_ids=None if token_ids is None else tuple(map(int, token_ids)),
+        token_ids=None if token_ids is None else tuple(token_ids),
         top_logprobs=rows,
         finish_reason=choice.get("finish_reason") or "unknown",
         prompt_tokens=usage.get("prompt_tokens") or 0,
@@ -165,15 +184,14 @@ def _token_id(entry: dict[str, Any]) -> int:
         if isinstance(value, int):
             return value
     token = str(entry.get("token"))
-    if token.startswith("token_id:") and token[9:].isdigit():
+    if token.startswith("token_id:") and token[9:].isdecimal():
         return int(token[9:])
-    raise Refused(
-        f"the server gives no token ids with its logprobs (token {token!r}): vLLM, llama-server and "
+    raise Unsuited(
+        f"the server gives no token ids with its logprobs (token {token[:40]!r}): vLLM, llama-server and "
         "cartridges_jax.serve do"
     )
 
 
-def _best(row: dict[str, dict[str, Any]] | None, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` best of a prompt position; the prompt's own token comes along however unlikely it is."""
-    pairs = [(int(token_id), finite(entry["logprob"])) for token_id, entry in (row or {}).items()]
-    return tuple(sorted(pairs, key=lambda pair: -pair[1])[:count])
+def _prompt_row(row: dict[str, dict[str, Any]] | None) -> list[tuple[int, float]]:
+    """Of a prompt position; the prompt's own token comes along however unlikely it is."""
+    return [(int(token_id), finite(entry["logprob"])) for token_id, entry in (row or {}).items()]

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from synth.clients.alignment import Alignment
-from synth.clients.base import ChatMessages, Completion, Refused, TopRows, Unavailable, answer_span, finite, reading
+from synth.clients.base import ChatMessages, Completion, Unavailable, Unsuited, answer_span, enough, finite, reading
 from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
+
+MORE = "start the server so that it gives as many"
 
 
 class SGLangClient(HttpClient):
@@ -40,19 +42,20 @@ class SGLangClient(HttpClient):
         reply, meta = await self._generate(prompt, wishes, top_logprobs, first=-1)
         with reading(self._root):
             ended = str(meta["finish_reason"]["type"])
-            ids = [int(token) for _, token, *_ in meta["output_token_logprobs"]] if top_logprobs else None
-            rows = _rows(meta["output_top_logprobs"]) if top_logprobs else None
+            ids = [token for _, token, *_ in meta["output_token_logprobs"]] if top_logprobs else None
+            rows = enough(_rows(meta["output_top_logprobs"]), top_logprobs, MORE) if top_logprobs else None
             completion = Completion(
-                text=str(reply["text"]),
-                token_ids=tuple(ids if ids is not None else map(int, reply.get("output_ids") or ())) or None,
+                text=reply["text"],
+                token_ids=tuple(ids if ids is not None else reply.get("output_ids") or ()) or None,
                 top_logprobs=rows,
                 finish_reason=ended,
-                prompt_tokens=int(meta["prompt_tokens"]),
-                completion_tokens=int(meta["completion_tokens"]),
-                cached_tokens=int(meta.get("cached_tokens") or 0),
+                prompt_tokens=meta["prompt_tokens"],
+                completion_tokens=meta["completion_tokens"],
+                cached_tokens=meta.get("cached_tokens") or 0,
             )
         if ended == "abort":
-            raise Unavailable(f"{self._root} gave a request up: {meta['finish_reason'].get('message')}", "aborted")
+            reason = str(meta["finish_reason"].get("message"))[:300]
+            raise Unavailable(f"{self._root} gave a request up: {reason}", "aborted")
         if rows is not None and ids is not None:
             if not len(ids) == len(rows) == completion.completion_tokens:
                 raise Unavailable(
@@ -74,8 +77,8 @@ class SGLangClient(HttpClient):
         sent = whole[: part.stop]
         _, meta = await self._generate(sent, {"temperature": 0.0, "max_new_tokens": 1}, top_logprobs, part.start - 1)
         with reading(self._root):
-            ids = tuple(int(token) for _, token, *_ in meta["input_token_logprobs"][1:])
-            rows = _rows(meta["input_top_logprobs"][1:])
+            ids = tuple(token for _, token, *_ in meta["input_token_logprobs"][1:])
+            rows = enough(_rows(meta["input_top_logprobs"][1:]), top_logprobs, MORE)
         if list(ids) != whole[part] or len(rows) != len(ids):
             raise Unavailable(f"{self._root} scored {len(ids)} tokens, which are not the answer's", "wrong tokens")
         return Completion(messages[-1]["content"], ids, rows, "given", len(sent), 0, 0)
@@ -98,9 +101,9 @@ class SGLangClient(HttpClient):
         if not isinstance(meta, dict):
             raise Unavailable(f"{self._root} gave a reply without meta_info", "broken reply")
         if top_logprobs and not meta.get("output_token_logprobs"):
-            raise Refused(f"{self._root} gives no log-probabilities: SGLang's /generate does")
+            raise Unsuited(f"{self._root} gives no log-probabilities: SGLang's /generate does")
         return reply, meta
 
 
-def _rows(rows: Any) -> TopRows:
-    return tuple(tuple((int(token), finite(logprob)) for logprob, token, *_ in row) for row in rows)
+def _rows(rows: Any) -> list[list[tuple[int, float]]]:
+    return [[(token, finite(logprob)) for logprob, token, *_ in row] for row in rows]

@@ -18,11 +18,22 @@ import numpy as np
 from command_line import files
 from synth.clients import pickles
 from synth.clients.alignment import Alignment
-from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, TopRows, Unavailable, finite, reading
+from synth.clients.base import (
+    OWN_TOKENIZER,
+    ChatMessages,
+    Completion,
+    Refused,
+    Unavailable,
+    Unsuited,
+    enough,
+    finite,
+    reading,
+)
 from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
 
+MORE = "start Tokasaurus with max_topk_logprobs=20"
 GATHER_SECONDS = 0.01  # how long a batch that is not full waits for more calls
 
 
@@ -72,6 +83,8 @@ class TokasaurusClient(HttpClient):
         else:
             reply = await self._http.post(f"{self._root}/v1/chat/completions", request)
         with reading(self._root):
+            if self._config.model != "default":
+                await self._check_named(reply)
             completion = _completion(reply, top_logprobs)
         if self._alignment and completion.top_logprobs:
             await self._alignment.check(completion, sampling.stop)
@@ -134,22 +147,22 @@ class TokasaurusClient(HttpClient):
 def _completion(reply: Any, top_logprobs: int) -> Completion:
     choice = reply["choices"][0]
     packed = json.loads(reply["system_fingerprint"])
-    ids = tuple(map(int, packed["completion_ids"][0]))
+    ids = tuple(packed["completion_ids"][0])
     usage = reply["usage"]
     return Completion(
         text=files.writable(choice["message"]["content"] or "", "a reply"),  # a pickle's strings hold anything
         token_ids=ids,
-        top_logprobs=_rows(packed, len(ids)) if top_logprobs else None,
+        top_logprobs=enough(_rows(packed, len(ids)), top_logprobs, MORE) if top_logprobs else None,
         finish_reason=choice["finish_reason"],
-        prompt_tokens=int(usage["prompt_tokens"]),
-        completion_tokens=int(usage["completion_tokens"]),
-        cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
+        prompt_tokens=usage["prompt_tokens"],
+        completion_tokens=usage["completion_tokens"],
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
     )
 
 
-def _rows(packed: dict[str, Any], num_tokens: int) -> TopRows:
+def _rows(packed: dict[str, Any], num_tokens: int) -> list[list[tuple[int, float]]]:
     if not packed.get("packed_topk_indices"):
-        raise Refused("the server gives no top log-probabilities: start Tokasaurus with max_topk_logprobs=20")
+        raise Unsuited(f"the server gives no top log-probabilities: {MORE}")
     ids = np.frombuffer(base64.b64decode(packed["packed_topk_indices"][0], validate=True), "<i4")
     logprobs = np.frombuffer(base64.b64decode(packed["packed_topk_logprobs"][0], validate=True), "<f4")
     if not num_tokens or len(ids) != len(logprobs) or len(ids) % num_tokens:
@@ -158,4 +171,4 @@ def _rows(packed: dict[str, Any], num_tokens: int) -> TopRows:
             "wrong tokens",
         )
     pairs_tj = zip(ids.reshape(num_tokens, -1).tolist(), logprobs.reshape(num_tokens, -1).tolist(), strict=True)
-    return tuple(tuple((i, finite(x)) for i, x in zip(*row, strict=True)) for row in pairs_tj)
+    return [[(i, finite(x)) for i, x in zip(*row, strict=True)] for row in pairs_tj]

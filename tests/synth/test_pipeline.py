@@ -17,11 +17,11 @@ import tokenizers
 from stub_server import MODEL, StubServer
 
 from command_line.errors import UserError
+from command_line.files import locked
 from synth import conversation, pipeline
 from synth.clients.base import Unavailable
 from synth.config import ChunkerConfig, ClientConfig, FilterConfig, SamplingConfig, SynthConfig
 from synth.dry_run import describe
-from synth.folder import locked
 from synth.pipeline import synthesize
 
 MakeConfig = Callable[..., SynthConfig]
