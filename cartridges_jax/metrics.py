@@ -35,7 +35,7 @@ class MetricsLog:
         if path.exists():
             lines = _lines(path)
             kept = [line for number, line in enumerate(lines) if _step(path, lines, number) < first_step]
-            files.write_text(path, "".join(line + "\n" for line in kept))
+            files.write_text(path, "".join(line.decode() + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -153,23 +153,23 @@ def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[s
     return next((line for line in lines if "loss" not in line and line["step"] == num_steps - 1), None)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[bytes]:
     """Without their ends, which are line feeds and nothing else; the last may be cut inside of a character."""
-    lines = path.read_bytes().decode(errors="replace").split("\n")
+    lines = path.read_bytes().split(b"\n")
     return lines if lines[-1] else lines[:-1]
 
 
-def _parsed(path: Path, line: str, number: int) -> dict[str, Any]:
+def _parsed(path: Path, line: bytes, number: int) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or not isinstance(found.get("step"), int) or "\N{REPLACEMENT CHARACTER}" in line:
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
         raise UserError(f"{path}, line {number + 1}, is damaged: bring the file back, or remove that line")
     return found
 
 
-def _step(path: Path, lines: Sequence[str], number: int) -> float:
+def _step(path: Path, lines: Sequence[bytes], number: int) -> float:
     try:
         return _parsed(path, lines[number], number)["step"]
     except UserError:

@@ -17,10 +17,10 @@ def test_a_resumed_run_keeps_every_record_before_its_first_step(tmp_path: Path):
     path = tmp_path / "samples.jsonl"
     log = MetricsLog(path, 0)
     for step in range(4):
-        log.write(step, {"answer": f"one{BREAKS}two é {step}"})
+        log.write(step, {"answer": f"one{BREAKS}two é \ufffd {step}"})
     log.close()
     before = history(path)
-    assert [line["answer"] for line in before] == [f"one{BREAKS}two é {step}" for step in range(4)]
+    assert [line["answer"] for line in before] == [f"one{BREAKS}two é \ufffd {step}" for step in range(4)]
     MetricsLog(path, 3).close()
     assert history(path) == before[:3]
 
