@@ -81,7 +81,7 @@ class Provenance:
             if isinstance(value, str):
                 value.encode()  # a lone surrogate is a ValueError
             elif not abs(value) < LARGEST_NUMBER:
-                raise ValueError(f"{name} is no finite number")
+                raise UserError(f"{name} is no finite number")
         return cls(**found)
 
 

@@ -125,14 +125,14 @@ def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
     """Before anything is made of them: numpy would stretch what does not belong together."""
     values, shape = tensors["values"], tensors["keys"].shape
     if len(shape) != 4 or values.shape != shape:
-        raise ValueError(f"keys are {shape} and values {values.shape}, expected [layers, slots, kv heads, head size]")
+        raise UserError(f"keys are {shape} and values {values.shape}, expected [layers, slots, kv heads, head size]")
     for name in ("keys_scale", "values_scale", "bias"):
         if name in tensors and tensors[name].shape != shape[:3]:
-            raise ValueError(f"{name} is {tensors[name].shape}, expected {shape[:3]}")
+            raise UserError(f"{name} is {tensors[name].shape}, expected {shape[:3]}")
     for name, tensor in tensors.items():
         is_whole = f"{name}_scale" in tensors if tensor.dtype == np.int8 else tensor.dtype in FLOATS
         if not is_whole:
-            raise ValueError(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}, int8 with its scale")
+            raise UserError(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}, int8 with its scale")
 
 
 def _decode(name: str, tensors: dict[str, np.ndarray]) -> jnp.ndarray:

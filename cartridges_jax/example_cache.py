@@ -20,6 +20,7 @@ import numpy as np
 from cartridges_jax.data import Example, Targets, dataset_hash, read_examples
 from cartridges_jax.tokenizer import Tokenizer
 from command_line import files
+from command_line.errors import UserError
 
 FORMAT = 1  # of the file, and of how `data.example_of` lays an answer out: another one makes the files again
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -69,14 +70,14 @@ def _load(path: Path) -> list[Example] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} has another checksum")
+                raise UserError(f"{damaged} has another checksum")
         with np.load(path, allow_pickle=False) as arrays:
             cuts = {name: np.cumsum([0, *arrays[f"{name}_lengths"]]) for name in ("tokens", "target_index")}
             columns = []
             for name, dtype in FIELDS.items():
                 array, cut = arrays[name], cuts["tokens" if name == "tokens" else "target_index"]
                 if array.dtype != dtype or array.shape != (cut[-1],):
-                    raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {dtype.__name__} ({cut[-1]},)")
+                    raise UserError(f"{name} is {array.dtype} {array.shape}, expected {dtype.__name__} ({cut[-1]},)")
                 columns.append([array[start:end] for start, end in pairwise(cut)])
             return [Example(*parts) for parts in zip(*columns, strict=True)]
     except Exception as error:  # zipfile and numpy raise anything at a damaged file

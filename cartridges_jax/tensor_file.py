@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from command_line.errors import UserError
+
 LARGEST_METADATA = 1 << 20  # characters
 
 
@@ -22,5 +24,5 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__") or {}
     if sum(map(len, metadata.values())) > LARGEST_METADATA:
-        raise ValueError(f"its metadata have more than {LARGEST_METADATA} characters")
+        raise UserError(f"its metadata have more than {LARGEST_METADATA} characters")
     return data, metadata

@@ -182,5 +182,5 @@ class CartridgeConnector(KVConnectorBase_V1):
 def _decoded(tensors: dict[str, Any], side: str) -> Any:
     scale = tensors.get(f"{side}_scale")
     if scale is not None and scale.shape != tensors[side].shape[:-1]:
-        raise ValueError(f"{side}_scale is {tuple(scale.shape)}, expected {tuple(tensors[side].shape[:-1])}")
+        raise UserError(f"{side}_scale is {tuple(scale.shape)}, expected {tuple(tensors[side].shape[:-1])}")
     return tensors[side].float() * (1 if scale is None else scale[..., None])

@@ -80,7 +80,7 @@ async def _run(config: McpConfig, ready: asyncio.Future[list[McpTool]], stop: as
             log.warning("%s ended badly: %s", _command(config), _first(error))
             return
         problem = f"config.tools.mcp: {_command(config)} does not start as an MCP server: {_first(error)}"
-        ready.set_exception(ValueError(problem))
+        ready.set_exception(UserError(problem))
 
 
 def _command(config: McpConfig) -> str:
