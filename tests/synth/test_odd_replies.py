@@ -155,6 +155,18 @@ def test_a_request_that_a_server_rejects_ends_no_run(server: StubServer, make_co
         make(config)
 
 
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422])
+def test_no_single_refusal_of_a_server_that_has_served_ends_a_run(
+    server: StubServer, make_config: MakeConfig, status: int
+):
+    """What stands before a server restarts, or takes a call for an attack."""
+    one_by_one = {"max_chunks_in_flight": 1, "conversations_per_chunk": 1}
+    expected = make(make_config(output_dir=make_config().output_dir + "-clean", **one_by_one))
+    faults = iter([None] * 8 + [status])
+    server.next_fault = lambda: next(faults, None)
+    assert make(make_config(**one_by_one)) == expected
+
+
 @pytest.mark.parametrize(
     ("named", "model", "same"),
     [
