@@ -123,12 +123,10 @@ def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray
 
 def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
     """Before anything is made of them: numpy would stretch what does not belong together."""
-    values, shape = tensors["values"], tensors["keys"].shape
-    if len(shape) != 4 or values.shape != shape:
-        raise ValueError(f"keys are {shape} and values {values.shape}, expected [layers, slots, kv heads, head size]")
-    for name in ("keys_scale", "values_scale", "bias"):
-        if name in tensors and tensors[name].shape != shape[:3]:
-            raise ValueError(f"{name} is {tensors[name].shape}, expected {shape[:3]}")
+    for name in ("keys", "values"):
+        scale, shape = tensors.get(f"{name}_scale"), tensors[name].shape
+        if scale is not None and scale.shape != shape[:-1]:
+            raise ValueError(f"{name}_scale is {scale.shape}, expected {shape[:-1]}")
     for name, tensor in tensors.items():
         is_whole = f"{name}_scale" in tensors if tensor.dtype == np.int8 else tensor.dtype in FLOATS
         if not is_whole:
