@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import save_file
 
 from cartridges_jax import tensor_file
 from cartridges_jax.cartridge import Cartridge, Provenance
@@ -42,7 +42,7 @@ def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None 
 def record_evaluation(path: Path, evaluation: str) -> None:
     """Puts an evaluation, as JSON, into the header of a file that `write` wrote; its arrays keep their bytes."""
     data, metadata = tensor_file.read(path)
-    header, tensors = json.loads(metadata["cartridge"]), load(data)
+    header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
     _save(path, tensors, header | {"evaluation": evaluation})
 
 
@@ -65,7 +65,7 @@ def read(path: Path) -> Cartridge:
         raise FileNotFoundError(f"{path} does not exist: expected a cartridge.safetensors file")
     try:
         data, metadata = tensor_file.read(path)
-        header, tensors = json.loads(metadata["cartridge"]), load(data)
+        header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
         version = header["format_version"]
         if version <= FORMAT_VERSION:
             _check_shapes(tensors)
