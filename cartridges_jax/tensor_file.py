@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
+from safetensors import deserialize
+
 from command_line.errors import UserError
 
 LARGEST_METADATA = 1 << 20  # characters
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
 
 
 def read(path: Path) -> tuple[bytes, dict[str, str]]:
@@ -26,3 +31,11 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
     if sum(map(len, metadata.values())) > LARGEST_METADATA:
         raise UserError(f"its metadata have more than {LARGEST_METADATA} characters")
     return data, metadata
+
+
+def arrays(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a file's bytes. Raises: SafetensorError, KeyError: no whole file, or a dtype of no cartridge."""
+    return {
+        name: np.frombuffer(told["data"], DTYPES[told["dtype"]]).reshape(told["shape"])
+        for name, told in deserialize(data)
+    }

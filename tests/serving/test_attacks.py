@@ -221,8 +221,6 @@ def write(path: Path, tensors: dict[str, np.ndarray] | None = None, **header: An
         {"keys": np.ones((2, 20, 2, 8), np.int8), "keys_scale": np.ones((2, 20, 1), np.float32)},
         {"keys": np.ones((2, 20, 2, 8), np.int8)},
         {"keys": np.ones((2, 20, 2, 8), np.int64)},
-        {"keys": np.ones((1, 1, 1, 1), np.float32)},
-        {"bias": np.zeros((2, 20), np.float32)},
         {"bias": np.zeros((2, 20, 2), np.int32)},
         {"bias": np.full((2, 20, 2), np.nan, np.float32)},
         {"values": np.full((2, 20, 2, 8), np.inf, np.float32)},
