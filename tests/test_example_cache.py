@@ -32,8 +32,8 @@ def dataset(tmp_path: Path) -> str:
     return str(tiny.write_dataset(tmp_path / "d.parquet", tiny.model(), count=6))
 
 
-def kept(folder: Path, dataset: str, tokenizer: Tokenizer) -> list[Example]:
-    cache = ExampleCache(folder, tokenizer, "logprobs")
+def kept(folder: Path, dataset: str, tokenizer: Tokenizer, vocab_size: int = 500) -> list[Example]:
+    cache = ExampleCache(folder, tokenizer, "logprobs", vocab_size)
     examples = cache.read(dataset)
     cache.keep()
     return examples
@@ -42,12 +42,12 @@ def kept(folder: Path, dataset: str, tokenizer: Tokenizer) -> list[Example]:
 def test_it_is_read_once(tmp_path: Path, dataset: str, monkeypatch: pytest.MonkeyPatch):
     tokenizer = tiny.model().tokenizer
     laid_out = read_examples(dataset, tokenizer)
-    cache = ExampleCache(tmp_path / "run", tokenizer, "logprobs")
+    cache = ExampleCache(tmp_path / "run", tokenizer, "logprobs", 500)
     assert_same(cache.read(dataset), laid_out)
     assert not (tmp_path / "run").exists(), "a run that is refused leaves nothing"
     cache.keep()
     monkeypatch.setattr(example_cache, "read_examples", lambda *_: pytest.fail("laid out again"))
-    assert_same(ExampleCache(tmp_path / "run", tokenizer, "logprobs").read(dataset), laid_out)
+    assert_same(ExampleCache(tmp_path / "run", tokenizer, "logprobs", 500).read(dataset), laid_out)
 
 
 def test_whatever_rendering_depends_on_has_a_file_of_its_own(tmp_path: Path, dataset: str):
@@ -58,12 +58,13 @@ def test_whatever_rendering_depends_on_has_a_file_of_its_own(tmp_path: Path, dat
     kept(folder, dataset, chat_templates.tokenizer("qwen3"))
     kept(folder, dataset, chat_templates.tokenizer("r1"))  # another template alone
     kept(folder, str(tiny.write_dataset(tmp_path / "other.parquet", tiny.model(), count=6, seed=1)), tokenizer)
-    cache = ExampleCache(folder, tokenizer, "tokens")
+    cache = ExampleCache(folder, tokenizer, "tokens", 500)
     cache.read(dataset)
     cache.keep()
-    assert len(list(folder.iterdir())) == 6
+    kept(folder, dataset, tokenizer, vocab_size=501)  # in which other rows are refused
+    assert len(list(folder.iterdir())) == 7
     kept(folder, dataset, tokenizer)
-    assert len(list(folder.iterdir())) == 6
+    assert len(list(folder.iterdir())) == 7
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path, dataset: str, caplog: pytest.LogCaptureFixture):
