@@ -32,7 +32,6 @@ class StubServer:
         self.empty: Callable[[dict[str, Any]], bool] = lambda body: False
         self.spelt: Callable[[dict[str, Any]], dict[str, Any]] = lambda reply: reply  # of /detokenize
         self.root = ""
-        self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -41,6 +40,7 @@ class StubServer:
         return f"{self.root}/v1"
 
     def start(self) -> StubServer:
+        self._loop = asyncio.new_event_loop()  # of a stub that is only asked what it would say there is none to close
         self._thread.start()
         assert self._started.wait(10)
         return self
