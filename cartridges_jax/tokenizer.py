@@ -242,9 +242,10 @@ class Tokenizer:
     @functools.cached_property
     def _opening(self) -> str:
         """What a cartridge stands for where nobody says which turns follow."""
-        if not self._wrapped.chat_template:
+        try:
+            return self._parted([{"role": "user", "content": "."}], True, None)[0]
+        except UserError:  # no chat template, or one that refuses even this
             return ""
-        return self._parted([{"role": "user", "content": "."}], True, None)[0]
 
     def _ids_behind(self, opening: str, text: str) -> list[int]:
         """Ids of `text` behind `opening`: at the very beginning of a text many a tokenizer would put a space."""

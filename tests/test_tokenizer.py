@@ -338,6 +338,7 @@ def test_chat_without_a_template_or_against_it(tmp_path: Path) -> None:
         broken = load_tokenizer(write_folder(train("gpt-2"), tmp_path / reason, template=template))
         with pytest.raises(UserError, match=f"refuses these messages: .*{reason}"):
             broken.render_chat(messages, add_generation_prompt=False)
+        assert broken.continued_ids("the cat") == broken.encode("the cat"), "plain completions need none"
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
