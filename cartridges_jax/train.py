@@ -112,6 +112,11 @@ def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     Raises:
       FileNotFoundError, UserError: a missing or unusable input, before anything is written.
     """
+    if config.init.kind == "summary" and jax.process_count() > 1:
+        raise UserError(
+            f"init.kind 'summary' asks a server once, and this job has {jax.process_count()} processes: make the "
+            "initial state with one and num_steps=0, and go on from it with init.kind 'pretrained'"
+        )
     with _locked(Path(config.output_dir)):
         return _train(config, model)
 
@@ -120,11 +125,6 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     corpus = read_corpus(config.corpus)
     for source in [*_datasets(config), *(one.dataset for one in config.evals.loss if one.dataset)]:
         dataset_files(source)
-    if config.init.kind == "summary" and jax.process_count() > 1:
-        raise UserError(
-            f"init.kind 'summary' asks a server once, and this job has {jax.process_count()} processes: make the "
-            "initial state with one and num_steps=0, and go on from it with init.kind 'pretrained'"
-        )
     mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
     sharding.check_rows(config.batch_size, mesh)
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)

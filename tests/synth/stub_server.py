@@ -31,7 +31,6 @@ class StubServer:
         self.llama_cpp = False  # its forms of /tokenize and /detokenize
         self.empty: Callable[[dict[str, Any]], bool] = lambda body: False
         self.root = ""
-        self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -40,6 +39,7 @@ class StubServer:
         return f"{self.root}/v1"
 
     def start(self) -> StubServer:
+        self._loop = asyncio.new_event_loop()  # one that never starts is only asked for its answers
         self._thread.start()
         assert self._started.wait(10)
         return self
