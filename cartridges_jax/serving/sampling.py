@@ -29,7 +29,7 @@ def sample(
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
 
     Log-probabilities are those of the model, before temperature, top-k and top-p: what distillation needs.
-    Where no row wants alternatives, theirs are meaningless. A row whose logits are not all finite has NaN for its
+    Where no row wants alternatives, theirs are meaningless. A row of logits that are no numbers has NaN for its
     token's log-probability, and changes nothing about the others.
     """
     normalizer_b1 = normalizer(logits)
@@ -50,9 +50,12 @@ def sample(
 
 
 def normalizer(logits_bv: Float[Array, "b v"]) -> Float[Array, "b 1"]:
-    """What makes logits log-probabilities when it is subtracted; NaN, unless all of a row are finite."""
-    is_finite_b1 = jnp.isfinite(logits_bv).all(-1, keepdims=True)
-    return jnp.where(is_finite_b1, jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True), jnp.nan)
+    """What makes logits log-probabilities when it is subtracted; NaN for a row with NaN, infinity or no weight at all.
+
+    A single logit of -inf is a token that is left out.
+    """
+    sum_b1 = jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
+    return jnp.where(jnp.isfinite(sum_b1), sum_b1, jnp.nan)
 
 
 def _best(logits_bv: Array) -> Array:

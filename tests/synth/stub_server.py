@@ -40,7 +40,7 @@ class StubServer:
         return f"{self.root}/v1"
 
     def start(self) -> StubServer:
-        self._loop = asyncio.new_event_loop()  # of a stub that is only asked what it would say there is none to close
+        self._loop = asyncio.new_event_loop()  # one that never starts is only asked for its answers
         self._thread.start()
         assert self._started.wait(10)
         return self
