@@ -109,9 +109,12 @@ def typed_examples(
     """`read_examples`, each behind the type of its seed prompt."""
     found = []
     for file in dataset_files(path):
-        for conversation in iterate(file, vocab_size or tokenizer.vocab_size):
+        for row, conversation in enumerate(iterate(file, vocab_size or tokenizer.vocab_size)):
             kind = conversation.metadata.get("seed_prompt_type") or conversation.type or "none"
-            examples = example_of(conversation, tokenizer, targets)
+            try:
+                examples = example_of(conversation, tokenizer, targets)
+            except UserError as error:
+                raise UserError(f"{file}, row {row} (counted from 0): {error}") from error
             found += [(str(kind), example) for example in examples if len(example.target_index)]
     if not found and targets == "logprobs":
         raise UserError(

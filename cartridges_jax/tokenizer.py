@@ -121,6 +121,10 @@ class Tokenizer:
         """Ids of `render_turns`' text, as they follow what the cartridge stands for. Raises: as `render_chat`."""
         return self._ids_behind(*self._parted(messages, add_generation_prompt, thinking))
 
+    def continued_ids(self, text: str) -> list[int]:
+        """Ids of a text that follows what a cartridge stands for: of one by `render_turns`, those of `turn_ids`."""
+        return self._ids_behind(self._opening, text)
+
     def answered_ids(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -147,8 +151,6 @@ class Tokenizer:
         thinking: bool | None,
         **variables: str,
     ) -> str:
-        import jinja2
-
         # `apply_chat_template` renders by it, too, but lets nobody say what day it is.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -167,7 +169,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **options,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # jinja's own, and whatever Python says to a template's expressions
             raise UserError(f"the model's chat template refuses these messages: {error}") from error
 
     def _parted(
@@ -236,6 +238,14 @@ class Tokenizer:
             return bos if self._render(conversation, True, None).count(bos) == 1 else ""
         except UserError:  # one that knows no second turn
             return bos
+
+    @functools.cached_property
+    def _opening(self) -> str:
+        """What a cartridge stands for where nobody says which turns follow."""
+        try:
+            return self._parted([{"role": "user", "content": "."}], True, None)[0]
+        except UserError:  # no chat template, or one that refuses even this
+            return ""
 
     def _ids_behind(self, opening: str, text: str) -> list[int]:
         """Ids of `text` behind `opening`: at the very beginning of a text many a tokenizer would put a space."""
@@ -476,8 +486,13 @@ def _from_directory(path: Path) -> Tokenizer:
         raise UserError(f"the tokenizer in {str(path)!r} cannot be read: {reason}") from error
     if getattr(wrapped, "backend_tokenizer", None) is None:
         raise UserError(f"the tokenizer in {str(path)!r} has no fast form: convert it to a tokenizer.json")
-    stops = {wrapped.eos_token_id} - {None}
-    return Tokenizer(wrapped, frozenset(stops | _listed_stops(path)))
+    stops = {wrapped.eos_token_id} - {None} | _listed_stops(path)
+    if not stops and wrapped.chat_template:
+        raise UserError(
+            f"the tokenizer in {str(path)!r} names no token that ends an answer: say which in eos_token_id of "
+            "generation_config.json"
+        )
+    return Tokenizer(wrapped, frozenset(stops))
 
 
 def _listed_stops(path: Path) -> set[int]:

@@ -51,7 +51,7 @@ class Columns:
         self.bounds, _, structs = _unnested(flat)
         self.owners = np.repeat(np.arange(len(flat)), np.diff(self.bounds))
         self.is_null = structs.is_null().to_numpy(zero_copy_only=False)
-        self.contents, self.roles = (_field(structs, name).to_pylist() for name in ("content", "role"))
+        self.contents, self.roles = (_texts(_field(structs, name), name) for name in ("content", "role"))
         self.token_ids = _lists(_field(structs, "token_ids"), _integers)
         top = _field(structs, "top_logprobs")
         self.token_idx, self.token_id, self.shape = (
@@ -135,7 +135,17 @@ def _field(structs: Any, name: str) -> pa.Array:
     """A field of structs, null where they are."""
     if pa.types.is_null(structs.type):
         return structs
+    if not pa.types.is_struct(structs.type):
+        raise UserError(f"what should have {name} is of type {structs.type}, expected an object")
     return structs.flatten()[structs.type.get_field_index(name)]
+
+
+def _texts(found: pa.Array, name: str) -> list[str | None]:
+    kind = found.type.value_type if pa.types.is_dictionary(found.type) else found.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not is_text and not pa.types.is_null(kind):
+        raise UserError(f"{name} is of type {kind}, expected texts")
+    return found.to_pylist()
 
 
 def _lists(found: pa.Array, numbers: Callable[[pa.Array], np.ndarray]) -> Lists:

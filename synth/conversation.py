@@ -250,7 +250,8 @@ def _check_columns(path: str | os.PathLike[str], schema: pa.Schema) -> None:
     if not missing:
         messages = schema.field("messages").type
         struct = getattr(messages, "value_type", None)
-        present = {struct.field(i).name for i in range(struct.num_fields)} if pa.types.is_struct(struct) else set()
+        is_struct = struct is not None and pa.types.is_struct(struct)
+        present = {struct.field(i).name for i in range(struct.num_fields)} if is_struct else set()
         missing = [f"messages[].{name}" for name in MESSAGE_FIELDS if name not in present]
     if missing:
         raise UserError(f"{path} is not a conversation dataset: it has no {', '.join(missing)}")

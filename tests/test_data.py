@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from chat_templates import write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import config_of, settings_in
@@ -30,7 +31,8 @@ from cartridges_jax.data import (
     split_dataset,
 )
 from cartridges_jax.evals.during import EvalsConfig, LossEval
-from cartridges_jax.tokenizer import Tokenizer
+from cartridges_jax.models.hub import ModelFiles
+from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
 from cartridges_jax.train import train
 from command_line.errors import UserError
 from synth import conversation
@@ -82,6 +84,26 @@ def test_a_conversation_without_samples_is_laid_out_as_a_server_would(tokenizer:
     assert second == whole[: len(second)] and first == whole[: len(first)]
     assert tokenizer.decode(whole[len(second) :], skip_special_tokens=False) == tiny.END + "\n"
     assert tokenizer.decode(first).endswith("The owl.")
+
+
+@pytest.mark.parametrize(
+    "metadata, role, sentence",
+    [
+        ({"thinking": "yes"}, "user", r"a conversation's metadata has thinking 'yes', expected true, false"),
+        ({}, "narrator", r"the model's chat template refuses these messages: no role narrator"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_named_by_file_and_row(
+    tmp_path: Path, metadata: dict[str, Any], role: str, sentence: str
+):
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('no role ' + messages[0].role) }}{% endif %}."
+    wrong = Conversation((Message("Hi", role), Message("Hello", "assistant")), "", metadata)
+    right = Conversation((Message("Hi", "user"), Message("Hello", "assistant")), "", {})
+    conversation.write(tmp_path / "d.parquet", [right, right, wrong])
+    write_tokenizer(tmp_path / "model", "bytes", template)
+    reader = load_tokenizer(ModelFiles("model", directory=tmp_path / "model"))
+    with pytest.raises(UserError, match=rf"d\.parquet, row 2 \(counted from 0\): {sentence}"):
+        read_examples(tmp_path / "d.parquet", reader, "tokens")
 
 
 def test_the_last_answer_ends_as_it_was_sampled(tokenizer: Tokenizer):

@@ -34,8 +34,8 @@ def dataset(tmp_path: Path) -> str:
     return str(tiny.write_dataset(tmp_path / "d.parquet", tiny.model(), count=6))
 
 
-def kept(folder: Path, dataset: str, tokenizer: Tokenizer) -> list[Example]:
-    cache = ExampleCache(folder, tokenizer, "logprobs", VOCABULARY)
+def kept(folder: Path, dataset: str, tokenizer: Tokenizer, vocab_size: int = VOCABULARY) -> list[Example]:
+    cache = ExampleCache(folder, tokenizer, "logprobs", vocab_size)
     examples = cache.read(dataset)
     cache.keep()
     return examples
@@ -63,9 +63,10 @@ def test_whatever_rendering_depends_on_has_a_file_of_its_own(tmp_path: Path, dat
     cache = ExampleCache(folder, tokenizer, "tokens", VOCABULARY)
     cache.read(dataset)
     cache.keep()
-    assert len(list(folder.iterdir())) == 6
+    kept(folder, dataset, tokenizer, vocab_size=VOCABULARY + 1)  # in which other rows are refused
+    assert len(list(folder.iterdir())) == 7
     kept(folder, dataset, tokenizer)
-    assert len(list(folder.iterdir())) == 6
+    assert len(list(folder.iterdir())) == 7
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path, dataset: str, caplog: pytest.LogCaptureFixture):

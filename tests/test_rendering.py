@@ -177,6 +177,32 @@ def test_a_prompt_behind_a_cartridge_has_no_bos(monkeypatch: pytest.MonkeyPatch)
     assert prompts == [(model.tokenizer.bos_id, *prompts[1]), tuple(model.tokenizer.encode("Hi"))]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rendered_text_reads_behind_a_cartridge_as_its_turns_do(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """SentencePiece would put a space before one that begins without a special token."""
+    prompts: list[tuple[int, ...]] = []
+    monkeypatch.setattr(generation, "generate_ids", lambda _, given, *rest: prompts.extend(given) or [[]])
+    for name in TEMPLATES:
+        tokenizer = chat_templates.tokenizer(name, kind)
+        model = dataclasses.replace(tiny.model(), tokenizer=tokenizer)
+        cartridge = cj.Cartridge.from_tokens(model, [1, 2, 3])
+        for turns, mode in itertools.product([*ROUNDS[:6], *ROUNDS[6::5]], MODES):
+            text = tokenizer.render_turns(turns, add_generation_prompt=True, thinking=mode)
+            cj.generate(model, [text], cartridge=cartridge)
+            assert prompts.pop() == tuple(tokenizer.turn_ids(turns, add_generation_prompt=True, thinking=mode))
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_a_template_is_rendered_as_transformers_renders_it(name: str):
+    """Which lets nobody say what day it is."""
+    tokenizer = chat_templates.tokenizer(name)
+    for turns, mode, asked_for in itertools.product(ROUNDS[:8], MODES, (True, False)):
+        options: dict[str, Any] = {"add_generation_prompt": asked_for}
+        switch = {} if mode is None else {"enable_thinking": mode}
+        expected = tokenizer._wrapped.apply_chat_template(turns, tokenize=False, **options, **switch)
+        assert tokenizer.render_chat(turns, thinking=mode, **options) == expected
+
+
 def test_the_header_keeps_the_mode_of_thinking(tmp_path: Path):
     model = tiny.model()
     made = {}

@@ -275,6 +275,19 @@ def test_a_gguf_that_names_no_end_at_all(tmp_path: Path, monkeypatch: pytest.Mon
         load_tokenizer(write_gguf(train("gpt-2"), tmp_path / "m.gguf", "gpt-2", ids={}))
 
 
+def test_a_folder_that_names_no_end_at_all(tmp_path: Path) -> None:
+    for name, template in (("base", None), ("chat", TEMPLATE)):
+        files = write_folder(train("gpt-2"), tmp_path / name, template=template)
+        path = tmp_path / name / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+        if template is None:
+            assert load_tokenizer(files).stop_ids == frozenset()
+    with pytest.raises(UserError, match=r"chat' names no token that ends an answer: say which in eos_token_id"):
+        load_tokenizer(files)
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert load_tokenizer(files).stop_ids == {3}
+
+
 @pytest.mark.parametrize("added", [(), ("bos",), ("eos",), ("bos", "eos")])
 def test_what_a_gguf_puts_around_a_text(added: tuple[str, ...], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_gguf(train("gpt-2"), tmp_path / "m.gguf", "gpt-2", added=added))
@@ -320,6 +333,12 @@ def test_chat_without_a_template_or_against_it(tmp_path: Path) -> None:
         load_tokenizer(write_folder(train("gpt-2"), tmp_path / "chat")).render_chat(
             messages, add_generation_prompt=False
         )
+    wrong = {"concatenate": "{{ messages[0].content + 1 }}", "endfor": "{% for m in messages %}", "zero": "{{ 1 / 0 }}"}
+    for reason, template in wrong.items():
+        broken = load_tokenizer(write_folder(train("gpt-2"), tmp_path / reason, template=template))
+        with pytest.raises(UserError, match=f"refuses these messages: .*{reason}"):
+            broken.render_chat(messages, add_generation_prompt=False)
+        assert broken.continued_ids("the cat") == broken.encode("the cat"), "plain completions need none"
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:

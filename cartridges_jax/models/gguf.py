@@ -55,8 +55,8 @@ VALUES: dict[str, tuple[object, ...]] = {
 VALUES |= dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (0.0, 1.0))
 
 
-def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
-    """Loads config, parameters and their fingerprint.
+def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None, num_ids: int = 0) -> tuple[ModelConfig, Params, str]:
+    """Loads config, parameters and their fingerprint; `mesh` and `num_ids` are as `load_params` has them.
 
     Raises:
       FileNotFoundError: no such file, or no other part of it.
@@ -84,7 +84,7 @@ def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelCo
         permuted = config.family == "llama" and re.search(r"\.[qk]_proj\.", name)
         return Dequantized(tensors[name], config.head_dim if permuted else None)
 
-    params, fingerprint = load_params(config, tensors, read, dtype, mesh)
+    params, fingerprint = load_params(config, tensors, read, dtype, mesh, num_ids)
     return config, params, fingerprint
 
 

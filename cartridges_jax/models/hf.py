@@ -25,8 +25,8 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def load_hf(directory: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[ModelConfig, Params, str]:
-    """Loads config, parameters and their fingerprint.
+def load_hf(directory: Path, dtype: Any, mesh: Mesh | None = None, num_ids: int = 0) -> tuple[ModelConfig, Params, str]:
+    """Loads config, parameters and their fingerprint; `mesh` and `num_ids` are as `load_params` has them.
 
     Raises:
       FileNotFoundError: no config.json or no safetensors in the directory.
@@ -44,7 +44,7 @@ def load_hf(directory: Path, dtype: Any, mesh: Mesh | None = None) -> tuple[Mode
         path, theirs = places[name]
         return mapped(path)[theirs]
 
-    params, fingerprint = load_params(config, places, read, dtype, mesh)
+    params, fingerprint = load_params(config, places, read, dtype, mesh, num_ids)
     return config, params, fingerprint
 
 

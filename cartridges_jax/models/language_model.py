@@ -102,17 +102,13 @@ def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> L
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     dtype = _fastest_dtype() if dtype == "auto" else dtype
     files = hub.resolve(name)
+    tokenizer = load_tokenizer(files)
+    num_ids = max({tokenizer.vocab_size - 1, *tokenizer.stop_ids}) + 1
     if files.gguf is not None:
-        config, params, fingerprint = load_gguf(files.gguf, jnp.dtype(dtype), mesh)
+        config, params, fingerprint = load_gguf(files.gguf, jnp.dtype(dtype), mesh, num_ids)
     else:
         assert files.directory is not None
-        config, params, fingerprint = load_hf(files.directory, jnp.dtype(dtype), mesh)
-    tokenizer = load_tokenizer(files)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {name!r} has ids up to {tokenizer.vocab_size - 1} and its embedding has rows for "
-            f"{config.vocab_size} ids: expected the tokenizer of these weights"
-        )
+        config, params, fingerprint = load_hf(files.directory, jnp.dtype(dtype), mesh, num_ids)
     return LanguageModel(files.name, config, params, tokenizer, fingerprint)
 
 

@@ -70,12 +70,18 @@ def known_name(name: str) -> bool:
 
 
 def load_params(
-    config: ModelConfig, names: Iterable[str], read: ReadTensor, dtype: Any, mesh: Mesh | None = None
+    config: ModelConfig,
+    names: Iterable[str],
+    read: ReadTensor,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    num_ids: int = 0,
 ) -> tuple[Params, str]:
     """Reads the parameters of `config` through `read`, casts them to `dtype` and stacks layers on axis 0.
 
     Args:
       mesh: on which they are laid as `sharding.WEIGHTS` says; by default they come to one device.
+      num_ids: one more than the largest id that the model's tokenizer gives, for each of which there has to be a row.
 
     Returns:
       The parameters and a fingerprint: SHA-256 over each tensor's name, shape and 256 evenly spaced values as float32.
@@ -92,6 +98,8 @@ def load_params(
     expected = _expected(config, tree)
     available = {n: n for n in names if not n.endswith("rotary_emb.inv_freq")}
     problems = _untied(available, read) if config.tie_embeddings else []
+    if num_ids > config.vocab_size:
+        problems.append(f"its tokenizer has ids up to {num_ids - 1} and the embedding rows for {config.vocab_size} ids")
     problems += [f"{n} is missing" for n in sorted(expected.keys() - available.keys())]
     problems += [f"{n} is unknown" for n in sorted(available.keys() - expected.keys())]
     tensors = {name: read(available[name]) for name in expected if name in available}

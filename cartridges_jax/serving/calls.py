@@ -189,12 +189,12 @@ class Reader:
         if not isinstance(prompts, list) or not 0 < len(prompts) <= self._max_choices:
             refuse("prompt", prompt, f"a text, a list of token ids, or a list of 1 to {self._max_choices} of either")
         special = fields.flag("add_special_tokens", not behind_cartridge)
+        encode = functools.partial(self._tokenizer.encode, add_special_tokens=special)
         if behind_cartridge and special and self._tokenizer.encode("", add_special_tokens=True):
             refuse("add_special_tokens", special, "false: a cartridge holds the beginning of the text already")
+        encode = self._tokenizer.continued_ids if behind_cartridge else encode
         return [
-            self.token_ids("prompt", one)
-            if isinstance(one, list)
-            else tuple(self._tokenizer.encode(text("prompt", one), add_special_tokens=special))
+            self.token_ids("prompt", one) if isinstance(one, list) else tuple(encode(text("prompt", one)))
             for one in prompts
         ]
 

@@ -34,9 +34,11 @@ def generate(
       UserError: a prompt without tokens, one that does not fit the model's window with its answer and the slots, or a
         cartridge with which the model's numbers are not finite.
     """
-    begins = cartridge is None  # which holds the beginning of a text
-    ids = [tuple(model.tokenizer.encode(prompt, add_special_tokens=begins)) for prompt in prompts]
-    answers = generate_ids(model, ids, cartridge, max_tokens, temperature, top_p, seed)
+    if cartridge is None:
+        ids = [model.tokenizer.encode(prompt, add_special_tokens=True) for prompt in prompts]
+    else:  # which holds the beginning of a text
+        ids = [model.tokenizer.continued_ids(prompt) for prompt in prompts]
+    answers = generate_ids(model, [tuple(one) for one in ids], cartridge, max_tokens, temperature, top_p, seed)
     return [model.tokenizer.decode(answer) for answer in answers]
 
 

@@ -149,12 +149,12 @@ def finite(logprob: Any) -> float:
 def answer_span(opened: list[int], empty: list[int], whole: list[int]) -> slice:
     """Where an answer's tokens stand in those of the conversation that it ends, its end-of-turn token included.
 
-    Told from the same conversation up to the point where the answer begins, and with an empty answer. Raises: Refused.
+    Told from the same conversation up to the point where the answer begins, and with an empty answer. Raises: Rejected.
     """
     first, tail = len(opened), empty[len(opened) :]
     end = len(whole) - len(tail)
     if not tail or end <= first or not empty[:first] == whole[:first] == opened or whole[end:] != tail:
-        raise Refused("the model's chat template alters what stands around an answer, so its tokens cannot be told")
+        raise Rejected("the model's chat template alters what stands around an answer, so its tokens cannot be told")
     return slice(first, end + 1)
 
 

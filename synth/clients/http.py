@@ -115,7 +115,7 @@ class Http:
             raise Unavailable(problem, "timeout")
         if status >= 500:
             raise Unavailable(problem, f"http {status}")
-        raise Refused(problem) if status in (401, 403, 404) else Rejected(problem)
+        raise Rejected(problem)
 
 
 async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:

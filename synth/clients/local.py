@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from command_line.errors import UserError
-from synth.clients.base import ChatMessages, Refused
+from synth.clients.base import ChatMessages, Rejected
 
 
 class ChatTokenizer:
@@ -29,7 +29,7 @@ class ChatTokenizer:
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **switch
             )
         except Exception as error:  # a template may raise anything: jinja's errors, and those of Python inside it
-            raise Refused(f"the chat template of config.client.tokenizer refuses these messages: {error}") from error
+            raise Rejected(f"the chat template of config.client.tokenizer refuses these messages: {error}") from error
         return self.encode(text)
 
     def encode(self, text: str) -> list[int]:

@@ -17,6 +17,7 @@ from synth.clients.base import (
     ChatMessages,
     Completion,
     Refused,
+    Rejected,
     Unavailable,
     Unsuited,
     answer_span,
@@ -137,7 +138,7 @@ class OpenAIClient(HttpClient):
             for key in keys:
                 if reply.get(key):
                     return reply[key]
-        raise Refused(f"{problem}: {OWN_TOKENIZER}")
+        raise Rejected(f"{problem}: {OWN_TOKENIZER}")
 
 
 def _completion(reply: dict[str, Any], top_logprobs: int) -> Completion:

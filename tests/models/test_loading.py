@@ -239,7 +239,20 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows(tmp_path: Path) -
     backend.add_tokens(["<one more>"])
     backend.save(str(path))
     rows = backend.get_vocab_size() - 1
-    with pytest.raises(UserError, match=rf"has ids up to {rows} and its embedding has rows for {rows} ids"):
+    sentence = rf"its tokenizer has ids up to {rows} and the embedding rows for {rows} ids"
+    with pytest.raises(UserError, match=sentence):
+        load_model(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=sentence):  # before a number is read
+        load_model(str(folder))
+
+
+def test_an_id_that_ends_answers_and_no_row_has(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 1000]}')
+    with pytest.raises(UserError, match=r"its tokenizer has ids up to 1000 and the embedding rows for \d+ ids"):
         load_model(str(folder))
 
 

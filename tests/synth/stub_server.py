@@ -30,6 +30,7 @@ class StubServer:
         self.end_of_turn = False  # one more token id than logprobs
         self.llama_cpp = False  # its forms of /tokenize and /detokenize
         self.empty: Callable[[dict[str, Any]], bool] = lambda body: False
+        self.spelt: Callable[[dict[str, Any]], dict[str, Any]] = lambda reply: reply  # of /detokenize
         self.root = ""
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -82,7 +83,7 @@ class StubServer:
         ids = (await request.json())["tokens"]
         pieces = (bytes([i]) if i < WORDS else b"<|end|>" if i == END else f" w{i - WORDS}".encode() for i in ids)
         text = b"".join(pieces).decode(errors="replace")
-        return web.json_response({"content" if self.llama_cpp else "prompt": text})
+        return web.json_response(self.spelt({"content" if self.llama_cpp else "prompt": text}))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

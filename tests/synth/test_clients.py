@@ -16,7 +16,7 @@ from client_servers import SGLang, Tokasaurus, alternatives, served
 from command_line.errors import UserError
 from synth.clients import connect, pickles
 from synth.clients.alignment import is_spelt
-from synth.clients.base import Client, Refused, Unavailable, answer_span
+from synth.clients.base import Client, Refused, Rejected, Unavailable, answer_span
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, ResourceConfig, SamplingConfig, SynthConfig
 
@@ -245,7 +245,7 @@ def test_where_an_answer_stands():
         ([1, 2], [1, 3, 8], [1, 2, 5, 8]),
         ([1, 2], [1, 2, 8], [1, 2, 5, 7]),  # an end that changes
     ]:
-        with pytest.raises(Refused, match="alters what stands around an answer"):
+        with pytest.raises(Rejected, match="alters what stands around an answer"):  # of one conversation, perhaps
             answer_span(opened, empty, whole)
 
 

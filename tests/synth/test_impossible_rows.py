@@ -131,6 +131,32 @@ def test_what_is_no_number_is_one_sentence(tmp_path: Path):
         conversation.read(halves)
 
 
+TEXTLESS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "content of bytes": (lambda message: message | {"content": b"q"}, "is damaged: content is of type binary"),
+    "content of numbers": (lambda message: message | {"content": 1}, "is damaged: content is of type int64"),
+    "roles that are numbers": (lambda message: message | {"role": 1}, "is damaged: role is of type int64"),
+    "a list for top_logprobs": (
+        lambda message: message | {"top_logprobs": [1]},
+        "is damaged: what should have token_idx is",
+    ),
+    "a number for ids": (lambda message: message | {"token_ids": 5}, "is damaged: "),
+    "messages of texts": (lambda message: "q", r"it has no messages\[\]\.content"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTLESS)
+def test_columns_of_another_kind_are_one_sentence(tmp_path: Path, case: str):
+    change, sentence = TEXTLESS[case]
+    made = row()
+    made["messages"] = [change(made["messages"][0])]
+    pq.write_table(pa.Table.from_pylist([made]), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=rf"d\.parquet {sentence}|d\.parquet is not .* {sentence}"):
+        conversation.read(tmp_path / "d.parquet")
+    pq.write_table(pa.Table.from_pylist([row() | {"messages": made["messages"][0]}]), tmp_path / "d.parquet")
+    with pytest.raises(UserError, match=r"d\.parquet is not a conversation dataset: it has no messages\[\]\.content"):
+        conversation.read(tmp_path / "d.parquet")
+
+
 @pytest.mark.parametrize("metadata", ["[1]", "7", "{", '"a"', "[" * 100_000])
 def test_metadata_that_is_none(tmp_path: Path, metadata: str):
     path = write(tmp_path / "d.parquet", [row()] * 300 + [row() | {"metadata": metadata}])

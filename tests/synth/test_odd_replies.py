@@ -6,6 +6,7 @@ import asyncio
 import base64
 import copy
 import gzip
+import itertools
 import json
 import logging
 import random
@@ -153,6 +154,31 @@ def test_a_request_that_a_server_rejects_ends_no_run(server: StubServer, make_co
     faults = iter([401])
     with pytest.raises(Refused, match="HTTP 401: no thanks"):
         make(config)
+
+
+@pytest.mark.parametrize("odd", [{}, {"prompt": None}, {"prompt": 7}, {"error": "restarting"}], ids=str)
+def test_no_single_odd_reply_of_a_tokenizer_ends_a_run(
+    server: StubServer, make_config: MakeConfig, odd: dict[str, Any]
+):
+    """It is asked for the text of every chunk, and whether ids spell an answer's."""
+    for when in (1, 2, 5):
+        expected = make(make_config(output_dir=make_config().output_dir + f"-clean-{when}"))
+        numbers = itertools.count()
+        server.spelt = lambda reply, when=when, numbers=numbers: odd if next(numbers) == when else reply
+        assert make(make_config(output_dir=make_config().output_dir + f"-{when}")) == expected
+        server.spelt = lambda reply: reply
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 422])
+def test_no_single_refusal_of_a_server_that_has_served_ends_a_run(
+    server: StubServer, make_config: MakeConfig, status: int
+):
+    """What stands before a server restarts, or takes a call for an attack."""
+    one_by_one = {"max_chunks_in_flight": 1, "conversations_per_chunk": 1}
+    expected = make(make_config(output_dir=make_config().output_dir + "-clean", **one_by_one))
+    faults = iter([None] * 8 + [status])
+    server.next_fault = lambda: next(faults, None)
+    assert make(make_config(**one_by_one)) == expected
 
 
 @pytest.mark.parametrize(
