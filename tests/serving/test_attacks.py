@@ -315,6 +315,37 @@ def test_what_a_header_says_is_listed_as_json(tmp_path: Path, evaluation: str):
     assert described["evaluation"] == ({"a": [1]} if "1]" in evaluation else evaluation)
 
 
+@pytest.mark.parametrize(
+    "start", [b"", b"{}", b'{"__metadata__": {"cartridge": "{}"}}', b'{"keys": 1}', b"[]", b"\xff"]
+)
+def test_what_a_file_does_not_say_it_has_is_not_read(tmp_path: Path, start: bytes, monkeypatch: pytest.MonkeyPatch):
+    """Ten gigabytes of nothing, which take no place on a disk."""
+    for length in (len(start), 1 << 33, (1 << 64) - 1):
+        path = tmp_path / "c.safetensors"
+        with open(path, "wb") as file:
+            file.write(length.to_bytes(8, "little") + start)
+            file.truncate(10 << 30)
+        start_of_read = time.perf_counter()
+        with pytest.raises(UserError, match="not a whole cartridge file"):
+            formats.read(path)
+        assert time.perf_counter() - start_of_read < 0.5
+
+
+def test_links_that_lead_nowhere_are_no_cartridges(folder: Path):
+    (folder / "circle.safetensors").symlink_to(folder / "circle.safetensors")
+    (folder / "around").symlink_to(folder / "around")
+    (folder / "gone.safetensors").symlink_to(folder / "nothing")
+
+    async def test(client: Client) -> None:
+        status, reply = await client.get("/v1/cartridges")
+        assert status == 200 and {entry["id"] for entry in reply["data"]} == {"manual", "nested", "wrong"}
+        for id in ("circle", "around", "gone"):
+            assert (await client.chat(cartridges=[{"id": id}]))[0] == 404
+            assert (await client.get(f"/v1/models/tiny:{id}"))[0] == 404
+
+    serving(ScriptEngine(SAID), test, folder)
+
+
 def test_yaml_merges_are_refused(tmp_path: Path):
     lines = ["a0: &a0 {x: 1, y: 2}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40))]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
