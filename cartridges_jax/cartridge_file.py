@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import save_file
 
 from cartridges_jax import tensor_file
 from cartridges_jax.cartridge import Cartridge, Provenance
@@ -42,7 +42,7 @@ def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None 
 def record_evaluation(path: Path, evaluation: str) -> None:
     """Puts an evaluation, as JSON, into the header of a file that `write` wrote; its arrays keep their bytes."""
     data, metadata = tensor_file.read(path)
-    header, tensors = json.loads(metadata["cartridge"]), load(data)
+    header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
     _save(path, tensors, header | {"evaluation": evaluation})
 
 
@@ -65,7 +65,7 @@ def read(path: Path) -> Cartridge:
         raise FileNotFoundError(f"{path} does not exist: expected a cartridge.safetensors file")
     try:
         data, metadata = tensor_file.read(path)
-        header, tensors = json.loads(metadata["cartridge"]), load(data)
+        header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
         version = header["format_version"]
         if version <= FORMAT_VERSION:
             _check_shapes(tensors)
@@ -123,12 +123,10 @@ def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray
 
 def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
     """Before anything is made of them: numpy would stretch what does not belong together."""
-    values, shape = tensors["values"], tensors["keys"].shape
-    if len(shape) != 4 or values.shape != shape:
-        raise UserError(f"keys are {shape} and values {values.shape}, expected [layers, slots, kv heads, head size]")
-    for name in ("keys_scale", "values_scale", "bias"):
-        if name in tensors and tensors[name].shape != shape[:3]:
-            raise UserError(f"{name} is {tensors[name].shape}, expected {shape[:3]}")
+    for name in ("keys", "values"):
+        scale, shape = tensors.get(f"{name}_scale"), tensors[name].shape
+        if scale is not None and scale.shape != shape[:-1]:
+            raise UserError(f"{name}_scale is {scale.shape}, expected {shape[:-1]}")
     for name, tensor in tensors.items():
         is_whole = f"{name}_scale" in tensors if tensor.dtype == np.int8 else tensor.dtype in FLOATS
         if not is_whole:

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import save_file
 
 from cartridges_jax import tensor_file
 from cartridges_jax.cartridge import Cartridge, Provenance
@@ -115,6 +115,6 @@ def _read_tensor(folder: Path) -> tuple[np.ndarray, tuple[int, Provenance] | Non
     try:
         data, metadata = tensor_file.read(path)
         header = metadata.get("cartridge")
-        return load(data)[TENSOR], None if header is None else read_header(json.loads(header))
+        return tensor_file.arrays(data)[TENSOR], None if header is None else read_header(json.loads(header))
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a whole adapter file ({error!r}): save it again") from error

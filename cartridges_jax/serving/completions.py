@@ -23,7 +23,7 @@ from cartridges_jax.serving.scheduler import Prefix
 from cartridges_jax.tokenizer import Tokenizer
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
-LONG_BODY = 1 << 15  # bytes; tokenizing more than this would hold up the event loop
+LONG_BODY = 1 << 13  # bytes; tokenizing more than this would hold up the event loop
 MAX_BATCH = 4096
 NPZ = "application/x-npz"
 

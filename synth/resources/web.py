@@ -11,6 +11,7 @@ import urllib.request
 from typing import Any
 
 from command_line import files
+from command_line.addresses import basic_login, without_credentials
 from command_line.errors import UserError
 
 TIMEOUT_SECONDS = 60.0
@@ -35,9 +36,12 @@ class Api:
 
     def __init__(self, base_url: str, token: str | None = None):
         if not base_url.startswith(("http://", "https://")):
-            raise UserError(f"config.resource.api_url is {base_url!r}, expected an address like https://arxiv.org")
-        self._base_url = base_url.rstrip("/")
+            shown = without_credentials(base_url)
+            raise UserError(f"config.resource.api_url is {shown!r}, expected an address like https://arxiv.org")
+        self._base_url = without_credentials(base_url).rstrip("/")
         self._headers = {"User-Agent": "cartridges-jax"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        if login := basic_login(base_url):
+            self._headers["Authorization"] = login
         self._opener = urllib.request.build_opener(_SameHost())
 
     def get(self, path: str, largest: int = LARGEST_REPLY, **parameters: str) -> bytes:

@@ -38,7 +38,8 @@ class Speaker(StubServer):
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         text = self.speak(body)
         ids = list(text.encode())
-        entries = [{**self._entry(i, -0.1), "top_logprobs": [self._entry(i, -0.1)]} for i in ids]
+        others = [self._entry(2000 + j, -9.0 - j) for j in range(1, body.get("top_logprobs", 1))]
+        entries = [{**self._entry(i, -0.1), "top_logprobs": [self._entry(i, -0.1), *others]} for i in ids]
         choice = {"message": {"content": text}, "finish_reason": "stop", "token_ids": ids}
         return {"choices": [choice | ({"logprobs": {"content": entries}} if body.get("logprobs") else {})]}
 
@@ -239,7 +240,8 @@ class Scorer(StubServer):
         ids = self._chat_ids(body)
         rows: list[Any] = [None]
         for token in ids[1:]:  # the two best, and the prompt's own, which is not among them
-            rows.append({str(i): {"logprob": lp} for i, lp in ((token, -5.0), (1, -0.5), (2, -1.5))})
+            others = [(i, -6.0 - i) for i in range(3, body["prompt_logprobs"] + 1)]
+            rows.append({str(i): {"logprob": lp} for i, lp in ((token, -5.0), (1, -0.5), (2, -1.5), *others)})
         usage = {"prompt_tokens": len(ids), "completion_tokens": 1}
         choice = {"message": {"content": "x"}, "finish_reason": "length"}
         return {"choices": [choice], "usage": usage, "prompt_token_ids": ids, "prompt_logprobs": rows}
