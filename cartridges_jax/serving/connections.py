@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from cartridges_jax.serving.protocol import RETRY_AFTER_SECONDS, ApiError
 
 IDLE_SECONDS = 75.0  # until a whole request head is there; longer than proxies keep a connection, 60 s as a rule
 UNREAD_SECONDS = 60.0  # for a client that reads nothing of what it is sent
 LEAST = 512  # connections, below the 1,024 files that a process may have open on many a system
+
+
+class _Unread(logging.Filter):
+    """Leaves out what is no HTTP: its sender is told, and would fill the log with tracebacks."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+logger = logging.getLogger(__name__)
+logger.addFilter(_Unread())
 
 
 class Connections:

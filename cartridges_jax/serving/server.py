@@ -98,6 +98,7 @@ class Server:
             shutdown_timeout=5.0,
             auto_decompress=False,
             keepalive_timeout=connections.IDLE_SECONDS,
+            logger=connections.logger,
         )
         await runner.setup()
         await connections.Site(runner, sock, self._connections).start()

@@ -116,6 +116,27 @@ def test_a_reply_that_nobody_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch):
     serving(ScriptEngine(SAID), test)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: -1\r\n\r\n",
+        SLOW + b"\0\r\n\r\n",
+        SLOW + b"a" * 9000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_leaves_no_traceback(data: bytes, caplog: pytest.LogCaptureFixture):
+    async def test(client: Client) -> None:
+        reader, writer = await opened(client, data)
+        assert (await asyncio.wait_for(all_of(reader), 5)).split()[1] == b"400"
+        writer.close()
+
+    serving(ScriptEngine(SAID), test)
+    assert not caplog.records
+
+
 def test_other_threads_run_while_a_text_is_tokenized():
     ticks, done = [0], threading.Event()
 
