@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str])
     """Files below `folder`, without what a .gitignore of it or of a folder above leaves out."""
     gitignore = folder / ".gitignore"
     if gitignore.is_file():
-        ignored = [*ignored, (folder, _patterns(text.decode(gitignore.read_bytes()).split("\n")))]
+        ignored = [*ignored, (folder, _ignore_file(text.decode(gitignore.read_bytes())))]
     for entry in sorted(folder.iterdir()):
         if entry.name == ".git":
             continue
@@ -76,7 +77,20 @@ def _is_ignored(entry: Path, ignored: Sequence[tuple[Path, Any]]) -> bool:
 
 
 def _patterns(lines: Sequence[str]) -> Any:
-    return extras.load("pathspec", "a folder").GitIgnoreSpec.from_lines(lines)
+    try:
+        return extras.load("pathspec", "a folder").GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise UserError(f"config.resource.include has what is no pattern of .gitignore's: {error}") from error
+
+
+def _ignore_file(content: str) -> Any:
+    """As git reads it, to which a line that is no pattern names nothing."""
+    kept = []
+    for line in content.split("\n"):
+        with contextlib.suppress(UserError):
+            _patterns([line])
+            kept.append(line)
+    return _patterns(kept)
 
 
 def _read_file(file: Path, name: str, left_out: Counter[str]) -> list[Section]:

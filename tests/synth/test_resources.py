@@ -184,6 +184,13 @@ def test_every_path_of_json_is_there(tmp_path_factory: pytest.TempPathFactory, t
     assert lines == leaves(tree, "")
 
 
+def test_a_name_that_occurs_twice_in_json_is_told_twice(tmp_path: Path):
+    text = '{"a": "first", "b": {"c": 1, "c": {}}, "a": ["second"]}'
+    for name, where in (("t.json", ""), ("t.jsonl", "1/")):
+        said = read(write(tmp_path / name, text + "\n"), tmp_path).to_string()
+        assert said.split() == f"{where}a: first {where}b/c: 1 {where}b/c: {{}} {where}a/0: second".split()
+
+
 def test_json_lines_are_counted_from_one(tmp_path: Path):
     found = read(write(tmp_path / "t.jsonl", '{"q": "who"}\n\n{"q": "why"}\n'), tmp_path)
     assert names(found) == ["1", "3"] and "3/q: why" in found.to_string()
@@ -570,3 +577,13 @@ def test_several_resources_are_one_corpus(tmp_path: Path):
     assert [(r.name, r.weight) for r in corpus.resources] == [("a.txt", 1.0), ("b.md", 3.0)]
     assert corpus.to_string() == "One.\n\n# Two\n"
     assert corpus.resources[0].sections == (Section("a.txt", "One."),)
+
+
+def test_lines_of_gitignore_that_are_no_patterns_name_nothing(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("kept.txt", "left.txt"):
+        (folder / name).write_text(name)
+    (folder / ".gitignore").write_bytes(b"\xff\n[\n!!\n\\\nleft.txt\n!\na\\")
+    said = read(folder, tmp_path).to_string()
+    assert "kept.txt" in said and "File: left.txt" not in said
