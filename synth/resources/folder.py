@@ -15,6 +15,7 @@ from synth.resources import documents, extras, text
 from synth.resources.sections import SEPARATOR, Section, Sections
 
 LARGEST_FILE = 2**20  # bytes; what is larger was rarely written by a person
+LARGEST_DOCUMENT = 2**28  # bytes, pictures included
 SNIFFED = 8192  # bytes of a file in which a zero tells that it is no text
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str])
             yield from _walk(entry, ignored, left_out)
         elif entry.is_file():
             yield entry
+        else:
+            left_out["pipes and devices"] += 1
 
 
 def _is_ignored(entry: Path, ignored: Sequence[tuple[Path, Any]]) -> bool:
@@ -94,13 +97,14 @@ def _ignore_file(content: str) -> Any:
 
 
 def _read_file(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
-    if file.suffix.lower() in documents.READERS:
-        return _read_document(file, name, left_out)
-    size = file.stat().st_size
-    if size > LARGEST_FILE:
-        log.warning("%s is left out: %d bytes, more than %d", file, size, LARGEST_FILE)
-        left_out[f"files of more than {LARGEST_FILE} bytes"] += 1
+    is_document, size = file.suffix.lower() in documents.READERS, file.stat().st_size
+    largest = LARGEST_DOCUMENT if is_document else LARGEST_FILE
+    if size > largest:
+        log.warning("%s is left out: %d bytes, more than %d", file, size, largest)
+        left_out[f"files of more than {largest} bytes"] += 1
         return []
+    if is_document:
+        return _read_document(file, name, left_out)
     content = _text_of(file.read_bytes())
     if not content.strip():
         left_out["empty files" if size == 0 or content else "files that are no texts"] += 1

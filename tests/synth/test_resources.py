@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import zipfile
 from email.message import EmailMessage
@@ -587,3 +588,17 @@ def test_lines_of_gitignore_that_are_no_patterns_name_nothing(tmp_path: Path):
     (folder / ".gitignore").write_bytes(b"\xff\n[\n!!\n\\\nleft.txt\n!\na\\")
     said = read(folder, tmp_path).to_string()
     assert "kept.txt" in said and "File: left.txt" not in said
+
+
+def test_what_no_person_wrote_is_left_out_of_a_folder_and_counted(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "kept.txt").write_text("kept")
+    os.mkfifo(folder / "pipe.txt")
+    for name in ("a.txt", "a.pdf", "a.ipynb", "a.docx"):
+        with open(folder / name, "wb") as file:
+            file.truncate(10 << 30)
+    found = read(folder, tmp_path)
+    assert found.to_string() == "File: kept.txt\n\nkept\n\n"
+    for words in ("1 pipes and devices", "1 files of more than 1048576 bytes", "3 files of more than 268435456 bytes"):
+        assert words in found.told
