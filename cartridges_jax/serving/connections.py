@@ -49,7 +49,7 @@ class Connections:
 
     def protocol(self, server: web.Server) -> asyncio.Protocol:
         """What speaks with a client that has just come."""
-        held = dict.fromkeys(one for one in server.connections if one.transport is not None)
+        held = dict.fromkeys(one for one in server.connections if one.transport and not one.transport.is_closing())
         self._busy = {one: busy for one, busy in self._busy.items() if one in held}
         over = len(held) + 1 - self._most
         if over > 0:
