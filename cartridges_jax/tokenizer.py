@@ -73,7 +73,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`; `add_special_tokens` adds what the model puts around a text (a BOS, say), if anything."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would keep all other threads from running for as long as it takes.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that name no token are left out."""

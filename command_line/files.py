@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,18 @@ def writable(text: str, where: str) -> str:
     return whole
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The value of one JSON text; a lone surrogate in a string, escaped or not, becomes U+FFFD, told.
+
+    Args:
+      pairs: what becomes of an object, whose names may occur more than once; a dict, which has the last, by default.
 
     Raises:
       UserError: it is none, or too deep; the sentence begins with `where`.
     """
     try:
         text = _decode_json(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        return json.loads(_without_lone_surrogates(text, where))
+        return json.loads(_without_lone_surrogates(text, where), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
 

@@ -32,6 +32,7 @@ from cartridges_jax.tokenizer import Tokenizer
 from command_line.errors import UserError
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+MAX_LOGPROBS = 1 << 21  # of all answers that are told in one piece; each costs a few hundred bytes until it is sent
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Reader:
         n = fields.integer("n", 1, 1, self._max_choices)
         if n * len(prompts) > self._max_choices:
             refuse("n", n, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
-        return Call(
+        call = Call(
             **known,
             requests=tuple(replace(request, prompt=prompt) for prompt in prompts),
             n=n,
@@ -180,6 +181,16 @@ class Reader:
             prompt_logprobs=prompt_logprobs,
             packed=packed,
         )
+        check_logprobs(self.num_logprobs(call), "top_logprobs" if call.kind == "chat" else "logprobs")
+        return call
+
+    def num_logprobs(self, call: Call) -> int:
+        """How many log-probabilities its answers have at most, of those that are kept until all is said."""
+        if call.stream or not call.logprobs:
+            return 0
+        longest = self._engine.max_length
+        tokens = min(call.max_tokens or longest, longest)
+        return call.num_choices * tokens * (1 + call.requests[0].top_logprobs)
 
     def _read_prompts(self, fields: Fields, behind_cartridge: bool) -> list[tuple[int, ...]]:
         """A text, a list of token ids, or a list of either."""
@@ -231,6 +242,16 @@ class Reader:
             raise ApiError(400, str(error), param, "invalid_value") from error
         except UnknownCartridge as error:
             raise ApiError(404, str(error), param, code) from error
+
+
+def check_logprobs(count: int, param: str) -> None:
+    """Refuses so many in one reply. Raises: ApiError."""
+    if count > MAX_LOGPROBS:
+        message = (
+            f"the answers may have {count:,} log-probabilities, and one reply holds {MAX_LOGPROBS:,}: ask for fewer "
+            "answers, max_tokens or top_logprobs, or stream them"
+        )
+        raise ApiError(400, message, param, "too_many_logprobs")
 
 
 def _thinking(fields: Fields) -> bool | None:

@@ -13,12 +13,12 @@ from aiohttp import web
 
 from cartridges_jax.serving import npz
 from cartridges_jax.serving.answers import Answer
-from cartridges_jax.serving.calls import Call, Reader
+from cartridges_jax.serving.calls import Call, Reader, check_logprobs
 from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
-from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
 from cartridges_jax.serving.scheduler import Prefix
 from cartridges_jax.tokenizer import Tokenizer
 
@@ -85,17 +85,18 @@ class Completions:
         finally:
             for task in tasks:
                 task.cancel()
+        text = await asyncio.to_thread(encoded, [reply for reply, _ in replies])
         if NPZ in request.headers.get("Accept", ""):
-            body = await asyncio.to_thread(npz.of_batch, replies)
+            body = await asyncio.to_thread(npz.of_batch, text, [deltas for _, deltas in replies])
             return web.Response(body=body, content_type=NPZ)
-        return _response(await asyncio.to_thread(_encoded, [reply for reply, _ in replies]))
+        return _response(text)
 
     async def _one(self, request: web.Request, call: Call) -> web.StreamResponse:
         async with self._answering(call) as answer:
             if call.stream:
                 return await _stream(request, answer)
             deltas = await answer.all()
-            return _response(await asyncio.to_thread(lambda: _encoded(answer.whole(deltas))))
+            return _response(await asyncio.to_thread(lambda: encoded(answer.whole(deltas))))
 
     @asynccontextmanager
     async def _answering(self, call: Call) -> AsyncIterator[Answer]:
@@ -135,7 +136,12 @@ class Completions:
         bodies = fields.get("requests")
         if not isinstance(bodies, list) or not 0 < len(bodies) <= MAX_BATCH:
             refuse("requests", bodies, f"a list of 1 to {MAX_BATCH} chat completions")
-        return [self._read_one_of_many(f"requests[{i}]", body) for i, body in enumerate(bodies)]
+        calls, count = [], 0
+        for i, body in enumerate(bodies):
+            calls.append(self._read_one_of_many(f"requests[{i}]", body))
+            count += self._reader.num_logprobs(calls[-1])
+            check_logprobs(count, f"requests[{i}]")
+        return calls
 
     def _read_one_of_many(self, where: str, body: object) -> Call:
         try:
@@ -148,17 +154,17 @@ class Completions:
         return call
 
 
-def _encoded(reply: Any) -> str:
-    """A reply, or several, as JSON, a choice at a time: no thread gets a turn while `json` encodes."""
+def encoded(reply: Any) -> bytes:
+    """A reply, or several, as JSON."""
     if isinstance(reply, list):
-        return f"[{', '.join(map(_encoded, reply))}]"
-    choices = f"[{', '.join(map(to_json, reply['choices']))}]"
-    parts = (f"{to_json(name)}: {choices if name == 'choices' else to_json(value)}" for name, value in reply.items())
-    return f"{{{', '.join(parts)}}}"
+        return b"[%b]" % b", ".join(map(encoded, reply))
+    parts = {name: to_json_in_pieces(value) for name, value in reply.items() if name != "choices"}
+    parts["choices"] = f"[{', '.join(map(to_json_in_pieces, reply['choices']))}]"
+    return f"{{{', '.join(f'{to_json(name)}: {parts[name]}' for name in reply)}}}".encode()
 
 
-def _response(text: str) -> web.Response:
-    return web.Response(text=text, content_type="application/json")
+def _response(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
 async def _in_mode_of(prefix: Prefix | None, call: Call) -> Call:

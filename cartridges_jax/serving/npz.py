@@ -6,7 +6,6 @@ https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from array import array
 from collections.abc import Sequence
@@ -18,11 +17,10 @@ TYPES = {"i": "<i4", "f": "<f4"}
 ALIGNMENT = 64
 
 
-def of_batch(replies: Sequence[tuple[dict[str, Any], Sequence[Delta]]]) -> bytes:
-    """`replies`, JSON in bytes; of choice j of request i `completion_ids_i_j`, and what log-probabilities it has."""
-    text = json.dumps([reply for reply, _ in replies]).encode()
+def of_batch(text: bytes, replies: Sequence[Sequence[Delta]]) -> bytes:
+    """`replies`, the JSON `text`; of choice j of request i `completion_ids_i_j`, and what log-probabilities it has."""
     arrays = {"replies": _npy("|u1", (len(text),), text)}
-    for i, (_, deltas) in enumerate(replies):
+    for i, deltas in enumerate(replies):
         for j, delta in enumerate(deltas):
             arrays[f"completion_ids_{i}_{j}"] = _packed("i", (len(delta.token_ids),), delta.token_ids)
             if not delta.logprobs:

@@ -22,6 +22,7 @@ MAX_STOP_LENGTH = 1024  # characters
 TAG, END_TAG = "<cartridge>", "</cartridge>"
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 to_json = functools.partial(json.dumps, allow_nan=False)  # NaN is no JSON, and nobody else could read it
+PIECE = 64  # items of a list that are encoded at once
 # Fields that would change the answer and that are not there yet: asking for them is refused, a neutral value is not.
 UNSUPPORTED: dict[str, Any] = {
     "frequency_penalty": 0,
@@ -36,6 +37,16 @@ UNSUPPORTED: dict[str, Any] = {
     "suffix": "",
     "best_of": 1,
 }
+
+
+def to_json_in_pieces(value: Any) -> str:
+    """As `to_json`, of a reply or its parts: no other thread gets a turn while `json` encodes one piece."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{to_json(name)}: {to_json_in_pieces(part)}' for name, part in value.items())}}}"
+    if isinstance(value, list):
+        pieces = (to_json(value[i : i + PIECE])[1:-1] for i in range(0, len(value), PIECE))
+        return f"[{', '.join(pieces)}]"
+    return to_json(value)
 
 
 class ApiError(Exception):

@@ -20,7 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cartridges_jax.serving import page
+from cartridges_jax.serving import connections, page
 from cartridges_jax.serving.calls import Reader
 from cartridges_jax.serving.catalog import Catalog, no_description
 from cartridges_jax.serving.completions import Completions, Handler
@@ -74,6 +74,7 @@ class Server:
         self._kv_bytes_per_token, self._document = kv_bytes_per_token, document
         self._created = int(time.time())
         self._loopback = True
+        self._connections = connections.Connections(max(connections.LEAST, 2 * (engine.num_slots + max_queue)))
         self._metrics = Metrics()
         self._warmup = Warmup(programs)
         self._catalog = Catalog(store, describe, max_seconds)
@@ -91,10 +92,16 @@ class Server:
         self._loopback = is_loopback(sock)
         # Without handler_cancellation a client that goes away would be answered to the end.
         runner = web.AppRunner(
-            self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0, auto_decompress=False
+            self._app(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=5.0,
+            auto_decompress=False,
+            keepalive_timeout=connections.IDLE_SECONDS,
+            logger=connections.logger,
         )
         await runner.setup()
-        await web.SockSite(runner, sock).start()
+        await connections.Site(runner, sock, self._connections).start()
         return runner
 
     async def warm(self) -> None:
@@ -172,7 +179,8 @@ class Server:
 
     @web.middleware
     async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        response = await handler(request)
+        with self._connections.asking(request):
+            response = await handler(request)
         resource = request.match_info.route.resource
         self._metrics.request(resource.canonical if resource else "unknown", response.status)
         return response

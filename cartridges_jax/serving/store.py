@@ -273,9 +273,12 @@ class CartridgeStore:
             return self._named[id]
         root = self._directory.resolve()
         for path in (self._directory / f"{id}.safetensors", *(self._directory / id / name for name in MARKS)):
-            real = path.resolve()
-            if real.is_relative_to(root) and real.is_file():
-                return real
+            try:
+                real = path.resolve()
+                if real.is_relative_to(root) and real.is_file():
+                    return real
+            except (OSError, RuntimeError):  # links that lead in a circle, folders that may not be looked into
+                continue
         return None
 
 

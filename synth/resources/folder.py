@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from synth.resources import documents, extras, text
 from synth.resources.sections import SEPARATOR, Section, Sections
 
 LARGEST_FILE = 2**20  # bytes; what is larger was rarely written by a person
+LARGEST_DOCUMENT = 2**28  # bytes, pictures included
 SNIFFED = 8192  # bytes of a file in which a zero tells that it is no text
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str])
     """Files below `folder`, without what a .gitignore of it or of a folder above leaves out."""
     gitignore = folder / ".gitignore"
     if gitignore.is_file():
-        ignored = [*ignored, (folder, _patterns(text.decode(gitignore.read_bytes()).split("\n")))]
+        ignored = [*ignored, (folder, _ignore_file(text.decode(gitignore.read_bytes())))]
     for entry in sorted(folder.iterdir()):
         if entry.name == ".git":
             continue
@@ -63,6 +65,8 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str])
             yield from _walk(entry, ignored, left_out)
         elif entry.is_file():
             yield entry
+        else:
+            left_out["pipes and devices"] += 1
 
 
 def _is_ignored(entry: Path, ignored: Sequence[tuple[Path, Any]]) -> bool:
@@ -76,17 +80,31 @@ def _is_ignored(entry: Path, ignored: Sequence[tuple[Path, Any]]) -> bool:
 
 
 def _patterns(lines: Sequence[str]) -> Any:
-    return extras.load("pathspec", "a folder").GitIgnoreSpec.from_lines(lines)
+    try:
+        return extras.load("pathspec", "a folder").GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise UserError(f"config.resource.include has what is no pattern of .gitignore's: {error}") from error
+
+
+def _ignore_file(content: str) -> Any:
+    """As git reads it, to which a line that is no pattern names nothing."""
+    kept = []
+    for line in content.split("\n"):
+        with contextlib.suppress(UserError):
+            _patterns([line])
+            kept.append(line)
+    return _patterns(kept)
 
 
 def _read_file(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
-    if file.suffix.lower() in documents.READERS:
-        return _read_document(file, name, left_out)
-    size = file.stat().st_size
-    if size > LARGEST_FILE:
-        log.warning("%s is left out: %d bytes, more than %d", file, size, LARGEST_FILE)
-        left_out[f"files of more than {LARGEST_FILE} bytes"] += 1
+    is_document, size = file.suffix.lower() in documents.READERS, file.stat().st_size
+    largest = LARGEST_DOCUMENT if is_document else LARGEST_FILE
+    if size > largest:
+        log.warning("%s is left out: %d bytes, more than %d", file, size, largest)
+        left_out[f"files of more than {largest} bytes"] += 1
         return []
+    if is_document:
+        return _read_document(file, name, left_out)
     content = _text_of(file.read_bytes())
     if not content.strip():
         left_out["empty files" if size == 0 or content else "files that are no texts"] += 1

@@ -13,14 +13,20 @@ from synth.resources.sections import Section
 from synth.resources.text import read as read_whole
 
 
+class _Object(list[tuple[str, Any]]):
+    """Names and values; a name may occur more than once."""
+
+
 def read_json(path: str) -> list[Section]:
-    return _sections(path, files.parse_json(read_whole(path), path))
+    return _sections(path, files.parse_json(read_whole(path), path, _Object))
 
 
 def read_jsonl(path: str) -> list[Section]:
     """As a list whose places are counted from 1, as lines are."""
     lines = files.json_lines(read_whole(path))
-    return _sections(path, {str(n): files.parse_json(line, f"{path}, line {n},") for n, line in lines})
+    return _sections(
+        path, _Object((str(n), files.parse_json(line, f"{path}, line {n},", _Object)) for n, line in lines)
+    )
 
 
 def _sections(path: str, tree: Any) -> list[Section]:
@@ -37,9 +43,10 @@ def _leaves(tree: Any) -> Iterator[tuple[str, str, str]]:
     waiting: list[tuple[str, str, Any]] = [("", "", tree)]
     while waiting:
         parent, where, node = waiting.pop()
-        if isinstance(node, dict | list) and node:
-            children = node.items() if isinstance(node, dict) else enumerate(node)
+        if isinstance(node, list) and node:
+            children = node if isinstance(node, _Object) else enumerate(node)
             below = f"{where}/" if where else ""
             waiting += [(where, f"{below}{key}", child) for key, child in reversed(list(children))]
         else:
-            yield parent, where or ".", node if isinstance(node, str) else json.dumps(node)
+            empty = {} if isinstance(node, _Object) else node
+            yield parent, where or ".", node if isinstance(node, str) else json.dumps(empty)

@@ -121,8 +121,12 @@ def _names(path: Path) -> tuple[Path, list[str]]:
 
 def _read_inside(root: Path, name: str) -> str | None:
     """The text of a file, if it lies in `root`, even when links are followed."""
-    file = (root / name).resolve()
-    return decode(file.read_bytes()) if file.is_relative_to(root.resolve()) and file.is_file() else None
+    try:
+        file = (root / name).resolve()
+        is_inside = file.is_relative_to(root.resolve()) and file.is_file()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file can have
+        return None
+    return decode(file.read_bytes()) if is_inside else None
 
 
 class _Document:

@@ -23,9 +23,10 @@ from test_server import HELLO, SAID, Client, ScriptEngine, folder, serving  # py
 from cartridges_jax import cartridge_file, serve
 from cartridges_jax.cartridge import Cartridge
 from cartridges_jax.interop import formats
+from cartridges_jax.serving import calls, completions, protocol
 from cartridges_jax.serving.choices import StopStrings
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.protocol import take_tags
+from cartridges_jax.serving.protocol import PIECE, take_tags
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore
 from command_line import progress
@@ -185,6 +186,55 @@ def test_nothing_long_is_done_on_the_event_loop(folder: Path, monkeypatch: pytes
     serving(ScriptEngine(SAID), test, folder)
 
 
+def test_a_reply_has_an_end(monkeypatch: pytest.MonkeyPatch):
+    """What is told in one piece is held until then, however many answers of a batch share it."""
+    monkeypatch.setattr(calls, "MAX_LOGPROBS", 2 * 100 * 5)
+    batch = "/custom/synchronous-batch-completions"
+
+    async def test(client: Client) -> None:
+        best = {"logprobs": True, "top_logprobs": 4}
+        assert (await client.chat(n=2, max_tokens=100, **best))[0] == 200
+        assert (await client.chat(n=3, max_tokens=100))[0] == 200
+        assert len(await client.stream(max_tokens=300, ignore_eos=True, **best)) > 300
+        bodies = {"messages": HELLO, "max_tokens": 100} | best
+        assert (await client.post(batch, json={"requests": [bodies] * 2}))[0] == 200
+        old = {"prompt": ["a", "b"], "n": 2, "max_tokens": 100, "logprobs": 4}
+        for path, body, param in (
+            (LIVE, {"messages": HELLO, "n": 3, "max_tokens": 100} | best, "top_logprobs"),
+            (LIVE, {"messages": HELLO, "n": 2**31, "max_tokens": 2**31 - 1} | best, "n"),
+            (LIVE, {"messages": HELLO, "n": 3} | best, "top_logprobs"),
+            ("/v1/completions", old, "logprobs"),
+            (batch, {"requests": [bodies] * 3}, "requests[2]"),
+        ):
+            status, reply = await client.post(path, json=body)
+            assert status == 400 and reply["error"]["param"] == param, reply
+
+    serving(ScriptEngine(SAID), test)
+
+
+def test_replies_are_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    real, seen = json.dumps, [0]
+
+    def counted(value: Any, **how: Any) -> str:
+        text = real(value, **how)
+        seen.append(len(text))
+        return text
+
+    reply = {
+        "id": 'a"😀',
+        "prompt_logprobs": [None, *({"1": {"logprob": -0.5, "rank": i}} for i in range(5000))],
+        "choices": [
+            {"index": i, "message": {"content": ""}, "logprobs": {"content": [{"token": "é", "bytes": [1]}] * count}}
+            for i, count in enumerate((0, 1, PIECE, PIECE + 1, 5000))
+        ],
+        "usage": {},
+    }
+    monkeypatch.setattr(protocol, "to_json", counted)
+    assert json.loads(completions.encoded(reply)) == reply
+    assert json.loads(completions.encoded([reply] * 2)) == [reply] * 2
+    assert len(seen) > 100 and max(seen) < 10_000
+
+
 def test_time_includes_fetching_and_loading(folder: Path):
     def fetch(name: str) -> Path:
         time.sleep(1.5)
@@ -261,6 +311,46 @@ def test_what_a_header_says_is_listed_as_json(tmp_path: Path, evaluation: str):
     described = serve.describe(formats.read(write(tmp_path / "c.safetensors", evaluation=evaluation)))
     json.loads(json.dumps({"data": [described]}, allow_nan=False))
     assert described["evaluation"] == ({"a": [1]} if "1]" in evaluation else evaluation)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"{}",
+        b'{"__metadata__": {"cartridge": "{}"}}',
+        b'{"keys": 1}',
+        b'{"keys": {"data_offsets": []}}',
+        b"[]",
+        b"\xff",
+    ],
+)
+def test_what_a_file_does_not_say_it_has_is_not_read(tmp_path: Path, start: bytes, monkeypatch: pytest.MonkeyPatch):
+    """Ten gigabytes of nothing, which take no place on a disk."""
+    for length in (len(start), 1 << 33, (1 << 64) - 1):
+        path = tmp_path / "c.safetensors"
+        with open(path, "wb") as file:
+            file.write(length.to_bytes(8, "little") + start)
+            file.truncate(10 << 30)
+        start_of_read = time.perf_counter()
+        with pytest.raises(UserError, match="not a whole cartridge file"):
+            formats.read(path)
+        assert time.perf_counter() - start_of_read < 0.5
+
+
+def test_links_that_lead_nowhere_are_no_cartridges(folder: Path):
+    (folder / "circle.safetensors").symlink_to(folder / "circle.safetensors")
+    (folder / "around").symlink_to(folder / "around")
+    (folder / "gone.safetensors").symlink_to(folder / "nothing")
+
+    async def test(client: Client) -> None:
+        status, reply = await client.get("/v1/cartridges")
+        assert status == 200 and {entry["id"] for entry in reply["data"]} == {"manual", "nested", "wrong"}
+        for id in ("circle", "around", "gone"):
+            assert (await client.chat(cartridges=[{"id": id}]))[0] == 404
+            assert (await client.get(f"/v1/models/tiny:{id}"))[0] == 404
+
+    serving(ScriptEngine(SAID), test, folder)
 
 
 def test_yaml_merges_are_refused(tmp_path: Path):

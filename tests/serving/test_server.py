@@ -52,7 +52,7 @@ class ByteTokenizer:
         if messages[0]["role"] == "martian":
             raise UserError("the template knows no role 'martian'")
         return (
-            "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages)
+            "".join(f"{m['role'][:1]}:{m['content']}\n" for m in messages)
             + ("a:" if add_generation_prompt else "")
             + "<think>" * thinking
         )

@@ -264,3 +264,12 @@ def test_addresses(address: str):
 def test_addresses_of_no_paper(address: str):
     with pytest.raises(UserError, match="names no paper on arXiv: expected something like arxiv:2506"):
         arxiv.fetch(address, "http://127.0.0.1:9")
+
+
+def test_includes_that_no_file_can_be_are_left_out(tmp_path: Path):
+    (tmp_path / "loop.tex").symlink_to(tmp_path / "loop.tex")
+    names = ("loop", "a" * 300, "a\0b", "/" * 5000)
+    included = "".join(rf"\input{{{name}}}" for name in names)
+    (tmp_path / "main.tex").write_text(rf"\documentclass{{article}}\begin{{document}}{included}kept\end{{document}}")
+    said = latex.read(str(tmp_path / "main.tex"), None)
+    assert "kept" in "".join(section.text for section in said)

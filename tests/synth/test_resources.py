@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import zipfile
 from email.message import EmailMessage
@@ -182,6 +183,13 @@ def test_every_path_of_json_is_there(tmp_path_factory: pytest.TempPathFactory, t
     path = write(tmp_path_factory.mktemp("json") / "t.json", json.dumps(tree))
     lines = [line for line in read(path, path.parent).to_string().split("\n") if line]
     assert lines == leaves(tree, "")
+
+
+def test_a_name_that_occurs_twice_in_json_is_told_twice(tmp_path: Path):
+    text = '{"a": "first", "b": {"c": 1, "c": {}}, "a": ["second"]}'
+    for name, where in (("t.json", ""), ("t.jsonl", "1/")):
+        said = read(write(tmp_path / name, text + "\n"), tmp_path).to_string()
+        assert said.split() == f"{where}a: first {where}b/c: 1 {where}b/c: {{}} {where}a/0: second".split()
 
 
 def test_json_lines_are_counted_from_one(tmp_path: Path):
@@ -570,3 +578,27 @@ def test_several_resources_are_one_corpus(tmp_path: Path):
     assert [(r.name, r.weight) for r in corpus.resources] == [("a.txt", 1.0), ("b.md", 3.0)]
     assert corpus.to_string() == "One.\n\n# Two\n"
     assert corpus.resources[0].sections == (Section("a.txt", "One."),)
+
+
+def test_lines_of_gitignore_that_are_no_patterns_name_nothing(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("kept.txt", "left.txt"):
+        (folder / name).write_text(name)
+    (folder / ".gitignore").write_bytes(b"\xff\n[\n!!\n\\\nleft.txt\n!\na\\")
+    said = read(folder, tmp_path).to_string()
+    assert "kept.txt" in said and "File: left.txt" not in said
+
+
+def test_what_no_person_wrote_is_left_out_of_a_folder_and_counted(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "kept.txt").write_text("kept")
+    os.mkfifo(folder / "pipe.txt")
+    for name in ("a.txt", "a.pdf", "a.ipynb", "a.docx"):
+        with open(folder / name, "wb") as file:
+            file.truncate(10 << 30)
+    found = read(folder, tmp_path)
+    assert found.to_string() == "File: kept.txt\n\nkept\n\n"
+    for words in ("1 pipes and devices", "1 files of more than 1048576 bytes", "3 files of more than 268435456 bytes"):
+        assert words in found.told
