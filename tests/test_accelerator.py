@@ -31,6 +31,7 @@ def run(folder: Path, *arguments: str, python: str = sys.executable) -> tuple[in
     return done.returncode, [json.loads(line) for line in text.splitlines()], (folder / "accelerator.md").read_text()
 
 
+@pytest.mark.timeout(600)  # eight processes that compile: a minute, or several on a busy machine
 def test_every_part_runs(tmp_path: Path) -> None:
     status, lines, tables = run(tmp_path, "--tiny")
     assert [line for line in lines if "failed" in line or line.get("verdict") == "WRONG"] == []
