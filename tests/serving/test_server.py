@@ -42,6 +42,9 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [*([END] if add_special_tokens else []), *text.encode()]
 
+    def continued_ids(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         parts = (bytes([i]) if i < END else b"" if skip_special_tokens else b"<end>" for i in ids)
         return b"".join(parts).decode(errors="replace")
