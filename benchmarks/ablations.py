@@ -36,19 +36,20 @@ from typing import Any
 
 import jax
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.composition import compose
-from cartridges_jax.data import read_corpus, read_examples
-from cartridges_jax.evals.during import EvalsConfig, LossEval, general_nll
-from cartridges_jax.evals.loss import answer_loss
-from cartridges_jax.evals.questions import answer_examples, questions_of
-from cartridges_jax.initializers import InitConfig, initial_cartridge
-from cartridges_jax.metrics import METRICS, history
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.composition import compose
+from cartridges_jax.command_line import files
+from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
+from cartridges_jax.initial.texts import SummaryConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.optim import OptimConfig
-from cartridges_jax.starting_texts import SummaryConfig
-from cartridges_jax.train import INITIAL, TrainConfig, train
-from command_line import files
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.data import read_corpus, read_examples
+from cartridges_jax.training.evals.during import EvalsConfig, LossEval, general_nll
+from cartridges_jax.training.evals.loss import answer_loss
+from cartridges_jax.training.evals.questions import answer_examples, questions_of
+from cartridges_jax.training.metrics import METRICS, history
+from cartridges_jax.training.optim import OptimConfig
+from cartridges_jax.training.run import INITIAL, train
 
 MODEL = "smollm2-135m"
 INSTRUCTION = "{question} Answer with a short phrase only."

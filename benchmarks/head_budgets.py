@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cartridges_jax import attention_matching as matching
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import read_corpus, read_examples
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.initial import attention_matching as matching
 from cartridges_jax.models.language_model import load_model
+from cartridges_jax.training.data import read_corpus, read_examples
 
 EMPTY = -1e9  # of a bias
 FEWEST = 8  # slots of a head

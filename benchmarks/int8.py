@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from ablations import INSTRUCTION, MODEL
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import read_corpus
-from cartridges_jax.evals.loss import answer_loss
-from cartridges_jax.evals.questions import answer_examples, questions_of
-from cartridges_jax.losses import Batch
+from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.models.quantization import quantized
-from cartridges_jax.optim import OptimConfig, optimizer
-from cartridges_jax.step import TrainState, train_step
+from cartridges_jax.training.batch import Batch
+from cartridges_jax.training.data import read_corpus
+from cartridges_jax.training.evals.loss import answer_loss
+from cartridges_jax.training.evals.questions import answer_examples, questions_of
+from cartridges_jax.training.optim import OptimConfig, optimizer
+from cartridges_jax.training.step import TrainState, train_step
 
 ROWS, TOKENS, SLOTS, TOP_K, STEPS = 4, 256, 500, 20, 3
 

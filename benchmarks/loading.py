@@ -27,15 +27,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cartridges_jax import plan, processes, sharding
+from cartridges_jax import plan
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.loading import LAYER, TOP
 from cartridges_jax.models.shapes import SHAPES
 from cartridges_jax.models.transformer import abstract_params
+from cartridges_jax.parallel import processes, sharding
+from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning.programs import train_program
-from cartridges_jax.sharding import MeshConfig
-from cartridges_jax.train import TrainConfig
+from cartridges_jax.training.config import TrainConfig
 
 FILES, GB = 4, 1e9
 

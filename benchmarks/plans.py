@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from cartridges_jax import sharding
+from cartridges_jax.command_line.config import build, load
+from cartridges_jax.command_line.progress import stage
 from cartridges_jax.models.shapes import shape_of
+from cartridges_jax.parallel import sharding
+from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.plan import STEPS, compile_here
 from cartridges_jax.planning.chips import GIB, devices_of
 from cartridges_jax.planning.costs import received, train_costs
 from cartridges_jax.planning.programs import train_program
-from cartridges_jax.sharding import MeshConfig
-from cartridges_jax.train import TrainConfig
-from command_line.config import build, load
-from command_line.progress import stage
+from cartridges_jax.training.config import TrainConfig
 
 PLANS = [
     ("Qwen3-4B", "v5e-8", 8, 1),

@@ -31,7 +31,7 @@ from typing import Any
 
 import aiohttp
 
-from command_line.progress import Progress
+from cartridges_jax.command_line.progress import Progress
 
 WORKERS, WATCH_SECONDS = 12, 5
 WORDS = ("the", "a", "lid", "box", "is", "of", "in", "wide", "cat", "owl", "sleeps", "weighs", "what", "seven", "blue")

@@ -31,17 +31,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cartridges_jax import sharding
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import PackedRows, read_examples
+from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.losses import Batch
 from cartridges_jax.models import hub
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
+from cartridges_jax.models.tokenizer import load_tokenizer
 from cartridges_jax.models.transformer import Params, block_of, head_weights, rms_norm, rope_tables
-from cartridges_jax.step import TrainState, train_step
-from cartridges_jax.tokenizer import load_tokenizer
+from cartridges_jax.parallel import sharding
+from cartridges_jax.training.batch import Batch
+from cartridges_jax.training.data import PackedRows, read_examples
+from cartridges_jax.training.step import TrainState, train_step
 
 ROWS, TOKENS, SLOTS, TOP_K, STEPS = 4, 1024, 256, 20, 4
 DEVICES = 2

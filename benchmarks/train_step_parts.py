@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from train_step import SLOTS, SMOLLM2, TOKENS, TOP_K, measure_matmul
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.losses import top_k_cross_entropy
 from cartridges_jax.models.transformer import block_of, init_params, rope_tables
+from cartridges_jax.training.losses import top_k_cross_entropy
 
 REPEATS = 12
 

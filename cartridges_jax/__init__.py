@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cartridges_jax import interop as interop
-    from cartridges_jax.cartridge import Cartridge as Cartridge
-    from cartridges_jax.cartridge import Provenance as Provenance
-    from cartridges_jax.composition import compose as compose
+    from cartridges_jax.cartridge.arrays import Cartridge as Cartridge
+    from cartridges_jax.cartridge.composition import compose as compose
+    from cartridges_jax.cartridge.provenance import Provenance as Provenance
     from cartridges_jax.kernels.prefix_attention import prefix_attention as prefix_attention
-    from cartridges_jax.losses import Batch as Batch
-    from cartridges_jax.losses import distillation_loss as distillation_loss
     from cartridges_jax.models.language_model import LanguageModel as LanguageModel
     from cartridges_jax.models.language_model import load_model as load_model
     from cartridges_jax.serving.generate import generate as generate
+    from cartridges_jax.training.batch import Batch as Batch
+    from cartridges_jax.training.losses import distillation_loss as distillation_loss
 
 _HOMES = {
-    "Batch": "cartridges_jax.losses",
-    "Cartridge": "cartridges_jax.cartridge",
+    "Batch": "cartridges_jax.training.batch",
+    "Cartridge": "cartridges_jax.cartridge.arrays",
     "LanguageModel": "cartridges_jax.models.language_model",
-    "Provenance": "cartridges_jax.cartridge",
-    "compose": "cartridges_jax.composition",
-    "distillation_loss": "cartridges_jax.losses",
+    "Provenance": "cartridges_jax.cartridge.provenance",
+    "compose": "cartridges_jax.cartridge.composition",
+    "distillation_loss": "cartridges_jax.training.losses",
     "generate": "cartridges_jax.serving.generate",
     "load_model": "cartridges_jax.models.language_model",
     "prefix_attention": "cartridges_jax.kernels.prefix_attention",

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import config
-from command_line.addresses import basic_login, without_credentials
-from command_line.errors import UserError
-from command_line.progress import printable
+from cartridges_jax.command_line import config
+from cartridges_jax.command_line.addresses import basic_login, without_credentials
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.progress import printable
 
 TIMEOUT_SECONDS = 600.0
 LARGEST_REPLY = 2**26  # bytes
@@ -143,7 +143,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _register(args: argparse.Namespace) -> None:
-    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.cartridge.arrays import Cartridge
     from cartridges_jax.interop import formats
 
     place, format = (args.folder / args.name, "tokasaurus")
@@ -153,7 +153,7 @@ def _register(args: argparse.Namespace) -> None:
 
 
 def _slots_and_thinking(args: argparse.Namespace) -> tuple[int, bool | None]:
-    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.cartridge.arrays import Cartridge
 
     cartridge = Cartridge.load(args.folder / f"{args.name}.safetensors")
     return cartridge.num_slots, cartridge.thinking
@@ -161,7 +161,7 @@ def _slots_and_thinking(args: argparse.Namespace) -> tuple[int, bool | None]:
 
 def _prompt(model: str, question: str, thinking: bool | None) -> list[int]:
     from cartridges_jax.models.hub import resolve
-    from cartridges_jax.tokenizer import load_tokenizer
+    from cartridges_jax.models.tokenizer import load_tokenizer
 
     messages = [{"role": "user", "content": question}]
     return load_tokenizer(resolve(model)).turn_ids(messages, add_generation_prompt=True, thinking=thinking)

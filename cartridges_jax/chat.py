@@ -14,12 +14,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cartridges_jax.command_line import config, files, progress
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
 from cartridges_jax.serving.scheduler import NOT_FINITE, Engine, Finished, Prefix, Request, Scheduler, Token
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup, keep_programs
-from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
-from command_line import config, files, progress
-from command_line.errors import UserError
 
 HELP = """\
 /clear            forget the conversation

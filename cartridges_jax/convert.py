@@ -11,11 +11,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import config, files, progress
-from command_line.errors import UserError
+from cartridges_jax.command_line import config, files, progress
+from cartridges_jax.command_line.errors import UserError
 
 if TYPE_CHECKING:
-    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.cartridge.arrays import Cartridge
     from cartridges_jax.models.language_model import LanguageModel
 
 # the keys of `interop.formats.FORMATS`, told here so that --help starts no JAX
@@ -26,7 +26,7 @@ DTYPES = ("float32", "float16", "bfloat16", "int8")
 def main(argv: list[str]) -> int:
     args = _arguments(argv)
 
-    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.cartridge.arrays import Cartridge
     from cartridges_jax.interop import formats, hub
 
     model = _model(args.model)
@@ -87,7 +87,7 @@ def _model(name: str | None) -> LanguageModel | None:
 
 def _stamped(cartridge: Cartridge, model: LanguageModel | None) -> Cartridge:
     """Notes the model down where the source did not say enough to recognise it."""
-    from cartridges_jax.cartridge import Provenance
+    from cartridges_jax.cartridge.provenance import Provenance
 
     found = cartridge.provenance
     if model is None or found.weights_hash:

@@ -15,24 +15,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cartridges_jax import cartridge_file
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import exchanges, read_corpus
-from cartridges_jax.evals.during import general_nll
-from cartridges_jax.evals.loss import ROW, answer_loss
-from cartridges_jax.evals.questions import Question, answer_examples, questions_of
-from cartridges_jax.evals.scorers import contains, exact, token_f1
+from cartridges_jax.cartridge import file as cartridge_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.config import build, load, run
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.progress import Progress, printable
 from cartridges_jax.interop import formats
-from cartridges_jax.metrics import METRICS
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.report import table, write_report
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids
 from cartridges_jax.serving.scheduler import Place, Prefix, SlotInput
-from cartridges_jax.train import INITIAL
-from command_line.config import build, load, run
-from command_line.errors import UserError
-from command_line.progress import Progress, printable
+from cartridges_jax.training.data import exchanges, read_corpus
+from cartridges_jax.training.evals.during import general_nll
+from cartridges_jax.training.evals.loss import ROW, answer_loss
+from cartridges_jax.training.evals.questions import Question, answer_examples, questions_of
+from cartridges_jax.training.evals.scorers import contains, exact, token_f1
+from cartridges_jax.training.metrics import METRICS
+from cartridges_jax.training.report import table, write_report
+from cartridges_jax.training.run import INITIAL
 
 TIMED_TOKENS = 16  # decode steps behind the rate in the table
 

@@ -17,17 +17,17 @@ from typing import Any
 
 import jax
 
-from cartridges_jax import sharding
+from cartridges_jax.command_line.config import build, load, run
+from cartridges_jax.command_line.progress import stage
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.shapes import shape_of
+from cartridges_jax.parallel import sharding
 from cartridges_jax.planning import chips, sweep
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.costs import Costs, decode_costs, received, train_costs
 from cartridges_jax.planning.economics import Query, economics
 from cartridges_jax.planning.programs import Program, Requests, decode_program, train_program
-from cartridges_jax.train import TrainConfig
-from command_line.config import build, load, run
-from command_line.progress import stage
+from cartridges_jax.training.config import TrainConfig
 
 STEPS = 1000  # of a run whose config leaves them to its dataset
 # libtpu would ask the machine's metadata server who it is, and lock the devices that it does not use

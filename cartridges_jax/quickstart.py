@@ -24,17 +24,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cartridges_jax.data import read_corpus, split_dataset
-from cartridges_jax.evals.questions import questions_of
+from cartridges_jax.command_line import config as command_config
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.progress import printable, stage
 from cartridges_jax.evaluate import EvalConfig, evaluate
 from cartridges_jax.models import hub
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.report import samples, table
-from cartridges_jax.train import TrainConfig, train
-from command_line import config as command_config
-from command_line import files
-from command_line.errors import UserError
-from command_line.progress import printable, stage
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.data import read_corpus, split_dataset
+from cartridges_jax.training.evals.questions import questions_of
+from cartridges_jax.training.report import samples, table
+from cartridges_jax.training.run import train
 
 CONFIG = "configs/quickstart.py"
 DOCUMENT = "examples/document.txt"

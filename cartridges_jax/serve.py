@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cartridges_jax.command_line import config, files, progress
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.server import Server, is_loopback
 from cartridges_jax.serving.store import NAME, CartridgeStore
-from command_line import config, files, progress
-from command_line.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.cartridge.arrays import Cartridge
     from cartridges_jax.serving.engine import Engine
 
 DEFAULT_FOLDER = "cartridges"
@@ -149,7 +149,7 @@ def _load(
     args: argparse.Namespace, folder: Path, api_key: str | None, document: str | None = None
 ) -> tuple[Server, str]:
     import cartridges_jax as cj
-    from cartridges_jax.composition import compose
+    from cartridges_jax.cartridge.composition import compose
     from cartridges_jax.evaluate import kv_bytes_per_token
     from cartridges_jax.interop.formats import locate
     from cartridges_jax.interop.sources import fetch
@@ -195,7 +195,7 @@ def _load(
 def _mesh(tensor: int) -> Mesh | None:
     import jax
 
-    from cartridges_jax.sharding import MeshConfig, make_mesh
+    from cartridges_jax.parallel.sharding import MeshConfig, make_mesh
 
     if tensor > len(jax.devices()):
         raise UserError(f"--tensor is {tensor}, and there are {len(jax.devices())} devices here: expected no more")

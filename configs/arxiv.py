@@ -11,8 +11,8 @@ from it, and the evaluation asks with all of it in the context.
 As there: chunks of 512 to 1,024 tokens, the five seed prompts with the same chance, 512 conversations, one epoch at a
 learning rate of 2e-2, 32 rows a step, 2,048 slots, the teacher's best 20 tokens (`tail: drop`). Another thing than
 there: slots start from the paper's first tokens instead of another text's, and rows hold 2,048 tokens without cutting
-conversations in two. Questions are conversations kept out of training (`cartridges_jax.data.split_dataset` makes the
-files), or your own: `--config.questions=FILE.jsonl`.
+conversations in two. Questions are conversations kept out of training
+(`cartridges_jax.training.data.split_dataset` makes the files), or your own: `--config.questions=FILE.jsonl`.
 
 Hardware: an inference server of Qwen3-4B (vLLM, SGLang or `cartridges_jax.serve`) and a GPU or TPU of 24 GB or more for
 training. Not measured here; on two CPU cores use configs/quickstart.py with `--config.synth.resource.path`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from command_line import config, progress
+from cartridges_jax.command_line import config, progress
 from synth.config import SynthConfig
 from synth.dry_run import describe
 from synth.pipeline import synthesize

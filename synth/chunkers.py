@@ -19,7 +19,7 @@ from typing import Protocol
 
 import tokenizers
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.config import ChunkerConfig
 from synth.resources.reading import Corpus, Resource
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 LARGEST_ID = 2**31 - 1  # that columns and arrays of ids hold
 ROUNDING = 1e-5  # what a log-probability of 0 may have become in float32

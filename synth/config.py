@@ -6,8 +6,8 @@ import dataclasses
 import urllib.parse
 from typing import Literal
 
-from command_line.addresses import without_credentials
-from command_line.errors import UserError
+from cartridges_jax.command_line.addresses import without_credentials
+from cartridges_jax.command_line.errors import UserError
 from synth import seed_prompts
 from synth.resources.config import ResourceConfig
 

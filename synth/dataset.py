@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from command_line.errors import MissingPackage, UserError
+from cartridges_jax.command_line.errors import MissingPackage, UserError
 from synth import conversation
 
 if TYPE_CHECKING:

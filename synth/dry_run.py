@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import chunkers
 from synth.chunkers import LocalTokenizer, Tokenizer
 from synth.config import SynthConfig

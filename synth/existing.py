@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from synth.clients.base import Client
 from synth.config import SynthConfig
 from synth.conversation import Conversation, Message, flatten

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Self, TypeVar
 
-from command_line.addresses import without_credentials
+from cartridges_jax.command_line.addresses import without_credentials
 from synth.clients import connect
 from synth.clients.base import Busy, ChatMessages, Client, Completion, Rejected, Unavailable, Unsuited
 from synth.config import ClientConfig, SamplingConfig

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from command_line import files
-from command_line.addresses import without_credentials
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.addresses import without_credentials
+from cartridges_jax.command_line.errors import UserError
 from synth import given
 from synth.config import SynthConfig
 

@@ -12,8 +12,8 @@ import json
 import math
 from pathlib import Path
 
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from synth import existing
 from synth.config import SynthConfig
 

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from command_line import config
-from command_line.errors import UserError
+from cartridges_jax.command_line import config
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, dataset
 
 LEFT_OUT = (

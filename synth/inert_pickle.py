@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 LARGEST_FILE = 2**36  # bytes
 

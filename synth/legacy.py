@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from command_line import config
-from command_line.errors import UserError
+from cartridges_jax.command_line import config
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, inert_pickle
 from synth.conversation import Conversation, Message, TopLogprobs
 from synth.inert_pickle import Record

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation
 from synth.conversation import ROWS_PER_GROUP, Conversation
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from command_line import files
-from command_line.errors import UserError
-from command_line.progress import Progress
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.progress import Progress
 from synth import chunkers, conversation, given, tools
 from synth.chunkers import Chunker, LocalTokenizer
 from synth.clients.base import Unavailable

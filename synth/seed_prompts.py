@@ -22,8 +22,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 
 FORMATS = ("JSON", "YAML", "TOML", "INI", "XML", "plain text")
 

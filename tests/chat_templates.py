@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from cartridges_jax.models.hub import ModelFiles
-from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
+from cartridges_jax.models.tokenizer import Tokenizer, load_tokenizer
 
 BOS, END, USER, ASSISTANT, SYSTEM = "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
 SPECIALS = [BOS, END, USER, ASSISTANT, SYSTEM, "<think>", "</think>"]

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import LanguageModel
-from cartridges_jax.tokenizer import Tokenizer
+from cartridges_jax.models.tokenizer import Tokenizer
 
 WriteModel = Callable[..., Path]
 

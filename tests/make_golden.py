@@ -110,7 +110,7 @@ def smollm2_logits() -> tuple[np.ndarray, np.ndarray]:
     from transformers import AutoModelForCausalLM
 
     from cartridges_jax.models.hub import resolve
-    from cartridges_jax.tokenizer import load_tokenizer
+    from cartridges_jax.models.tokenizer import load_tokenizer
 
     files = resolve("smollm2-135m")
     assert files.gguf is not None

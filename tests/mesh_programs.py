@@ -15,20 +15,20 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file
 
-from cartridges_jax import processes, sharding
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.losses import Batch
+from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.transformer import Params, init_params
+from cartridges_jax.parallel import processes, sharding
+from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine, decode_step
 from cartridges_jax.serving.generate import run
 from cartridges_jax.serving.scheduler import Place, Request, Scheduler, SlotInput, Token
-from cartridges_jax.sharding import MeshConfig
-from cartridges_jax.step import TrainState, train_step
+from cartridges_jax.training.batch import Batch
+from cartridges_jax.training.step import TrainState, train_step
 
 CONFIG = ModelConfig("llama", 64, 2, 32, 8, 4, 8, 48, 1e-5, 1e4, 512, tie_embeddings=False)
 UNEVEN = dataclasses.replace(CONFIG, num_heads=6, num_kv_heads=3, qkv_bias=True, qk_norm=True, tie_embeddings=True)

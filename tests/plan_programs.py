@@ -13,13 +13,14 @@ import re
 import sys
 from collections import Counter
 
-from cartridges_jax import plan, sharding
-from cartridges_jax.initializers import InitConfig
+from cartridges_jax import plan
+from cartridges_jax.initial.initializers import InitConfig
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.parallel import sharding
+from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning import chips
 from cartridges_jax.planning.programs import train_program
-from cartridges_jax.sharding import MeshConfig
-from cartridges_jax.train import TrainConfig
+from cartridges_jax.training.config import TrainConfig
 
 CONFIG = TrainConfig("-", "-", "-", seq_len=128, batch_size=16, accumulation=2, init=InitConfig(num_slots=128))
 # of one turn of every loop

@@ -15,9 +15,10 @@ import pytest
 from accelerator_parts import correct
 from accelerator_parts.measuring import Line, Options, attempts
 
-from cartridges_jax import collectives, kernels
+from cartridges_jax import kernels
 from cartridges_jax.kernels import prefix_decode_attention
 from cartridges_jax.kernels.prefix_attention import gpu, tpu, xla
+from cartridges_jax.parallel import collectives
 
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "accelerator.py"
 PARTS = {"device", "correct", "attention", "train", "engine", "quickstart", "profile"}

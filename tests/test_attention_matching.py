@@ -11,11 +11,11 @@ import tiny
 from jaxtyping import Array
 from scipy.optimize import nnls
 
-from cartridges_jax.attention_matching import RIDGE, MatchingConfig, _fit_slots, _nnls, attention_matching
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import Example, read_examples
-from cartridges_jax.initializers import InitConfig, initial_cartridge
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.attention_matching import RIDGE, MatchingConfig, _fit_slots, _nnls, attention_matching
+from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
+from cartridges_jax.training.data import Example, read_examples
 
 QUESTION = [{"role": "user", "content": "Where does the owl number 5 sleep?"}]
 

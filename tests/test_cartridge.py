@@ -18,10 +18,11 @@ import tiny
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from cartridges_jax import cartridge_file
-from cartridges_jax.cartridge import Cartridge, Provenance
-from cartridges_jax.cartridge_file import FORMAT_VERSION
-from command_line.errors import UserError
+from cartridges_jax.cartridge import file as cartridge_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.file import FORMAT_VERSION
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line.errors import UserError
 
 SHAPE = (tiny.LAYERS, 5, tiny.KV_HEADS, tiny.HEAD_DIM)
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from command_line import files, progress
-from command_line.config import ConfigError, build, load, run
-from command_line.errors import MissingPackage, UserError
-from command_line.progress import Progress, stage
+from cartridges_jax.command_line import files, progress
+from cartridges_jax.command_line.config import ConfigError, build, load, run
+from cartridges_jax.command_line.errors import MissingPackage, UserError
+from cartridges_jax.command_line.progress import Progress, stage
 
 ROOT = Path(__file__).parent.parent
 # ml_collections loads a config file by a method that importlib is going to remove
@@ -148,7 +148,7 @@ def test_a_command_line_that_cannot_be_read_is_one_sentence(config: str, argumen
 def test_a_config_file_that_is_wrong_is_one_sentence(tmp_path: Path, text: str, sentence: str):
     """In a process of its own, since a config file is a module that Python remembers."""
     (tmp_path / "bad.py").write_text(text)
-    code = "from command_line.config import load, run; run(lambda argv: load(argv, {}) and 0)"
+    code = "from cartridges_jax.command_line.config import load, run; run(lambda argv: load(argv, {}) and 0)"
     done = subprocess.run(
         [sys.executable, "-c", code, f"--config={tmp_path}/bad.py"], cwd=ROOT, capture_output=True, text=True
     )

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cartridges_jax.command_line.config import build
 from cartridges_jax.evaluate import EvalConfig
-from cartridges_jax.train import TrainConfig
-from command_line.config import build
+from cartridges_jax.training.config import TrainConfig
 from synth.config import SynthConfig
 
 FOLDER = Path(__file__).parents[1] / "configs"

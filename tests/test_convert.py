@@ -11,9 +11,9 @@ import tiny
 from make_golden_formats import FORMATS as GOLDEN
 
 from cartridges_jax import convert
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import formats
-from command_line.errors import UserError
 
 
 @pytest.fixture

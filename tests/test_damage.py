@@ -19,13 +19,13 @@ import pytest
 import tiny
 from tiny_runs import bytes_of, config_of, interrupted, metrics_of, settings_in
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.checkpoint import Checkpoints, checksum
-from cartridges_jax.metrics import history
-from cartridges_jax.starting_texts import SummaryConfig
-from cartridges_jax.train import train
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.texts import SummaryConfig
+from cartridges_jax.training.checkpoint import Checkpoints, checksum
+from cartridges_jax.training.metrics import history
+from cartridges_jax.training.run import train
 
 # Orbax leaves coroutines behind where it cannot read
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -93,9 +93,9 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_used(
 ):
     folder = Path(settings["output_dir"])
     DAMAGE[case](folder / "checkpoints" / "6")
-    with caplog.at_level(logging.WARNING, "cartridges_jax.checkpoint"):
+    with caplog.at_level(logging.WARNING, "cartridges_jax.training.checkpoint"):
         made = train(config_of(settings), tiny.model())
-    told = [record.message for record in caplog.records if record.name == "cartridges_jax.checkpoint"]
+    told = [record.message for record in caplog.records if record.name == "cartridges_jax.training.checkpoint"]
     assert len(told) == 1 and "checkpoints/6 is damaged (" in told[0] and "\n" not in told[0]
     assert made.read_bytes() == whole.read_bytes()
     assert metrics_of(folder) == metrics_of(whole.parent)
@@ -224,7 +224,7 @@ def test_a_second_run_on_a_directory_is_refused_and_harms_nothing(settings: dict
         [
             sys.executable,
             "-c",
-            "import sys, time; from command_line import files\n"
+            "import sys, time; from cartridges_jax.command_line import files\n"
             "with files.locked(sys.argv[1]): print('held', flush=True); time.sleep(60)",
             str(folder),
         ],

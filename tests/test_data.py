@@ -17,7 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import config_of, settings_in
 
-from cartridges_jax.data import (
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models.hub import ModelFiles
+from cartridges_jax.models.tokenizer import Tokenizer, load_tokenizer
+from cartridges_jax.training.data import (
     Example,
     MixConfig,
     PackedRows,
@@ -30,11 +33,8 @@ from cartridges_jax.data import (
     read_examples,
     split_dataset,
 )
-from cartridges_jax.evals.during import EvalsConfig, LossEval
-from cartridges_jax.models.hub import ModelFiles
-from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
-from cartridges_jax.train import train
-from command_line.errors import UserError
+from cartridges_jax.training.evals.during import EvalsConfig, LossEval
+from cartridges_jax.training.run import train
 from synth import conversation
 from synth.conversation import Conversation, Message
 

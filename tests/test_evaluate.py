@@ -13,19 +13,19 @@ import pytest
 import tiny
 from safetensors import safe_open
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.cartridge_file import record_evaluation
-from cartridges_jax.data import exchanges, split_dataset
-from cartridges_jax.evals.questions import questions_of
-from cartridges_jax.evals.scorers import contains, normalized, token_f1
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.file import record_evaluation
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.evaluate import (
     EvalConfig,
     answer_nll,
     evaluate,
     gap_closed,
 )
-from cartridges_jax.report import samples, table
-from command_line.errors import UserError
+from cartridges_jax.training.data import exchanges, split_dataset
+from cartridges_jax.training.evals.questions import questions_of
+from cartridges_jax.training.evals.scorers import contains, normalized, token_f1
+from cartridges_jax.training.report import samples, table
 
 
 def test_answer_nll_is_the_mean_over_answer_tokens_of_minus_log_softmax():

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tiny
 
-from cartridges_jax import example_cache
-from cartridges_jax.data import Example, read_examples
-from cartridges_jax.example_cache import ExampleCache
-from cartridges_jax.tokenizer import Tokenizer
+from cartridges_jax.models.tokenizer import Tokenizer
+from cartridges_jax.training import example_cache
+from cartridges_jax.training.data import Example, read_examples
+from cartridges_jax.training.example_cache import ExampleCache
 
 VOCABULARY = 50_000  # of a model that any of these tokenizers could belong to
 

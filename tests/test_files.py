@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 
 # all that `str.splitlines` takes for an end of line, and JSON for a character
 BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"

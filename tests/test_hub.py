@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models import hub
-from command_line.errors import UserError
 
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.initializers import STATISTICS_TOKENS, InitConfig, initial_cartridge
-from cartridges_jax.starting_texts import CHUNK, sampled_chunks
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.initializers import STATISTICS_TOKENS, InitConfig, initial_cartridge
+from cartridges_jax.initial.texts import CHUNK, sampled_chunks
 
 
 def test_text_gives_the_first_tokens_of_the_corpus():

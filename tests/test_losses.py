@@ -14,10 +14,10 @@ from make_golden import golden_config, weights
 from numpy.testing import assert_allclose
 
 import cartridges_jax as cj
-from cartridges_jax.losses import CHUNK, Reduction, Tail, loss_sum, top_k_cross_entropy
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.transformer import Remat, init_params
-from command_line.errors import UserError
+from cartridges_jax.training.losses import CHUNK, Reduction, Tail, loss_sum, top_k_cross_entropy
 
 TAILS: tuple[Tail, ...] = ("drop", "bucket")
 REDUCTIONS: tuple[Reduction, ...] = ("token", "entry", "row")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cartridges_jax.evals.questions import questions_of
-from cartridges_jax.metrics import MetricsLog, history
+from cartridges_jax.training.evals.questions import questions_of
+from cartridges_jax.training.metrics import MetricsLog, history
 
 BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c"
 

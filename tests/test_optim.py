@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.optim import OptimConfig, optimizer, schedule
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.training.optim import OptimConfig, optimizer, schedule
 
 STEPS = 20
 

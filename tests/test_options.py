@@ -16,17 +16,17 @@ import pytest
 import tiny
 from tiny_runs import bytes_of, config_of, interrupted, metrics_of, settings_in
 
-from cartridges_jax import sharding
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import MixConfig, PackedRows, batches, read_examples
-from cartridges_jax.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.texts import SummaryConfig
 from cartridges_jax.kernels import prefix_attention as kernel
-from cartridges_jax.loop import Best
 from cartridges_jax.models import transformer
-from cartridges_jax.starting_texts import SummaryConfig
-from cartridges_jax.step import TrainState, train_step
-from cartridges_jax.train import train
-from command_line.errors import UserError
+from cartridges_jax.parallel import sharding
+from cartridges_jax.training.data import MixConfig, PackedRows, batches, read_examples
+from cartridges_jax.training.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
+from cartridges_jax.training.loop import Best
+from cartridges_jax.training.run import train
+from cartridges_jax.training.step import TrainState, train_step
 
 SHORT = {"num_steps": 4, "checkpoint_every": 2}
 OWL = {"question": "Where does the owl number 5 sleep?", "answer": "box 5"}

@@ -15,6 +15,7 @@ import jax
 import plan_programs
 import pytest
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.shapes import SHAPES, shape_of
 from cartridges_jax.models.transformer import abstract_params
@@ -23,8 +24,7 @@ from cartridges_jax.planning.costs import decode_costs, expected_traffic, least_
 from cartridges_jax.planning.economics import Query, economics
 from cartridges_jax.planning.hlo import Traffic
 from cartridges_jax.planning.programs import Requests
-from cartridges_jax.train import TrainConfig
-from command_line.errors import UserError
+from cartridges_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "tests" / "plan_programs.py"

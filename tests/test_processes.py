@@ -17,7 +17,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from cartridges_jax.metrics import history
+from cartridges_jax.training.metrics import history
 
 ROOT = Path(__file__).parent.parent
 BOUND = 1e-5  # of slots after STEPS of Adam, and of losses, when processes add up in another order

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import cartridges_jax as cj
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 NAMES = {
     "Batch",

@@ -16,14 +16,14 @@ import tiny
 from chat_templates import APART, BOS, TEMPLATES
 
 import cartridges_jax as cj
-from cartridges_jax import train as training
-from cartridges_jax.data import example_of, thinking_of
-from cartridges_jax.initializers import InitConfig
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.initializers import InitConfig
 from cartridges_jax.models.hub import resolve
+from cartridges_jax.models.tokenizer import Tokenizer, load_tokenizer
 from cartridges_jax.serving import generate as generation
-from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
-from cartridges_jax.train import TrainConfig
-from command_line.errors import UserError
+from cartridges_jax.training import run as training
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.data import example_of, thinking_of
 from synth import conversation
 from synth.conversation import Conversation, Message, TopLogprobs
 

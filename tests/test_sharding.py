@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import tiny
 
-from cartridges_jax import sharding
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.transformer import abstract_params
+from cartridges_jax.parallel import sharding
+from cartridges_jax.parallel.sharding import MeshConfig, mesh_shape
 from cartridges_jax.planning.hlo import Traffic, traffic
-from cartridges_jax.sharding import MeshConfig, mesh_shape
-from command_line.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 BOUND = 2e-6  # of float32 sums in another order; gradients here reach 0.1, logits 2

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.hub import ModelFiles, resolve
-from cartridges_jax.tokenizer import StreamDecoder, Tokenizer, gguf_metadata, load_tokenizer
-from command_line.errors import UserError
+from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer, gguf_metadata, load_tokenizer
 
 TRICKY = [
     "",
@@ -388,7 +388,7 @@ def test_metadata_is_what_the_reference_reader_sees(tmp_path: Path) -> None:
 def test_loading_is_quiet_and_needs_neither_torch_nor_jax() -> None:
     code = (
         "import sys\nfrom cartridges_jax.models.hub import resolve\n"
-        "from cartridges_jax.tokenizer import load_tokenizer\n"
+        "from cartridges_jax.models.tokenizer import load_tokenizer\n"
         "assert 'transformers' not in sys.modules\n"
         "load_tokenizer(resolve('smollm2-135m'))\nassert not {'torch', 'jax'} & set(sys.modules)"
     )

@@ -12,9 +12,9 @@ from tensorboardX.proto import event_pb2
 from tiny_runs import config_of, metrics_of, settings_in
 from wandb.proto.wandb_internal_pb2 import RunRecord
 
-from cartridges_jax.evals.during import EvalsConfig, GenerationEval, LossEval
-from cartridges_jax.trackers import TensorBoard, TrackConfig, answers_table
-from cartridges_jax.train import train
+from cartridges_jax.training.evals.during import EvalsConfig, GenerationEval, LossEval
+from cartridges_jax.training.run import train
+from cartridges_jax.training.trackers import TensorBoard, TrackConfig, answers_table
 
 
 @pytest.fixture

@@ -25,19 +25,19 @@ import pytest
 import tiny
 from tiny_runs import STEPS, TIMING, bytes_of, config_of, metrics_of, settings_in
 
-from cartridges_jax import loop as loop_module
 from cartridges_jax import train as train_module
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import PackedRows, batches, read_examples
-from cartridges_jax.initializers import InitConfig, initial_cartridge
-from cartridges_jax.losses import Reduction
-from cartridges_jax.metrics import MetricsLog
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line import progress
+from cartridges_jax.command_line.config import run
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
 from cartridges_jax.models.language_model import load_model
-from cartridges_jax.step import TrainState, train_step
-from cartridges_jax.train import train
-from command_line import progress
-from command_line.config import run
-from command_line.errors import UserError
+from cartridges_jax.training import loop as loop_module
+from cartridges_jax.training.data import PackedRows, batches, read_examples
+from cartridges_jax.training.losses import Reduction
+from cartridges_jax.training.metrics import MetricsLog
+from cartridges_jax.training.run import train
+from cartridges_jax.training.step import TrainState, train_step
 
 ROOT = Path(__file__).parent.parent
 BEGUN = {"checkpoints", "config.json", "examples", "initial.safetensors", "metrics.jsonl"}

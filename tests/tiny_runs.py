@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from cartridges_jax.initializers import InitConfig
-from cartridges_jax.metrics import MetricsLog
-from cartridges_jax.optim import OptimConfig
-from cartridges_jax.train import TrainConfig, train
+from cartridges_jax.initial.initializers import InitConfig
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.metrics import MetricsLog
+from cartridges_jax.training.optim import OptimConfig
+from cartridges_jax.training.run import train
 
 STEPS = 24
 TIMING = {"tokens_per_second", "target_tokens_per_second", "seconds"}

@@ -26,16 +26,16 @@ from decode_cases import BATCHES, Case
 from accelerator_parts import models
 from accelerator_parts.measuring import Line, Options, attempts, rounded
 from cartridges_jax import kernels
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.kernels.prefix_attention import KERNELS
 from cartridges_jax.kernels.prefix_attention.shapes import ON_DEVICE, SMALL, Shape
 from cartridges_jax.kernels.prefix_decode_attention import prefix_decode_attention
-from cartridges_jax.losses import Tail, top_k_cross_entropy
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import run
 from cartridges_jax.serving.scheduler import Prefix, Request, Scheduler, Token
-from cartridges_jax.step import TrainState, train_step
+from cartridges_jax.training.losses import Tail, top_k_cross_entropy
+from cartridges_jax.training.step import TrainState, train_step
 
 # The largest error, as a fraction of an array's largest value (of 1, where that is less). In bfloat16 the definition
 # gets the rounded inputs; weights, output and gradients are rounded a few times more, 2^-9 of relative error each.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from accelerator_parts.measuring import Line, Options, rounded
-from cartridges_jax.device import matmul_peak
+from cartridges_jax.parallel.device import matmul_peak
 
 
 def measure(options: Options) -> Iterator[Line]:

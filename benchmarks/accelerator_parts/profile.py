@@ -20,7 +20,7 @@ from cartridges_jax.models.transformer import Params
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.scheduler import Request, Scheduler, Token
-from cartridges_jax.step import TrainState, train_step
+from cartridges_jax.training.step import TrainState, train_step
 
 COSTLIEST = 20
 # Where a kernel's events lie: a GPU's streams, a TPU's operations, the threads of XLA's own pool on a CPU.

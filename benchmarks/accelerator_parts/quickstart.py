@@ -11,10 +11,11 @@ from typing import Any
 
 from accelerator_parts import models
 from accelerator_parts.measuring import Line, Options
+from cartridges_jax.command_line.config import build, load
 from cartridges_jax.evaluate import EvalConfig, evaluate
 from cartridges_jax.quickstart import CONFIG, DOCUMENT, QUESTIONS, STAGES
-from cartridges_jax.train import TrainConfig, train
-from command_line.config import build, load
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.run import train
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import files
+from cartridges_jax.command_line import files
 
 FOLDER = Path(__file__).resolve().parents[2] / "runs" / "documents"
 SEED = 7

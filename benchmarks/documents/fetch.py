@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import files
+from cartridges_jax.command_line import files
 
 FOLDER = Path(__file__).resolve().parents[2] / "runs" / "documents"
 SECONDS = 300

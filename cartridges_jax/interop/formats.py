@@ -10,11 +10,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from cartridges_jax import cartridge_file
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge import file as cartridge_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import peft, sources, tokasaurus, upstream
 from cartridges_jax.interop.layouts import refuse_bias
-from command_line.errors import UserError
 
 OWN = "cartridge.safetensors"
 

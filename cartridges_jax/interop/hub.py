@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cartridges_jax import cartridge_file
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge import file as cartridge_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.addresses import without_credentials
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop.sources import check_size
 from cartridges_jax.models.hub import HUB_ID, hub_errors
-from command_line import files
-from command_line.addresses import without_credentials
-from command_line.errors import UserError
 
 CARD = """# {title}
 
@@ -85,7 +85,7 @@ def push_dataset(dataset: str | os.PathLike[str], repo: str, *, private: bool = 
       FileNotFoundError, UserError: no such file, or not a dataset.
       PermissionError, ConnectionError: no login, or no network.
     """
-    from cartridges_jax.data import dataset_files
+    from cartridges_jax.training.data import dataset_files
 
     paths = dataset_files(dataset)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cartridges_jax.cartridge import Cartridge, Provenance
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line.errors import UserError
 
 Layer = tuple[np.ndarray, np.ndarray]
 

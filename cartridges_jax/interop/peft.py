@@ -15,12 +15,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from cartridges_jax import tensor_file
-from cartridges_jax.cartridge import Cartridge, Provenance
-from cartridges_jax.cartridge_file import cast, header_of, read_header
+from cartridges_jax.cartridge import tensor_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.file import cast, header_of, read_header
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import torch_zip
-from command_line import files
-from command_line.errors import UserError
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
-from command_line.errors import UserError
 
 FOLD_TOKENS = 1024  # of the text, whose queries tell what is common to all
 RIDGE = 1e-3  # of the mean squared query

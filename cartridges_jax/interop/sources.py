@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 HF, WANDB = "hf:", "wandb:"
 CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adapter_model.*", "config.yaml")

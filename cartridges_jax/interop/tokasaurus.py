@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import upstream
-from command_line import files
-from command_line.errors import UserError
 
 TENSORS = "cartridge.pt"
 PAGE = 16  # the server's default page_size

@@ -20,8 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 
 STORAGES = {
     "torch FloatStorage": np.dtype(np.float32),

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cartridges_jax.cartridge import Cartridge, Provenance
-from cartridges_jax.cartridge_file import cast, header_of, read_header
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.file import cast, header_of, read_header
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import torch_zip
-from command_line.errors import UserError
 
 HEADER = "cartridge.json"
 CONFIG = "config.yaml"  # of the training run, beside the file

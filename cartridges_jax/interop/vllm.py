@@ -23,10 +23,10 @@ from safetensors import torch as torch_tensors
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 from vllm.logger import init_logger
 
-from cartridges_jax import tensor_file
+from cartridges_jax.cartridge import tensor_file
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
-from command_line.errors import UserError
 
 logger = init_logger("vllm.cartridges")
 

@@ -14,10 +14,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop.sources import check_size
 from cartridges_jax.models.hub import cache_folder
-from command_line import files
-from command_line.errors import UserError
 
 DEFAULT_URL = "https://api.wandb.ai"
 TIMEOUT_SECONDS = 60.0

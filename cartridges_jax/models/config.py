@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.settings import (
     HF_HARMLESS,
     HF_VALUES,
@@ -19,7 +20,6 @@ from cartridges_jax.models.settings import (
     number_of,
     size_of,
 )
-from command_line.errors import UserError
 
 
 class Family(NamedTuple):

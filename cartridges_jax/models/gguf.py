@@ -15,13 +15,13 @@ import gguf
 import numpy as np
 from jax.sharding import Mesh
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import FAMILIES, ModelConfig, rope_factors
 from cartridges_jax.models.hub import gguf_parts
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.settings import LARGEST_HEAD, MOST_LAYERS, check_settings, number_of, size_of
+from cartridges_jax.models.tokenizer import gguf_metadata
 from cartridges_jax.models.transformer import Params
-from cartridges_jax.tokenizer import gguf_metadata
-from command_line.errors import UserError
 
 LAYER = {
     "attn_norm": "input_layernorm",

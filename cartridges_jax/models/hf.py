@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.files import read_json
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.loading import known_name, load_params
 from cartridges_jax.models.transformer import Params
-from command_line.errors import UserError
-from command_line.files import read_json
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

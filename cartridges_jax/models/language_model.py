@@ -13,17 +13,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax import sharding
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models import hub
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.gguf import load_gguf
 from cartridges_jax.models.hf import load_hf
+from cartridges_jax.models.tokenizer import Tokenizer, load_tokenizer
 from cartridges_jax.models.transformer import Params, head_weights, hidden_states
-from cartridges_jax.tokenizer import Tokenizer, load_tokenizer
-from command_line.errors import UserError
+from cartridges_jax.parallel import sharding
 
 if TYPE_CHECKING:
-    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.cartridge.arrays import Cartridge
 
 DTYPES = ("float32", "bfloat16", "auto")
 

@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from cartridges_jax import sharding
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, abstract_params
-from command_line.errors import UserError
+from cartridges_jax.parallel import sharding
 
 
 class Tensor(Protocol):

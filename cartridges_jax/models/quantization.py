@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from cartridges_jax import sharding
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.parallel import sharding
 
 if TYPE_CHECKING:
     from cartridges_jax.models.language_model import LanguageModel

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 # What no machine holds is refused before anything of its size is made or counted through.
 MOST_LAYERS, LARGEST_HEAD, LARGEST_SIZE, MOST_PARAMS = 10_000, 65_536, 2**31 - 1, 10**13

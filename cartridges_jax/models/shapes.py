@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.files import read_json
 from cartridges_jax.models.config import ModelConfig
-from command_line.errors import UserError
-from command_line.files import read_json
 
 LLAMA_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA_ROPE |= {"original_max_position_embeddings": 8192}

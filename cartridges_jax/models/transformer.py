@@ -19,11 +19,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax import collectives
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.quantization import dequantized
-from cartridges_jax.sharding import WEIGHTS
+from cartridges_jax.parallel import collectives
+from cartridges_jax.parallel.sharding import WEIGHTS
 
 Params = dict[str, Any]
 Rope = tuple[Float[Array, "b t h/2"], Float[Array, "b t h/2"]]  # cosine and sine

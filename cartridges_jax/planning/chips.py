@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from command_line.errors import MissingPackage, UserError
+from cartridges_jax.command_line.errors import MissingPackage, UserError
 
 
 @dataclasses.dataclass(frozen=True)

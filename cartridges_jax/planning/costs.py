@@ -11,12 +11,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from cartridges_jax.losses import CHUNK
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic
 from cartridges_jax.planning.programs import TARGETS, TOP_K, Requests, target_chunks
-from cartridges_jax.train import TrainConfig
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.losses import CHUNK
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import math
 
 import jax.numpy as jnp
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.planning.chips import Chip
-from command_line.errors import UserError
 
 CONTEXT_TOKENS = 2048  # that self-study has before it
 CONVERSATION_TOKENS = 512  # question and answer, of which training reads all

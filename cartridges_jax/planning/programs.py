@@ -14,20 +14,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from cartridges_jax import sharding
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_decode_attention import Plan, Reading, own_entries, shared_entries
-from cartridges_jax.losses import CHUNK, Batch
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, abstract_params
-from cartridges_jax.optim import optimizer
+from cartridges_jax.parallel import sharding
 from cartridges_jax.planning.hlo import Traffic, traffic
 from cartridges_jax.serving.decoder import rearranged
 from cartridges_jax.serving.engine import PAGE_SIZE, Step, decode_step, new_pages
 from cartridges_jax.serving.sampling import Sampling
-from cartridges_jax.step import TrainState, train_step
-from cartridges_jax.train import TrainConfig
-from command_line.errors import UserError
+from cartridges_jax.training.batch import Batch
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.losses import CHUNK
+from cartridges_jax.training.optim import optimizer
+from cartridges_jax.training.step import TrainState, train_step
 
 TOP_K = 20  # teacher entries of a position
 TARGETS = 0.5  # of positions that carry a target: a conversation's answers

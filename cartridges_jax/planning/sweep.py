@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 
-from cartridges_jax import sharding
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.progress import Progress
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.parallel import sharding
+from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.costs import expected_traffic, least_memory, received, train_costs
 from cartridges_jax.planning.programs import DoesNotFit, Program, train_program
-from cartridges_jax.sharding import MeshConfig
-from cartridges_jax.train import TrainConfig
-from command_line.errors import UserError
-from command_line.progress import Progress
+from cartridges_jax.training.config import TrainConfig
 
 KEPT = 3  # plans that are shown
 TRIED = 9  # compilations at most

@@ -9,11 +9,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.choices import Choice, Delta
 from cartridges_jax.serving.engine_thread import Accepted, Job
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.scheduler import Scored
-from cartridges_jax.tokenizer import Tokenizer
 
 OBJECTS = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "text": ("cmpl", *["text_completion"] * 2)}
 

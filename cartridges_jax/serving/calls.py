@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.protocol import (
     SEEDS,
     UNSUPPORTED,
@@ -28,8 +30,6 @@ from cartridges_jax.serving.protocol import (
 )
 from cartridges_jax.serving.scheduler import Engine, Request
 from cartridges_jax.serving.store import CartridgeStore, Reference, UnknownCartridge
-from cartridges_jax.tokenizer import Tokenizer
-from command_line.errors import UserError
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 MAX_LOGPROBS = 1 << 21  # of all answers that are told in one piece; each costs a few hundred bytes until it is sent

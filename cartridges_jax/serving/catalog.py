@@ -15,10 +15,10 @@ from typing import Any
 
 from aiohttp import web
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.protocol import ApiError, read_body, read_reference, to_json
 from cartridges_jax.serving.scheduler import Prefix
 from cartridges_jax.serving.store import CartridgeStore, Reference, TooMany, UnknownCartridge, version
-from command_line.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
 from cartridges_jax.serving.calls import Call
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Request, Sampled, Started, Token
-from cartridges_jax.tokenizer import StreamDecoder, Tokenizer
 
 TOO_LATE = "the answer took longer than this server allows: ask for fewer tokens, or again when it is less busy"
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import npz
 from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.calls import Call, Reader, check_logprobs
@@ -20,7 +21,6 @@ from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
 from cartridges_jax.serving.scheduler import Prefix
-from cartridges_jax.tokenizer import Tokenizer
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
 LONG_BODY = 1 << 13  # bytes; tokenizing more than this would hold up the event loop

@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax import collectives, kernels, sharding
+from cartridges_jax import kernels
 from cartridges_jax.kernels.gathered_product import gathered_product, has_kernel
 from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, prefix_decode_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, Rope, rms_norm, rope_tables, rotate
+from cartridges_jax.parallel import collectives, sharding
 
 PANEL = 16  # outputs of a weight that stand side by side
 Weights = dict[str, Any]  # "embed", "head" (if it is not tied), "final_norm", and "layers": a dict of arrays for each

@@ -24,15 +24,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax import collectives, sharding
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, Reading, own_entries, shared_entries
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving import decoder
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.sampling import Sampling, normalizer, sample
 from cartridges_jax.serving.scheduler import Place, Sampled, Scored, SlotInput
-from command_line.errors import UserError
 
 PAGE_SIZE = 128
 # Tokens of a program, and how many are worth it; fewer are padded, the padding written nowhere. On a CPU, two programs

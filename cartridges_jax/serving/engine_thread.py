@@ -17,6 +17,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.calls import Call
 from cartridges_jax.serving.protocol import SEEDS, ApiError
 from cartridges_jax.serving.scheduler import (
@@ -31,7 +32,6 @@ from cartridges_jax.serving.scheduler import (
     Scored,
 )
 from cartridges_jax.serving.warmup import Warmup
-from command_line.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Finished, Prefix, Request, Scheduler, Token
-from command_line.errors import UserError
 
 if TYPE_CHECKING:
-    from cartridges_jax.cartridge import Cartridge
+    from cartridges_jax.cartridge.arrays import Cartridge
 
 MAX_SLOTS = 16
 

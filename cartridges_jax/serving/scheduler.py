@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.cache import Lease, PageCache, Prefix
-from command_line.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
+from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import connections, page
 from cartridges_jax.serving.calls import Reader
 from cartridges_jax.serving.catalog import Catalog, no_description
@@ -31,7 +32,6 @@ from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_me
 from cartridges_jax.serving.scheduler import Engine
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup
-from cartridges_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

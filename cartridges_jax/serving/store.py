@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.scheduler import Prefix
-from command_line.errors import UserError
 
 # A folder's file that says which format it is in, and that changes with it.
 MARKS = ("cartridge.safetensors", "adapter_config.json", "cartridge.pt")

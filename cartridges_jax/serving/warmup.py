@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from command_line.progress import Progress
+from cartridges_jax.command_line.progress import Progress
 
 KEPT_BYTES = 1 << 30  # of compiled programs on disk; beyond, those used longest ago are deleted
 

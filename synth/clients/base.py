@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.columns import LARGEST_ID
 from synth.config import SamplingConfig
 

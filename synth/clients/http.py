@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import aiohttp
 
-from command_line import files
-from command_line.addresses import basic_login, without_credentials
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.addresses import basic_login, without_credentials
+from cartridges_jax.command_line.errors import UserError
 from synth.clients.base import Busy, Refused, Rejected, Unavailable, check_same_model, reading
 from synth.config import ClientConfig
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.clients.base import ChatMessages, Rejected
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from command_line import files
+from cartridges_jax.command_line import files
 from synth.clients import pickles
 from synth.clients.alignment import Alignment
 from synth.clients.base import (

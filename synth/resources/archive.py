@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 LARGEST = 2**28  # bytes, unpacked
 MOST_MEMBERS = 20_000

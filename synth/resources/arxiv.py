@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from pathlib import PurePosixPath
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources.text import decode
 from synth.resources.web import Api
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 Kind = Literal[
     "text",

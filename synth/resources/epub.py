@@ -8,7 +8,7 @@ import zipfile
 from collections import Counter
 from typing import Any
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import archive, extras, html
 from synth.resources.sections import Section, Sections
 from synth.resources.text import decode

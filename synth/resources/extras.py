@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from command_line.errors import MissingPackage
+from cartridges_jax.command_line.errors import MissingPackage
 
 
 def load(module: str, what: str, extra: str = "documents") -> Any:

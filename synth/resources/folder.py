@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import documents, extras, text
 from synth.resources.sections import SEPARATOR, Section, Sections
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import extras
 from synth.resources.sections import Heading, Section, at_headings
 from synth.resources.text import read as read_whole

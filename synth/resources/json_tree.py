@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command_line import files
+from cartridges_jax.command_line import files
 from synth.resources.sections import Section
 from synth.resources.text import read as read_whole
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import arxiv
 from synth.resources.sections import Heading, Sections, at_headings
 from synth.resources.text import decode

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from email.message import EmailMessage
 from pathlib import Path, PurePath
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import documents, html
 from synth.resources.sections import Section, Sections
 from synth.resources.text import decode

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import documents, folder, html, json_tree, latex, mail, office, slack, table, text
 from synth.resources.config import Kind, ResourceConfig
 from synth.resources.sections import Section, Sections

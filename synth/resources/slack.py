@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from command_line import files
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import slack_blocks
 from synth.resources.sections import Section, Sections
 from synth.resources.web import Api

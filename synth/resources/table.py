@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources.sections import Section, Sections
 from synth.resources.text import read as read_whole
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from command_line import files
+from cartridges_jax.command_line import files
 from synth.resources import extras, rst
 from synth.resources.sections import Heading, Section, Sections, at_definitions, at_headings
 

@@ -10,9 +10,9 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from command_line import files
-from command_line.addresses import basic_login, without_credentials
-from command_line.errors import UserError
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.addresses import basic_login, without_credentials
+from cartridges_jax.command_line.errors import UserError
 
 TIMEOUT_SECONDS = 60.0
 ATTEMPTS = 5

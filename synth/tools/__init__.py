@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.config import SynthConfig
 from synth.tools import mcp
 from synth.tools.base import Tool

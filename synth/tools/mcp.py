@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from command_line.errors import MissingPackage, UserError
+from cartridges_jax.command_line.errors import MissingPackage, UserError
 from synth.config import McpConfig
 
 if TYPE_CHECKING:

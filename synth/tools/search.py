@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 PASSAGE_CHARACTERS = 1000
 K1, B = 1.5, 0.75

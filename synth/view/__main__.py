@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from command_line import config
+from cartridges_jax.command_line import config
 from synth import dataset
 from synth.view.index import Index
 from synth.view.server import serve

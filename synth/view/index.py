@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from command_line.progress import Progress
+from cartridges_jax.command_line.progress import Progress
 from synth import conversation, dataset
 from synth.conversation import Conversation
 from synth.dataset import Head

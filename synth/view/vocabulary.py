@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 _SPACE = "▁"  # of SentencePiece
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -13,14 +13,15 @@ import pytest
 import tiny
 from tiny_runs import config_of, metrics_of, settings_in
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import typed_examples
-from cartridges_jax.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
-from cartridges_jax.evals.questions import general_questions, questions_of
-from cartridges_jax.evals.scorers import score
-from cartridges_jax.losses import Batch, distillation_loss
-from cartridges_jax.train import train
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.training.batch import Batch
+from cartridges_jax.training.data import typed_examples
+from cartridges_jax.training.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
+from cartridges_jax.training.evals.questions import general_questions, questions_of
+from cartridges_jax.training.evals.scorers import score
+from cartridges_jax.training.losses import distillation_loss
+from cartridges_jax.training.run import train
 from synth import conversation
 
 QUESTIONS = [{"question": f"What does the cat number {4 * i} weigh?", "answer": f"{28 * i} grams"} for i in range(3)]

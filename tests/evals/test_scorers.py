@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cartridges_jax.evals.scorers import Scorer, score
+from cartridges_jax.training.evals.scorers import Scorer, score
 
 CHOICES = ("aspirin", "low dose aspirin", "no drug")
 

@@ -17,7 +17,8 @@ import pytest
 import tiny
 from readme_table import CLAIMS, FILES, readme_table
 
-from cartridges_jax.cartridge import Cartridge, Provenance
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.provenance import Provenance
 
 SLOTS = 16  # a page of Tokasaurus'
 

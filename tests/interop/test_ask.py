@@ -11,9 +11,9 @@ from tokasaurus_stub import run_tokasaurus
 
 import cartridges_jax as cj
 from cartridges_jax import ask
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.starting_texts import SummaryConfig, summary
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.texts import SummaryConfig, summary
 
 QUESTION = "What sleeps in box 3?"
 

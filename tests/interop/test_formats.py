@@ -22,11 +22,12 @@ from safetensors.numpy import load_file, save_file
 
 import cartridges_jax as cj
 from cartridges_jax import interop
-from cartridges_jax.cartridge import Cartridge, Provenance
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import torch_zip, upstream
 from cartridges_jax.interop.formats import FORMATS, locate, read, write
 from cartridges_jax.models.language_model import LanguageModel
-from command_line.errors import UserError
 
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a value, relative
 readme = pytest.mark.readme

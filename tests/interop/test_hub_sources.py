@@ -17,10 +17,10 @@ import pytest
 import tiny
 from hub_stub import TOKEN, Hub, run_hub
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import dataset_files, read_examples
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop.hub import card
-from command_line.errors import UserError
+from cartridges_jax.training.data import dataset_files, read_examples
 from synth import conversation
 
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -34,9 +34,7 @@ def hub() -> Iterator[Hub]:
 
 def on_hub(hub: Hub, home: Path, code: str, *arguments: object, token: str = TOKEN, url: str = "") -> str:
     # The client reads its endpoint when it is imported, hence a process of its own.
-    imports = (
-        "import sys\nfrom cartridges_jax import convert, interop\nfrom cartridges_jax.cartridge import Cartridge\n"
-    )
+    imports = "import sys\nfrom cartridges_jax import Cartridge, convert, interop\n"
     environment = os.environ | {"HF_ENDPOINT": url or hub.url, "HF_HOME": str(home), "HF_TOKEN": token}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", imports + code, *map(str, arguments)]
@@ -74,7 +72,7 @@ def test_a_dataset_goes_to_the_hub_and_trains_from_there(hub: Hub, tmp_path: Pat
         "data/train-00000-of-00001.parquet",
         "config.json",
     }
-    code = "from cartridges_jax.data import dataset_files\nprint(*dataset_files('hf:me/data'))"
+    code = "from cartridges_jax.training.data import dataset_files\nprint(*dataset_files('hf:me/data'))"
     (path,) = map(Path, on_hub(hub, tmp_path / "b", code).split())
     assert path.read_bytes() == (tmp_path / "dataset.parquet").read_bytes()
 

@@ -19,7 +19,7 @@ from make_golden import FAMILIES, fixed_tokens
 
 import cartridges_jax as cj
 from cartridges_jax import interop
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.interop.formats import FORMATS, read, write
 from cartridges_jax.models.language_model import LanguageModel
 

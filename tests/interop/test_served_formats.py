@@ -9,11 +9,11 @@ import pytest
 import tiny
 
 from cartridges_jax import serve
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.initializers import InitConfig, initial_cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
 from cartridges_jax.interop.formats import FORMATS, write
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
-from command_line.errors import UserError
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import tiny
 
 import cartridges_jax as cj
 from cartridges_jax import interop
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop.slots import _direction
-from command_line.errors import UserError
 
 TOKENS = np.asarray(tiny.model().tokenizer.encode("What sleeps in box 3?"))[None]
 

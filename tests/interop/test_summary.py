@@ -12,13 +12,13 @@ import tiny
 from loopback import QuietHandler, serving
 from tiny_runs import config_of, interrupted, metrics_of, settings_in
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import MixConfig
-from cartridges_jax.evals.during import EvalsConfig, LossEval
-from cartridges_jax.initializers import InitConfig, initial_cartridge
-from cartridges_jax.starting_texts import SummaryConfig
-from cartridges_jax.train import train
-from command_line.errors import UserError
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
+from cartridges_jax.initial.texts import SummaryConfig
+from cartridges_jax.training.data import MixConfig
+from cartridges_jax.training.evals.during import EvalsConfig, LossEval
+from cartridges_jax.training.run import train
 
 SUMMARY = "Cats, owls, foxes and hens sleep in boxes of the house, the barn, the wood and the yard."
 

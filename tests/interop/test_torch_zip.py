@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_golden_formats import FORMATS as GOLDEN
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import torch_zip
 from cartridges_jax.interop.formats import read
 from cartridges_jax.interop.torch_zip import _global, _integer, _integers, _text
-from command_line.errors import UserError
 
 REAL = (GOLDEN / "cache-step512.pt").read_bytes()
 

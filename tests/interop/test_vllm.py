@@ -25,12 +25,13 @@ from hf_folder import write_folder
 
 import cartridges_jax as cj
 from cartridges_jax.ask import post, vllm_request
-from cartridges_jax.evals.questions import questions_of
-from cartridges_jax.initializers import InitConfig
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.initial.initializers import InitConfig
 from cartridges_jax.models.language_model import LanguageModel
-from cartridges_jax.optim import OptimConfig
-from cartridges_jax.train import TrainConfig, train
-from command_line.errors import UserError
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.evals.questions import questions_of
+from cartridges_jax.training.optim import OptimConfig
+from cartridges_jax.training.run import train
 from synth import conversation
 from synth.conversation import Conversation, Message, TopLogprobs
 

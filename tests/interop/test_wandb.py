@@ -12,10 +12,10 @@ import pytest
 import tiny
 from loopback import QuietHandler, serving
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.data import dataset_files, read_examples
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import formats, sources
-from command_line.errors import UserError
+from cartridges_jax.training.data import dataset_files, read_examples
 
 KEY = "secret"
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels import gathered_product as module
 from cartridges_jax.kernels.gathered_product import gathered_product
 from cartridges_jax.kernels.gathered_product.kernel import Kernel
-from command_line.errors import UserError
 
 # left matrices, products, x, d, y, right matrices: queries by pages, activations by panels for one token and many, rows
 # that are divided among cores with a rest, vectors that are shorter than the machine's, nothing at all

@@ -15,9 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 from numpy.testing import assert_allclose, assert_array_equal
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.kernels.prefix_attention.shapes import LARGE, SMALL, Shape
-from command_line.errors import UserError
 
 IMPLEMENTATIONS = ["xla", "reference"]
 KERNELS = ["tpu", "gpu"]

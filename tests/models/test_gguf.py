@@ -16,10 +16,10 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from make_golden import FAMILIES, golden_config, weights
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.gguf import load_gguf
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.hub import resolve
-from command_line.errors import UserError
 
 NAMES = {  # Hugging Face's name of a layer's tensor -> llama.cpp's
     "input_layernorm": "attn_norm",

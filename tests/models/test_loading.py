@@ -16,12 +16,12 @@ from make_golden import FAMILIES, golden_config, weights
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Backend
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import load_model
 from cartridges_jax.models.transformer import abstract_params
-from cartridges_jax.sharding import MeshConfig, make_mesh
-from command_line.errors import UserError
+from cartridges_jax.parallel.sharding import MeshConfig, make_mesh
 
 WriteModel = Callable[..., Path]
 LLAMA3 = golden_config("llama")[0]["rope_parameters"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.quantization import SUMMED, Quantized, dequantized, quantized
 from cartridges_jax.models.transformer import hidden_states, init_params
 

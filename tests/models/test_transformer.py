@@ -14,8 +14,8 @@ from make_golden import fixed_tokens
 from numpy.testing import assert_allclose, assert_array_equal
 
 import cartridges_jax as cj
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.transformer import head_weights, hidden_states, init_params, keys_and_values, project
-from command_line.errors import UserError
 
 TOLERANCE = 3e-5  # float32 logits of size 1 to 40, added in another order; measured at most 1.5e-5
 

@@ -20,8 +20,11 @@ import tiny
 from safetensors.numpy import save_file
 from test_server import HELLO, SAID, Client, ScriptEngine, folder, serving  # pyrefly: ignore[missing-import]
 
-from cartridges_jax import cartridge_file, serve
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax import serve
+from cartridges_jax.cartridge import file as cartridge_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line import progress
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import formats
 from cartridges_jax.serving import calls, completions, protocol
 from cartridges_jax.serving.choices import StopStrings
@@ -29,8 +32,6 @@ from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.protocol import PIECE, take_tags
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore
-from command_line import progress
-from command_line.errors import UserError
 
 __all__ = ["folder"]  # a fixture
 BODY = json.dumps({"messages": HELLO}).encode()
@@ -373,7 +374,7 @@ def test_a_file_that_is_written_over_while_it_is_read_kills_nobody(tmp_path: Pat
     whole = path.read_bytes()
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom cartridges_jax import cartridge_file\n"
-        "from command_line.errors import UserError\n"
+        "from cartridges_jax.command_line.errors import UserError\n"
         "print('ready', flush=True)\nend = time.monotonic() + 2\n"
         "while time.monotonic() < end:\n"
         "    try:\n        cartridge_file.read(Path(sys.argv[1]))\n"
@@ -443,7 +444,7 @@ def test_a_hostile_cartridge_is_refused_and_its_neighbours_are_not(tmp_path: Pat
 
 def test_escape_codes_reach_no_terminal(capsys: pytest.CaptureFixture[str]):
     from cartridges_jax import chat
-    from command_line import config
+    from cartridges_jax.command_line import config
 
     text = "a\x1b[2J\x1b]0;title\x07\x9b31m\x7f\r\tb\n"
     shown = progress.printable(text)

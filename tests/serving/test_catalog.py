@@ -12,10 +12,10 @@ import pytest
 import tiny
 from test_server import SAID, Client, FakeCartridge, ScriptEngine, folder, serving, until  # pyrefly: ignore
 
-from cartridges_jax.cartridge import Cartridge
-from cartridges_jax.composition import compose
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.composition import compose
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.store import CartridgeStore, Reference, TooMany, UnknownCartridge
-from command_line.errors import UserError
 
 __all__ = ["folder"]  # a fixture
 

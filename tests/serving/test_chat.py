@@ -18,8 +18,8 @@ from test_server import SAID, TOKENIZER, ScriptEngine  # pyrefly: ignore[missing
 
 import cartridges_jax as cj
 from cartridges_jax import chat
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.scheduler import Prefix
-from command_line.errors import UserError
 
 
 def load(name: str) -> Prefix:

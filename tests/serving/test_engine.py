@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
 from cartridges_jax.serving.generate import generate, generate_ids, run
@@ -27,7 +28,6 @@ from cartridges_jax.serving.scheduler import (
     Started,
     Token,
 )
-from command_line.errors import UserError
 
 TOLERANCE = 1e-4
 LENGTH = 512

@@ -10,14 +10,14 @@ import mesh_programs
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cartridges_jax import sharding
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.parallel import sharding
+from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning.chips import devices_of
 from cartridges_jax.planning.hlo import traffic
 from cartridges_jax.serving.decoder import rearranged
 from cartridges_jax.serving.engine import Engine, decode_step
 from cartridges_jax.serving.scheduler import Place, SlotInput
-from cartridges_jax.sharding import MeshConfig
 
 
 @pytest.mark.aot

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import tiny
 
-from cartridges_jax.cartridge import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels import gathered_product, prefix_decode_attention
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.serving import decoder
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids, run
 from cartridges_jax.serving.scheduler import Finished, Prefix, Request, Sampled, Scheduler, Token
-from command_line.errors import UserError
 
 TOLERANCE = 1e-4
 TOKENS = tuple(tiny.model().tokenizer.encode(tiny.TEXT))

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.scheduler import (
     Event,
     Finished,
@@ -26,7 +27,6 @@ from cartridges_jax.serving.scheduler import (
     Started,
     Token,
 )
-from command_line.errors import UserError
 
 VOCAB = 8
 STOP = VOCAB - 1

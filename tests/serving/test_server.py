@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from test_scheduler import FakeEngine, next_token  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 
 from cartridges_jax import serve
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.choices import StopStrings
 from cartridges_jax.serving.scheduler import Request, Sampled, SlotInput
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
-from cartridges_jax.tokenizer import Tokenizer
-from command_line.errors import UserError
 
 END = 256
 HELLO = [{"role": "user", "content": "hello"}]

@@ -16,9 +16,9 @@ import tiny
 from test_server import SAID, Client, ScriptEngine, serving  # pyrefly: ignore[missing-import]
 
 from cartridges_jax import serve
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.warmup import Warmup
-from command_line.errors import UserError
 
 
 def test_requests_wait_and_health_says_how_long():

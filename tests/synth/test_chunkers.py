@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import chunkers
 from synth.chunkers import Chunk, LocalTokenizer, Pieces, TokenChunker
 from synth.config import ChunkerConfig

@@ -13,7 +13,7 @@ import tiny
 from aiohttp import web
 from client_servers import SGLang, Tokasaurus, alternatives, served
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.clients import connect, pickles
 from synth.clients.alignment import is_spelt
 from synth.clients.base import Client, Refused, Rejected, Unavailable, answer_span

@@ -14,7 +14,7 @@ from aiohttp import web
 from web_stub import WebStub
 
 import synth
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, hub
 from synth.conversation import Conversation, Message, flatten
 

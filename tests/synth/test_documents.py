@@ -14,7 +14,7 @@ import pytest
 import xlsxwriter
 from pptx.util import Inches
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import archive, mail, reading
 from synth.resources.config import ResourceConfig
 

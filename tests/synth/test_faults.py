@@ -24,7 +24,7 @@ from synth.config import ChunkerConfig, ClientConfig, FilterConfig, ResourceConf
 FAULTS = ("drop", "hang", 429, 500, 503, (429, {"Retry-After": "0.05"}), "broken", "empty", "short", "wrong tokens")
 PROGRAM = """
 import asyncio, sys
-from command_line import config
+from cartridges_jax.command_line import config
 from synth import endpoint, fleet, pipeline
 from synth.config import SynthConfig
 fleet.FIRST_BACKOFF_SECONDS, endpoint.LONGEST_SHUT_SECONDS, pipeline.SECONDS_TO_DISK = 0.05, 0.2, 0.2

@@ -13,7 +13,7 @@ import pytest
 from stub_server import MODEL
 from test_self_study import Scorer
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation
 from synth.config import ClientConfig, ExistingConfig, GivenConfig, SynthConfig
 from synth.conversation import Conversation

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_legacy import FlatTopLogprobs, TrainingExample, upstream  # noqa: F401  the fixture names their module
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, legacy
 from synth.conversation import Conversation, Message, TopLogprobs
 

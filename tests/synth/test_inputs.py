@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from stub_server import StubServer
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, existing
 from synth.config import ExistingConfig, SynthConfig
 from synth.conversation import Conversation, Message

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import arxiv, latex
 from synth.resources.latex import without_comments
 

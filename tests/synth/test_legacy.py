@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, inert_pickle, legacy
 from synth.conversation import Message
 from synth.inert_pickle import Record, Refused

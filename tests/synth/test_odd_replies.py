@@ -21,8 +21,8 @@ from aiohttp import web
 from client_servers import SGLang, Tokasaurus, served
 from stub_server import MODEL, StubServer
 
-from command_line.addresses import basic_login, without_credentials
-from command_line.errors import UserError
+from cartridges_jax.command_line.addresses import basic_login, without_credentials
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, pipeline
 from synth.clients import connect, http
 from synth.clients.base import Client, Completion, Refused, Unavailable, check_same_model

@@ -16,8 +16,8 @@ import pytest
 import tokenizers
 from stub_server import MODEL, StubServer
 
-from command_line.errors import UserError
-from command_line.files import locked
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.files import locked
 from synth import conversation, pipeline
 from synth.clients.base import Unavailable
 from synth.config import ChunkerConfig, ClientConfig, FilterConfig, SamplingConfig, SynthConfig

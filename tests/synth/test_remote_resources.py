@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from web_stub import Handler, WebStub
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import reading
 from synth.resources import web as web_api
 from synth.resources.config import ResourceConfig

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import extras, html, mail, reading, slack
 from synth.resources.config import ResourceConfig
 from synth.resources.sections import Heading, Section, at_definitions, at_headings

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from stub_server import MODEL, StubServer
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, seed_prompts
 from synth.config import ClientConfig, ExistingConfig, SamplingConfig, SynthConfig, ToolsConfig
 from synth.conversation import Conversation

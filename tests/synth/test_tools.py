@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stub_server import MODEL
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import tools
 from synth.clients.base import Completion
 from synth.config import ClientConfig, McpConfig, ResourceConfig, SamplingConfig, SynthConfig, ToolsConfig

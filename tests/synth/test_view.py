@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page, expect
 
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 from synth import conversation, dataset
 from synth.conversation import Conversation, Message, flatten
 from synth.view.index import Index

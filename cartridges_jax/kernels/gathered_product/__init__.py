@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))  # of the kernel
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
-from command_line.errors import UserError
+from cartridges_jax.command_line.errors import UserError
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 KERNELS = ("tpu", "gpu")  # in Pallas, each for the platform of its name

@@ -1,0 +1,155 @@
+"""A cartridge: p key/value slots per layer that stand in for a text (arXiv 2506.06266), and where it comes from.
+
+Keys are stored after RoPE (and after Qwen's k-norm) as if the slots stood at positions 0…p-1; a token that is i-th in
+its own sequence is rotated at p + i (design §3). This is the convention of upstream, PEFT and Tokasaurus.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.parallel import sharding
+
+if TYPE_CHECKING:
+    from cartridges_jax.models.config import ModelConfig
+    from cartridges_jax.models.language_model import LanguageModel
+
+
+@flax.struct.dataclass
+class Cartridge:
+    keys: Float[Array, "l p k h"]
+    values: Float[Array, "l p k h"]
+    bias: Float[Array, "l p k"] | None = None  # log-weight added to each slot's attention score; None means zero
+    num_frozen: int = flax.struct.field(pytree_node=False, default=1)  # leading slots that training never moves
+    provenance: Provenance = flax.struct.field(pytree_node=False, default=Provenance())
+
+    @property
+    def num_slots(self) -> int:
+        """p."""
+        return self.keys.shape[1]
+
+    @property
+    def thinking(self) -> bool | None:
+        """The mode in which it was trained to answer, which a chat template is asked for unless told otherwise."""
+        return self.provenance.thinking
+
+    @property
+    def prefix(self) -> tuple[Array, Array, Array | None]:
+        """What attention takes, layer axis first."""
+        return self.keys, self.values, self.bias
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the slots as they are held here (float32 or the model's dtype)."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def checked(self, config: ModelConfig) -> Cartridge:
+        """Itself, if its shapes fit the model.
+
+        Raises:
+          UserError: other layers, kv heads or head size, or shapes that do not belong together.
+        """
+        l, p, k, h = self.keys.shape if self.keys.ndim == 4 else (0, 0, 0, 0)
+        expected = (config.num_layers, p, config.num_kv_heads, config.head_dim)
+        if (l, p, k, h) != expected or self.values.shape != self.keys.shape:
+            raise UserError(
+                f"the cartridge's keys are {self.keys.shape} and values {self.values.shape}, "
+                f"expected {expected} as [layers, slots, kv heads, head size] of this model: use the model it was made "
+                "for"
+            )
+        if self.bias is not None and self.bias.shape != (l, p, k):
+            raise UserError(f"the cartridge's bias is {self.bias.shape}, expected {(l, p, k)}")
+        if not 0 <= self.num_frozen <= p:
+            raise UserError(f"num_frozen is {self.num_frozen}, expected 0 to the number of slots, {p}")
+        return self
+
+    @classmethod
+    def from_text(
+        cls, model: LanguageModel, text: str, num_tokens: int | None = None, num_frozen: int = 1
+    ) -> Cartridge:
+        """The keys and values of the first `num_tokens` tokens of `text` (by default all): the lossless control.
+
+        Raises:
+          UserError: the text has no token, or more than the model's window.
+        """
+        tokens = model.tokenizer.encode(text, add_special_tokens=True)[:num_tokens]
+        return cls.from_tokens(
+            model, tokens, num_frozen, Provenance.of(model, text, f"text, first {len(tokens)} tokens")
+        )
+
+    @classmethod
+    def from_tokens(
+        cls, model: LanguageModel, tokens: Sequence[int], num_frozen: int = 1, provenance: Provenance | None = None
+    ) -> Cartridge:
+        """The keys and values of these tokens at positions 0…p-1."""
+        if len(tokens) == 0:
+            raise UserError("the text has no tokens: a cartridge needs at least one")
+        if len(tokens) > model.config.window:
+            raise UserError(f"{len(tokens)} tokens exceed {model.name}'s window of {model.config.window}: cut the text")
+        # padded on the right to a multiple, which causality hides, so that similar lengths share one compiled program
+        padded_t = np.zeros(math.ceil(len(tokens) / 64) * 64, np.int32)
+        padded_t[: len(tokens)] = tokens
+        mesh = sharding.mesh_of(model.params)
+        keys_and_values = _keys_and_values(model.config, mesh)(model.params, padded_t)
+        keys_lpkh, values_lpkh = (a[:, : len(tokens)] for a in keys_and_values)
+        provenance = provenance or Provenance.of(model, "", "tokens")
+        cartridge = cls(
+            keys_lpkh.astype(jnp.float32),
+            values_lpkh.astype(jnp.float32),
+            None,
+            min(num_frozen, len(tokens)),
+            provenance,
+        )
+        return cartridge.checked(model.config)
+
+    def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
+        """Writes `cartridge.safetensors`, whole or not at all; see `cartridge_file.write`."""
+        from cartridges_jax.cartridge import file as cartridge_file
+
+        cartridge_file.write(self, path, dtype)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: LanguageModel | None = None) -> Cartridge:
+        """Reads a cartridge; with `model`, refuses one that was made for another.
+
+        Args:
+          path: a file that `save` wrote, a file or folder of any format that `interop` knows, or `hf:org/name` or
+            `wandb:entity/project/run`, which are fetched.
+
+        Raises:
+          FileNotFoundError: no such file.
+          UserError: not a whole cartridge, a newer format, or another model's, both sides shown.
+          ConnectionError, PermissionError: it has to be fetched and cannot be.
+        """
+        from cartridges_jax.interop import formats
+
+        cartridge = formats.read(path)
+        if model is not None:
+            cartridge.provenance.check(model, os.fspath(path))
+            cartridge.checked(model.config)
+        return cartridge
+
+
+@functools.cache
+def _keys_and_values(config: ModelConfig, mesh: Mesh) -> Any:
+    from cartridges_jax.models.transformer import abstract_params, keys_and_values
+
+    weights = sharding.fitted(abstract_params(config), sharding.WEIGHTS, mesh)
+    slots = jax.ShapeDtypeStruct((config.num_layers, 1, config.num_kv_heads, config.head_dim), jnp.float32)
+    out = sharding.fitted(slots, sharding.CARTRIDGE, mesh)
+    function = functools.partial(keys_and_values, config=config)
+    return jax.jit(sharding.on_mesh(function, mesh, (weights, P()), (out, out)))

@@ -1,0 +1,139 @@
+"""The cartridge's own file, `cartridge.safetensors`: keys, values, optional bias, and a JSON header.
+
+Slots are stored as they are held, or smaller: float16, bfloat16, or int8 with a scale for every slot of every head.
+A smaller file is read back as float32; what it costs in quality is measured by benchmarks/formats.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from cartridges_jax.cartridge import tensor_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
+
+FORMAT_VERSION = 2  # the newest that is read; 1 had no int8, and is still written wherever it can say the same
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None = None) -> None:
+    """Writes the file, whole or not at all, with keys and values in `dtype` (as they are held by default).
+
+    Raises:
+      UserError: an unknown dtype, or values that it cannot hold.
+      OSError: the folder cannot be written, or the disk is full.
+    """
+    tensors = {**_encode("keys", cartridge.keys, dtype), **_encode("values", cartridge.values, dtype)}
+    if cartridge.bias is not None:
+        tensors["bias"] = np.ascontiguousarray(cartridge.bias)
+    _save(path, tensors, {"format_version": 2 if dtype == "int8" else 1, **header_of(cartridge)})
+
+
+def record_evaluation(path: Path, evaluation: str) -> None:
+    """Puts an evaluation, as JSON, into the header of a file that `write` wrote; its arrays keep their bytes."""
+    data, metadata = tensor_file.read(path)
+    header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
+    _save(path, tensors, header | {"evaluation": evaluation})
+
+
+def _save(path: str | os.PathLike[str], tensors: dict[str, np.ndarray], header: dict[str, object]) -> None:
+    with files.atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})
+        except SafetensorError as error:  # a full disk is not an OSError there
+            raise OSError(f"cannot write {os.fspath(path)}: {error}") from error
+
+
+def read(path: Path) -> Cartridge:
+    """Reads a file that `write` wrote.
+
+    Raises:
+      FileNotFoundError: no such file.
+      UserError: not a whole cartridge file, or a newer format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a cartridge.safetensors file")
+    try:
+        data, metadata = tensor_file.read(path)
+        header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
+        version = header["format_version"]
+        if version <= FORMAT_VERSION:
+            _check_shapes(tensors)
+            keys, values = _decode("keys", tensors), _decode("values", tensors)
+            bias = None if "bias" not in tensors else jnp.asarray(tensors["bias"].astype(np.float32))
+            return Cartridge(keys, values, bias, *read_header(header))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
+    raise UserError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade")
+
+
+def header_of(cartridge: Cartridge) -> dict[str, object]:
+    """What is known of a cartridge beside its arrays; formats of others carry it along where they have room."""
+    return {"num_frozen": cartridge.num_frozen, **cartridge.provenance.as_dict()}
+
+
+def read_header(header: dict[str, object]) -> tuple[int, Provenance]:
+    """The number of frozen slots and the provenance.
+
+    Raises:
+      TypeError, KeyError: the header holds something else.
+    """
+    num_frozen = header["num_frozen"]
+    if type(num_frozen) is not int:
+        raise TypeError(f"num_frozen is {num_frozen!r}")
+    return num_frozen, Provenance.from_dict(header)
+
+
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The array in a floating-point dtype.
+
+    Raises:
+      UserError: a value is too large for it.
+    """
+    with np.errstate(over="ignore"):
+        small = array.astype(DTYPES[dtype])
+    if not np.isfinite(small.astype(np.float32)).all():
+        largest = np.abs(array).max()
+        raise UserError(f"{dtype} cannot hold a value of {largest:.3g}, which this cartridge has: use bfloat16")
+    return small
+
+
+def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray]:
+    held = np.ascontiguousarray(array)
+    if dtype is None:
+        return {name: held}
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if dtype != "int8":
+        return {name: cast(held, dtype)}
+    scale_lpk = np.abs(held.astype(np.float32)).max(-1, initial=0) / 127
+    scale_lpk[scale_lpk == 0] = 1.0  # a slot of zeros
+    return {name: np.rint(held / scale_lpk[..., None]).astype(np.int8), f"{name}_scale": scale_lpk.astype(np.float32)}
+
+
+def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
+    """Before anything is made of them: numpy would stretch what does not belong together."""
+    for name in ("keys", "values"):
+        scale, shape = tensors.get(f"{name}_scale"), tensors[name].shape
+        if scale is not None and scale.shape != shape[:-1]:
+            raise UserError(f"{name}_scale is {scale.shape}, expected {shape[:-1]}")
+    for name, tensor in tensors.items():
+        is_whole = f"{name}_scale" in tensors if tensor.dtype == np.int8 else tensor.dtype in FLOATS
+        if not is_whole:
+            raise UserError(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}, int8 with its scale")
+
+
+def _decode(name: str, tensors: dict[str, np.ndarray]) -> jnp.ndarray:
+    array = jnp.asarray(tensors[name].astype(np.float32))
+    return array * tensors[f"{name}_scale"][..., None] if tensors[name].dtype == np.int8 else array

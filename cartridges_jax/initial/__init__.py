@@ -1,0 +1,1 @@
+"""Where a cartridge starts from (design §6)."""

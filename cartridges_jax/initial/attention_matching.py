@@ -1,0 +1,245 @@
+"""An initial state in seconds: p slots whose attention matches the full document's (arXiv 2602.16284).
+
+For every layer and kv head, with the queries of self-study conversations and of the document being repeated (which
+leaves no token unasked): keep the p document tokens that receive the most attention; give each a bias, so that the
+slots' total weight matches the document's (non-negative least squares); then move their values, so that the output
+matches (least squares). Layers are fitted in order, on the states that the slots fitted so far produce, so that later
+layers make up for earlier ones.
+
+A document longer than `chunk_tokens` is compacted in chunks, each as if it alone stood before the question; behind
+the first, a chunk's attention sink is dropped, as in a composition of cartridges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.provenance import Provenance
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.prefix_attention import prefix_attention
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
+from cartridges_jax.parallel import sharding
+from cartridges_jax.training.data import Example, PackedRows
+
+ROW = 256  # tokens of a packed row of reference conversations
+QUERY_TOKENS = 1024  # of conversations, beside the document's own; p slots need several times p queries
+NNLS_STEPS = 200
+LARGEST_BIAS = 5.0  # in nats
+RIDGE = 1e-3  # of the mean squared weight: how strongly a slot keeps its token's value where the queries do not care
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchingConfig:
+    queries: Literal["both", "conversations", "repeat"] = "both"
+    chunk_tokens: int = 4096  # what is compacted at once: memory grows with its square
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 2:
+            raise UserError(f"init.matching.chunk_tokens is {self.chunk_tokens}, expected at least 2")
+
+
+def attention_matching(
+    model: LanguageModel,
+    corpus: str,
+    examples: Sequence[Example],
+    num_slots: int,
+    num_frozen: int = 1,
+    config: MatchingConfig | None = None,
+) -> Cartridge:
+    """The compacted document, which stands in a system message as a teacher sees it.
+
+    Args:
+      examples: conversations about the corpus, whose tokens give the reference queries; without any, those of the
+        document being repeated have to do.
+
+    Raises:
+      UserError: the document has fewer than `num_slots` tokens, or there are too few slots for its chunks.
+    """
+    config = config or MatchingConfig()
+    if config.queries == "conversations" and not examples:
+        raise UserError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
+    bodies, (before, after) = _chunks(model, corpus, min(config.chunk_tokens, model.config.window - ROW))
+    chunks = [[*before, *body, *after] for body in bodies]
+    # behind the first, a chunk fits one slot more, its sink, which is dropped
+    shares = [num_slots // len(chunks) + (i < num_slots % len(chunks)) + (i > 0) for i in range(len(chunks))]
+    if any(not 2 <= share <= len(chunk) for share, chunk in zip(shares, chunks, strict=True)):
+        raise UserError(
+            f"the document has {len(chunks)} chunks of {len(chunks[0])} tokens, expected at least the {num_slots} "
+            "slots and two of them for each chunk: choose another init.num_slots, or another init.kind"
+        )
+    parts = []
+    for body, chunk, share in zip(bodies, chunks, shares, strict=True):
+        document = Cartridge.from_tokens(model, chunk)
+        batch = _queries(model, body, examples, config)
+        matched = _match(
+            model.params,
+            document.keys,
+            document.values,
+            *(np.stack([row[name] for row in batch]) for name in ("tokens", "segment_ids", "positions")),
+            config=model.config,
+            num_slots=share,
+            # Keys were rotated for queries at len(chunk) + i; moved they meet num_slots + i at the same angle.
+            shift=num_slots - len(chunk),
+            # left to XLA to lay on a mesh, which it cannot do with a kernel
+            implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
+        )
+        parts.append(matched if not parts else [a[:, 1:] for a in matched])
+    keys, values, bias = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    recipe = f"attention matching (queries: {config.queries}; {len(chunks)} chunks of {len(chunks[0])} tokens)"
+    return Cartridge(keys, values, bias, num_frozen, Provenance.of(model, corpus, recipe)).checked(model.config)
+
+
+def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
+    """The document's tokens in chunks of one length, and what stands before and after each in a system message.
+
+    With it, none has more than `size` tokens. The last begins early enough to have as many as the others: one program
+    compacts them all.
+    """
+
+    def message(text: str) -> list[int]:
+        return model.tokenizer.chat_ids([{"role": "system", "content": text}], add_generation_prompt=False)
+
+    whole, other = message(corpus), message("\N{SYMBOL FOR NULL}")
+    before = _common(whole, other)
+    after = _common(whole[before:][::-1], other[before:][::-1])
+    frame = whole[:before], whole[len(whole) - after :]
+    body, room = whole[before : len(whole) - after], size - before - after
+    if room < 1:
+        raise UserError(
+            f"a chunk of {size} tokens leaves no room for a text: expected more than {size - room} of "
+            f"init.matching.chunk_tokens, and {ROW} more than those of {model.name}'s window, {model.config.window}"
+        )
+    count = -(-len(body) // room)
+    length = -(-len(body) // count)
+    starts = [min(i * length, len(body) - length) for i in range(count)]
+    return [body[start : start + length] for start in starts], frame
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _queries(
+    model: LanguageModel, body: Sequence[int], examples: Sequence[Example], config: MatchingConfig
+) -> list[dict[str, np.ndarray]]:
+    """Packed rows whose queries the compacted chunk shall answer; a choice of one kind has as many as both."""
+    repeated = 2 * len(body)
+    counts = {"both": (QUERY_TOKENS, repeated), "conversations": (QUERY_TOKENS + repeated, 0), "repeat": (0, repeated)}
+    asked, said = counts[config.queries]
+    return _rows(examples, asked) + _rows(_repetitions(model, body), said)
+
+
+def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.ndarray]]:
+    rows = PackedRows(examples, ROW, batch_size=1, num_epochs=1, seed=0)
+    return [rows[i] for i in range(min(len(rows), math.ceil(num_tokens / ROW)))]
+
+
+def _repetitions(model: LanguageModel, tokens: Sequence[int]) -> list[Example]:
+    """The document said back, piece by piece: queries that look for every one of its tokens."""
+    frame = model.tokenizer.turn_ids([{"role": "user", "content": "Repeat the text."}], add_generation_prompt=True)
+    size = ROW - len(frame)
+    nothing = np.zeros(0, np.int32)
+    return [
+        Example(np.asarray([*frame, *tokens[i : i + size]], np.int32), nothing, nothing, nothing.astype(np.float32))
+        for i in range(0, len(tokens), size)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_slots", "implementation"))
+def _match(
+    params: Params,
+    document_k: Float[Array, "l s k h"],
+    document_v: Float[Array, "l s k h"],
+    tokens: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    *,
+    config: ModelConfig,
+    num_slots: int,
+    shift: int,  # of the keys' positions
+    implementation: str | None,
+) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
+    length = document_k.shape[1]
+    rope = rope_tables(positions + length, config)
+    is_query_bt = segment_ids > 0
+
+    def layer(x_btd: Array, scanned: Any) -> tuple[Array, Any]:
+        layer_params, keys_skh, values_skh = scanned
+
+        def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array) -> tuple[Array, Any]:
+            b, t, n, h = q_btnh.shape
+            q_kmh = q_btnh.reshape(b * t, config.num_kv_heads, -1, h).transpose(1, 0, 2, 3)
+            q_kmh = q_kmh.reshape(config.num_kv_heads, -1, h)
+            is_query_m = jnp.repeat(is_query_bt.reshape(-1), n // config.num_kv_heads)
+            fit = functools.partial(_fit_head, is_query=is_query_m, num_slots=num_slots)
+            # one head at a time: its scores are [queries, document tokens]
+            keys_kph, values_kph, bias_kp = jax.lax.map(
+                lambda a: fit(*a), (q_kmh, keys_skh.transpose(1, 0, 2), values_skh.transpose(1, 0, 2))
+            )
+            slots = keys_kph.transpose(1, 0, 2), values_kph.transpose(1, 0, 2), bias_kp.T
+            o_btnh = prefix_attention(q_btnh, k_btkh, v_btkh, *slots[:2], segment_ids, slots[2], implementation)
+            return o_btnh, slots
+
+        return block_of(config, layer_params)(x_btd, rope, attend)
+
+    _, (keys, values, bias) = jax.lax.scan(
+        layer, params["embed"][tokens].astype(jnp.float32), (params["blocks"], document_k, document_v)
+    )
+    angles = rope_tables(jnp.full((1, 1), shift), config)
+    return jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], angles)[0])(keys), values, bias
+
+
+def _fit_head(
+    q: Float[Array, "m h"], k: Float[Array, "s h"], v: Float[Array, "s h"], *, is_query: Array, num_slots: int
+) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
+    weights_ms, mass_s = _attention(q, k, is_query)
+    # the first token is the attention sink, which stays first; the others keep their order
+    kept_p = jnp.sort(jax.lax.top_k(mass_s.at[0].set(jnp.inf), num_slots)[1])
+    return k[kept_p], *_fit_slots(weights_ms[:, kept_p], v[kept_p], weights_ms @ v, is_query)
+
+
+def _attention(
+    q: Float[Array, "m h"], k: Float[Array, "s h"], is_query: Array
+) -> tuple[Float[Array, "m s"], Float[Array, " s"]]:
+    """The queries' weights, and of each token the root of their mean square."""
+    weights_ms = jax.nn.softmax(q @ k.T * q.shape[-1] ** -0.5, axis=-1) * is_query[:, None]
+    return weights_ms, jnp.sqrt((weights_ms**2).mean(0))
+
+
+def _fit_slots(
+    shares_mp: Array, v_ph: Array, output_mh: Array, is_query: Array
+) -> tuple[Float[Array, "p h"], Float[Array, " p"]]:
+    """Values and log-weights of the kept tokens that come closest to the output of all tokens."""
+    weight_p = _nnls(shares_mp, is_query.astype(shares_mp.dtype))
+    shares_mp = shares_mp * weight_p
+    shares_mp = shares_mp / jnp.maximum(shares_mp.sum(-1, keepdims=True), 1e-9)
+    gram_pp = shares_mp.T @ shares_mp
+    ridge = RIDGE * jnp.trace(gram_pp) / len(v_ph)
+    gram_pp = gram_pp + ridge * jnp.eye(len(v_ph), dtype=gram_pp.dtype)
+    residual_ph = shares_mp.T @ (output_mh - shares_mp @ v_ph)
+    return v_ph + jax.scipy.linalg.solve(gram_pp, residual_ph, assume_a="pos"), jnp.log(weight_p)
+
+
+def _nnls(shares: Float[Array, "m p"], target: Float[Array, " m"]) -> Float[Array, " p"]:
+    """Positive w with shares @ w near target, by multiplicative updates (Lee and Seung, 2001), from w = 1."""
+    gram_pp, aim_p = shares.T @ shares, shares.T @ target
+
+    def update(_: int, weight_p: Array) -> Array:
+        return jnp.clip(
+            weight_p * aim_p / jnp.maximum(gram_pp @ weight_p, 1e-12), *jnp.exp(jnp.array([-1, 1]) * LARGEST_BIAS)
+        )
+
+    return jax.lax.fori_loop(0, NNLS_STEPS, update, jnp.ones_like(aim_p))

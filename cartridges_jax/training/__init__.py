@@ -1,0 +1,1 @@
+"""Distils conversations into a cartridge."""

@@ -1,0 +1,91 @@
+"""Questions with their answers, in a file of JSON lines, and as what a model continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from importlib import resources
+
+import numpy as np
+
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.training.data import Example
+
+EXPECTED = '{"question": "…", "answer": "…"}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()  # of a multiple-choice question; the answer is one of them
+
+    def asked(self, instruction: str) -> str:
+        """What the model is told: the instruction with its {question} and {choices}."""
+        listed = "\n".join(f"- {choice}" for choice in self.choices)
+        return instruction.replace("{choices}", listed).replace("{question}", self.question)
+
+
+def questions_of(path: str | os.PathLike[str]) -> list[Question]:
+    """Reads JSON lines of {"question", "answer"} and, for a multiple choice, "choices".
+
+    Raises:
+      FileNotFoundError, UserError: no such file, no question in it, or a line that is something else.
+    """
+    return _parsed(files.read_json_lines(path, 'one {"question", "answer"} a line'), str(path))
+
+
+def general_questions() -> list[Question]:
+    """A fixed set about the world at large, which no cartridge should make a model forget."""
+    name = "general.jsonl"
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return _parsed(files.json_lines(text), name)
+
+
+def _parsed(lines: Iterable[tuple[int, str]], source: str) -> list[Question]:
+    questions = []
+    for number, line in lines:
+        try:
+            entry = files.parse_json(line, source)
+            choices = tuple(choice.strip() for choice in entry.get("choices", ()))
+            question = Question(entry["question"].strip(), entry["answer"].strip(), choices)
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{source}, line {number}: expected {EXPECTED}") from error
+        if choices and question.answer not in choices:
+            raise UserError(f"{source}, line {number}: the answer {question.answer!r} is none of its choices")
+        if not question.question or not question.answer:
+            raise UserError(f"{source}, line {number}: a question or an answer is empty, expected {EXPECTED}")
+        questions.append(question)
+    if not questions:
+        raise UserError(f'{source} holds no question: expected one {{"question", "answer"}} a line')
+    return questions
+
+
+def answered_examples(
+    model: LanguageModel,
+    exchanges: Sequence[tuple[str, str]],
+    *,
+    behind_cartridge: bool = True,
+    thinking: bool | None = None,
+) -> list[Example]:
+    """Questions, each put to the model as a chat's first turn, and their answers, whose tokens are the targets."""
+    laid_out = [
+        model.tokenizer.answered_ids(
+            [{"role": "user", "content": question}], answer, behind_cartridge=behind_cartridge, thinking=thinking
+        )
+        for question, answer in exchanges
+    ]
+    return answer_examples(*zip(*laid_out, strict=True))
+
+
+def answer_examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Example]:
+    """Prompts followed by their answers, whose tokens are the targets."""
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        index = np.arange(len(answer), dtype=np.int32) + len(prompt) - 1
+        tokens = np.asarray([*prompt, *answer], np.int32)
+        examples.append(Example(tokens, index, np.asarray(answer, np.int32), np.zeros(len(answer), np.float32)))
+    return examples

@@ -1,0 +1,153 @@
+"""Top-k distillation, chunked over the target positions: `[t, v]` never exists (design §6, arXiv 2506.06266 §4.2).
+
+The head is frozen, so the gradient with respect to the hidden states is all that is needed; it is computed chunk by
+chunk in the forward pass, while a chunk's logits are at hand, and the backward pass only scales it. Positions without
+a target are sorted behind the others and their chunks are not visited.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.transformer import Params, Remat, head_weights, hidden_states, project
+from cartridges_jax.parallel import collectives
+from cartridges_jax.training.batch import Batch
+
+if TYPE_CHECKING:
+    from cartridges_jax.cartridge.arrays import Cartridge
+    from cartridges_jax.models.language_model import LanguageModel
+
+CHUNK = 128  # target positions whose logits exist at one time
+NOTHING = -1e30  # a logit of no weight; finite, so that a row of them gives no NaN
+
+Tail = Literal["drop", "bucket"]
+Reduction = Literal["token", "entry", "row"]
+
+
+def distillation_loss(
+    cartridge: Cartridge,
+    model: LanguageModel,
+    batch: Batch,
+    tail: Tail = "drop",
+    reduction: Reduction = "token",
+) -> Float[Array, ""]:
+    """Cross-entropy of the student's next token against the teacher's top-k, differentiable in the cartridge.
+
+    A target's loss is -sum_j p_j log q_j; with `tail="bucket"` plus the remaining teacher mass against the remaining
+    student mass. Averaged over target tokens; over entries (`reduction="entry"`); or, as upstream does, over the
+    entries of each row and then over rows ("row").
+    The model is frozen: no gradient flows to its parameters.
+    """
+    checked = cartridge.checked(model.config)
+    total, count = loss_sum(checked, model.params, batch, config=model.config, tail=tail, reduction=reduction)
+    return total / jnp.maximum(count, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "tail", "reduction", "remat"))
+def loss_sum(
+    cartridge: Cartridge,
+    params: Params,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    tail: Tail,
+    reduction: Reduction,
+    remat: Remat = "layers",
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
+    if tail not in ("drop", "bucket") or reduction not in ("token", "entry", "row"):
+        raise UserError(
+            f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token, entry or row"
+        )
+    hidden_btd = hidden_states(
+        params, batch.tokens, batch.segment_ids, batch.positions, *cartridge.prefix, config=config, remat=remat
+    )
+    mask_btj = batch.target_entries
+    targets = hidden_btd, batch.target_ids, batch.target_logprobs, mask_btj
+    head_vd = head_weights(params)
+    if reduction == "row":
+        sums_b = jax.lax.map(lambda row: top_k_cross_entropy(row[0], head_vd, *row[1:], tail), targets)
+        entries_b = mask_btj.sum((1, 2))
+        return (sums_b / jnp.maximum(entries_b, 1)).sum(), (entries_b > 0).sum().astype(jnp.float32)
+    hidden_td, *rest = (a.reshape(-1, a.shape[-1]) for a in targets)
+    total = top_k_cross_entropy(hidden_td, head_vd, *rest, tail)
+    return total, batch.num_targets if reduction == "token" else mask_btj.sum().astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def top_k_cross_entropy(
+    hidden: Float[Array, "t d"],
+    head: Float[Array, "v d"],
+    ids: Int[Array, "t j"],
+    logprobs: Float[Array, "t j"],
+    mask: Bool[Array, "t j"],
+    tail: Tail,
+) -> Float[Array, ""]:
+    """The loss summed over targets. No gradient flows to `head`: it is frozen."""
+    return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=False)[0]
+
+
+def _forward(hidden: Array, head: Array, ids: Array, logprobs: Array, mask: Array, tail: Tail) -> tuple[Array, Array]:
+    return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=True)
+
+
+def _backward(tail: Tail, gradient_td: Array, cotangent: Array) -> tuple[Any, ...]:
+    return (gradient_td * cotangent.astype(gradient_td.dtype), None, None, None, None)
+
+
+top_k_cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_chunks(
+    hidden: Array, head: Array, ids: Array, logprobs: Array, mask: Array, tail: Tail, *, with_gradient: bool
+) -> tuple[Array, Array]:
+    t = hidden.shape[0]
+    chunk = min(CHUNK, t)
+    is_target_t = mask.any(-1)
+    padded = -(-t // chunk) * chunk
+    # targets first, in their order; an index past the end names a row of zeros (mode="fill") and is dropped on the way
+    # back
+    order_t = jnp.concatenate([jnp.argsort(~is_target_t, stable=True), jnp.full(padded - t, t)])
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, gradient_td = carry
+        rows_c = jax.lax.dynamic_slice(order_t, (i * chunk,), (chunk,))
+        hidden_cd, ids_cj, logprobs_cj, mask_cj = (
+            a.at[rows_c].get(mode="fill", fill_value=0) for a in (hidden, ids, logprobs, mask)
+        )
+        if not with_gradient:
+            return total + _chunk_loss(hidden_cd, head, ids_cj, logprobs_cj, mask_cj, tail), gradient_td
+        loss, gradient_cd = jax.value_and_grad(_chunk_loss)(hidden_cd, head, ids_cj, logprobs_cj, mask_cj, tail)
+        return total + loss, gradient_td.at[rows_c].set(gradient_cd, mode="drop")
+
+    chunks = collectives.most(-(-is_target_t.sum() // chunk))
+    dtype = jnp.promote_types(jnp.float32, hidden.dtype)
+    return jax.lax.fori_loop(0, chunks, body, (jnp.zeros((), dtype), jnp.zeros_like(hidden)))
+
+
+def _chunk_loss(
+    hidden_cd: Array, head_vd: Array, ids_cj: Array, logprobs_cj: Array, mask_cj: Array, tail: Tail
+) -> Array:
+    dtype = jnp.promote_types(jnp.float32, hidden_cd.dtype)
+    logits_cv = project("cd,vd->cv", collectives.split(hidden_cd.astype(dtype)), head_vd)
+    normalizer_c = collectives.log_sum_exp(logits_cv)
+    teacher_cj = jnp.where(mask_cj, jnp.exp(logprobs_cj.astype(dtype)), 0)
+    student_cj = collectives.picked(logits_cv, ids_cj) - normalizer_c[:, None]
+    loss = -jnp.sum(teacher_cj * student_cj)
+    if tail == "bucket":
+        # the student's remaining mass from the remaining logits: 1 - sum(q) would cancel when q is close to one
+        own_cj, here_cj = collectives.own_ids(ids_cj, head_vd.shape[0])
+        outside_cj = jnp.where(mask_cj & here_cj, own_cj, head_vd.shape[0])  # out of range: dropped
+        rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], outside_cj].set(NOTHING, mode="drop")
+        entries_c = mask_cj.sum(-1)  # none: no target; the whole vocabulary: nothing remains
+        whole = collectives.vocabulary(head_vd.shape[0])
+        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * ((entries_c > 0) & (entries_c < whole))
+        loss -= jnp.sum(rest_c * (collectives.log_sum_exp(rest_cv) - normalizer_c))
+    return loss

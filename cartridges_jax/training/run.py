@@ -1,0 +1,274 @@
+"""A training run, from its inputs to `cartridge.safetensors`.
+
+A run that is killed and started again continues from its last checkpoint and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line import files
+from cartridges_jax.command_line.addresses import without_credentials
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.progress import stage
+from cartridges_jax.initial.initializers import initial_cartridge
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.models.quantization import quantized
+from cartridges_jax.parallel import processes, sharding
+from cartridges_jax.parallel.device import matmul_peak
+from cartridges_jax.parallel.sharding import MeshConfig
+from cartridges_jax.training.checkpoint import Checkpoints
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.data import (
+    Example,
+    PackedRows,
+    check_lengths,
+    dataset_files,
+    dataset_hash,
+    read_corpus,
+    thinking_of,
+)
+from cartridges_jax.training.evals.during import Evals
+from cartridges_jax.training.example_cache import ExampleCache
+from cartridges_jax.training.loop import Best, Job, RunState, run_loop
+from cartridges_jax.training.metrics import METRICS, Journal, evaluation_behind, history
+from cartridges_jax.training.optim import OptimConfig, optimizer
+from cartridges_jax.training.report import write_training_report
+from cartridges_jax.training.step import TrainState
+from cartridges_jax.training.trackers import TrackConfig
+
+INITIAL = "initial.safetensors"  # the initial state, beside the run's config
+EXAMPLES = "examples"  # a folder of what was laid out
+
+
+def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
+    """Runs or resumes a training run and returns the path of its `cartridge.safetensors`.
+
+    On several hosts `output_dir` has to be a folder that all of them see; the first process writes there.
+
+    Args:
+      model: by default `config.model`, laid on the devices as `config.mesh` says; a given one stays where it is.
+
+    Raises:
+      FileNotFoundError, UserError: a missing or unusable input, before anything is written.
+    """
+    if config.init.kind == "summary" and jax.process_count() > 1:
+        raise UserError(
+            f"init.kind 'summary' asks a server once, and this job has {jax.process_count()} processes: make the "
+            "initial state with one and num_steps=0, and go on from it with init.kind 'pretrained'"
+        )
+    with _locked(Path(config.output_dir)):
+        return _train(config, model)
+
+
+def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
+    corpus = read_corpus(config.corpus)
+    for source in [*_datasets(config), *(one.dataset for one in config.evals.loss if one.dataset)]:
+        dataset_files(source)
+    mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
+    sharding.check_rows(config.batch_size, mesh)
+    model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
+    config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
+    model = quantized(model) if config.quantization == "int8" else model
+    if config.init.kind != "pretrained":  # of which the file decides
+        _check_window(config.init.num_slots, config, model)
+    directory = Path(config.output_dir)
+    day = _day(directory)
+    model = dataclasses.replace(model, tokenizer=model.tokenizer.on(day))
+    settings = _settings(config) | {"day": day.isoformat()}
+    _refuse_other_config(directory, settings)
+    step_rows = config.batch_size * config.accumulation
+    with stage("laying out conversations"):
+        cache = ExampleCache(directory / EXAMPLES, model.tokenizer, config.targets, model.config.vocab_size)
+        examples = [] if config.dataset is None else cache.read(config.dataset)
+        mixed = [(cache.read(one.dataset), one.weight) for one in config.mix]
+        check_lengths([*examples, *(example for others, _ in mixed for example in others)], config.seq_len)
+        rows = PackedRows(examples, config.seq_len, step_rows, config.num_epochs, config.seed, mixed)
+    thinking = None if config.dataset is None else thinking_of(config.dataset)
+    evals = Evals(config.evals, model, config.targets, config.tail, thinking)
+    cartridge = _initial(config, model, corpus, examples)
+    _check_window(cartridge.num_slots, config, model)
+    evals.check_window(cartridge.num_slots)
+    num_steps = len(rows) // step_rows
+    num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
+    tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
+    _begin(directory, settings, cartridge, cache)
+    state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    best = None if config.evals.patience is None else Best.of(cartridge)
+    run_state = sharding.placed(RunState(state, best, jnp.zeros((), jnp.float32)), sharding.CARTRIDGE, mesh)
+    job = Job(config, model, rows, tx, num_steps, mesh, evals)
+    checkpoints = Checkpoints(directory / "checkpoints")
+    try:
+        restored = checkpoints.restore(run_state)
+        run_state = run_state if restored is None else restored
+        journal = _journal(job, run_state, directory, settings)
+        try:
+            run_state = run_loop(job, run_state, journal, checkpoints)
+        finally:
+            journal.close()
+    finally:
+        checkpoints.close()
+    return _finish(job, run_state, directory, settings)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The run's directory is this job's alone; its first process holds the lock for all.
+
+    Raises: UserError, on every process.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if processes.is_first():
+            try:
+                stack.enter_context(files.locked(directory))
+            except UserError as error:
+                refusal = error
+        if processes.agreed(refusal is not None):
+            raise refusal or UserError(f"{directory} is in use by another run")
+        yield
+
+
+def _finish(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Path:
+    state, best = run_state.train, run_state.best
+    kept = int(state.step if best is None else best.step)
+    trained = sharding.gathered(state.cartridge if best is None else best.cartridge)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained)):
+        raise UserError("the trained slots are not finite: training diverged, lower config.optim.lr")
+    path = directory / "cartridge.safetensors"
+    if processes.is_first():
+        _with_training(trained, job, kept, int(state.step), directory, settings["dataset_hash"]).save(path)
+        write_training_report(directory, kept)
+    processes.wait_for_all("the cartridge is saved")
+    return path
+
+
+def _journal(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Journal:
+    first = int(run_state.train.step)
+    peak = matmul_peak(job.config.dtype, job.mesh.size) / flops_per_token(job.model.config)
+    where = directory if processes.is_first() else None
+    return Journal(where, first, job.num_steps, job.tokens(first), peak, job.config, settings)
+
+
+@functools.cache  # one object for one set of arguments: it is a static argument of the jitted step
+def _optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.GradientTransformation:
+    return optimizer(config, num_steps, num_frozen)
+
+
+def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:
+    if num_slots + config.seq_len > model.config.window:
+        raise UserError(
+            f"{num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
+            f"{model.config.window}: lower config.init.num_slots or config.seq_len"
+        )
+
+
+def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: list[Example]) -> Cartridge:
+    """The initial state, which a resumed run finds in its directory."""
+    saved = Path(config.output_dir) / INITIAL
+    if processes.agreed(saved.is_file()):
+        return Cartridge.load(saved, model=model)
+    with stage(f"initial state: {config.init.kind}"):
+        return jax.block_until_ready(initial_cartridge(config.init, model, corpus, examples, config.seed))
+
+
+def _datasets(config: TrainConfig) -> list[str]:
+    """What is trained on."""
+    own = [] if config.dataset is None else [config.dataset]
+    return own + [mixed.dataset for mixed in config.mix]
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What a run is made of, as JSON has it: it may be moved, to another folder, other devices or other dashboards."""
+    moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False, track=TrackConfig())
+    settings = dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}
+    return json.loads(without_credentials(json.dumps(settings)))
+
+
+def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
+    """Keeps another config from mixing into a run that has begun."""
+    theirs = _recorded(directory)
+    if theirs is None:
+        return
+    theirs.setdefault("day", mine["day"])
+    changed = sorted(key for key in mine if mine[key] != theirs.get(key))
+    if changed:
+        raise UserError(
+            f"{directory} holds a run with another {', '.join(changed)}: choose another config.output_dir or remove it"
+        )
+
+
+def _day(directory: Path) -> datetime.date:
+    """The day that chat templates are told: the one on which the run began, as its record has it."""
+    recorded = (_recorded(directory) or {}).get("day")
+    day = datetime.date.today() if recorded is None else datetime.date.fromisoformat(recorded)
+    return datetime.date.fromordinal(processes.agreed(day.toordinal()))
+
+
+def _recorded(directory: Path) -> dict[str, Any] | None:
+    """The settings of the run that the folder holds, if it holds one. Raises: UserError, if they are damaged."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_bytes())
+        datetime.date.fromisoformat(settings.get("day", "2000-01-01"))  # which earlier versions did not record
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged and does not say how the run was made: bring it back, or choose another "
+            "config.output_dir"
+        ) from error
+    return settings
+
+
+def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cache: ExampleCache) -> None:
+    """Records what the run starts from: its config, its initial state and what was laid out."""
+    whole = sharding.gathered(cartridge)
+    if processes.is_first():
+        files.write_text(directory / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        if not (directory / INITIAL).is_file():
+            whole.save(directory / INITIAL)
+        cache.keep()
+    processes.wait_for_all("the run has begun")
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """A forward pass and the gradient of the activations through the layers' matrices; weights are frozen."""
+    return 4.0 * config.num_layers * config.layer_weights
+
+
+def _with_training(
+    cartridge: Cartridge, job: Job, kept: int, num_steps: int, directory: Path, dataset_hash: str
+) -> Cartridge:
+    """The cartridge of step `kept` with what happened to it, beside what had happened to it before."""
+    config, before = job.config, cartridge.provenance
+    tokens = job.tokens(kept)
+    objective = "distillation" if config.targets == "logprobs" else "next-token prediction"
+    steps = f"{num_steps} steps" if config.evals.patience is None else f"{kept} steps, the best of {num_steps},"
+    recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}, reduction {config.reduction}"
+    recipe += ", int8 base" if config.quantization == "int8" else ""
+    evaluated = evaluation_behind(kept, history(directory / METRICS))
+    evaluation = before.evaluation if kept == 0 else ""
+    provenance = dataclasses.replace(
+        before,
+        recipe=f"{before.recipe}; {recipe}",
+        training_tokens=before.training_tokens + tokens,
+        training_flops=before.training_flops + flops_per_token(job.model.config) * tokens,
+        dataset_hash=dataset_hash if config.dataset else before.dataset_hash,
+        thinking=thinking_of(config.dataset) if config.dataset else before.thinking,
+        evaluation=json.dumps(evaluated, sort_keys=True) if evaluated else evaluation,
+    )
+    return cartridge.replace(provenance=provenance)  # type: ignore[attr-defined]

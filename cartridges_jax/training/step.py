@@ -1,0 +1,74 @@
+"""One step of training, on one device or a mesh of them.
+
+The base model is frozen: what trains is the first argument of the loss, everything else is an argument beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.transformer import Params, Remat
+from cartridges_jax.parallel import collectives, sharding
+from cartridges_jax.training.batch import Batch
+from cartridges_jax.training.losses import Reduction, Tail, loss_sum
+
+
+@flax.struct.dataclass
+class TrainState:
+    cartridge: Cartridge
+    opt_state: Any
+    step: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "tx", "tail", "reduction", "remat", "mesh"), donate_argnums=0)
+def train_step(
+    state: TrainState,
+    params: Params,
+    batch: Batch,  # leaves are [accumulation, b, …]
+    *,
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
+    tail: Tail,
+    reduction: Reduction,
+    remat: Remat,
+    mesh: Mesh | None = None,  # None: one device
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. Sums are accumulated and divided once, so that accumulation equals one large batch."""
+
+    def sums(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, Cartridge]:
+        """Of loss, what it is divided by, targets and gradients, over every row of the batch."""
+
+        def loss(cartridge: Cartridge, micro: Batch) -> tuple[jax.Array, jax.Array]:
+            return loss_sum(cartridge, params, micro, config=config, tail=tail, reduction=reduction, remat=remat)
+
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(cartridge, micro)
+            return jax.tree.map(jnp.add, carry, (total, count, micro.num_targets, gradient)), None
+
+        zero = jnp.zeros((), jnp.promote_types(jnp.float32, params["embed"].dtype))
+        none = jnp.zeros((), jnp.float32)
+        start = (zero, none, none, jax.tree.map(jnp.zeros_like, cartridge))
+        (*numbers, gradient), _ = jax.lax.scan(accumulate, start, batch)
+        return *collectives.over_rows(tuple(numbers)), collectives.gradient_over_rows(gradient, config)
+
+    if mesh is not None:
+        shapes = state.cartridge, params, batch
+        tables = sharding.CARTRIDGE, sharding.WEIGHTS, sharding.BATCH
+        specs = tuple(sharding.fitted(*pair, mesh) for pair in zip(shapes, tables, strict=True))
+        sums = sharding.on_mesh(sums, mesh, specs, (P(), P(), P(), specs[0]))
+    total, count, targets, gradient = sums(state.cartridge, params, batch)
+    gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradient)
+    updates, opt_state = tx.update(gradient, state.opt_state, state.cartridge)
+    cartridge = optax.apply_updates(state.cartridge, updates)
+    metrics = {"loss": total / jnp.maximum(count, 1), "targets": targets, "grad_norm": optax.tree.norm(gradient)}
+    return TrainState(cartridge, opt_state, state.step + 1), metrics
