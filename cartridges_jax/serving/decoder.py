@@ -1,7 +1,7 @@
 """The model as serving runs it: over pages, a few tokens of each request at a time.
 
 The same mathematics as `models.transformer.Block`, laid out for a CPU, where a step is bound by reading the weights:
-q, k and v in one matrix and gate and up in another, cut into panels for `gathered_product`. Layers are unrolled: a
+q, k and v in one matrix and gate and up in another, cut into panels for `gathered_matmul`. Layers are unrolled: a
 scanned stack would be copied at every step.
 """
 
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.gathered_product import gathered_product, has_kernel
+from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
 from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, prefix_decode_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, Rope, rms_norm, rope_tables, rotate
@@ -168,7 +168,7 @@ def _product(weight: Array, x_md: Array) -> Float[Array, "m o"]:
     if weight.ndim == 2:
         return jnp.einsum("md,od->mo", x_md.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
     panels = np.arange(weight.shape[0], dtype=np.int32)
-    return gathered_product(x_md[None], np.zeros_like(panels), weight, panels, side_by_side=True)
+    return gathered_matmul(x_md[None], np.zeros_like(panels), weight, panels, side_by_side=True)
 
 
 def _queries_keys_values(
