@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
     from cartridges_jax.interop import formats, hub
 
     model = _model(args.model)
-    cartridge = _stamped(Cartridge.load(args.source, model=model), model)
+    cartridge = Cartridge.load(args.source, model=model)
+    if model is not None and not cartridge.provenance.weights_hash:
+        cartridge = dataclasses.replace(cartridge, provenance=cartridge.provenance.made_for(model))
     cartridge = _changed(cartridge, args, model)
     if args.target.startswith("hf:"):
         report = (
@@ -83,18 +85,6 @@ def _model(name: str | None) -> LanguageModel | None:
 
     with progress.stage(f"loading {name}"):
         return load_model(name)
-
-
-def _stamped(cartridge: Cartridge, model: LanguageModel | None) -> Cartridge:
-    """Notes the model down where the source did not say enough to recognise it."""
-    from cartridges_jax.cartridge.provenance import Provenance
-
-    found = cartridge.provenance
-    if model is None or found.weights_hash:
-        return cartridge
-    said = Provenance.of(model, "", f"{found.recipe}; its model as given to convert")
-    kept = {"corpus_hash": found.corpus_hash, "training_tokens": found.training_tokens}
-    return cartridge.replace(provenance=dataclasses.replace(said, **kept))  # type: ignore[attr-defined]
 
 
 def _changed(cartridge: Cartridge, args: argparse.Namespace, model: LanguageModel | None) -> Cartridge:
