@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
 
     from cartridges_jax.cartridge.arrays import Cartridge
-    from cartridges_jax.interop import formats, hub
+    from cartridges_jax.interop import formats, publish
 
     model = _model(args.model)
     cartridge = Cartridge.load(args.source, model=model)
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         report = (
             files.read_text(args.report, "a report for the card, such as evaluate's report.md") if args.report else ""
         )
-        place = hub.push_to_hub(cartridge, args.target.removeprefix("hf:"), dtype=args.dtype, report=report)
+        place = publish.push_to_hub(cartridge, args.target.removeprefix("hf:"), dtype=args.dtype, report=report)
     else:
         formats.write(cartridge, Path(args.target), args.to, args.dtype)
         place = args.target
