@@ -258,6 +258,19 @@ def test_the_traceback_of_a_mistake_is_shown_when_it_is_asked_for(
     assert shown.endswith("error: a is 3, expected 4\n")
 
 
+@pytest.mark.parametrize("argument", ["--slots=4", "--slots", "--config.server.slots=4"])
+def test_a_flag_of_an_earlier_version_is_answered_with_its_new_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str
+):
+    renamed = {"--slots": "--max-num-seqs", "--config.server.slots": "--config.server.max_num_seqs"}
+    monkeypatch.setattr(sys, "argv", ["command", "--model=--slots", argument])
+    with pytest.raises(SystemExit) as caught:
+        run(lambda _: 0, renamed)
+    flag = argument.partition("=")[0]
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {flag} has a new name: write {renamed[flag]}\n")
+
+
 def test_every_refusal_is_of_the_class_that_commands_show():
     """A bare ValueError raised in the packages would be taken for a bug."""
     for package in ("cartridges_jax", "synth", "command_line"):

@@ -125,14 +125,20 @@ def build(cls: type[T], config: config_dict.ConfigDict | dict[str, Any], where: 
     return cls(**kwargs)
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command: what a user can mend becomes one sentence on stderr and exit status 2, Ctrl-C becomes 130.
+def run(main: Callable[[list[str]], int | None], renamed: Mapping[str, str] = types.MappingProxyType({})) -> None:
+    """Runs a command: a mistake that a user can mend becomes one sentence on stderr and exit status 2, Ctrl-C 130.
 
-    Anything else is a bug and shows its traceback; `--traceback` shows one for a user's mistake, too.
+    Any other exception is a bug and shows its traceback; `--traceback` shows one for a user's mistake, too.
+
+    Args:
+      renamed: flags of earlier versions, `--config.KEY` included, and their names today: an old one is refused.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     shown = len(arguments) < len(sys.argv[1:])
     try:
+        for flag in (argument.partition("=")[0] for argument in arguments):
+            if flag in renamed:
+                raise UserError(f"{flag} has a new name: write {renamed[flag]}")
         sys.exit(main(arguments))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

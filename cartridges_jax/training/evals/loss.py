@@ -62,7 +62,7 @@ def _loss(
 ) -> tuple[jax.Array, jax.Array]:
     def loss(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         sums = loss_sum(cartridge, params, batch, config=config, tail=tail, reduction="token")
-        return collectives.over_rows(sums)
+        return collectives.sum_over_rows(sums)
 
     tables = (cartridge, sharding.CARTRIDGE), (params, sharding.WEIGHTS), (batch, P(sharding.ROWS))
     specs = tuple(sharding.fitted(*pair, mesh) for pair in tables)
