@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
     model = cj.load_model("smollm2-135m", dtype="float32")
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, window=2 * PROMPTS[-1]))
+    config = dataclasses.replace(model.config, max_position_embeddings=2 * PROMPTS[-1])
+    model = dataclasses.replace(model, config=config)
     num_pages = int(args.budget_gib * 2**30 / (PAGE_SIZE * model.kv_bytes_per_token))
     engine = Engine(model, args.most, PROMPTS[-1] + OWN, cache_tokens=num_pages * PAGE_SIZE)
     contexts = [(KINDS[0], length) for length in PROMPTS]

@@ -73,10 +73,8 @@ class Engine:
         cache_tokens: int | None = None,
         batch_sizes: Sequence[int] | None = None,
     ):
-        if max_length > model.config.window:
-            raise UserError(
-                f"max_length is {max_length}, expected at most {model.name}'s window, {model.config.window}"
-            )
+        if max_length > (window := model.config.max_position_embeddings):
+            raise UserError(f"max_length is {max_length}, expected at most {model.name}'s window, {window}")
         if num_slots < 1:
             raise UserError(f"num_slots is {num_slots}, expected at least 1")
         # a cartridge and the tokens behind it each end on a page of their own
