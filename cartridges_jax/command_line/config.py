@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from cartridges_jax.command_line import files
 from cartridges_jax.command_line.addresses import without_credentials
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import printable
@@ -44,10 +45,15 @@ def load(argv: Sequence[str], kind: type | Mapping[str, type], default: str | No
             raise ConfigError("no config was given: pass --config=configs/NAME.py")
         arguments.insert(0, f"--config={default}")
     path, overrides = _split(arguments)
-    if not Path(path.partition(":")[0]).is_file():
-        raise ConfigError(f"config file {path!r} does not exist: pass --config=configs/NAME.py")
+    name, colon, argument = path.partition(":")
+    file = files.find(name)
+    if not file.is_file():
+        shipped = ", ".join(f"configs/{found.name}" for found in sorted((files.PACKAGE / "configs").glob("*.py")))
+        raise ConfigError(
+            f"config file {name!r} is neither in the folder {Path.cwd()} nor in {files.PACKAGE}, which has {shipped}"
+        )
     with _one_sentence(arguments, path):
-        config = _parsed([f"--config={path}"], config_flags.DEFINE_config_file)[0]
+        config = _parsed([f"--config={file}{colon}{argument}"], config_flags.DEFINE_config_file)[0]
     if not isinstance(config, config_dict.ConfigDict):
         raise ConfigError(f"get_config of {path!r} returns a {type(config).__name__}, expected a ConfigDict")
     for group, cls in kind.items() if isinstance(kind, Mapping) else [("", kind)]:

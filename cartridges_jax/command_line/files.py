@@ -18,6 +18,8 @@ from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
 
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = ("configs", "examples")  # folders that the package brings
 REPLACEMENT = "\ufffd"
 # a mark at the beginning of a file says how it is encoded; that of UTF-32 begins as that of UTF-16 does
 _MARKS = (
@@ -34,6 +36,14 @@ _ESCAPE = re.compile(
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 log = logging.getLogger(__name__)
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """The path itself or, if it begins with `configs/` or `examples/` and nothing lies there, the package's file."""
+    path = Path(path)
+    if not path.exists() and path.parts[0] in SHIPPED and (PACKAGE / path).is_file():
+        return PACKAGE / path
+    return path
 
 
 @contextmanager
@@ -94,10 +104,11 @@ def read_json_lines(path: str | os.PathLike[str], expected: str) -> list[tuple[i
 
 
 def _read(path: Path, expected: str) -> str:
-    if not path.is_file():
+    found = find(path)
+    if not found.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected {expected}")
     try:
-        text = decode(path.read_bytes())
+        text = decode(found.read_bytes())
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
