@@ -82,7 +82,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The document and the questions, checked before anything is installed or started."""
-    document = Path(args.document or DOCUMENT)
+    document = files.find(args.document or DOCUMENT)
     questions = args.questions or (QUESTIONS if args.document is None else None)
     if document.suffix.lower() in ("", ".txt"):  # others are for `synth` to read
         read_corpus(document)
@@ -90,7 +90,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"{document} does not exist: expected the document, such as {DOCUMENT}")
     if questions is not None:
         questions_of(questions)
-    return document, None if questions is None else Path(questions)
+    return document, None if questions is None else files.find(questions)
 
 
 def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Path | None) -> Path:
@@ -174,7 +174,7 @@ It took {seconds / 60:.1f} minutes. What to do next:
   chat with it:   {python} -m cartridges_jax.chat --model={name} --cartridge={cartridge}
   serve it:       {python} -m cartridges_jax.serve --model={name} --cartridges={served}
                   then ask for the model "{name}:document" with any OpenAI client
-  your own file:  make quickstart DOC=file.txt QUESTIONS=file.jsonl
+  your own file:  {python} -m cartridges_jax.quickstart --document=file.txt --questions=file.jsonl
 run directory: {directory} (report.md, report.json)""")
 
 
