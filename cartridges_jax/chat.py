@@ -267,7 +267,7 @@ def main(argv: list[str]) -> int:
 
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype="float32")
-        engine = DeviceEngine(model, num_slots=1, max_length=args.max_length, max_top_logprobs=1)
+        engine = DeviceEngine(model, max_num_seqs=1, max_length=args.max_length, max_top_logprobs=1)
     if args.warmup:
         Warmup(engine.programs()).run()
 
