@@ -176,7 +176,7 @@ def _load(
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
         bytes_per_token = kv_bytes_per_token(model)
         engine = device.Engine(model, args.max_num_seqs, args.max_length, 20, args.cache_tokens)
-        model = dataclasses.replace(model, params={})  # the engine has them in an order of its own
+        model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 
     store = CartridgeStore(
@@ -210,7 +210,7 @@ def _mesh(tensor: int) -> Mesh | None:
 
 
 def memory_of(engine: Engine, bytes_per_token: int) -> str:
-    """How much the engine remembers, and what fits, in a sentence."""
+    """A sentence that says how much memory the engine has for keys and values, and how many requests fit in it."""
     positions = engine.num_pages * engine.page_size
     fit = min(engine.max_num_seqs, engine.num_pages // engine.pages_each)
     return (
@@ -254,18 +254,18 @@ async def run(server: Server, sock: socket.socket, ready: str) -> int:
         loop.add_signal_handler(number, stop.set)
     runner = await server.start(sock)
     waits = [asyncio.create_task(stop.wait()), asyncio.create_task(server.failed())]
-    told = asyncio.create_task(_tell(server, ready))
+    announcement = asyncio.create_task(_announce(server, ready))
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (*waits, told):
+        for task in (*waits, announcement):
             task.cancel()
         await runner.cleanup()
     print("stopped" if stop.is_set() else "error: the engine failed, see above", file=sys.stderr)
     return 0 if stop.is_set() else 1
 
 
-async def _tell(server: Server, ready: str) -> None:
+async def _announce(server: Server, ready: str) -> None:
     await server.warm()
     print(ready, flush=True)
 
