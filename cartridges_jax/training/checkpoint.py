@@ -1,7 +1,7 @@
 """The training state on disk, written by Orbax while training goes on. A write that is killed leaves no trace.
 
-A checkpoint holds a checksum of its arrays, since Orbax does not notice a byte that changed on the disk. The checksum is
-a sum over all elements, and so the same whichever devices hold them.
+A checkpoint holds a checksum of its arrays, since Orbax does not notice a byte that changed on the disk. The checksum
+is a sum over all elements, and so the same whichever devices hold them.
 """
 
 from __future__ import annotations

@@ -129,9 +129,8 @@ def _out_of_time(config: TrainConfig, seconds: float) -> bool:
 
 
 def _out_of_patience(config: TrainConfig, state: RunState) -> bool:
-    return (
-        config.evals.patience is not None and state.best is not None and int(state.best.stale) >= config.evals.patience
-    )
+    patience = config.evals.patience
+    return patience is not None and state.best is not None and int(state.best.stale) >= patience
 
 
 def _evaluated(run: TrainingRun, state: RunState, step: int, writer: MetricsWriter) -> RunState:
