@@ -1,4 +1,4 @@
-"""The whole way, from a document to a report, as a user or the notebook runs it: real processes, a tiny model."""
+"""The quickstart goes from a document to a report, in real processes and with a tiny model; so does the notebook."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _code_cells() -> list[dict[str, Any]]:
 
 
 def _notebook(folder: Path, document: Path) -> subprocess.CompletedProcess[str]:
-    """Its cells, first to last, in a folder that has what a clone has; plain Python, which needs no Jupyter."""
+    """Runs its cells in order, as plain Python that needs no Jupyter, in a folder that has what a clone has."""
     for name in ("configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     cells = "\n".join("".join(cell["source"]) for cell in _code_cells())
@@ -55,7 +55,7 @@ def _notebook(folder: Path, document: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_from_a_document_without_questions_to_a_report_and_again_in_the_notebook(tmp_path: Path):
-    """The notebook runs the same command: what that has made is there, and the last cell chats with it."""
+    """The notebook runs the same command, finds what the first run has made, and its last cell chats with that."""
     document = tmp_path / "animals.txt"
     document.write_text(tiny.TEXT[:800], encoding="utf-8")
     first = _quickstart(tmp_path, f"--document={document}")
