@@ -20,7 +20,7 @@ def _overrides() -> list[str]:
     model = tiny.folder()
     settings = {
         "num_held_out": 4,
-        "server.slots": 8,
+        "server.max_num_seqs": 8,
         "synth.client.model": model,
         "synth.num_conversations": 24,
         "synth.answer.max_tokens": 8,
@@ -84,6 +84,12 @@ def test_the_notebook_keeps_no_output_and_every_cell_is_python():
     for cell in _code_cells():
         assert cell["outputs"] == [] and cell["execution_count"] is None
         compile("".join(cell["source"]), "cell", "exec")
+
+
+def test_a_setting_of_an_earlier_version_is_answered_with_its_new_name(tmp_path: Path):
+    run = _quickstart(tmp_path, "--config.server.slots=8")
+    assert (run.returncode, run.stdout) == (2, "") and not (tmp_path / "runs").exists()
+    assert run.stderr == "error: --config.server.slots has a new name: write --config.server.max_num_seqs\n"
 
 
 @pytest.mark.parametrize(
