@@ -150,7 +150,6 @@ def _load(
 ) -> tuple[Server, str]:
     import cartridges_jax as cj
     from cartridges_jax.cartridge.composition import compose
-    from cartridges_jax.evaluate import kv_bytes_per_token
     from cartridges_jax.interop.formats import locate
     from cartridges_jax.interop.sources import fetch
     from cartridges_jax.serving import engine as device
@@ -167,7 +166,7 @@ def _load(
     keep_programs()
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
-        bytes_per_token = kv_bytes_per_token(model)
+        bytes_per_token = model.kv_bytes_per_token
         engine = device.Engine(model, args.slots, args.max_length, max_top_logprobs=20, cache_tokens=args.cache_tokens)
         model = dataclasses.replace(model, params={})  # the engine has them in an order of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)

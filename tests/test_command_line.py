@@ -116,8 +116,8 @@ def test_a_command_may_have_a_config_of_its_own(config: str):
     ("arguments", "sentence"),
     [
         ([], r"^no config was given: pass --config=configs/NAME\.py$"),
-        (["--config"], r"^--config names no file: pass --config="),
-        (["--config=none.py"], r"^config file 'none\.py' does not exist: pass --config="),
+        (["--config"], r"^no config was given: pass --config=configs/NAME\.py$"),
+        (["--config=none.py"], r"^config file 'none\.py' is neither in the folder /.* nor in /.*, which has configs/"),
         (["--config={config}", "more"], r"^unexpected argument 'more': every setting is written --config\.KEY=VALUE$"),
         (["--config={config}", "--lr=3"], r"^the command line cannot be read: Unknown command line flag 'lr'"),
         (["--config={config}", "--config.steps=x"], r"--config\.steps=x: invalid literal for int\(\)"),
@@ -256,6 +256,19 @@ def test_the_traceback_of_a_mistake_is_shown_when_it_is_asked_for(
     assert caught.value.code == 2
     assert shown.startswith("Traceback") and 'raise UserError("a is 3' in shown
     assert shown.endswith("error: a is 3, expected 4\n")
+
+
+@pytest.mark.parametrize("argument", ["--slots=4", "--slots", "--config.server.slots=4"])
+def test_a_flag_of_an_earlier_version_is_answered_with_its_new_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str
+):
+    renamed = {"--slots": "--max-num-seqs", "--config.server.slots": "--config.server.max_num_seqs"}
+    monkeypatch.setattr(sys, "argv", ["command", "--model=--slots", argument])
+    with pytest.raises(SystemExit) as caught:
+        run(lambda _: 0, renamed)
+    flag = argument.partition("=")[0]
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {flag} has a new name: write {renamed[flag]}\n")
 
 
 def test_every_refusal_is_of_the_class_that_commands_show():

@@ -16,7 +16,7 @@ from typing import Any
 
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.interop.sources import check_size
+from cartridges_jax.interop.limits import check_size
 from cartridges_jax.models.hub import cache_folder
 
 DEFAULT_URL = "https://api.wandb.ai"

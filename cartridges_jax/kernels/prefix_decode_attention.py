@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.gathered_product import gathered_product, has_kernel
+from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 SHARED_AT_ONCE = 4  # pages that the whole batch reads in one turn
@@ -181,4 +181,4 @@ def _by_pages(
     row_wk = (row[:, None] * k + heads).reshape(-1)
     page_wk = jnp.where(page[:, None] < 0, -1, page[:, None] * k + heads).reshape(-1)
     left, right = rows.reshape(-1, m, d), pages.reshape(-1, *pages.shape[2:])
-    return gathered_product(left.astype(right.dtype), row_wk, right, page_wk).reshape(-1, k, m, right.shape[2])
+    return gathered_matmul(left.astype(right.dtype), row_wk, right, page_wk).reshape(-1, k, m, right.shape[2])

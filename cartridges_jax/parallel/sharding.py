@@ -7,7 +7,7 @@ every device's own parts (`on_mesh`); what such a program communicates is in `co
 Sizes: `fsdp` must divide the model's width, `tensor` the query heads, the MLP's width and the vocabulary, and both
 with `data` the rows of a batch; anything else is refused (`check`). Kv heads that `tensor` does not divide are held
 whole by every device, the cartridge with them, and a device picks those that its query heads read
-(`collectives.own_heads`).
+(`collectives.local_kv_heads`).
 """
 
 from __future__ import annotations

@@ -73,10 +73,8 @@ class Engine:
         cache_tokens: int | None = None,
         batch_sizes: Sequence[int] | None = None,
     ):
-        if max_length > model.config.window:
-            raise UserError(
-                f"max_length is {max_length}, expected at most {model.name}'s window, {model.config.window}"
-            )
+        if max_length > (window := model.config.max_position_embeddings):
+            raise UserError(f"max_length is {max_length}, expected at most {model.name}'s window, {window}")
         if num_slots < 1:
             raise UserError(f"num_slots is {num_slots}, expected at least 1")
         # a cartridge and the tokens behind it each end on a page of their own
@@ -285,7 +283,7 @@ def _wishes(inputs: Sequence[SlotInput], padding: int) -> Sampling:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def new_pages(config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh) -> list[Pages]:
     def local() -> list[Pages]:
-        k = collectives.own_kv_heads(config)
+        k = collectives.num_local_kv_heads(config)
         return [
             Pages(
                 jnp.zeros((num_pages, k, config.head_dim, PAGE_SIZE), dtype),
@@ -310,7 +308,7 @@ def _load(
     mesh: Mesh,
 ) -> list[Pages]:
     def local(cache: list[Pages], page: Int[Array, ""], slots: tuple[Array, Array, Array]) -> list[Pages]:
-        keys, values, bias = collectives.own_heads(slots, config, axis=2)
+        keys, values, bias = collectives.local_kv_heads(slots, config, axis=2)
         return [
             Pages(
                 pages.keys.at[page].set(keys[l].transpose(1, 2, 0).astype(pages.keys.dtype)),

@@ -127,7 +127,7 @@ def _over_chunks(
         loss, gradient_cd = jax.value_and_grad(_chunk_loss)(hidden_cd, head, ids_cj, logprobs_cj, mask_cj, tail)
         return total + loss, gradient_td.at[rows_c].set(gradient_cd, mode="drop")
 
-    chunks = collectives.most(-(-is_target_t.sum() // chunk))
+    chunks = collectives.max_over_devices(-(-is_target_t.sum() // chunk))
     dtype = jnp.promote_types(jnp.float32, hidden.dtype)
     return jax.lax.fori_loop(0, chunks, body, (jnp.zeros((), dtype), jnp.zeros_like(hidden)))
 
@@ -136,18 +136,18 @@ def _chunk_loss(
     hidden_cd: Array, head_vd: Array, ids_cj: Array, logprobs_cj: Array, mask_cj: Array, tail: Tail
 ) -> Array:
     dtype = jnp.promote_types(jnp.float32, hidden_cd.dtype)
-    logits_cv = project("cd,vd->cv", collectives.split(hidden_cd.astype(dtype)), head_vd)
+    logits_cv = project("cd,vd->cv", collectives.copy_to_tp(hidden_cd.astype(dtype)), head_vd)
     normalizer_c = collectives.log_sum_exp(logits_cv)
     teacher_cj = jnp.where(mask_cj, jnp.exp(logprobs_cj.astype(dtype)), 0)
-    student_cj = collectives.picked(logits_cv, ids_cj) - normalizer_c[:, None]
+    student_cj = collectives.gather_logits(logits_cv, ids_cj) - normalizer_c[:, None]
     loss = -jnp.sum(teacher_cj * student_cj)
     if tail == "bucket":
         # the student's remaining mass from the remaining logits: 1 - sum(q) would cancel when q is close to one
-        own_cj, here_cj = collectives.own_ids(ids_cj, head_vd.shape[0])
+        own_cj, here_cj = collectives.local_token_ids(ids_cj, head_vd.shape[0])
         outside_cj = jnp.where(mask_cj & here_cj, own_cj, head_vd.shape[0])  # out of range: dropped
         rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], outside_cj].set(NOTHING, mode="drop")
         entries_c = mask_cj.sum(-1)  # none: no target; the whole vocabulary: nothing remains
-        whole = collectives.vocabulary(head_vd.shape[0])
+        whole = collectives.vocab_size(head_vd.shape[0])
         rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * ((entries_c > 0) & (entries_c < whole))
         loss -= jnp.sum(rest_c * (collectives.log_sum_exp(rest_cv) - normalizer_c))
     return loss

@@ -24,6 +24,7 @@ from cartridges_jax.command_line.addresses import without_credentials
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import stage
 from cartridges_jax.initial.initializers import initial_cartridge
+from cartridges_jax.interop.sources import dataset_files
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.models.quantization import quantized
@@ -36,7 +37,6 @@ from cartridges_jax.training.data import (
     Example,
     PackedRows,
     check_lengths,
-    dataset_files,
     dataset_hash,
     read_corpus,
     thinking_of,
@@ -169,10 +169,10 @@ def _optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.Gr
 
 
 def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:
-    if num_slots + config.seq_len > model.config.window:
+    if num_slots + config.seq_len > model.config.max_position_embeddings:
         raise UserError(
             f"{num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
-            f"{model.config.window}: lower config.init.num_slots or config.seq_len"
+            f"{model.config.max_position_embeddings}: lower config.init.num_slots or config.seq_len"
         )
 
 

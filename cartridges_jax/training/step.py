@@ -59,7 +59,7 @@ def train_step(
         none = jnp.zeros((), jnp.float32)
         start = (zero, none, none, jax.tree.map(jnp.zeros_like, cartridge))
         (*numbers, gradient), _ = jax.lax.scan(accumulate, start, batch)
-        return *collectives.over_rows(tuple(numbers)), collectives.gradient_over_rows(gradient, config)
+        return *collectives.sum_over_rows(tuple(numbers)), collectives.sum_gradient_over_rows(gradient, config)
 
     if mesh is not None:
         shapes = state.cartridge, params, batch

@@ -15,7 +15,8 @@ from loopback import QuietHandler, serving
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import formats, sources
-from cartridges_jax.training.data import dataset_files, read_examples
+from cartridges_jax.interop.sources import dataset_files
+from cartridges_jax.training.data import read_examples
 
 KEY = "secret"
 

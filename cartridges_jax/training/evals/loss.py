@@ -18,6 +18,7 @@ from cartridges_jax.models.transformer import Params
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import Example, PackedRows
+from cartridges_jax.training.evals.questions import answer_examples
 from cartridges_jax.training.losses import Tail, loss_sum
 
 ROW = 512  # tokens of a packed row, or as many as the longest example has
@@ -34,12 +35,12 @@ def answer_loss(
     # without its history, which would compile the same program again for each cartridge
     cartridge = Cartridge(*(no_prefix(model.config) if prefix is None else prefix.prefix), num_frozen=0)
     length = max(ROW, *(len(example.tokens) for example in examples))
-    if cartridge.num_slots + length > model.config.window:
+    if cartridge.num_slots + length > model.config.max_position_embeddings:
         length = max(len(example.tokens) for example in examples)
-    if cartridge.num_slots + length > model.config.window:
+    if cartridge.num_slots + length > model.config.max_position_embeddings:
         raise UserError(
             f"{cartridge.num_slots} slots and a conversation of {length} tokens exceed {model.name}'s window of "
-            f"{model.config.window}: evaluate on shorter conversations"
+            f"{model.config.max_position_embeddings}: evaluate on shorter conversations"
         )
     mesh = sharding.mesh_of(model.params)
     share = mesh.shape["data"] * mesh.shape["fsdp"]  # rows at a time: one for each of those devices
@@ -56,13 +57,21 @@ def answer_loss(
     return total, int(count)
 
 
+def answer_nll(
+    model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> float:
+    """Returns the negative log-likelihood of answers behind their prompts and the prefix, in nats per answer token."""
+    total, count = answer_loss(model, prefix, answer_examples(prompts, answers))
+    return total / count
+
+
 @functools.partial(jax.jit, static_argnames=("config", "tail", "mesh"))
 def _loss(
     cartridge: Cartridge, params: Params, batch: Batch, *, config: ModelConfig, tail: Tail, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     def loss(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         sums = loss_sum(cartridge, params, batch, config=config, tail=tail, reduction="token")
-        return collectives.over_rows(sums)
+        return collectives.sum_over_rows(sums)
 
     tables = (cartridge, sharding.CARTRIDGE), (params, sharding.WEIGHTS), (batch, P(sharding.ROWS))
     specs = tuple(sharding.fitted(*pair, mesh) for pair in tables)

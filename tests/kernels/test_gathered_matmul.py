@@ -12,9 +12,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels import gathered_product as module
-from cartridges_jax.kernels.gathered_product import gathered_product
-from cartridges_jax.kernels.gathered_product.kernel import Kernel
+from cartridges_jax.kernels import gathered_matmul as module
+from cartridges_jax.kernels.gathered_matmul import gathered_matmul
+from cartridges_jax.kernels.gathered_matmul.kernel import Kernel
 
 # left matrices, products, x, d, y, right matrices: queries by pages, activations by panels for one token and many, rows
 # that are divided among cores with a rest, vectors that are shorter than the machine's, nothing at all
@@ -30,7 +30,7 @@ SHAPES = [
     (2, 0, 4, 4, 4, 2),
 ]
 rng = np.random.default_rng(0)
-run = jax.jit(gathered_product, static_argnames="side_by_side")
+run = jax.jit(gathered_matmul, static_argnames="side_by_side")
 
 
 def lists(i: int, n: int, x: int, d: int, y: int, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def test_the_kernel_and_xla_agree(side_by_side: bool, monkeypatch: pytest.Monkey
     kernels = run(*arguments, side_by_side=side_by_side)
     assert "custom_call" in run.lower(*arguments, side_by_side=side_by_side).as_text()
     monkeypatch.setattr(module, "has_kernel", lambda platform: False)
-    xla = jax.jit(functools.partial(gathered_product, side_by_side=side_by_side))
+    xla = jax.jit(functools.partial(gathered_matmul, side_by_side=side_by_side))
     assert "custom_call" not in xla.lower(*arguments).as_text()
     assert_allclose(xla(*arguments), kernels, rtol=0, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""`gathered_product`: products of matrices that stand in two lists, each pair named by its places in them.
+"""`gathered_matmul`: products of matrices that stand in two lists, each pair named by its places in them.
 
 What decoding multiplies is of this form: a request's queries by one of the pages that it sees, and activations by one
 of the panels into which a weight is cut. XLA would copy what it gathers, and on a CPU it waits for memory and for
@@ -19,7 +19,7 @@ from cartridges_jax.command_line.errors import UserError
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))  # of the kernel
 
 
-def gathered_product(
+def gathered_matmul(
     left: Float[Array, "i x d"],
     left_of: Int[Array | np.ndarray, " n"],
     right: Float[Array, "j d y"],
@@ -45,9 +45,9 @@ def gathered_product(
     is_supported = left.dtype in DTYPES and right.dtype in DTYPES and right.shape[2] % 4 == 0
     if is_supported and has_kernel(kernels.platform()):
         # imported when used: LLVM is needed on a CPU only
-        from cartridges_jax.kernels.gathered_product.cpu import cpu_product
+        from cartridges_jax.kernels.gathered_matmul.cpu import cpu_matmul
 
-        return cpu_product(left, left_of, right, right_of, side_by_side)
+        return cpu_matmul(left, left_of, right, right_of, side_by_side)
     products = jnp.einsum("nxd,ndy->nxy", left[left_of], right[right_of], preferred_element_type=jnp.float32)
     products = jnp.where(jnp.asarray(right_of >= 0)[:, None, None], products, 0)
     return products.swapaxes(0, 1).reshape(left.shape[1], -1) if side_by_side else products

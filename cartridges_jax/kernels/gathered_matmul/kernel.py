@@ -1,4 +1,4 @@
-"""The kernel's code, in LLVM's language: what one thread does of a `gathered_product`.
+"""The kernel's code, in LLVM's language: what one thread does of a `gathered_matmul`.
 
 A tile of a result stays in registers while its rows meet its columns, d times. What is streamed from memory is asked
 for well before its turn: a core that multiplies does not look far enough ahead by itself, and then the times of memory
@@ -53,7 +53,7 @@ class Kernel:
     def name(self) -> str:
         """In XLA's programs, which are kept on disk: calls of one name take and give arrays of one kind."""
         order = "rows" if self.side_by_side else "matrices"
-        return f"gathered_product_{order}_{self.x}_{self.d}_{self.y}_{self.left}_{self.right}"
+        return f"gathered_matmul_{order}_{self.x}_{self.d}_{self.y}_{self.left}_{self.right}"
 
     @functools.cached_property
     def tile(self) -> tuple[int, int]:

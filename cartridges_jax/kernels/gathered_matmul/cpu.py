@@ -19,7 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.gathered_product.kernel import Kernel
+from cartridges_jax.kernels.gathered_matmul.kernel import Kernel
 
 ITEMS_EACH = 4  # of each core, if there are as many products: one that is late holds the others up less
 HANDLER = Path(__file__).with_name("handler.ll")
@@ -28,14 +28,14 @@ _lock = threading.Lock()
 _engines: list[llvm.ExecutionEngine] = []  # compiled code lives as long as they do
 
 
-def cpu_product(
+def cpu_matmul(
     left: Float[Array, "i x d"],
     left_of: Int[Array | np.ndarray, " n"],
     right: Float[Array, "j d y"],
     right_of: Int[Array | np.ndarray, " n"],
     side_by_side: bool,
 ) -> Float[Array, "n x y"] | Float[Array, "x n*y"]:
-    """`gathered_product`, of arrays in float32 or bfloat16, y a multiple of 4."""
+    """`gathered_matmul`, of arrays in float32 or bfloat16, y a multiple of 4."""
     (x, d), y, n = left.shape[1:], right.shape[2], len(right_of)
     kernel = Kernel(x, d, y, str(left.dtype), str(right.dtype), side_by_side, *_vectors())
     with _lock:
