@@ -3,7 +3,7 @@
 Here are the layout, the ranges of blocks that are visited, and the gradient as a whole; `tpu_kernels.py` does the work.
 As in `xla.py`, maximum and sum are saved instead of their log-sum-exp, whose rounding would shift a query's weights.
 
-Axis letters beyond docs/contributing.md's: m the queries of a row times the g heads that share their keys, c blocks.
+Axis letters beyond the README's: m the queries of a row times the g heads that share their keys, c blocks.
 """
 
 from __future__ import annotations

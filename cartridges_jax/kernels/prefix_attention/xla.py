@@ -5,7 +5,7 @@ scores exists. The backward pass computes a block's weights again from the saved
 arXiv 2307.08691, saves their log-sum-exp, whose rounding in float32 shifts all weights of a query). The slots are held
 once, in float32; so is their gradient, added up block after block in a fixed order.
 
-Axis letters beyond docs/contributing.md's: m the queries of a block times the g heads that share their keys, c blocks.
+Axis letters beyond the README's: m the queries of a block times the g heads that share their keys, c blocks.
 """
 
 from __future__ import annotations
