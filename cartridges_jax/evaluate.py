@@ -212,9 +212,8 @@ def _timing(
     block_table = BlockTable(range(engine.num_pages), p)
 
     def decode(token: int, position: int, step: int) -> int:
-        [sampled] = engine.harvest(
-            engine.decode([SequenceInput(0, token, position, block_table, 0.0, 1.0, 0, 0, step)])
-        )
+        batch = [SequenceInput(0, token, position, block_table, 0.0, 1.0, 0, 0, step)]
+        [sampled] = engine.harvest(engine.decode(batch))
         return sampled.token
 
     first_token, rate = [], []

@@ -136,12 +136,8 @@ def _server(config: ConfigDict, log: Path) -> Iterator[str]:
         "--port=0",
         f"--model={config.synth.client.model}",
     ]
-    command += [
-        f"--max-num-seqs={config.server.max_num_seqs}",
-        f"--max-length={config.server.max_length}",
-        "--max-queue=4096",
-    ]
-    command += [f"--dtype={config.server.dtype}", f"--cartridges={log.parent}"]
+    command += [f"--max-num-seqs={config.server.max_num_seqs}", f"--max-length={config.server.max_length}"]
+    command += [f"--dtype={config.server.dtype}", f"--cartridges={log.parent}", "--max-queue=4096"]
     with log.open("w", encoding="utf-8") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
