@@ -3,7 +3,7 @@
     python benchmarks/engine_dtypes.py [--rounds=10]
 
 First table: products of all 30 layers of SmolLM2-135M, activations in float32 between: XLA's in the order that it does
-fastest, `W[o, d] @ x[d, m]`, and `gathered_product` on weights cut into panels. int8 has a scale for each output and is
+fastest, `W[o, d] @ x[d, m]`, and `gathered_matmul` on weights cut into panels. int8 has a scale for each output and is
 multiplied in float32. Second table: attention over pages, requests of 384 positions each. Third: steps of the engine,
 with the model's own weights, and with the same rounded to bfloat16, which is how most models are published: the engine
 finds that they fit. One side after the other in every round; the least of the rounds counts.

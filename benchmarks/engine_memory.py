@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import cartridges_jax as cj
-from cartridges_jax.evaluate import kv_bytes_per_token
 from cartridges_jax.serving.engine import PAGE_SIZE, Engine
 from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 
@@ -50,8 +49,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
     model = cj.load_model("smollm2-135m", dtype="float32")
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, window=2 * PROMPTS[-1]))
-    num_pages = int(args.budget_gib * 2**30 / (PAGE_SIZE * kv_bytes_per_token(model)))
+    config = dataclasses.replace(model.config, max_position_embeddings=2 * PROMPTS[-1])
+    model = dataclasses.replace(model, config=config)
+    num_pages = int(args.budget_gib * 2**30 / (PAGE_SIZE * model.kv_bytes_per_token))
     engine = Engine(model, args.most, PROMPTS[-1] + OWN, cache_tokens=num_pages * PAGE_SIZE)
     contexts = [(KINDS[0], length) for length in PROMPTS]
     contexts += [(kind, length) for kind in KINDS[1:] for length in CARTRIDGES]

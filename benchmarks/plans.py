@@ -1,4 +1,4 @@
-"""The README's table of plans: what a training step of four models holds on slices that suit them.
+"""The table of plans in docs/scale.md: what a training step of four models holds on slices that suit them.
 
     python -m benchmarks.plans            # wants `pip install '.[aot]'`; a few minutes
 
@@ -16,10 +16,9 @@ from cartridges_jax.command_line.progress import stage
 from cartridges_jax.models.shapes import shape_of
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
-from cartridges_jax.plan import STEPS, compile_here
-from cartridges_jax.planning.chips import GIB, devices_of
+from cartridges_jax.planning.chips import GIB, compile_here, devices_of
 from cartridges_jax.planning.costs import received, train_costs
-from cartridges_jax.planning.programs import train_program
+from cartridges_jax.planning.programs import STEPS, train_program
 from cartridges_jax.training.config import TrainConfig
 
 PLANS = [

@@ -116,8 +116,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         default=True,
         help="compile every program before the first answer, or each when it is first needed",
     )
-    if any(argument.partition("=")[0] == "--slots" for argument in argv):
-        raise UserError("--slots is called --max-num-seqs now: write that instead")
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
@@ -153,7 +151,6 @@ def _load(
 ) -> tuple[Server, str]:
     import cartridges_jax as cj
     from cartridges_jax.cartridge.composition import compose
-    from cartridges_jax.evaluate import kv_bytes_per_token
     from cartridges_jax.interop.formats import locate
     from cartridges_jax.interop.sources import fetch
     from cartridges_jax.serving import engine as device
@@ -170,7 +167,7 @@ def _load(
     keep_programs()
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
-        bytes_per_token = kv_bytes_per_token(model)
+        bytes_per_token = model.kv_bytes_per_token
         engine = device.Engine(model, args.max_num_seqs, args.max_length, cache_tokens=args.cache_tokens)
         model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
@@ -267,4 +264,4 @@ async def _announce(server: Server, ready: str) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, {"--slots": "--max-num-seqs"})

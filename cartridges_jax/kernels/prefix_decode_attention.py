@@ -13,7 +13,7 @@ since zero times infinity is not a number. So masked probabilities are zeros, al
 below the mask's, and a page that several requests see adds nothing to the results of the others. Behind the last
 position of a sequence, its pages hold zeros or the sequence's own values (`serving.engine` takes care of that).
 
-Axis letters beyond the README's: r requests, c shared pages, w pages of single requests, z the positions of a page, m
+Axis letters beyond the usual ones: r requests, c shared pages, w pages of single requests, z a page's positions, m
 the queries of a request that share a kv head (t times g).
 """
 
@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.gathered_product import gathered_product, has_kernel
+from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 SHARED_AT_ONCE = 4  # pages that the whole batch reads in one turn of the loop
@@ -183,4 +183,4 @@ def _by_pages(
     row_wk = (row[:, None] * k + heads).reshape(-1)
     page_wk = jnp.where(page[:, None] < 0, -1, page[:, None] * k + heads).reshape(-1)
     left, right = rows.reshape(-1, m, d), pages.reshape(-1, *pages.shape[2:])
-    return gathered_product(left.astype(right.dtype), row_wk, right, page_wk).reshape(-1, k, m, right.shape[2])
+    return gathered_matmul(left.astype(right.dtype), row_wk, right, page_wk).reshape(-1, k, m, right.shape[2])

@@ -51,7 +51,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_btd: Array, rope: Rope, attend: Attend) -> tuple[Array, Any]:
         eps = self.config.norm_eps
-        y_btd = collectives.split(rms_norm(x_btd, self.attention_norm[...], eps))
+        y_btd = collectives.copy_to_tp(rms_norm(x_btd, self.attention_norm[...], eps))
         q_btnh = project("btd,dnh->btnh", y_btd, self.q[...])
         k_btkh = project("btd,dkh->btkh", y_btd, self.k[...])
         v_btkh = project("btd,dkh->btkh", y_btd, self.v[...])
@@ -61,10 +61,10 @@ class Block(nnx.Module):
         if self.config.qk_norm:
             q_btnh, k_btkh = rms_norm(q_btnh, self.q_norm[...], eps), rms_norm(k_btkh, self.k_norm[...], eps)
         o_btnh, extra = attend(rotate(q_btnh, rope), rotate(k_btkh, rope), v_btkh)
-        x_btd = x_btd + collectives.joined(project("btnh,nhd->btd", o_btnh, self.o[...]))
-        y_btd = collectives.split(rms_norm(x_btd, self.mlp_norm[...], eps))
+        x_btd = x_btd + collectives.reduce_from_tp(project("btnh,nhd->btd", o_btnh, self.o[...]))
+        y_btd = collectives.copy_to_tp(rms_norm(x_btd, self.mlp_norm[...], eps))
         y_btf = jax.nn.silu(project("btd,df->btf", y_btd, self.gate[...])) * project("btd,df->btf", y_btd, self.up[...])
-        return x_btd + collectives.joined(project("btf,fd->btd", y_btf, self.down[...])), extra
+        return x_btd + collectives.reduce_from_tp(project("btf,fd->btd", y_btf, self.down[...])), extra
 
 
 class Decoder(nnx.Module):
@@ -92,7 +92,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def block_of(config: ModelConfig, layer_params: Params) -> Block:
     """A block over one layer's arrays: for `jax.lax.scan` bodies and for unrolled decoding."""
-    return nnx.merge(_split(config)[2], collectives.whole_layer(dequantized(layer_params)))
+    return nnx.merge(_split(config)[2], collectives.all_gather_layer(dequantized(layer_params)))
 
 
 def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
@@ -128,8 +128,8 @@ def hidden_states(
         layer_params, prefix_k_pkh, prefix_v_pkh, bias_pk = scanned
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            k, v = collectives.own_heads((k, v), config, axis=2)
-            *slots, bias = collectives.own_heads((prefix_k_pkh, prefix_v_pkh, bias_pk), config, axis=1)
+            k, v = collectives.local_kv_heads((k, v), config, axis=2)
+            *slots, bias = collectives.local_kv_heads((prefix_k_pkh, prefix_v_pkh, bias_pk), config, axis=1)
             return prefix_attention(q, k, v, *slots, segment_ids, bias, implementation), None
 
         return block_of(config, layer_params)(x_btd, rope, attend)
@@ -150,7 +150,7 @@ def keys_and_values(
 
     def layer(x_1td: Array, layer_params: Params) -> tuple[Array, tuple[Array, Array]]:
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            own_k, own_v = collectives.own_heads((k, v), config, axis=2)
+            own_k, own_v = collectives.local_kv_heads((k, v), config, axis=2)
             none_pkh = jnp.zeros((0, *own_k.shape[2:]), k.dtype)
             return prefix_attention(q, own_k, own_v, none_pkh, none_pkh, segment_ids_1t), (k[0], v[0])
 
@@ -184,11 +184,11 @@ _project.defvjp(lambda spec, x, weight: (_project(spec, x, weight), weight), _pr
 
 
 def embedded(params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    return collectives.lookup(collectives.whole(params["embed"], WEIGHTS["embed"]), tokens)
+    return collectives.embedding_lookup(collectives.all_gather_fsdp(params["embed"], WEIGHTS["embed"]), tokens)
 
 
 def head_weights(params: Params) -> Float[Array, "v d"]:
-    return collectives.whole(params.get("head", params["embed"]), WEIGHTS["head"])
+    return collectives.all_gather_fsdp(params.get("head", params["embed"]), WEIGHTS["head"])
 
 
 def rope_tables(positions: Int[Array, "b t"], config: ModelConfig) -> Rope:

@@ -1,14 +1,15 @@
-"""What a program on a mesh communicates, and nothing else does (`sharding.on_mesh`).
+"""The communication between the devices of a mesh, all of it written out here; it happens inside `sharding.on_mesh`.
 
-The model's code is that of a single device but for these words, which on one device return what they are given:
+The model's code is that of a single device, with these calls in it. On one device each returns what it was given:
 
-- `whole`: a weight's parts of `fsdp`, gathered where a layer needs them, in the forward and again in the backward pass;
-- `split` before weights that `tensor` splits: nothing, and on the way back the sum of the parts' gradients;
-- `joined` behind such weights: the sum of the parts, and on the way back nothing;
-- `over_rows`: sums over the rows of all devices, of loss and gradients, once a step;
-- `whole_vocabulary`: logits of which every device has a part, once a step of decoding.
+- `all_gather_fsdp` gathers a weight that `fsdp` splits, where a layer needs it; the backward pass gathers it again.
+- `copy_to_tp` stands before weights that `tensor` splits. It does nothing, but its backward pass sums the gradients.
+- `reduce_from_tp` stands behind such weights. It sums the devices' parts, and its backward pass does nothing.
+- `sum_over_rows` sums loss and gradients over the rows of all devices, once a step.
+- `all_gather_vocab` gathers logits, of which each device has computed a part, once a step of decoding.
 
-Gradients are taken inside such a program, never through it: `split` and `joined` would be counted twice.
+Gradients have to be taken inside the program that runs on the mesh, since a gradient through `copy_to_tp` and
+`reduce_from_tp` from outside would be counted twice.
 """
 
 from __future__ import annotations
@@ -27,66 +28,76 @@ if TYPE_CHECKING:
     from cartridges_jax.models.config import ModelConfig
 
 
-def whole(weight: Array, spec: P) -> Array:
-    """A frozen weight with all of its width; `spec` is that of the array as it is here."""
+def all_gather_fsdp(weight: Array, spec: P) -> Array:
+    """Returns a frozen weight with its full width; `spec` says how the array, as it is given, lies on the mesh."""
     if _size("fsdp") == 1 or "fsdp" not in spec:
         return weight
     return jax.lax.all_gather(weight, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
 
 
-def whole_layer(layer_params: dict[str, Array]) -> dict[str, Array]:
-    """One layer's weights with all of their width."""
-    return {name: whole(leaf, P(*tuple(WEIGHTS["blocks"][name])[1:])) for name, leaf in layer_params.items()}
+def all_gather_layer(layer_params: dict[str, Array]) -> dict[str, Array]:
+    """Returns the weights of one layer, each with its full width."""
+    return {name: all_gather_fsdp(leaf, P(*tuple(WEIGHTS["blocks"][name])[1:])) for name, leaf in layer_params.items()}
 
 
-def split(x: Array) -> Array:
-    return x if _size("tensor") == 1 else _split(x)
+def copy_to_tp(x: Array) -> Array:
+    """Returns x; in the backward pass, sums its gradient over the devices of `tensor`."""
+    return x if _size("tensor") == 1 else _copy_to_tp(x)
 
 
-def joined(x: Array) -> Array:
-    return x if _size("tensor") == 1 else _joined(x)
+def reduce_from_tp(x: Array) -> Array:
+    """Sums x over the devices of `tensor`; in the backward pass, hands the gradient on as it is."""
+    return x if _size("tensor") == 1 else _reduce_from_tp(x)
 
 
 @jax.custom_vjp
-def _split(x: Array) -> Array:
+def _copy_to_tp(x: Array) -> Array:
     return x
 
 
-_split.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.psum(gradient, "tensor"),))
+_copy_to_tp.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.psum(gradient, "tensor"),))
 
 
 @jax.custom_vjp
-def _joined(x: Array) -> Array:
+def _reduce_from_tp(x: Array) -> Array:
     return jax.lax.psum(x, "tensor")
 
 
-_joined.defvjp(lambda x: (jax.lax.psum(x, "tensor"), None), lambda _, gradient: (gradient,))
+_reduce_from_tp.defvjp(lambda x: (jax.lax.psum(x, "tensor"), None), lambda _, gradient: (gradient,))
 
 
-def over_rows(tree: Any) -> Any:
-    return _over(ROWS, tree)
+def sum_over_rows(tree: Any) -> Any:
+    """Sums every array over the devices that hold different rows of the batch."""
+    return _sum_over(ROWS, tree)
 
 
-def gradient_over_rows(gradient: Any, config: ModelConfig) -> Any:
-    """Of the cartridge. Where every device holds all of its heads, each has the gradient of those that it reads."""
+def sum_gradient_over_rows(gradient: Any, config: ModelConfig) -> Any:
+    """Sums the gradient of the cartridge over the rows of the batch.
+
+    Where `tensor` cannot split the kv heads, every device holds all of them and has the gradient of those only that its
+    query heads read; then the sum goes over `tensor` too.
+    """
     copied = config.num_kv_heads % _size("tensor") != 0
-    return _over(AXES if copied else ROWS, gradient)
+    return _sum_over(AXES if copied else ROWS, gradient)
 
 
-def own_heads(tree: Any, config: ModelConfig, axis: int) -> Any:
-    """Of arrays of kv heads, those that this device's query heads read; an equal number of those share each."""
+def local_kv_heads(tree: Any, config: ModelConfig, axis: int) -> Any:
+    """Takes from arrays of all kv heads, which lie along `axis`, those that this device's query heads read.
+
+    Each of the heads taken is read by an equal number of the device's query heads.
+    """
     parts = _size("tensor")
     if config.num_kv_heads % parts == 0:
         return tree  # `tensor` splits them, and queries lie with their keys
     queries, group = config.num_heads // parts, config.num_heads // config.num_kv_heads
-    count = own_kv_heads(config)
+    count = num_local_kv_heads(config)
     first = jax.lax.axis_index("tensor") * queries
     heads = (first + queries // count * jnp.arange(count)) // group
     return jax.tree.map(lambda array: jnp.take(array, heads, axis=axis), tree)
 
 
-def own_kv_heads(config: ModelConfig) -> int:
-    """How many `own_heads` gives a device."""
+def num_local_kv_heads(config: ModelConfig) -> int:
+    """Returns how many kv heads `local_kv_heads` takes for a device."""
     parts = _size("tensor")
     if config.num_kv_heads % parts == 0:
         return config.num_kv_heads // parts
@@ -95,61 +106,61 @@ def own_kv_heads(config: ModelConfig) -> int:
     return queries // math.gcd(queries, config.num_heads // config.num_kv_heads)
 
 
-def lookup(table: Float[Array, "v d"], ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-    """Rows of a table whose rows lie over `tensor`."""
+def embedding_lookup(table: Float[Array, "v d"], ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    """Returns the rows `ids` of a table whose rows are split over `tensor`."""
     if _size("tensor") == 1:
         return table[ids]
-    own, here = own_ids(ids, table.shape[0])
-    return joined(jnp.where(here[..., None], table[own], 0))
+    local, here = local_token_ids(ids, table.shape[0])
+    return reduce_from_tp(jnp.where(here[..., None], table[local], 0))
 
 
-def picked(logits: Float[Array, "c v"], ids: Int[Array, "c j"]) -> Float[Array, "c j"]:
-    """The logits of `ids`, of a vocabulary that lies over `tensor`."""
+def gather_logits(logits: Float[Array, "c v"], ids: Int[Array, "c j"]) -> Float[Array, "c j"]:
+    """Returns the logits of `ids` where the vocabulary is split over `tensor`."""
     if _size("tensor") == 1:
         return jnp.take_along_axis(logits, ids, axis=-1)
-    own, here = own_ids(ids, logits.shape[-1])
-    return joined(jnp.where(here, jnp.take_along_axis(logits, own, axis=-1), 0))
+    local, here = local_token_ids(ids, logits.shape[-1])
+    return reduce_from_tp(jnp.where(here, jnp.take_along_axis(logits, local, axis=-1), 0))
 
 
 def log_sum_exp(logits: Float[Array, "c v"]) -> Float[Array, " c"]:
-    """Over a vocabulary that lies over `tensor`."""
+    """Returns the log of the sum of exponentials over a vocabulary that is split over `tensor`."""
     if _size("tensor") == 1:
         return jax.nn.logsumexp(logits, axis=-1)
-    top_c = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), "tensor")
-    return top_c + jnp.log(joined(jnp.exp(logits - top_c[:, None]).sum(-1)))
+    max_c = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), "tensor")
+    return max_c + jnp.log(reduce_from_tp(jnp.exp(logits - max_c[:, None]).sum(-1)))
 
 
-def own_ids(ids: Int[Array, "*b"], part: int) -> tuple[Int[Array, "*b"], Bool[Array, "*b"]]:
-    """Ids within this device's `part` of the vocabulary, and which of them lie in it; the others become 0."""
+def local_token_ids(ids: Int[Array, "*b"], part: int) -> tuple[Int[Array, "*b"], Bool[Array, "*b"]]:
+    """Turns ids into indices into this device's `part` of the vocabulary, and says which lie in it; others become 0."""
     if _size("tensor") == 1:
         return ids, jnp.ones_like(ids, bool)
-    own = ids - jax.lax.axis_index("tensor") * part
-    here = (own >= 0) & (own < part)
-    return jnp.where(here, own, 0), here
+    local = ids - jax.lax.axis_index("tensor") * part
+    here = (local >= 0) & (local < part)
+    return jnp.where(here, local, 0), here
 
 
-def vocabulary(part: int) -> int:
-    """Size of a vocabulary of which a device holds `part`."""
+def vocab_size(part: int) -> int:
+    """Returns the size of a vocabulary of which each device holds `part`."""
     return part * _size("tensor")
 
 
-def whole_vocabulary(logits: Float[Array, "c part"]) -> Float[Array, "c v"]:
-    """The logits of all devices, beside each other on all of them."""
+def all_gather_vocab(logits: Float[Array, "c part"]) -> Float[Array, "c v"]:
+    """Gathers the logits of all devices of `tensor`, so that each has those of the whole vocabulary."""
     return logits if _size("tensor") == 1 else jax.lax.all_gather(logits, "tensor", axis=1, tiled=True)
 
 
-def most(count: Int[Array, ""]) -> Int[Array, ""]:
-    """The largest of the devices' counts: a loop that communicates must turn equally often on all of them."""
+def max_over_devices(count: Int[Array, ""]) -> Int[Array, ""]:
+    """Returns the largest count of any device: a loop that communicates must run equally often on all of them."""
     axes = tuple(axis for axis in AXES if _size(axis) > 1)
     return jax.lax.pmax(count, axes) if _size("tensor") > 1 else count
 
 
-def _over(axes: tuple[str, ...], tree: Any) -> Any:
+def _sum_over(axes: tuple[str, ...], tree: Any) -> Any:
     axes = tuple(axis for axis in axes if _size(axis) > 1)
     return jax.lax.psum(tree, axes) if axes else tree
 
 
 def _size(axis: str) -> int:
-    """Of the mesh that the program being traced runs on (`on_mesh`); outside of one, 1."""
+    """Returns the size of an axis of the mesh that the program being traced runs on, and 1 outside of `on_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1

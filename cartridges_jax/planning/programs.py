@@ -20,6 +20,7 @@ from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, Pa
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, abstract_params
 from cartridges_jax.parallel import sharding
+from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic, traffic
 from cartridges_jax.serving.decoder import Step, to_decode_layout
 from cartridges_jax.serving.metadata import PAGE_SIZE
@@ -31,6 +32,7 @@ from cartridges_jax.training.losses import CHUNK
 from cartridges_jax.training.optim import optimizer
 from cartridges_jax.training.step import TrainState, train_step
 
+STEPS = 1000  # of a run whose config leaves them to its dataset
 TOP_K = 20  # teacher entries of a position
 TARGETS = 0.5  # of positions that carry a target: a conversation's answers
 # A lower effort compiles several times as fast and came to 1 % more memory where both were measured.
@@ -71,6 +73,12 @@ class Program:
     seconds: float  # that compiling took
     text: str
     xla_flops: float  # by XLA's own count, of every loop one turn
+
+
+def with_dtype(config: TrainConfig, chip: Chip) -> TrainConfig:
+    """What "auto" comes to there."""
+    fastest = "float32" if chip.platform == "cpu" else "bfloat16"
+    return dataclasses.replace(config, dtype=fastest) if config.dtype == "auto" else config
 
 
 def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps: int) -> Program:

@@ -1,7 +1,7 @@
 """The model as serving runs it: over pages, a few tokens of each request at a time.
 
 This is the mathematics of `models.transformer.Block`, laid out for a CPU, where a step takes as long as reading the
-weights: q, k and v form one matrix and gate and up another, packed into panels for `gathered_product`. The layers are
+weights: q, k and v form one matrix and gate and up another, packed into panels for `gathered_matmul`. The layers are
 unrolled, since a scanned stack of them would be copied at every step.
 """
 
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.gathered_product import gathered_product, has_kernel
+from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
 from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, Pages, prefix_decode_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.transformer import Params, Rope, rms_norm, rope_tables, rotate
@@ -70,7 +70,7 @@ def _is_bfloat16(weight: Array) -> Array:
 @functools.partial(jax.jit, static_argnames="mesh")
 def _ends(ends: Params, mesh: Mesh) -> Params:
     def local(ends: Params) -> Params:
-        wide = {name: collectives.whole(leaf, sharding.WEIGHTS[name]) for name, leaf in ends.items()}
+        wide = {name: collectives.all_gather_fsdp(leaf, sharding.WEIGHTS[name]) for name, leaf in ends.items()}
         return {name: leaf if leaf.ndim == 1 else pack_panels(leaf) for name, leaf in wide.items()}
 
     in_specs = (sharding.fitted(ends, {name: sharding.WEIGHTS[name] for name in ends}, mesh),)
@@ -80,10 +80,10 @@ def _ends(ends: Params, mesh: Mesh) -> Params:
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _layer_to_decode_layout(blocks: Params, i: Int[Array, ""], config: ModelConfig, mesh: Mesh) -> Params:
     def local(blocks: Params, i: Int[Array, ""]) -> Params:
-        block = collectives.whole_layer(jax.tree.map(lambda leaf: leaf[i], blocks))
+        block = collectives.all_gather_layer(jax.tree.map(lambda leaf: leaf[i], blocks))
         heads = {name: block[name] for name in ("k", "v")}
         biases = {name: leaf for name, leaf in block.items() if name in ("k_bias", "v_bias")}
-        block |= collectives.own_heads(heads, config, axis=1) | collectives.own_heads(biases, config, axis=0)
+        block |= collectives.local_kv_heads(heads, config, axis=1) | collectives.local_kv_heads(biases, config, axis=0)
 
         def rows(*names: str) -> Array:
             return jnp.concatenate([block[name].reshape(config.embed_dim, -1) for name in names], axis=1).T
@@ -135,23 +135,23 @@ def _block(
         bias=pages.bias.at[page, :, offset].set(0, mode="drop"),
     )
     o_btnh = prefix_decode_attention(q, step.positions, pages, step.metadata)
-    x_md = x_md + collectives.joined(project(layer["o"], o_btnh.reshape(x_md.shape[0], -1)))
+    x_md = x_md + collectives.reduce_from_tp(project(layer["o"], o_btnh.reshape(x_md.shape[0], -1)))
     y_md = rms_norm(x_md, layer["mlp_norm"], config.norm_eps)
     gate_mf, up_mf = jnp.split(project(layer["gate_up"], y_md), 2, axis=1)
-    return x_md + collectives.joined(project(layer["down"], jax.nn.silu(gate_mf) * up_mf)), pages
+    return x_md + collectives.reduce_from_tp(project(layer["down"], jax.nn.silu(gate_mf) * up_mf)), pages
 
 
 def _embedded(embed: Array, tokens: Int[Array, " m"]) -> Float[Array, "m d"]:
     if embed.ndim == 2:
-        return collectives.lookup(embed, tokens)
-    own, here = collectives.own_ids(tokens, embed.shape[0] * PANEL)
-    return collectives.joined(jnp.where(here[:, None], embed[own // PANEL, :, own % PANEL], 0))
+        return collectives.embedding_lookup(embed, tokens)
+    own, here = collectives.local_token_ids(tokens, embed.shape[0] * PANEL)
+    return collectives.reduce_from_tp(jnp.where(here[:, None], embed[own // PANEL, :, own % PANEL], 0))
 
 
 def logits(weights: Weights, hidden: Float[Array, "m d"]) -> Float[Array, "m v"]:
     """The vocabulary's logits, in float32."""
     logits_mv = _product(weights.get("head", weights["embed"]), hidden)
-    return collectives.whole_vocabulary(logits_mv)
+    return collectives.all_gather_vocab(logits_mv)
 
 
 def project(weight: Float[Array, "o d"] | Float[Array, "n d 16"], x_md: Float[Array, "m d"]) -> Float[Array, "m o"]:
@@ -164,7 +164,7 @@ def _product(weight: Array, x_md: Array) -> Float[Array, "m o"]:
     if weight.ndim == 2:
         return jnp.einsum("md,od->mo", x_md.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
     panels = np.arange(weight.shape[0], dtype=np.int32)
-    return gathered_product(x_md[None], np.zeros_like(panels), weight, panels, side_by_side=True)
+    return gathered_matmul(x_md[None], np.zeros_like(panels), weight, panels, side_by_side=True)
 
 
 def _queries_keys_values(

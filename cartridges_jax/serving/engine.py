@@ -55,10 +55,8 @@ class Engine:
         cache_tokens: int | None = None,
         batch_sizes: Sequence[int] | None = None,
     ):
-        if max_length > model.config.window:
-            raise UserError(
-                f"max_length is {max_length}, expected at most {model.name}'s window, {model.config.window}"
-            )
+        if max_length > (most := model.config.max_position_embeddings):
+            raise UserError(f"max_length is {max_length}, expected at most {model.name}'s window, {most}")
         if max_num_seqs < 1:
             raise UserError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
         # a cartridge and the tokens behind it each end on a page of their own

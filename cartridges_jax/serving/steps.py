@@ -27,7 +27,7 @@ def new_pages(config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh) -> li
     """Makes empty pages for every layer."""
 
     def local() -> list[Pages]:
-        k = collectives.own_kv_heads(config)
+        k = collectives.num_local_kv_heads(config)
         return [
             Pages(
                 jnp.zeros((num_pages, k, config.head_dim, PAGE_SIZE), dtype),
@@ -54,7 +54,7 @@ def load_page(
     """Writes a part of a cartridge to a page."""
 
     def local(cache: list[Pages], page: Int[Array, ""], slots: tuple[Array, Array, Array]) -> list[Pages]:
-        keys, values, bias = collectives.own_heads(slots, config, axis=2)
+        keys, values, bias = collectives.local_kv_heads(slots, config, axis=2)
         return [
             Pages(
                 pages.keys.at[page].set(keys[l].transpose(1, 2, 0).astype(pages.keys.dtype)),

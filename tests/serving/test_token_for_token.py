@@ -17,7 +17,6 @@ from running import running  # pyrefly: ignore[missing-import] (pytest puts this
 
 import cartridges_jax as cj
 from cartridges_jax.chat import Chat
-from cartridges_jax.evaluate import Condition, EvalConfig, _asked
 from cartridges_jax.initial.initializers import InitConfig
 from cartridges_jax.serving import engine as engines
 from cartridges_jax.serving import generate as generation
@@ -28,6 +27,7 @@ from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.data import example_of
 from cartridges_jax.training.evals import during
+from cartridges_jax.training.evals.conditions import Condition, EvalConfig, _asked
 from cartridges_jax.training.evals.during import Evals, EvalsConfig, GenerationEval
 from cartridges_jax.training.evals.questions import Question
 from cartridges_jax.training.run import train
