@@ -103,15 +103,18 @@ class _Budget:
 
 def _conversation(row: dict[str, Any], budget: _Budget) -> Conversation:
     messages = [_fields(message) for message in row["messages"]]
-    budget.take(len(messages) + len(row.get("system_prompt") or ""))
+    system_prompt, kind = row.get("system_prompt") or "", row.get("type")
+    if not isinstance(system_prompt, str) or not isinstance(kind, str | None):
+        raise TypeError("system_prompt and type should be texts")
+    budget.take(len(messages) + len(system_prompt))
     metadata = _json(row.get("metadata") or {}, budget)
     if not isinstance(metadata, dict):
         raise TypeError("its metadata is no dict")
     if row.get("token_ids") is not None:
         made = _cut(messages, row, budget)
     else:
-        made = [_message(m, m.get("token_ids"), _flat(m.get("top_logprobs")), budget) for m in messages]
-    return Conversation(tuple(made), str(row.get("system_prompt") or ""), metadata, row.get("type"))
+        made = [_message(m, m.get("token_ids"), _flat(m.get("top_logprobs"), budget), budget) for m in messages]
+    return Conversation(tuple(made), system_prompt, metadata, kind)
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -126,27 +129,43 @@ def _message(message: dict[str, Any], ids: Any, top: TopLogprobs | None, budget:
     if not isinstance(content, str) or not isinstance(role, str):
         raise TypeError("content and role should be texts")
     budget.take(len(content) + (0 if ids is None else len(ids)) + (0 if top is None else len(top.token_id)))
-    return Message(content, role, None if ids is None else _ids(ids), top)
+    return Message(content, role, None if ids is None else _ids(ids, budget), top)
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    found = np.asarray(value)
+def _numbers(value: Any, budget: _Budget) -> np.ndarray:
+    """A list of numbers, or of lists of them, as an array. What nests deeper may have no end, and is refused."""
+    if isinstance(value, np.ndarray):
+        return value
+    for row in value if any(isinstance(row, list | tuple | np.ndarray) for row in value) else [value]:
+        budget.take(len(row))
+        if not isinstance(row, np.ndarray) and not all(isinstance(number, int | float) for number in row):
+            raise TypeError("ids and log-probabilities should be numbers")
+    return np.asarray(value)
+
+
+def _ids(value: Any, budget: _Budget) -> tuple[int, ...]:
+    found = _numbers(value, budget)
     if found.size and (found.ndim != 1 or found.dtype.kind not in "iu" or not (abs(found) < 2**62).all()):
         raise TypeError("token_ids should be integers")
     return tuple(found.tolist())
 
 
-def _flat(value: Any) -> TopLogprobs | None:
+def _flat(value: Any, budget: _Budget) -> TopLogprobs | None:
     if value is None:
         return None
     fields = _fields(value)
     rows, width = fields["shape"]
-    return TopLogprobs(fields["token_idx"], fields["token_id"], fields["logprobs"], (rows, width))
+    return TopLogprobs(
+        _numbers(fields["token_idx"], budget),
+        _numbers(fields["token_id"], budget),
+        _numbers(fields["logprobs"], budget),
+        (rows, width),
+    )
 
 
 def _cut(messages: Sequence[dict[str, Any]], row: dict[str, Any], budget: _Budget) -> list[Message]:
     """Cuts a whole conversation's ids into its turns. Row t of the teacher's top-k is about token t + 1."""
-    ids = np.asarray(row["token_ids"], np.int64)
+    ids = _numbers(row["token_ids"], budget).astype(np.int64)
     turns = _turns(ids.tolist(), [message["role"] for message in messages])
     if turns is None:
         return [_message(message, None, None, budget) for message in messages]
@@ -156,7 +175,7 @@ def _cut(messages: Sequence[dict[str, Any]], row: dict[str, Any], budget: _Budge
         top = None
         if top_ids is not None and logprobs is not None and message["role"] == "assistant":
             first, last = start - 1, min(end - 1, len(top_ids))
-            top = _dense(np.asarray(top_ids)[first:last], np.asarray(logprobs)[first:last])
+            top = _dense(_numbers(top_ids, budget)[first:last], _numbers(logprobs, budget)[first:last])
         made.append(_message(message, ids[start:end].tolist(), top, budget))
     return made
 
