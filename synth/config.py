@@ -97,7 +97,7 @@ class ClientConfig:
                 "config.question_client and let another server answer"
             )
         is_raw = self.kind not in AFTER_TEMPERATURE if self.raw_logprobs is None else self.raw_logprobs
-        # both that divide by a temperature take 0, the best token, for 1
+        # servers that divide by the temperature first take 0, which means the best token, for 1
         if not is_raw and answer.temperature not in (0.0, 1.0):
             raise UserError(
                 f"config.answer.temperature is {answer.temperature}, but this server's log-probabilities are those "

@@ -139,7 +139,7 @@ class Endpoint:
         seconds *= self._rng.uniform(0.5, 1.0)
         log.warning("%s failed %d times in a row, trying it again in %.1f s", self.name, self._failures, seconds)
         self._opened_at, self._open_until = now, now + seconds
-        # It may come back as another machine.
+        # The server that comes back may be another machine, so what was learnt of this one is forgotten.
         self.limit, self._is_doubling, self._best_pace = min(self.limit, FIRST_LIMIT), True, float("inf")
         self._start_window(now)
 

@@ -36,7 +36,7 @@ class Fleet:
         self._config = config
         self._rng = random.Random(f"{seed}/fleet")  # for the length of waits: no result depends on it
         self._clients = {Endpoint(without_credentials(url), self._rng): connect(config, url) for url in config.urls}
-        self._suited: dict[tuple[Endpoint, str], bool] = {}  # by kind of call: whether its last one was
+        self._suited: dict[tuple[Endpoint, str], bool] = {}  # whether its last reply of a kind was whole
         self._quiet_until: dict[tuple[str, str], float] = {}
         self.prompt_tokens = self.completion_tokens = 0
         self.errors: Counter[str] = Counter()

@@ -13,7 +13,7 @@ from cartridges_jax.command_line.errors import UserError
 from synth.resources import archive, extras, html, table
 from synth.resources.sections import Section, Sections
 
-# What stands in files of its own inside of a document, by the beginning of their names.
+# Files of their own inside of a document, by how their names begin, and what they are counted as.
 _DRAWN = {"media/": "pictures and films", "charts/chart": "charts", "diagrams/data": "diagrams"}
 _CELL = re.compile(rb"""<(?:\w+:)?c\b[^>]*?\br=["']([A-Z]{1,3})(\d{1,7})["']""")
 MOST_CELLS = 2**25  # of a sheet

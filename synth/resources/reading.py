@@ -74,12 +74,12 @@ def _read_one(config: ResourceConfig, kept: dict[str, list[list[str]]], told_bef
         sections = _sections(config.path, config.found_kind(), config)
     if not any(section.text.strip() for section in sections):
         raise UserError(f"{config.path} is empty: expected a text")
-    # where it lies on this machine is nobody's business who reads the dataset
+    # readers of the dataset need not know where the file was on this machine
     name = config.path if config.is_remote else Path(config.path).resolve().name
     name = files.writable(name, "the name of a resource")
     writable = [Section(files.writable(s.name, name), files.writable(s.text, f"{name}, {s.name}")) for s in sections]
     told = f"{name}: {Sections(writable, sections.read, sections.left_out)}"
-    if is_kept:  # when it was fetched, there was more to tell
+    if is_kept:  # more was known when it was fetched
         told = next((line for line in told_before if line.startswith(f"{name}: ")), told)
     return Resource(name, tuple(writable), config.weight, told)
 

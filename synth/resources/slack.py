@@ -21,7 +21,7 @@ URL = "https://slack.com/api"
 TOKEN = "SLACK_BOT_TOKEN"  # of the environment: may read channels, their history and users
 LARGEST_EXPORT = 2**31  # bytes, unpacked
 
-# What Slack itself says in a channel, by its subtypes, and what they count as.
+# The subtypes of messages that are Slack's own, and what each is counted as.
 _MOVES = "joins and leaves"
 _DELETED = "deleted messages"
 _NOTICES = "notices of Slack's (topics, names, pins, archiving)"
