@@ -82,7 +82,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """Returns the document and the questions, which are checked before anything is fetched or started."""
-    document = Path(args.document or DOCUMENT)
+    document = files.find(args.document or DOCUMENT)
     questions = args.questions or (QUESTIONS if args.document is None else None)
     if document.suffix.lower() in ("", ".txt"):  # `synth` reads the other formats
         read_corpus(document)
@@ -90,7 +90,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"{document} does not exist: expected the document, such as {DOCUMENT}")
     if questions is not None:
         questions_of(questions)
-    return document, None if questions is None else Path(questions)
+    return document, None if questions is None else files.find(questions)
 
 
 def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Path | None) -> Path:
@@ -108,7 +108,8 @@ def _synthesize(config_path: str, overrides: list[str], config: ConfigDict, docu
     if dataset.is_file():
         return dataset
     flags = ["--port=0", f"--model={config.synth.client.model}", f"--dtype={config.server.dtype}"]
-    flags += [f"--slots={config.server.slots}", f"--max-length={config.server.max_length}", "--max-queue=4096"]
+    flags += [f"--max-num-seqs={config.server.max_num_seqs}", f"--max-length={config.server.max_length}"]
+    flags += ["--max-queue=4096"]
     with server_process([*flags, f"--cartridges={directory}"], directory / "server.log") as url:
         command = [sys.executable, "-m", "synth", f"--config={config_path}:synth"]
         command += [o.replace("--config.synth.", "--config.") for o in overrides if o.startswith("--config.synth.")]
@@ -174,9 +175,9 @@ It took {seconds / 60:.1f} minutes. What to do next:
   chat with it:   {python} -m cartridges_jax.chat --model={name} --cartridge={cartridge}
   serve it:       {python} -m cartridges_jax.serve --model={name} --cartridges={served}
                   then ask for the model "{name}:document" with any OpenAI client
-  your own file:  make quickstart DOC=file.txt QUESTIONS=file.jsonl
+  your own file:  {python} -m cartridges_jax.quickstart --document=file.txt --questions=file.jsonl
 run directory: {directory} (report.md, report.json)""")
 
 
 if __name__ == "__main__":
-    command_config.run(main)
+    command_config.run(main, {"--config.server.slots": "--config.server.max_num_seqs"})

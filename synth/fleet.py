@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Self, TypeVar
 
 from cartridges_jax.command_line.addresses import without_credentials
-from synth.clients import connect
 from synth.clients.base import Busy, ChatMessages, Client, Completion, Rejected, Unavailable, Unsuited
+from synth.clients.factory import connect
 from synth.config import ClientConfig, SamplingConfig
 from synth.endpoint import Endpoint, Ticket
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import Progress
-from synth import chunkers, conversation, given, tools
+from synth import chunkers, conversation, given
 from synth.chunkers import Chunker, LocalTokenizer
 from synth.clients.base import Unavailable
 from synth.config import SynthConfig
@@ -35,6 +35,7 @@ from synth.resources import reading
 from synth.resources.reading import Corpus
 from synth.self_study import Talk, all_or_none, study
 from synth.summary import Summary
+from synth.tools import toolbox
 from synth.tools.base import Tool
 
 GIVE_UP_AFTER = 8  # conversations that failed in a row
@@ -80,11 +81,11 @@ async def _make(parts: Parts, corpus: Corpus, config: SynthConfig) -> None:
         if config.question_client:
             questions = await stack.enter_async_context(Fleet(config.question_client, config.seed))
             await questions.check()
-        toolbox = await stack.enter_async_context(tools.opened(config, corpus.to_string()))
+        tools = await stack.enter_async_context(toolbox.opened(config, corpus.to_string()))
         route = answers.route()
         tokenizer = LocalTokenizer(config.chunker.tokenizer) if config.chunker.tokenizer else route
         chunker = await chunkers.create(config.chunker, tokenizer, corpus)
-        await _Run(parts, answers, questions, chunker, config, toolbox).run()
+        await _Run(parts, answers, questions, chunker, config, tools).run()
 
 
 class _Run:
@@ -95,10 +96,10 @@ class _Run:
         questions: Fleet,
         chunker: Chunker,
         config: SynthConfig,
-        toolbox: Sequence[Tool],
+        tools: Sequence[Tool],
     ):
         self._parts, self._answers, self._questions = parts, answers, questions
-        self._chunker, self._config, self._toolbox = chunker, config, toolbox
+        self._chunker, self._config, self._tools = chunker, config, tools
         self._talks: asyncio.Queue[Talk | None] = asyncio.Queue(config.conversations_per_chunk)
         self._finished: list[tuple[int, Conversation]] = []
         self._failures, self._failed_in_a_row, self._last_failure = 0, 0, ""
@@ -144,7 +145,7 @@ class _Run:
                     questions,
                     self._chunker,
                     self._config,
-                    self._toolbox,
+                    self._tools,
                 )
             except Unavailable as error:
                 self._fail(error, len(missing), f"the chunk of conversations {first} to {max(missing)}")

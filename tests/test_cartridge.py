@@ -23,6 +23,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.cartridge.file import FORMAT_VERSION
 from cartridges_jax.cartridge.provenance import Provenance
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.serving.generate import generate
 
 SHAPE = (tiny.LAYERS, 5, tiny.KV_HEADS, tiny.HEAD_DIM)
 
@@ -91,6 +92,19 @@ def test_the_header_says_where_a_cartridge_comes_from(path: Path):
     assert header["recipe"] == "random — für Prüfungen"
     assert (header["training_tokens"], header["training_flops"]) == (12345678901, 1.25e21)
     assert json.loads(header["evaluation"]) == {"recall": 0.5}
+
+
+def test_a_header_of_before_the_config_had_another_name_for_its_longest_sequence(path: Path):
+    """`window` was that once; what it says must pass neither for a sliding window nor for another model's layout."""
+    model, cartridge = tiny.model(), Cartridge.load(path)
+    config = json.loads(cartridge.provenance.model_config)
+    config["window"] = config.pop("max_position_embeddings")
+    old = dataclasses.replace(cartridge.provenance, model_config=json.dumps(config))
+    cartridge.replace(provenance=old).save(path)
+    loaded = Cartridge.load(path, model=model)
+    assert loaded.provenance == old
+    answers = [generate(model, ["Line"], cartridge=c, max_tokens=3) for c in (loaded, cartridge)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("failing", ["save_file", "fsync", "replace"])

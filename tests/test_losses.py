@@ -299,7 +299,8 @@ def array_sizes(jaxpr: Any) -> Iterator[int]:
 def test_logits_of_all_positions_never_exist(tail: Tail) -> None:
     t, v, j = 16 * CHUNK, 4096, 3
     sizes = {"embed_dim": 8, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "mlp_dim": 8, "num_layers": 1}
-    config = ModelConfig("llama", v, **sizes, norm_eps=1e-5, rope_theta=1e4, window=2 * t, tie_embeddings=True)
+    sizes["max_position_embeddings"] = 2 * t
+    config = ModelConfig("llama", v, **sizes, norm_eps=1e-5, rope_theta=1e4, tie_embeddings=True)
     params = init_params(config, jax.random.key(0))
     zeros = np.zeros((1, t), np.int32)
     targets = np.zeros((1, t, j), np.int32)

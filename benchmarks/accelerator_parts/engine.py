@@ -72,11 +72,11 @@ def _bytes_read(model: LanguageModel, n: int, prefix: Prefix | None, size: sizes
 
 def _steps(make: Callable[[], Engine], requests: Callable[[int], list[Request]], least: float) -> Line:
     engine = make()
-    scheduler = Scheduler(engine, engine.num_slots)
+    scheduler = Scheduler(engine, engine.max_num_seqs)
     spent = [step_seconds(scheduler, requests(round)) for round in range(ROUNDS)][-1]
     return {
         "ms a step": rounded(spent * 1e3),
-        "tokens/s": rounded(engine.num_slots / spent),
+        "tokens/s": rounded(engine.max_num_seqs / spent),
         "roofline, ms": rounded(least * 1e3),
         "share of the roofline": rounded(least / spent, 2),
     }

@@ -103,9 +103,9 @@ class Cartridge:
         """Makes a cartridge of the keys and values of these tokens, which stand at the positions 0 to p - 1."""
         if len(tokens) == 0:
             raise UserError("the text has no tokens: a cartridge needs at least one")
-        if len(tokens) > model.config.window:
-            raise UserError(f"{len(tokens)} tokens exceed {model.name}'s window of {model.config.window}: cut the text")
-        # padded to a multiple, so that similar lengths share one compiled program; no token sees what stands behind it
+        if len(tokens) > (window := model.config.max_position_embeddings):
+            raise UserError(f"{len(tokens)} tokens exceed {model.name}'s window of {window}: cut the text")
+        # padded on the right to a multiple, which causality hides, so that similar lengths share one compiled program
         padded_t = np.zeros(math.ceil(len(tokens) / 64) * 64, np.int32)
         padded_t[: len(tokens)] = tokens
         mesh = sharding.mesh_of(model.params)

@@ -72,7 +72,8 @@ def attention_matching(
     config = config or MatchingConfig()
     if config.queries == "conversations" and not examples:
         raise UserError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
-    bodies, (before, after) = _chunks(model, corpus, min(config.chunk_tokens, model.config.window - ROW))
+    room = model.config.max_position_embeddings - ROW
+    bodies, (before, after) = _chunks(model, corpus, min(config.chunk_tokens, room))
     chunks = [[*before, *body, *after] for body in bodies]
     # the second and later chunks fit one slot more, for the attention sink that is dropped
     shares = [num_slots // len(chunks) + (i < num_slots % len(chunks)) + (i > 0) for i in range(len(chunks))]
@@ -121,7 +122,8 @@ def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int
     if room < 1:
         raise UserError(
             f"a chunk of {size} tokens leaves no room for a text: expected more than {size - room} of "
-            f"init.matching.chunk_tokens, and {ROW} more than those of {model.name}'s window, {model.config.window}"
+            f"init.matching.chunk_tokens, and {ROW} more than those of {model.name}'s window, "
+            f"{model.config.max_position_embeddings}"
         )
     count = -(-len(body) // room)
     length = -(-len(body) // count)

@@ -134,7 +134,8 @@ def _measured(config: InitConfig, model: LanguageModel, corpus: str) -> Cartridg
             f"the corpus has {len(tokens)} tokens, expected at least {needed}: random vectors take their spread and "
             "the frozen slots from it"
         )
-    return Cartridge.from_tokens(model, tokens[: min(max(STATISTICS_TOKENS, needed), model.config.window)])
+    measured = min(max(STATISTICS_TOKENS, needed), model.config.max_position_embeddings)
+    return Cartridge.from_tokens(model, tokens[:measured])
 
 
 def _like(drawn_lpkh: jax.Array, real_lskh: jax.Array, num_frozen: int) -> jax.Array:

@@ -38,7 +38,7 @@ def fold_bias(cartridge: Cartridge, model: LanguageModel, text: str) -> Cartridg
     cartridge.checked(model.config)
     if cartridge.bias is None:
         return cartridge
-    room = model.config.window - cartridge.num_slots
+    room = model.config.max_position_embeddings - cartridge.num_slots
     tokens = model.tokenizer.encode(text)[: min(FOLD_TOKENS, room)]
     if not tokens:
         raise UserError(f"fold_bias needs a text and room for it: there are {room} positions behind the cartridge")

@@ -1,1 +1,1 @@
-"""The decoder, and everything that turns a name into one: knows nothing of training or serving."""
+"""This package holds the language model and what turns a name into one; it knows nothing of training or serving."""

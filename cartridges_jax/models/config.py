@@ -1,4 +1,4 @@
-"""What differs between Llama 3.x, SmolLM2, Qwen2.5 and Qwen3, as data (design §4)."""
+"""The config of a model says everything in which one model's mathematics differs from another's, as data."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ModelConfig:
     mlp_dim: int  # f
     norm_eps: float
     rope_theta: float
-    window: int  # longest sequence the model was made for, in tokens, cartridge slots included
+    max_position_embeddings: int  # longest sequence the model was made for, in tokens, cartridge slots included
     tie_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -105,9 +105,9 @@ class ModelConfig:
             raise UserError(f"this {family} config lacks {', '.join(missing)}: expected a whole config.json")
         heads, width = size_of(raw, "num_attention_heads"), size_of(raw, "hidden_size")
         head_dim = size_of(raw, "head_dim", FAMILIES[family].head_dim or width // heads, LARGEST_HEAD)
-        window = size_of(raw, "max_position_embeddings")
-        check_settings(f"this {family} config", *_settings(raw, family, head_dim, window))
-        theta, factors = _rope(raw, window, head_dim)
+        longest = size_of(raw, "max_position_embeddings")
+        check_settings(f"this {family} config", *_settings(raw, family, head_dim, longest))
+        theta, factors = _rope(raw, longest, head_dim)
         return cls(
             family=family,
             vocab_size=size_of(raw, "vocab_size"),
@@ -119,7 +119,7 @@ class ModelConfig:
             mlp_dim=size_of(raw, "intermediate_size"),
             norm_eps=number_of(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
-            window=window,
+            max_position_embeddings=longest,
             tie_embeddings=bool(raw.get("tie_word_embeddings")),
             # transformers' Qwen 2 has them whatever its config says
             qkv_bias=bool(raw.get("attention_bias")) or FAMILIES[family].qkv_bias,
@@ -128,9 +128,9 @@ class ModelConfig:
         )
 
     def layout_differs(self, other: str) -> str:
-        """How the layout of keys and values differs from that of another config, its JSON; "" where it does not.
+        """Says how the layout of keys and values differs from that of another config, given as JSON; "" if it does not.
 
-        What the other config does not say is taken to agree.
+        What the other config does not mention is taken to agree.
         """
         try:
             theirs = json.loads(other or "{}")
@@ -143,14 +143,14 @@ class ModelConfig:
 
 
 def _settings(
-    raw: Mapping[str, Any], family: str, head_dim: int, window: int
+    raw: Mapping[str, Any], family: str, head_dim: int, longest: int
 ) -> tuple[dict[str, Any], Collection[str], dict[str, tuple[object, ...]]]:
-    """The arguments of `check_settings` for a config.json, with what depends on other keys of it."""
+    """Puts together the arguments of `check_settings`, some of which depend on other keys of the config.json."""
     settings, name = dict(raw), family.capitalize()
     if isinstance(code := settings.get("auto_map"), dict):  # classes of the checkpoint's own; that of a config is none
         settings["auto_map"] = {key: value for key, value in code.items() if key.startswith("AutoModel")}
     limit = settings.get("sliding_window")
-    if family != "llama" or (isinstance(limit, int) and limit >= window):
+    if family != "llama" or (isinstance(limit, int) and limit >= longest):
         settings.pop("sliding_window", None)  # Qwen's counts with use_sliding_window only; another hides no token
     values = HF_VALUES | {
         "architectures": (f"{name}ForCausalLM", f"{name}Model", "LLaMAForCausalLM", None),
@@ -162,8 +162,8 @@ def _settings(
     return settings, HF_HARMLESS, values
 
 
-def _rope(raw: Mapping[str, Any], window: int, head_dim: int) -> tuple[float, tuple[float, ...]]:
-    """Theta and factors, which may be said twice: in `rope_scaling` (transformers 4) and in `rope_parameters` (5)."""
+def _rope(raw: Mapping[str, Any], longest: int, head_dim: int) -> tuple[float, tuple[float, ...]]:
+    """Reads RoPE's theta and factors, which may be given twice: in `rope_scaling` and in `rope_parameters`."""
     said = {key: raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)}
     if wrong := [key for key, rope in said.items() if not isinstance(rope, dict)]:
         raise UserError(f"{wrong[0]} is {reprlib.repr(said[wrong[0]])}, expected an object")
@@ -175,8 +175,8 @@ def _rope(raw: Mapping[str, Any], window: int, head_dim: int) -> tuple[float, tu
         return number_of({key: found[0]}, key)
 
     theta = agreed("rope_theta", 10_000.0)
-    # without the length that Llama 3's scaling began with, transformers takes the whole window
-    original = {"original_max_position_embeddings": agreed("original_max_position_embeddings", window)}
+    # without the length that Llama 3's scaling began with, transformers takes the longest sequence
+    original = {"original_max_position_embeddings": agreed("original_max_position_embeddings", longest)}
     factors = {rope_factors(rope | original, theta, head_dim) for rope in said.values()} or {()}
     if len(factors) > 1:
         raise UserError("rope_scaling and rope_parameters of this config contradict each other: expected one of them")
@@ -184,10 +184,10 @@ def _rope(raw: Mapping[str, Any], window: int, head_dim: int) -> tuple[float, tu
 
 
 def rope_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
-    """Divisors of the RoPE frequencies for Hugging Face's `rope_type`s `default`, `linear` and `llama3`.
+    """Computes the divisors of the RoPE frequencies for the `rope_type`s `default`, `linear` and `llama3`.
 
-    `llama3` (Llama 3.1 model card): wavelengths longer than original/low are divided by `factor`, those shorter than
-    original/high stay, those between are interpolated.
+    With `llama3` (Llama 3.1 model card), frequencies whose wavelength is longer than original/low are divided by
+    `factor`, those with one shorter than original/high stay, and those between are interpolated.
     """
     kinds = {str(rope[key]) for key in ("rope_type", "type") if rope.get(key)} or {"default"}
     if len(kinds) > 1 or not kinds <= ROPE_NUMBERS.keys():

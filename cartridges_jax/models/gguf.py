@@ -1,4 +1,4 @@
-"""Weights from a GGUF file (llama.cpp's format) or its parts, dequantised by the `gguf` package where they are read.
+"""This file loads a model from a GGUF file (llama.cpp's format) or its parts; the `gguf` package dequantises them.
 
 Converters to GGUF permute the rows of Llama's q and k so that RoPE acts on neighbouring pairs; `unpermute` undoes it.
 Qwen files are not permuted.
@@ -97,7 +97,7 @@ def _tensors(path: Path) -> list[gguf.ReaderTensor]:
 
 
 class Dequantized:
-    """A tensor of the file as float32 rows, in the order of Hugging Face."""
+    """A tensor of the file, which gives float32 rows in the order of Hugging Face when it is indexed."""
 
     def __init__(self, tensor: gguf.ReaderTensor, permuted_head_dim: int | None = None):
         self._tensor, self._permuted = tensor, permuted_head_dim
@@ -120,7 +120,7 @@ class Dequantized:
 
 
 def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """[(heads pairs 2), …] as GGUF interleaves RoPE's pairs -> [(heads 2 pairs), …], the halves that we rotate."""
+    """Turns rows [(heads pairs 2), …], RoPE's pairs side by side, into the halves [(heads 2 pairs), …] we rotate."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -156,7 +156,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any], divisors: np.ndar
         mlp_dim=size_of(settings, "feed_forward_length"),
         norm_eps=float(np.float32(number_of(settings, "attention.layer_norm_rms_epsilon"))),
         rope_theta=theta,
-        window=size_of(settings, "context_length"),
+        max_position_embeddings=size_of(settings, "context_length"),
         tie_embeddings="lm_head.weight" not in tensors,
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in tensors,
         qk_norm=FAMILIES[family].qk_norm,
@@ -165,14 +165,14 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any], divisors: np.ndar
 
 
 def _alike(value: Any) -> Any:
-    """A number that is given layer by layer, and is the same for each."""
+    """Takes one number out of a list that gives the same number for every layer; anything else stays as it is."""
     return value[0] if isinstance(value, list) and value and all(one == value[0] for one in value) else value
 
 
 def _rope_factors(
     settings: dict[str, Any], theta: float, head_dim: int, divisors: np.ndarray | None
 ) -> tuple[float, ...]:
-    """As llama.cpp reads them: a factor without a type is linear, of two keys the newer counts, 0 is "not said"."""
+    """Reads the scaling of RoPE as llama.cpp does: linear unless a type is given, the newer of two keys, 0 for none."""
     factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear")) or 1.0
     kind = settings.get("rope.scaling.type", "linear")
     if kind == "none" or (kind == "linear" and factor == 1.0):

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face directory: `config.json` and safetensors, one file or an index. Without torch."""
+"""This file loads a model from a Hugging Face directory: `config.json`, and safetensors in one file or several."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
-    """A file's tensors, of which only what is indexed is read from the disk."""
+    """Maps a file into memory and gives its tensors by name; only what is indexed is read from the disk."""
     with _open(path):  # safetensors itself complains about a damaged file
         pass
     with path.open("rb") as file:
@@ -76,9 +76,9 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
 
 
 def _tensor_places(directory: Path) -> dict[str, tuple[Path, str]]:
-    """Where the model's tensors are: our name of each -> its file and its name there.
+    """Finds the file that holds each tensor of the model, and the name of the tensor there, by our name for it.
 
-    What lies beside the model (an adapter, a cartridge) is none of it, as long as it holds no tensor of the same name.
+    Files that lie beside the model (an adapter, a cartridge) are ignored as long as they hold no tensor of that name.
     """
     theirs = {path: _names(path) for path in sorted(directory.glob("*.safetensors"))}
     if not theirs:
@@ -113,7 +113,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _model_files(directory: Path, held: dict[Path, dict[str, str]]) -> list[Path]:
-    """The files that transformers would read; where there are none, shards and those with a tensor that we know."""
+    """Lists the files that transformers would read, or, if there are none, shards and files with a tensor we know."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         shards = read_json(index).get("weight_map")

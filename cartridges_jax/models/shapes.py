@@ -1,4 +1,4 @@
-"""Shapes of well-known models, from their public `config.json`s: enough to plan with, without any weights."""
+"""This file knows the shapes of well-known models by their public `config.json`s: enough to plan with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = {
 
 
 def shape_of(name: str) -> ModelConfig:
-    """The shape of a model by its name ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"), or of a `config.json`.
+    """Gives the config of a model by its name ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct") or its file.
 
     Raises:
       UserError: neither a known name nor a file; or a file that is no config of ours.

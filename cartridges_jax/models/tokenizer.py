@@ -1,4 +1,4 @@
-"""Text to token ids and back, the chat template, and the ids that end a turn; nothing here needs torch or JAX.
+"""This file turns text into token ids and back, and conversations into text, without torch or JAX.
 
 The tokenizer is a `transformers` one, either read from a Hugging Face folder or built from the metadata of a GGUF file
 (transformers' own GGUF reader imports torch). `transformers` is imported when the first tokenizer is loaded.
@@ -72,16 +72,16 @@ class Tokenizer:
         self._day: datetime.date | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Ids of `text`; `add_special_tokens` adds what the model puts around a text (a BOS, say), if anything."""
+        """Gives the ids of `text`; `add_special_tokens` adds what the model puts around a text, such as a BOS."""
         # `encode` would keep all other threads from running for as long as it takes.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that name no token are left out."""
+        """Gives the text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that name no token are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def on(self, day: datetime.date) -> Tokenizer:
-        """The same tokenizer, whose chat template is told that it is `day`; by default it is told the day it is."""
+        """Gives a tokenizer whose chat template is told that today is `day`, instead of the true date."""
         pinned = copy.copy(self)
         pinned._day = day
         return pinned
@@ -89,7 +89,7 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
     ) -> str:
-        """The model's own rendering of a conversation, by its Jinja template.
+        """Renders a conversation as text by the model's own Jinja template.
 
         Args:
           thinking: the template's `enable_thinking`, for models that know it; None leaves it to the template.
@@ -102,13 +102,13 @@ class Tokenizer:
     def chat_ids(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
     ) -> list[int]:
-        """Ids of `render_chat`'s text; no BOS is added, since templates write their own. Raises: as `render_chat`."""
+        """Gives the ids of `render_chat`'s text; no BOS is added, as templates write it. Raises: as `render_chat`."""
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking))
 
     def render_turns(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
     ) -> str:
-        """`render_chat` as it stands behind a cartridge, which takes the place of the BOS and of the system message.
+        """Renders a conversation behind a cartridge, which takes the place of the BOS and of the system message.
 
         Many templates open with a system message of their own where none is given. Between a cartridge and a question
         it costs a small model most of what the cartridge knows, so it is left out; one among `messages` stays.
@@ -119,11 +119,11 @@ class Tokenizer:
     def turn_ids(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
     ) -> list[int]:
-        """Ids of `render_turns`' text, as they follow what the cartridge stands for. Raises: as `render_chat`."""
+        """Gives the ids of `render_turns`' text, which follows a cartridge. Raises: as `render_chat`."""
         return self._ids_behind(*self._parted(messages, add_generation_prompt, thinking))
 
     def continued_ids(self, text: str) -> list[int]:
-        """Ids of a text that follows what a cartridge stands for: of one by `render_turns`, those of `turn_ids`."""
+        """Gives the ids of any text that follows a cartridge; those of `render_turns`' text are `turn_ids`."""
         return self._ids_behind(self._opening, text)
 
     def answered_ids(
@@ -134,7 +134,7 @@ class Tokenizer:
         behind_cartridge: bool = True,
         thinking: bool | None = None,
     ) -> tuple[list[int], list[int]]:
-        """The ids that ask for an answer, and those of an answer that nobody sampled, as they follow them.
+        """Gives the ids that ask for an answer, and behind them those of an answer that was written, not sampled.
 
         Raises: as `render_chat`.
         """
@@ -176,7 +176,7 @@ class Tokenizer:
     def _parted(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, thinking: bool | None
     ) -> tuple[str, str]:
-        """What a cartridge stands for in a rendering, and the turns behind it."""
+        """Splits a rendering into what a cartridge stands for and the turns behind it."""
         apart = None
         if not any(message["role"] == "system" for message in messages):
             apart = self._behind_system_message(messages, add_generation_prompt, thinking)
@@ -191,10 +191,9 @@ class Tokenizer:
     def _behind_system_message(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, thinking: bool | None
     ) -> tuple[str, str] | None:
-        """A system message as the template renders it, and what follows; None if it does not keep the two apart.
+        """Splits a rendering into its system message and what follows; None if the template mixes the two.
 
-        Two messages are tried: a template that puts the system message into the user's turn is found out by turns that
-        differ.
+        Two system messages are tried: if the template puts them into the user's turn, what follows differs.
         """
         systems = [{"role": "system", "content": content} for content in _PROBES]
         for render_system in (self._system_alone, self._system_without_eos, self._system_before_turns):
@@ -213,20 +212,20 @@ class Tokenizer:
         return self._render([system], False, thinking)
 
     def _system_without_eos(self, system: Mapping[str, str], thinking: bool | None) -> str:
-        """For templates that end with an EOS whatever they do not ask to be continued."""
+        """Renders a system message without the EOS that some templates put behind a conversation that has ended."""
         return self._system_alone(system, thinking).removesuffix(str(self._wrapped.eos_token))
 
     def _system_before_turns(self, system: Mapping[str, str], thinking: bool | None) -> str:
-        """For templates that refuse it alone: what is left of one round when a second shows how long a round is."""
+        """Renders a system message for templates that refuse one alone: two rounds are compared to find its end."""
         round_ = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
         one, two = (self._render([system, *round_ * count], False, thinking) for count in (1, 2))
         return one.removesuffix(two.removeprefix(one))
 
     @functools.cached_property
     def _bos(self) -> str:
-        """What the template begins every conversation with; nothing, if the BOS token begins every turn of it.
+        """The token with which the template begins every conversation; "" if it begins every turn, too.
 
-        Some models have one token for both.
+        Some models have one token for both purposes.
         """
         bos = self._wrapped.bos_token
         if not isinstance(bos, str):
@@ -242,23 +241,23 @@ class Tokenizer:
 
     @functools.cached_property
     def _opening(self) -> str:
-        """What a cartridge stands for where nobody says which turns follow."""
+        """The text that a cartridge stands for if it is not known which turns follow."""
         try:
             return self._parted([{"role": "user", "content": "."}], True, None)[0]
         except UserError:  # no chat template, or one that refuses even this
             return ""
 
     def _ids_behind(self, opening: str, text: str) -> list[int]:
-        """Ids of `text` behind `opening`: at the very beginning of a text many a tokenizer would put a space."""
+        """Gives the ids of `text` behind `opening`, as many tokenizers put a space at the beginning of a text."""
         before, whole = self.encode(opening), self.encode(opening + text)
         return whole[len(before) :] if whole[: len(before)] == before else self.encode(text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of vocabulary, merges and chat template, whichever files they came from.
+        """The SHA-256 of vocabulary, merges and chat template, whichever files they came from.
 
-        A GGUF file and a Hugging Face folder of one tokenizer agree. Left out is what the two write differently: the
-        pre-tokenizer (one split has several spellings), which tokens are called special, and BOS/EOS settings.
+        A GGUF file and a Hugging Face folder of one tokenizer have the same. It leaves out what they write differently:
+        the pre-tokenizer (one split has several spellings), which tokens are called special, and BOS/EOS settings.
         """
         model = json.loads(self._backend.to_str())["model"]
         merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges", [])]
@@ -268,7 +267,7 @@ class Tokenizer:
 
     @property
     def rendering(self) -> str:
-        """SHA-256 of all that turns messages into ids: the whole tokenizer, its template, and the day if pinned."""
+        """The SHA-256 of all that turns messages into ids: the tokenizer, its template, and the day if it is set."""
         parts = [self._backend.to_str(), self._wrapped.chat_template, self._wrapped.special_tokens_map, str(self._day)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -289,7 +288,7 @@ class StreamDecoder:
         self._sent = 0  # characters of the decoded context and pending tokens that are out already
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is incomplete, or for a skipped token."""
+        """Takes the next token and gives the text that it completes: none while a character is incomplete."""
         self._pending.append(token_id)
         text = self._decode()
         whole = text.rstrip("\ufffd")
@@ -304,7 +303,7 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """What is still held back, an incomplete character as U+FFFD; the decoder is then as new."""
+        """Gives what was held back, an incomplete character as U+FFFD, and begins anew."""
         piece = self._decode()[self._sent :]
         self._context, self._pending, self._sent = [], [], 0
         return piece
@@ -327,9 +326,9 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
 
 
 def gguf_metadata(path: Path) -> dict[str, Any]:
-    """The key-value part of a GGUF file (version 2 or 3), as Python values.
+    """Reads the key-value part of a GGUF file (version 2 or 3) as Python values.
 
-    `gguf.GGUFReader` makes two numpy arrays for every string: 2 s for a vocabulary of 49k, where this takes 0.05 s.
+    `gguf.GGUFReader` makes two numpy arrays for every string: that takes 2 s for a vocabulary of 49k, this 0.05 s.
 
     Raises:
       UserError: not a GGUF file, a version that is not supported, or a file that ends too early.
@@ -497,7 +496,7 @@ def _from_directory(path: Path) -> Tokenizer:
 
 
 def _listed_stops(path: Path) -> set[int]:
-    """`eos_token_id`, one or several, of generation_config.json, or of config.json where that one says none."""
+    """Reads `eos_token_id`, one or several, from generation_config.json, or from config.json if it is not there."""
     for name in ("generation_config.json", "config.json"):
         listed = read_json(path / name).get("eos_token_id") if (path / name).is_file() else None
         if listed is None:
@@ -524,7 +523,7 @@ def _auto_class() -> Any:
 
 
 class _QuietImport(logging.Filter):
-    """Drops the line that transformers logs at import when torch is absent, which is how we mean it to be."""
+    """A filter that drops the line which transformers logs at import when torch is absent."""
 
     def __enter__(self) -> None:
         logging.getLogger("transformers").addFilter(self)

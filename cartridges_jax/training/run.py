@@ -161,10 +161,10 @@ def _optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.Gr
 
 
 def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:
-    if num_slots + config.seq_len > model.config.window:
+    if num_slots + config.seq_len > model.config.max_position_embeddings:
         raise UserError(
             f"{num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
-            f"{model.config.window}: lower config.init.num_slots or config.seq_len"
+            f"{model.config.max_position_embeddings}: lower config.init.num_slots or config.seq_len"
         )
 
 

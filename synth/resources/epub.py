@@ -62,8 +62,8 @@ def _pages(book: zipfile.ZipFile, path: str, left_out: Counter[str]) -> list[str
         elif kind in _PAGES and id(item) not in ordered and "nav" not in str(item.get("properties")):
             left_out["pages outside of the reading order"] += 1
     folder = posixpath.dirname(package_name)
-    names = (posixpath.join(folder, urllib.parse.unquote(str(item.get("href")))) for item in order)
-    return [posixpath.normpath(name) for name in names]
+    hrefs = (urllib.parse.unquote(urllib.parse.urldefrag(str(item.get("href"))).url) for item in order)
+    return list(dict.fromkeys(posixpath.normpath(posixpath.join(folder, href)) for href in hrefs))
 
 
 def _xml(book: zipfile.ZipFile, name: str) -> Any:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from email.message import EmailMessage
 from pathlib import Path, PurePath
+from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
 from synth.resources import documents, html
@@ -28,6 +29,7 @@ GMAIL_TOKEN = "GMAIL_TOKEN"  # of the environment: an OAuth access token that ma
 MOST_MESSAGES = 10_000
 HEADERS = ("From", "To", "Cc", "Date", "Subject")
 TEXT_KINDS = ("application/json", "application/x-ndjson", "application/xml", "application/yaml", "application/x-yaml")
+LONGEST_HEADER = 2**14  # characters; the library's parser of addresses takes their number's square in time
 DEEPEST = 20  # messages and parts inside of one another
 
 # The line before a message: From, an address and a time. A file keeps to the form of its first one.
@@ -40,6 +42,16 @@ _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:|>?From ")
 _QUOTED = re.compile(rb"^>(>*From )", re.MULTILINE)
 
 log = logging.getLogger(__name__)
+
+
+class _Policy(email.policy.EmailPolicy):
+    """The library's, on headers of a bounded length."""
+
+    def header_fetch_parse(self, name: str, value: str) -> Any:
+        return super().header_fetch_parse(name, value[:LONGEST_HEADER])
+
+
+POLICY = _Policy()
 
 
 def read_mbox(path: str) -> Sections:
@@ -138,7 +150,7 @@ def _unquoted(lines: list[bytes]) -> bytes:
 
 def _section(raw: bytes, left_out: Counter[str]) -> Section:
     try:
-        message = email.message_from_bytes(raw, policy=email.policy.default)
+        message = email.message_from_bytes(raw, policy=POLICY)
         text = _text(message, left_out, 0)
         return Section(_header(message, "Subject") or "no subject", text.strip() + "\n\n")
     except RecursionError:  # of the library, on parts inside of parts without end
@@ -149,6 +161,8 @@ def _section(raw: bytes, left_out: Counter[str]) -> Section:
 def _text(message: EmailMessage, left_out: Counter[str], depth: int) -> str:
     """A message with its headers, then the text of what is attached to it."""
     headers = {name: _header(message, name) for name in HEADERS}
+    cut = sum(len(value) > LONGEST_HEADER for _, value in message.raw_items())
+    left_out["ends of headers that are too long"] += cut
     lines = [f"{name}: {value}" for name, value in headers.items() if value]
     return "\n".join([*lines, "", *(text for _, text in _parts(message, left_out, depth))])
 
@@ -168,7 +182,7 @@ def _parts(part: EmailMessage, left_out: Counter[str], depth: int) -> Iterator[t
     elif kind == "multipart/alternative":
         yield from _best([list(_parts(inside, left_out, depth + 1)) for inside in _inside(part)])
     elif kind in ("message/rfc822", "message/global"):
-        for inside in _inside(part) or [email.message_from_bytes(_payload(part), policy=email.policy.default)]:
+        for inside in _inside(part) or [email.message_from_bytes(_payload(part), policy=POLICY)]:
             yield True, _attached(name or "message", _text(inside, left_out, depth + 1))
     elif part.is_multipart():
         for inside in _inside(part):

@@ -38,7 +38,7 @@ def write_folder(model: LanguageModel, folder: Path) -> Path:
             "num_attention_heads": c.num_heads,
             "num_key_value_heads": c.num_kv_heads,
         },
-        **{"head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "max_position_embeddings": c.window},
+        **{"head_dim": c.head_dim, "rms_norm_eps": c.norm_eps, "max_position_embeddings": c.max_position_embeddings},
         **{"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "rope_theta": c.rope_theta},
         **{
             "tie_word_embeddings": c.tie_embeddings,

@@ -191,7 +191,7 @@ def test_bfloat16_stays_near_float32(tiny_llama: cj.LanguageModel) -> None:
 
 
 def test_what_logits_refuse(tiny_llama: cj.LanguageModel) -> None:
-    window = tiny_llama.config.window
+    window = tiny_llama.config.max_position_embeddings
     with pytest.raises(UserError, match=f"4 slots and {window} tokens exceed tiny llama's window of {window}"):
         tiny_llama.logits(np.zeros((1, window), np.int32), cartridge=random_cartridge(tiny_llama, 4))
     other = random_cartridge(tiny_llama, 4)

@@ -14,7 +14,7 @@ import tiny
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels import gathered_product, prefix_decode_attention
+from cartridges_jax.kernels import gathered_matmul, prefix_decode_attention
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.serving import decoder
 from cartridges_jax.serving.engine import Engine
@@ -101,7 +101,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Of a config of its own for each way: what was compiled for one must not serve the other."""
     patch = pytest.MonkeyPatch()
     if request.param == "xla":  # as accelerators take it
-        for module in (gathered_product, prefix_decode_attention, decoder):
+        for module in (gathered_matmul, prefix_decode_attention, decoder):
             patch.setattr(module, "has_kernel", lambda platform: False)
         request.addfinalizer(patch.undo)
     width = {"kernel": 52, "xla": 56}[request.param]
@@ -110,7 +110,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def new_engine(model: LanguageModel) -> Engine:
     """With little memory, so that pages change hands at once."""
-    return Engine(model, num_slots=4, max_length=512, cache_tokens=14 * 128, batch_sizes=[1, 4])
+    return Engine(model, max_num_seqs=4, max_length=512, cache_tokens=14 * 128, batch_sizes=[1, 4])
 
 
 @pytest.fixture(scope="module")

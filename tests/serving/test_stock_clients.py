@@ -20,8 +20,8 @@ from test_server import SAID, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly:
 
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore
-from synth.clients import connect
 from synth.clients.base import Refused
+from synth.clients.factory import connect
 from synth.config import ClientConfig
 
 HELLO: Any = [{"role": "user", "content": "hello"}]

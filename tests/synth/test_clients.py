@@ -14,9 +14,10 @@ from aiohttp import web
 from client_servers import SGLang, Tokasaurus, alternatives, served
 
 from cartridges_jax.command_line.errors import UserError
-from synth.clients import connect, pickles
+from synth.clients import pickles
 from synth.clients.alignment import is_spelt
 from synth.clients.base import Client, Refused, Rejected, Unavailable, answer_span
+from synth.clients.factory import connect
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, ResourceConfig, SamplingConfig, SynthConfig
 

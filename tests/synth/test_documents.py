@@ -142,7 +142,7 @@ def make_epub(path: Path, **changes: str) -> Path:
         "META-INF/container.xml": '<container><rootfiles><rootfile full-path="OPS/book.opf"/></rootfiles></container>',
         "OPS/book.opf": '<opf:package xmlns:opf="x"><opf:manifest>'
         '<opf:item id="two" href="text/two%20b.xhtml" media-type="application/xhtml+xml"/>'
-        '<opf:item id="one" href="one.xhtml" media-type="application/xhtml+xml"/>'
+        '<opf:item id="one" href="one.xhtml#x" media-type="application/xhtml+xml"/>'
         '<opf:item id="cover" href="cover.xhtml" media-type="application/xhtml+xml"/>'
         '<opf:item id="lost" href="lost.xhtml" media-type="application/xhtml+xml"/>'
         '<opf:item id="extra" href="extra.xhtml" media-type="application/xhtml+xml"/>'

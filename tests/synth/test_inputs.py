@@ -142,6 +142,15 @@ def test_every_sentence_is_one(tmp_path: Path):
     assert found.told == "m.mbox: read 1 messages, 15 characters; nothing was left out"
 
 
+def test_a_header_without_end(tmp_path: Path):
+    addresses = ", ".join(f"Person {i} <p{i}@example.org>" for i in range(50_000))
+    (tmp_path / "m.mbox").write_text(f"From x Mon Jan  1 10:00:00 2024\nTo: {addresses}\nSubject: a\n\nb\n")
+    found = reading.read(ResourceConfig(str(tmp_path / "m.mbox")), tmp_path).resources[0]
+    text = found.to_string()
+    assert "Person 1 <p1@example.org>" in text and text.endswith("Subject: a\n\nb\n\n") and len(text) < 20_000
+    assert found.told.endswith("left out: 1 ends of headers that are too long")
+
+
 def test_an_empty_file_of_logs_is_refused(server: StubServer, make_config: MakeConfig, tmp_path: Path):
     (tmp_path / "logs.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds 0 conversations"):

@@ -24,8 +24,9 @@ from stub_server import MODEL, StubServer
 from cartridges_jax.command_line.addresses import basic_login, without_credentials
 from cartridges_jax.command_line.errors import UserError
 from synth import conversation, pipeline
-from synth.clients import connect, http
+from synth.clients import http
 from synth.clients.base import Client, Completion, Refused, Unavailable, check_same_model
+from synth.clients.factory import connect
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig, SynthConfig
 from synth.conversation import Conversation, Message, flatten

@@ -26,8 +26,8 @@ import pytest
 import tiny
 
 from synth import conversation
-from synth.clients import connect
 from synth.clients.base import Client, Refused
+from synth.clients.factory import connect
 from synth.config import ChunkerConfig, ClientConfig, ExistingConfig, ResourceConfig, SamplingConfig, SynthConfig
 from synth.pipeline import synthesize
 

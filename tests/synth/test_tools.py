@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from stub_server import MODEL
 
 from cartridges_jax.command_line.errors import UserError
-from synth import tools
 from synth.clients.base import Completion
 from synth.config import ClientConfig, McpConfig, ResourceConfig, SamplingConfig, SynthConfig, ToolsConfig
+from synth.tools import toolbox
 from synth.tools.base import Tool
 from synth.tools.search import PASSAGE_CHARACTERS, Search, passages
 from synth.tools.use import consult, shown
@@ -31,7 +31,7 @@ TEXT = "The owl sleeps in the barn.\n\n" * 60 + "A fox weighs 42 grams.\n\n" + "
 def with_tools(config: ToolsConfig, action: Callable[[Sequence[Tool]], Awaitable[Any]], text: str = TEXT) -> Any:
     async def run() -> Any:
         whole = SynthConfig("out", 1, ResourceConfig("x"), ClientConfig("http://x", MODEL), tools=config)
-        async with tools.opened(whole, text) as opened:
+        async with toolbox.opened(whole, text) as opened:
             return await action(opened)
 
     return asyncio.run(run())

@@ -124,7 +124,7 @@ def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge
     conditions.append(Condition("cartridge", cartridge))
     system = config.document_prompt.replace("{document}", corpus)
     length = len(model.tokenizer.encode(system))
-    if length + ROW <= model.config.window:
+    if length + ROW <= model.config.max_position_embeddings:
         conditions.append(Condition("full document", None, system))
     return conditions
 
@@ -149,7 +149,7 @@ def _measure(
     progress.advance(note=f"{condition.name}: log-likelihood")
     # conditions with few tokens of context share compiled programs
     longest = max(map(len, prompts)) + max(config.max_answer_tokens, TIMED_TOKENS)
-    length = min(-(-(num_slots + longest) // 256) * 256, model.config.window)
+    length = min(-(-(num_slots + longest) // 256) * 256, model.config.max_position_embeddings)
     answers = generate_ids(model, [tuple(tail) for tail in tails], prefix, config.max_answer_tokens, max_length=length)
     texts = [model.tokenizer.decode(answer).strip() for answer in answers]
     progress.advance(note=f"{condition.name}: answers")

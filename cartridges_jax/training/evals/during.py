@@ -131,10 +131,10 @@ class Evals:
             asked = [self._turn(question.asked(one.instruction)) for question in self._questions[one.name]]
             lengths[one.name] = max(lengths.get(one.name, 0), max(map(len, asked)) + one.max_tokens)
         for name, length in lengths.items():
-            if num_slots + length > self._model.config.window:
+            if num_slots + length > (window := self._model.config.max_position_embeddings):
                 raise UserError(
                     f"the evaluation {name} needs {length} tokens behind {num_slots} slots, more than "
-                    f"{self._model.name}'s window of {self._model.config.window}: ask or generate less there"
+                    f"{self._model.name}'s window of {window}: ask or generate less there"
                 )
 
     def __bool__(self) -> bool:

@@ -35,12 +35,12 @@ def answer_loss(
     # the cartridge without its provenance, which would compile the same program again for each cartridge
     cartridge = Cartridge(*(no_prefix(model.config) if prefix is None else prefix.prefix), num_frozen=0)
     length = max(ROW, *(len(example.tokens) for example in examples))
-    if cartridge.num_slots + length > model.config.window:
+    if cartridge.num_slots + length > model.config.max_position_embeddings:
         length = max(len(example.tokens) for example in examples)
-    if cartridge.num_slots + length > model.config.window:
+    if cartridge.num_slots + length > model.config.max_position_embeddings:
         raise UserError(
             f"{cartridge.num_slots} slots and a conversation of {length} tokens exceed {model.name}'s window of "
-            f"{model.config.window}: evaluate on shorter conversations"
+            f"{model.config.max_position_embeddings}: evaluate on shorter conversations"
         )
     mesh = sharding.mesh_of(model.params)
     share = mesh.shape["data"] * mesh.shape["fsdp"]  # rows at a time: one for each device of these axes
