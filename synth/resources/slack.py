@@ -14,6 +14,7 @@ from typing import Any
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from synth.resources import slack_blocks
+from synth.resources.json_tree import dicts
 from synth.resources.sections import Section, Sections
 from synth.resources.web import Api
 
@@ -216,7 +217,7 @@ def _edited(message: Message) -> float:
 
 def _line(message: Message, users: Mapping[str, str], counts: _Counts) -> str:
     text = slack_blocks.text_of(message, users)
-    for file in slack_blocks.dicts(message.get("files")):
+    for file in dicts(message.get("files")):
         title = file.get("title") or file.get("name")
         if not title or file.get("mode") in ("tombstone", "hidden_by_limit"):
             counts.left_out["deleted or hidden files"] += 1
