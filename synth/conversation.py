@@ -270,10 +270,8 @@ def _conversations(
 
 def _message(columns: Columns, m: int) -> Message:
     ids = tuple(columns.token_ids[m].tolist()) if columns.token_ids.is_there[m] else None
-    fields = (getattr(columns, name)[m] for name in TOP_LOGPROBS_FIELDS)
-    return Message(
-        columns.contents[m] or "", columns.roles[m], ids, TopLogprobs(*fields) if columns.has_top[m] else None
-    )
+    top = TopLogprobs(*(getattr(columns, name)[m] for name in TOP_LOGPROBS_FIELDS)) if columns.has_top[m] else None
+    return Message(columns.contents[m] or "", columns.roles[m], ids, top)
 
 
 def _as(dtype: type, value: Any, name: str) -> np.ndarray:

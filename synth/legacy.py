@@ -208,7 +208,6 @@ def _turns(ids: list[int], roles: list[str]) -> list[tuple[int, int]] | None:
 
 
 def _json(value: Any, budget: _Budget) -> Any:
-    """The value in types that JSON has."""
     budget.take(1)
     match value:
         case dict():

@@ -202,11 +202,7 @@ class _GivenUp(Exception):
 
 
 def _finish(parts: Parts, dataset: Path, config: SynthConfig) -> Summary:
-    """Writes the conversations that the filters keep, in the order of their indices.
-
-    Raises:
-      UserError: the filters keep none.
-    """
+    """Writes the conversations that the filters keep, ordered by index. Raises: UserError, if they keep none."""
     filters, summary = Filter(config.filters), Summary(config.filters)
 
     def kept() -> Iterator[pa.Table]:
