@@ -135,20 +135,15 @@ class _Run:
             missing = {i for i in range(first, min(first + size, self._parts.count)) if not self._parts.has(i)}
             if not missing:
                 continue
+            last = max(missing)
             answers = self._answers.route()
             questions = answers if self._questions is self._answers else self._questions.route()
             try:
                 planned = await plan_batch(
-                    first // size,
-                    max(missing) - first + 1,
-                    answers,
-                    questions,
-                    self._chunker,
-                    self._config,
-                    self._tools,
+                    first // size, last - first + 1, answers, questions, self._chunker, self._config, self._tools
                 )
             except Unavailable as error:
-                self._fail(error, len(missing), f"the chunk of conversations {first} to {max(missing)}")
+                self._fail(error, len(missing), f"the chunk of conversations {first} to {last}")
                 continue
             for plan in planned:
                 if plan.index in missing:

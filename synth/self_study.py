@@ -228,12 +228,7 @@ class _FirstQuestions:
 
 
 async def _converse(
-    sides: _Sides,
-    system_prompt: str,
-    asked: _FirstQuestions,
-    place: int,
-    instruction: str,
-    metadata: dict[str, Any],
+    sides: _Sides, system_prompt: str, asked: _FirstQuestions, place: int, instruction: str, metadata: dict[str, Any]
 ) -> Conversation:
     """Runs a conversation. It ends early with an empty message, and is left to the filters then.
 

@@ -192,7 +192,6 @@ class Client(Protocol):
 
         A given answer has no thoughts before it, so thinking is off where the chat template has a switch.
         """
-        ...
 
     async def tokenize(self, text: str) -> list[int]: ...
 
