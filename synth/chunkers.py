@@ -67,7 +67,6 @@ class Chunk:
 class Chunker(Protocol):
     async def chunk(self, rng: random.Random, position: float) -> Chunk:
         """The chunk at `position`, which goes over the corpus from 0 to 1, 1 excluded."""
-        ...
 
 
 async def create(config: ChunkerConfig, tokenizer: Tokenizer, corpus: Corpus) -> Chunker:

@@ -26,35 +26,13 @@ MESSAGE_FIELDS = ("content", "role", "token_ids", "top_logprobs")
 TOP_LOGPROBS_FIELDS = ("token_idx", "token_id", "logprobs", "shape")
 ROWS_PER_GROUP = 1024
 
+_IDS = pa.list_(pa.int64())
+_TOP_LOGPROBS = pa.struct(
+    {"token_idx": _IDS, "token_id": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "shape": _IDS}
+)
+_MESSAGE = pa.struct({"content": pa.string(), "role": pa.string(), "token_ids": _IDS, "top_logprobs": _TOP_LOGPROBS})
 SCHEMA = pa.schema(
-    [
-        (
-            "messages",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("content", pa.string()),
-                        ("role", pa.string()),
-                        ("token_ids", pa.list_(pa.int64())),
-                        (
-                            "top_logprobs",
-                            pa.struct(
-                                [
-                                    ("token_idx", pa.list_(pa.int64())),
-                                    ("token_id", pa.list_(pa.int32())),
-                                    ("logprobs", pa.list_(pa.float32())),
-                                    ("shape", pa.list_(pa.int64())),
-                                ]
-                            ),
-                        ),
-                    ]
-                )
-            ),
-        ),
-        ("system_prompt", pa.string()),
-        ("metadata", pa.string()),
-        ("type", pa.string()),
-    ]
+    {"messages": pa.list_(_MESSAGE), "system_prompt": pa.string(), "metadata": pa.string(), "type": pa.string()}
 )
 
 
@@ -120,12 +98,7 @@ def write(
     path: str | os.PathLike[str], conversations: Iterable[Conversation], notes: Mapping[str, str] | None = None
 ) -> None:
     """Writes one file, whole or not at all. `notes` are pairs of texts in its footer, which `read_notes` reads."""
-    table = to_table(conversations).replace_schema_metadata(dict(notes or {}))
-    try:
-        with files.atomic(path) as temporary:
-            pq.write_table(table, temporary)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+    write_tables(path, [to_table(conversations)], lambda: notes or {})
 
 
 def to_table(conversations: Iterable[Conversation]) -> pa.Table:
@@ -296,13 +269,9 @@ def _conversations(
 
 
 def _message(columns: Columns, m: int) -> Message:
-    ids = columns.token_ids
-    top = None
-    if columns.has_top[m]:
-        top = TopLogprobs(*(getattr(columns, name)[m] for name in TOP_LOGPROBS_FIELDS))
-    return Message(
-        columns.contents[m] or "", columns.roles[m], tuple(ids[m].tolist()) if ids.is_there[m] else None, top
-    )
+    ids = tuple(columns.token_ids[m].tolist()) if columns.token_ids.is_there[m] else None
+    top = TopLogprobs(*(getattr(columns, name)[m] for name in TOP_LOGPROBS_FIELDS)) if columns.has_top[m] else None
+    return Message(columns.contents[m] or "", columns.roles[m], ids, top)
 
 
 def _as(dtype: type, value: Any, name: str) -> np.ndarray:

@@ -20,11 +20,7 @@ _LONGEST_PROMPT = 1500  # characters shown
 
 
 async def describe(config: SynthConfig) -> str:
-    """A few of the prompts, and an estimate of calls and tokens.
-
-    Raises:
-      UserError: a text cannot be read, or only over a network.
-    """
+    """A few of the prompts, and an estimate of calls and tokens. Raises: UserError, if a text cannot be read here."""
     for resource in config.resource.every():
         if resource.is_remote and not (Path(config.output_dir) / reading.SNAPSHOT).is_file():
             raise UserError(f"{resource.path} is on a network, and a dry run calls nobody: give it as a file")

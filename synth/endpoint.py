@@ -43,7 +43,7 @@ class Endpoint:
         self.in_flight = 0
         self._waiters: collections.deque[asyncio.Future[None]] = collections.deque()
         self._failures = 0  # in a row
-        self._is_trying = False
+        self.is_trying = False  # a trial call is under way
         self._open_until = self._opened_at = self._paused_until = self._halved_at = 0.0
         self._is_doubling, self._best_pace = True, float("inf")
         self._start_window(0.0)
@@ -54,12 +54,7 @@ class Endpoint:
 
     def is_half_open(self, now: float) -> bool:
         """Whether the circuit was open for long enough that a trial call may go out, and none has."""
-        return self._failures >= OPEN_AFTER and now >= self.half_open_at and not self._is_trying
-
-    @property
-    def is_trying(self) -> bool:
-        """Whether a trial call is under way."""
-        return self._is_trying
+        return self._failures >= OPEN_AFTER and now >= self.half_open_at and not self.is_trying
 
     @property
     def half_open_at(self) -> float:
@@ -79,7 +74,7 @@ class Endpoint:
 
     def acquire(self, now: float) -> Permit:
         is_trial = self._failures >= OPEN_AFTER
-        self._is_trying |= is_trial
+        self.is_trying |= is_trial
         self.in_flight += 1
         self._was_full |= self.in_flight >= int(self.limit)
         return Permit(now, is_trial)
@@ -129,7 +124,7 @@ class Endpoint:
     def release(self, permit: Permit) -> None:
         """The call of the permit ended in a way that says nothing about the server."""
         self.in_flight -= 1
-        self._is_trying &= not permit.is_trial
+        self.is_trying &= not permit.is_trial
         self._wake(int(self.limit) - self.in_flight)
 
     def open(self, now: float) -> None:

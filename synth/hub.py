@@ -16,15 +16,8 @@ from cartridges_jax.command_line import config
 from cartridges_jax.command_line.errors import UserError
 from synth import conversation, dataset
 
-LEFT_OUT = (
-    "api_key",
-    "api_url",
-    "base_url",
-    "output_dir",
-    "path",
-    "also",
-    "env",
-)  # of the config: whose servers and folders
+# Of the config: what says whose servers and folders they were.
+LEFT_OUT = ("api_key", "api_url", "base_url", "output_dir", "path", "also", "env")
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**12, "n>1M"))
 
 CARD = """---

@@ -128,17 +128,15 @@ def run(
         return machine.run(program)
 
 
+@dataclasses.dataclass(eq=False)
 class _Machine:
-    def __init__(
-        self,
-        what: str,
-        calls: Mapping[str, Callable[..., Any]],
-        classes: Sequence[str],
-        arguments: Collection[str],
-        persistent: Callable[[Any], Any] | None,
-    ):
-        self._what, self._calls, self._classes, self._arguments = what, calls, classes, arguments
-        self._persistent = persistent
+    _what: str
+    _calls: Mapping[str, Callable[..., Any]]
+    _classes: Sequence[str]
+    _arguments: Collection[str]
+    _persistent: Callable[[Any], Any] | None
+
+    def __post_init__(self) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._steps: dict[str, Callable[[Any], None]] = self._instructions()

@@ -155,12 +155,8 @@ def _flat(value: Any, budget: _Budget) -> TopLogprobs | None:
         return None
     fields = _fields(value)
     rows, width = fields["shape"]
-    return TopLogprobs(
-        _numbers(fields["token_idx"], budget),
-        _numbers(fields["token_id"], budget),
-        _numbers(fields["logprobs"], budget),
-        (rows, width),
-    )
+    arrays = (_numbers(fields[name], budget) for name in ("token_idx", "token_id", "logprobs"))
+    return TopLogprobs(*arrays, (rows, width))
 
 
 def _cut(messages: Sequence[dict[str, Any]], row: dict[str, Any], budget: _Budget) -> list[Message]:
@@ -208,7 +204,6 @@ def _turns(ids: list[int], roles: list[str]) -> list[tuple[int, int]] | None:
 
 
 def _json(value: Any, budget: _Budget) -> Any:
-    """The value in types that JSON has."""
     budget.take(1)
     match value:
         case dict():

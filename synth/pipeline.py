@@ -135,20 +135,15 @@ class _Run:
             missing = {i for i in range(first, min(first + size, self._parts.count)) if not self._parts.has(i)}
             if not missing:
                 continue
+            last = max(missing)
             answers = self._answers.route()
             questions = answers if self._questions is self._answers else self._questions.route()
             try:
                 planned = await plan_batch(
-                    first // size,
-                    max(missing) - first + 1,
-                    answers,
-                    questions,
-                    self._chunker,
-                    self._config,
-                    self._tools,
+                    first // size, last - first + 1, answers, questions, self._chunker, self._config, self._tools
                 )
             except Unavailable as error:
-                self._fail(error, len(missing), f"the chunk of conversations {first} to {max(missing)}")
+                self._fail(error, len(missing), f"the chunk of conversations {first} to {last}")
                 continue
             for plan in planned:
                 if plan.index in missing:
@@ -202,11 +197,7 @@ class _GivenUp(Exception):
 
 
 def _finish(parts: Parts, dataset: Path, config: SynthConfig) -> Summary:
-    """Writes the conversations that the filters keep, in the order of their indices.
-
-    Raises:
-      UserError: the filters keep none.
-    """
+    """Writes the conversations that the filters keep, ordered by index. Raises: UserError, if they keep none."""
     filters, summary = Filter(config.filters), Summary(config.filters)
 
     def kept() -> Iterator[pa.Table]:

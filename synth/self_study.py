@@ -167,11 +167,10 @@ class _Sides:
         client, sampling = self._of(side)
         mode = None if thinks is None else float(thinks)
         sampling = dataclasses.replace(sampling, thinking=mode, max_tokens=sampling.max_tokens * scale)
-        completion = await client.complete(seen, sampling, _seed(f"{where}/0"), top_logprobs)
-        for attempt in range(1, ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            completion = await client.complete(seen, sampling, _seed(f"{where}/{attempt}"), top_logprobs)
             if completion.text.strip():
                 break
-            completion = await client.complete(seen, sampling, _seed(f"{where}/{attempt}"), top_logprobs)
         return completion
 
     async def call_tools(self, side: Side, seen: list[ChatMessage], where: str) -> list[dict[str, Any]]:
@@ -192,6 +191,7 @@ class _FirstQuestions:
 
     def __init__(self, prompt: SeedPrompt, size: int, first: int):
         self.prompt, self._size, self._first = prompt, size, first
+        self.is_shared = size > 1
         self._joined = 0
         self._lock = asyncio.Lock()
         self._questions: list[str] | None = None
@@ -199,10 +199,6 @@ class _FirstQuestions:
     @property
     def is_full(self) -> bool:
         return self._joined >= self._size
-
-    @property
-    def is_shared(self) -> bool:
-        return self._size > 1
 
     def join(self) -> int:
         """Reserves a question of the list for the caller, and returns its place."""
@@ -232,12 +228,7 @@ class _FirstQuestions:
 
 
 async def _converse(
-    sides: _Sides,
-    system_prompt: str,
-    asked: _FirstQuestions,
-    place: int,
-    instruction: str,
-    metadata: dict[str, Any],
+    sides: _Sides, system_prompt: str, asked: _FirstQuestions, place: int, instruction: str, metadata: dict[str, Any]
 ) -> Conversation:
     """Runs a conversation. It ends early with an empty message, and is left to the filters then.
 

@@ -118,11 +118,8 @@ class Source:
     def with_words_of(self, other: Source) -> Source:
         """A source that says what either of two says; it is taken to be in the language of this one."""
         both = copy.copy(self)
-        both._words, both._times, both._months = (
-            self._words | other._words,
-            self._times | other._times,
-            self._months | other._months,
-        )
+        both._words, both._times = self._words | other._words, self._times | other._times
+        both._months = self._months | other._months
         both._years = {
             day: self._years.get(day, frozenset()) | other._years.get(day, frozenset())
             for day in self._years.keys() | other._years.keys()
@@ -169,14 +166,9 @@ class Source:
 
     def _has_name(self, name: str) -> bool:
         word = _bare(name.casefold())
-        if (
-            word in self._words
-            or word in _NO_NAMES
-            or f"{word}s" in self._words
-            or word.removesuffix("s") in self._words
-        ):
+        if word in _NO_NAMES or self._words & {word, f"{word}s", f"{word}'s", word.removesuffix("s")}:
             return True
-        if f"{word}'s" in self._words or _MONTH.get(word) in self._months or _PEOPLES.get(word) in self._words:
+        if _MONTH.get(word) in self._months or _PEOPLES.get(word) in self._words:
             return True
         if name.isupper() and (name in self._initials or _roman(name) in self._numbers):
             return True

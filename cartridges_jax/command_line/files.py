@@ -89,11 +89,7 @@ def read_text(path: str | os.PathLike[str], expected: str) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the JSON object in a file.
-
-    Raises:
-      UserError: the file holds none.
-    """
+    """Returns the JSON object in a file. Raises: UserError, if the file holds none."""
     try:
         value = json.loads(decode(Path(path).read_bytes()))
     except (ValueError, RecursionError) as error:

@@ -21,19 +21,13 @@ if TYPE_CHECKING:
     from cartridges_jax.interop.slots import fold_bias as fold_bias
     from cartridges_jax.interop.slots import pad_slots as pad_slots
 
-_HOMES = {
-    "fold_bias": "slots",
-    "from_hub": "formats",
-    "from_pages": "layouts",
-    "from_past_key_values": "layouts",
-    "pad_slots": "slots",
-    "push_dataset": "publish",
-    "push_to_hub": "publish",
-    "read": "formats",
-    "to_pages": "layouts",
-    "to_past_key_values": "layouts",
-    "write": "formats",
+_NAMES = {
+    "formats": ("from_hub", "read", "write"),
+    "layouts": ("from_pages", "from_past_key_values", "to_pages", "to_past_key_values"),
+    "publish": ("push_dataset", "push_to_hub"),
+    "slots": ("fold_bias", "pad_slots"),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_HOMES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import urllib.error
@@ -71,14 +72,12 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def answer_text(reply: dict[str, Any], url: str) -> str:
     """Returns the text of a completion, or raises a ConnectionError if the reply of the server at `url` has none."""
-    try:
+    with contextlib.suppress(LookupError, TypeError):
         choice = reply["choices"][0]
         found = choice["message"]["content"] if "message" in choice else choice["text"]
-    except (LookupError, TypeError) as error:
-        raise ConnectionError(f"{url} answers without a text: is it the right kind of server?") from error
-    if not isinstance(found, str):
-        raise ConnectionError(f"{url} answers without a text: is it the right kind of server?")
-    return found
+        if isinstance(found, str):
+            return found
+    raise ConnectionError(f"{url} answers without a text: is it the right kind of server?")
 
 
 class _Nowhere(urllib.request.HTTPRedirectHandler):

@@ -59,11 +59,7 @@ def read(path: Path) -> Cartridge:
 
 
 def write(cartridge: Cartridge, folder: Path, dtype: str = "float32", kind: str = "CARTRIDGE") -> None:
-    """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
-
-    Raises:
-      UserError: the dtype cannot hold the values.
-    """
+    """Writes a folder that `PeftModel.from_pretrained` loads. Raises: UserError, if `dtype` cannot hold the values."""
     l, p, k, h = cartridge.keys.shape
     both = np.stack([np.asarray(cartridge.keys), np.asarray(cartridge.values)], axis=1)  # [l, 2, p, k, h]
     tensor = cast(both, dtype).transpose(2, 0, 1, 3, 4).reshape(p, -1)

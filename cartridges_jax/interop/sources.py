@@ -31,16 +31,6 @@ def fetch(source: str | os.PathLike[str]) -> Path:
     return Path(source)
 
 
-def fetch_dataset(source: str | os.PathLike[str]) -> Path:
-    """Returns the local file or folder of a dataset; it raises what `fetch` raises."""
-    text = os.fspath(source)
-    if text.startswith(HF):
-        return hub.download(text.removeprefix(HF), DATASET_FILES, "dataset", DATASET_BYTES)
-    if text.startswith(WANDB):
-        return wandb.download_dataset(text.removeprefix(WANDB), DATASET_BYTES)
-    return Path(source)
-
-
 def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
     """Returns the Parquet files of a dataset: a file, a folder (upstream's has `data/*.parquet`), `hf:…` or `wandb:…`.
 
@@ -48,7 +38,13 @@ def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
       FileNotFoundError: there is no such file, or the folder has no Parquet file.
       UserError, PermissionError, ConnectionError: it has to be fetched and cannot be.
     """
-    path = fetch_dataset(source)
+    text = os.fspath(source)
+    if text.startswith(HF):
+        path = hub.download(text.removeprefix(HF), DATASET_FILES, "dataset", DATASET_BYTES)
+    elif text.startswith(WANDB):
+        path = wandb.download_dataset(text.removeprefix(WANDB), DATASET_BYTES)
+    else:
+        path = Path(source)
     if not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: make it with python -m synth --config=…")

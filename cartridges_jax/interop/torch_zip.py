@@ -29,11 +29,9 @@ STORAGES = {
     "torch.HalfStorage": np.dtype(np.float16),
     "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
 }
-TENSOR, PARAMETER_LIST, ORDERED_DICT = (
-    "torch._utils._rebuild_tensor_v2",
-    "torch.nn.modules.container.ParameterList",
-    "collections.OrderedDict",
-)
+TENSOR = "torch._utils._rebuild_tensor_v2"
+PARAMETER_LIST = "torch.nn.modules.container.ParameterList"
+ORDERED_DICT = "collections.OrderedDict"
 PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 SETS = ("__builtin__.set", "builtins.set")
 LARGEST_PROGRAM = 1 << 22  # bytes of the pickle; a hundred layers take a hundred kilobytes

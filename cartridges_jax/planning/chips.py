@@ -61,7 +61,7 @@ CHIPS = {
 ALIASES = {"v5litepod": "v5e", "tpu7": "tpu7x"}
 GPUS_PER_HOST = 8
 PACKAGES = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
-# What XLA has to know of a GPU. Numbers that an H100 and an A100 share stand here, the others in the table.
+# The GpuTargetConfigProto that XLA compiles for. What an H100 and an A100 share stands here, the rest in the table.
 GPU_TARGET = """
 platform_name: "CUDA" device_description_str: "NVIDIA {name}" runtime_version {{ major: 13 }}
 dnn_version_info {{ major: 9 minor: 12 }}
@@ -134,19 +134,14 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
                 options["chip_config_name"] = "megacore"  # two cores as one device, which has to be said of a v4
             found = topologies.get_topology_desc(f"{name}:{'x'.join(map(str, sides))}", platform="tpu", **options)
         else:
-            found = topologies.get_topology_desc(
-                "", platform="cuda", target_config=gpu_target(name), topology=f"1x1x{sides[0]}"
+            target = GPU_TARGET.format(
+                name=name.upper(), bandwidth=chip.bandwidth, memory=chip.memory, target=chip.target
             )
+            found = topologies.get_topology_desc("", platform="cuda", target_config=target, topology=f"1x1x{sides[0]}")
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--topology is {topology!r}, which the compiler does not know ({reason})") from error
     return chip, list(found.devices)
-
-
-def gpu_target(name: str) -> str:
-    """Returns the GpuTargetConfigProto, as text, that XLA compiles for."""
-    chip = CHIPS[name]
-    return GPU_TARGET.format(name=name.upper(), bandwidth=chip.bandwidth, memory=chip.memory, target=chip.target)
 
 
 def _torus(topology: str, chips: int, dimensions: int) -> tuple[int, ...]:

@@ -81,20 +81,16 @@ def exposed(text: str, unknown_trips: int = 1) -> dict[str, int]:
 
 def _programs(text: str) -> tuple[dict[str, list[str]], str]:
     """Returns the lines of every computation of a program, and the name of its entry."""
-    programs = dict(_computations(text))
-    return programs, next(name for name in programs if name.startswith("ENTRY "))
-
-
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", []
+    programs: dict[str, list[str]] = {}
+    lines: list[str] | None = None
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
-            name, lines = (found[1] or "") + found[2], []
-        elif line.startswith("}") and name:
-            yield name, lines
-            name = ""
-        elif name:
+            lines = programs[(found[1] or "") + found[2]] = []
+        elif line.startswith("}"):
+            lines = None
+        elif lines is not None:
             lines.append(line)
+    return programs, next(name for name in programs if name.startswith("ENTRY "))
 
 
 def _run(programs: dict[str, list[str]], name: str, times: int, unknown: int) -> Iterator[tuple[str, int]]:

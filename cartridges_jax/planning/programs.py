@@ -101,7 +101,7 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     rows = config.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     chunks = target_chunks(rows * config.seq_len)
     options: dict[str, Any] = {"tail": config.tail, "reduction": config.reduction, "remat": config.remat}
-    with _compiling_for(mesh):
+    with jax.set_mesh(mesh):  # tells the kernels which device they are compiled for
         lowered = train_step.lower(*given.values(), config=model, tx=tx, mesh=mesh, **options)
     held = {
         "weights": given["weights"],
@@ -142,11 +142,11 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
         return sharding.abstract(shapes, sharding.PAGES, mesh)
 
     given = sharding.abstract(_weights(model, config.dtype), sharding.WEIGHTS, mesh)
-    with _compiling_for(mesh):
+    with jax.set_mesh(mesh):
         weights = jax.eval_shape(functools.partial(to_decode_layout, config=model, mesh=mesh), given)
     weights = sharding.abstract(weights, sharding.DECODER, mesh)
     asked = sharding.abstract(_decode_inputs(b, shared, own), P(), mesh)
-    with _compiling_for(mesh):
+    with jax.set_mesh(mesh):
         lowered = decode_step.lower(weights, pages(shared + own), *asked, config=model, mesh=mesh, num_top=TOP_K)
     held = {"weights": weights, "cartridge": pages(shared), "caches": pages(own), "requests": asked}
     return _compiled(lowered, held, mesh, 1)
@@ -167,15 +167,11 @@ def _decode_inputs(b: int, shared: int, own: int) -> tuple[Any, ...]:
     return ids_b, ids_b, Step(ids_b1, ids_b1, ids_b1, metadata), sampling_params
 
 
-def _compiling_for(mesh: Mesh) -> Any:
-    return jax.set_mesh(mesh)  # tells the kernels which device they are compiled for
-
-
 def _compiled(lowered: Any, held: dict[str, Any], mesh: Mesh, unknown_trips: int) -> Program:
     platform = mesh.devices.flat[0].platform
     start = time.monotonic()
     try:
-        with _compiling_for(mesh):
+        with jax.set_mesh(mesh):
             compiled = lowered.compile(OPTIONS.get(platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -210,12 +206,5 @@ def _cartridge(model: ModelConfig, config: TrainConfig) -> Cartridge:
 def _batch(config: TrainConfig) -> Batch:
     shape = config.accumulation, config.batch_size, config.seq_len
     ids = jax.ShapeDtypeStruct(shape, np.int32)
-    entries = (*shape, TOP_K)
-    return Batch(
-        ids,
-        ids,
-        ids,
-        jax.ShapeDtypeStruct(entries, np.int32),
-        jax.ShapeDtypeStruct(entries, np.float32),
-        jax.ShapeDtypeStruct(entries, np.bool_),
-    )
+    entries = (jax.ShapeDtypeStruct((*shape, TOP_K), dtype) for dtype in (np.int32, np.float32, np.bool_))
+    return Batch(ids, ids, ids, *entries)

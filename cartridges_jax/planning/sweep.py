@@ -53,10 +53,9 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
             on = sharding.make_mesh(MeshConfig(*mesh), devices)
             program = train_program(changed, model, on, STEPS)
         except DoesNotFit:
-            progress.advance()
-            continue
+            program = None
         progress.advance()
-        if not fits(program, chip):
+        if program is None or not fits(program, chip):
             continue
         costs = train_costs(changed, model, mesh)
         seconds = costs.seconds(chip, received(program.collectives))

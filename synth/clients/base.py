@@ -63,10 +63,10 @@ class Completion:
 
     def __post_init__(self):
         """Raises: Unavailable, if a part is of a wrong type, or no token id or log-probability."""
-        texts, counts = (self.text, self.finish_reason), (self.prompt_tokens, self.completion_tokens)
-        if not all(isinstance(text, str) for text in texts):
+        if not isinstance(self.text, str) or not isinstance(self.finish_reason, str):
             raise broken("a text that is none")
-        if not all(_is_count(count) for count in (*counts, self.cached_tokens)):
+        counts = self.prompt_tokens, self.completion_tokens, self.cached_tokens
+        if not all(type(count) is int and 0 <= count <= LARGEST_ID for count in counts):
             raise broken("a number of tokens that is none")
         if not all(map(is_token_id, self.token_ids or ())):
             raise broken("a token id that is none")
@@ -77,11 +77,23 @@ class Completion:
                 raise broken("an alternative twice")
 
 
+def completion_of(
+    reply: dict[str, Any], text: str, token_ids: tuple[int, ...] | None = None, top_logprobs: TopRows | None = None
+) -> Completion:
+    """The completion of a reply in OpenAI's form, from which the client has read a text, ids and alternatives."""
+    usage = reply.get("usage") or {}
+    return Completion(
+        text,
+        token_ids,
+        top_logprobs,
+        finish_reason=reply["choices"][0].get("finish_reason") or "unknown",
+        prompt_tokens=usage.get("prompt_tokens") or 0,
+        completion_tokens=usage.get("completion_tokens") or 0,
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+    )
+
+
 def is_token_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_ID
-
-
-def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_ID
 
 
@@ -180,7 +192,6 @@ class Client(Protocol):
 
         A given answer has no thoughts before it, so thinking is off where the chat template has a switch.
         """
-        ...
 
     async def tokenize(self, text: str) -> list[int]: ...
 

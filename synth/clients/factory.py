@@ -9,13 +9,9 @@ from synth.clients.sglang import SGLangClient
 from synth.clients.tokasaurus import TokasaurusClient
 from synth.config import ClientConfig
 
+_WITH_TOKEN_IDS = {"openai": OpenAIClient, "sglang": SGLangClient, "tokasaurus": TokasaurusClient}
+
 
 def connect(config: ClientConfig, url: str) -> Client:
     """A client of the server at `url`, one of `config.urls`; to be entered with `async with`."""
-    if config.kind == "openai":
-        return OpenAIClient(config, url)
-    if config.kind == "sglang":
-        return SGLangClient(config, url)
-    if config.kind == "tokasaurus":
-        return TokasaurusClient(config, url)
-    return HostedClient(config, url)
+    return _WITH_TOKEN_IDS.get(config.kind, HostedClient)(config, url)

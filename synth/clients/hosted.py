@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, reading
+from synth.clients.base import OWN_TOKENIZER, ChatMessages, Completion, Refused, completion_of, reading
 from synth.clients.http import HttpClient
 from synth.config import SamplingConfig
 
@@ -35,19 +35,10 @@ class HostedClient(HttpClient):
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         url = f"{self._url}/chat/completions"
-        reply = await self._http.post(url, body)
+        reply = await self._post(url, body)
         await self._check_named(reply)
         with reading(url):
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
-            return Completion(
-                text=choice["message"].get("content") or "",
-                token_ids=None,
-                top_logprobs=None,
-                finish_reason=choice.get("finish_reason") or "unknown",
-                prompt_tokens=usage.get("prompt_tokens") or 0,
-                completion_tokens=usage.get("completion_tokens") or 0,
-                cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-            )
+            return completion_of(reply, reply["choices"][0]["message"].get("content") or "")
 
     async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
         self._no("log-probabilities of a given answer")

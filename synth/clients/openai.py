@@ -11,22 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from synth.clients import base
 from synth.clients.alignment import THEN_ONE_IN, Alignment
-from synth.clients.base import (
-    OWN_TOKENIZER,
-    ChatMessages,
-    Completion,
-    Refused,
-    Rejected,
-    Unavailable,
-    Unsuited,
-    answer_span,
-    broken,
-    enough,
-    finite,
-    is_token_id,
-    reading,
-)
+from synth.clients.base import ChatMessages, Completion, Refused, Rejected, Unavailable, Unsuited
 from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
@@ -63,9 +50,9 @@ class OpenAIClient(HttpClient):
             # Alternatives come as text otherwise, and text does not say which token it was.
             body |= {"logprobs": True, "top_logprobs": top_logprobs, "return_tokens_as_token_ids": True}
         url = f"{self._url}/chat/completions"
-        reply = await self._http.post(url, body)
+        reply = await self._post(url, body)
         await self._check_named(reply)
-        with reading(url):
+        with base.reading(url):
             completion = _completion(reply, top_logprobs)
         if completion.top_logprobs:
             await self._alignment.check(completion, sampling.stop)
@@ -78,11 +65,11 @@ class OpenAIClient(HttpClient):
             "prompt_logprobs": top_logprobs,
             "return_token_ids": True,
         }
-        reply = await self._http.post(url, body)
+        reply = await self._post(url, body)
         await self._check_named(reply)
         if not reply.get("prompt_logprobs"):
             raise Unsuited(f"{url} gives no prompt_logprobs: vLLM and cartridges_jax.serve do")
-        with reading(url):
+        with base.reading(url):
             whole = list(reply["prompt_token_ids"])
             rows = [_prompt_row(row) for row in reply["prompt_logprobs"]]
             prompt_tokens = reply["usage"]["prompt_tokens"]
@@ -91,9 +78,9 @@ class OpenAIClient(HttpClient):
         before = list(messages[:-1])
         opened = await self._chat_ids(before, add_generation_prompt=True)
         empty = await self._chat_ids([*before, {"role": "assistant", "content": ""}], add_generation_prompt=False)
-        part = answer_span(opened, empty, whole)
+        part = base.answer_span(opened, empty, whole)
         ids = tuple(whole[part])
-        best = enough(rows[part], top_logprobs, MORE)
+        best = base.enough(rows[part], top_logprobs, MORE)
         return Completion(messages[-1]["content"], ids, best, "given", prompt_tokens, 0, 0)
 
     async def _chat_ids(self, messages: ChatMessages, *, add_generation_prompt: bool) -> list[int]:
@@ -118,12 +105,12 @@ class OpenAIClient(HttpClient):
         body = {"model": self._config.model, "tokens": list(token_ids)}
         text = await self._ask_tokenizer("detokenize", (body,), ("prompt", "content"))
         if not isinstance(text, str):
-            raise broken("a text of tokens that is none")
+            raise base.broken("a text of tokens that is none")
         return text
 
     def _ids(self, tokens: Any) -> list[int]:
-        if not isinstance(tokens, list) or not all(map(is_token_id, tokens)):
-            raise broken("tokens of a text that are none")
+        if not isinstance(tokens, list) or not all(map(base.is_token_id, tokens)):
+            raise base.broken("tokens of a text that are none")
         return tokens
 
     async def _ask_tokenizer(self, route: str, bodies: Sequence[dict[str, Any]], keys: Sequence[str]) -> Any:
@@ -131,14 +118,14 @@ class OpenAIClient(HttpClient):
         problem = f"{url} gave no {' or '.join(keys)}"
         for body in bodies:
             try:
-                reply = await self._http.post(url, body)
+                reply = await self._post(url, body)
             except Refused as refusal:
                 problem = str(refusal)
                 continue
             for key in keys:
                 if reply.get(key):
                     return reply[key]
-        raise Rejected(f"{problem}: {OWN_TOKENIZER}")
+        raise Rejected(f"{problem}: {base.OWN_TOKENIZER}")
 
 
 def _completion(reply: dict[str, Any], top_logprobs: int) -> Completion:
@@ -151,33 +138,24 @@ def _completion(reply: dict[str, Any], top_logprobs: int) -> Completion:
         )
     entries = (choice.get("logprobs") or {}).get("content") or []
     token_ids = choice.get("token_ids")
-    usage = reply.get("usage") or {}
-    written = usage.get("completion_tokens")
+    written = (reply.get("usage") or {}).get("completion_tokens")
     if token_ids and written and abs(len(token_ids) - written) > 1:  # some count the end-of-turn token, others do not
         raise Unavailable(f"the server gave {len(token_ids)} token ids and counts {written}", "wrong tokens")
     rows = None
     if top_logprobs and text.strip():
         if not entries:
             raise Unsuited("the server gives no logprobs: vLLM, llama-server and cartridges_jax.serve do")
-        rows = enough((map(_pair, entry["top_logprobs"]) for entry in entries), top_logprobs, MORE)
+        rows = base.enough((map(_pair, entry["top_logprobs"]) for entry in entries), top_logprobs, MORE)
         token_ids = [_token_id(entry) for entry in entries] if token_ids is None else token_ids
         if len(token_ids) - len(rows) not in (0, 1):  # some servers count the end-of-turn token, but give no logprobs
             raise Unavailable(
                 f"the server gave {len(token_ids)} token ids with logprobs of {len(rows)} tokens", "wrong tokens"
             )
-    return Completion(
-        text=text,
-        token_ids=None if token_ids is None else tuple(token_ids),
-        top_logprobs=rows,
-        finish_reason=choice.get("finish_reason") or "unknown",
-        prompt_tokens=usage.get("prompt_tokens") or 0,
-        completion_tokens=written or 0,
-        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-    )
+    return base.completion_of(reply, text, None if token_ids is None else tuple(token_ids), rows)
 
 
 def _pair(entry: dict[str, Any]) -> tuple[int, float]:
-    return _token_id(entry), finite(entry["logprob"])
+    return _token_id(entry), base.finite(entry["logprob"])
 
 
 def _token_id(entry: dict[str, Any]) -> int:
@@ -195,4 +173,4 @@ def _token_id(entry: dict[str, Any]) -> int:
 
 def _prompt_row(row: dict[str, dict[str, Any]] | None) -> list[tuple[int, float]]:
     """The alternatives at a position of the prompt, among them the prompt's own token, however unlikely it is."""
-    return [(int(token_id), finite(entry["logprob"])) for token_id, entry in (row or {}).items()]
+    return [(int(token_id), base.finite(entry["logprob"])) for token_id, entry in (row or {}).items()]

@@ -96,7 +96,7 @@ class SGLangClient(HttpClient):
         body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling_params}
         if top_logprobs:
             body |= {"return_logprob": True, "logprob_start_len": first, "top_logprobs_num": top_logprobs}
-        reply = await self._http.post(f"{self._root}/generate", body)
+        reply = await self._post(f"{self._root}/generate", body)
         meta = reply.get("meta_info")
         if not isinstance(meta, dict):
             raise Unavailable(f"{self._root} gave a reply without meta_info", "broken reply")

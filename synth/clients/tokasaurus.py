@@ -16,19 +16,9 @@ from typing import Any
 import numpy as np
 
 from cartridges_jax.command_line import files
-from synth.clients import pickles
+from synth.clients import base, pickles
 from synth.clients.alignment import Alignment
-from synth.clients.base import (
-    OWN_TOKENIZER,
-    ChatMessages,
-    Completion,
-    Refused,
-    Unavailable,
-    Unsuited,
-    enough,
-    finite,
-    reading,
-)
+from synth.clients.base import ChatMessages, Completion, Refused, Unavailable, Unsuited
 from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
@@ -53,7 +43,7 @@ class TokasaurusClient(HttpClient):
         await super().__aexit__()
 
     async def check(self) -> None:
-        served = await self._http.models(f"{self._root}/v1")
+        served = [entry["id"] for entry in await self._listed(f"{self._root}/v1")]
         if self._config.model != "default" and [name.lower() for name in served] != [self._config.model.lower()]:
             raise Refused(
                 f"{self._root} serves {', '.join(served) or 'nothing'}, not {self._config.model!r}: "
@@ -81,8 +71,8 @@ class TokasaurusClient(HttpClient):
         if self._config.batch_size > 1:
             reply = await self._in_a_batch(request)
         else:
-            reply = await self._http.post(f"{self._root}/v1/chat/completions", request)
-        with reading(self._root):
+            reply = await self._post(f"{self._root}/v1/chat/completions", request)
+        with base.reading(self._root):
             if self._config.model != "default":
                 await self._check_named(reply)
             completion = _completion(reply, top_logprobs)
@@ -103,7 +93,7 @@ class TokasaurusClient(HttpClient):
 
     def _own_tokenizer(self) -> ChatTokenizer:
         if self._tokenizer is None:
-            raise Refused(f"Tokasaurus has no route for its tokenizer: {OWN_TOKENIZER}")
+            raise Refused(f"Tokasaurus has no route for its tokenizer: {base.OWN_TOKENIZER}")
         return self._tokenizer
 
     async def _in_a_batch(self, request: dict[str, Any]) -> Any:
@@ -129,7 +119,7 @@ class TokasaurusClient(HttpClient):
         calls = [call for call in calls if not call[1].done()]  # whoever was cancelled waits no more
         url = f"{self._root}/custom/synchronous-batch-completions"
         try:
-            data = await self._http.post_for_bytes(url, {"requests": [request for request, _ in calls]})
+            data = await self._request("POST", url, {"requests": [request for request, _ in calls]})
             replies = pickles.read(data)
             if not isinstance(replies, list) or len(replies) != len(calls):
                 raise Unavailable(f"{url} gave no list of {len(calls)} replies", "broken reply")
@@ -152,7 +142,7 @@ def _completion(reply: Any, top_logprobs: int) -> Completion:
     return Completion(
         text=files.writable(choice["message"]["content"] or "", "a reply"),  # a pickle's strings hold anything
         token_ids=ids,
-        top_logprobs=enough(_rows(packed, len(ids)), top_logprobs, MORE) if top_logprobs else None,
+        top_logprobs=base.enough(_rows(packed, len(ids)), top_logprobs, MORE) if top_logprobs else None,
         finish_reason=choice["finish_reason"],
         prompt_tokens=usage["prompt_tokens"],
         completion_tokens=usage["completion_tokens"],
@@ -171,4 +161,4 @@ def _rows(packed: dict[str, Any], num_tokens: int) -> list[list[tuple[int, float
             "wrong tokens",
         )
     pairs_tj = zip(ids.reshape(num_tokens, -1).tolist(), logprobs.reshape(num_tokens, -1).tolist(), strict=True)
-    return [[(i, finite(x)) for i, x in zip(*row, strict=True)] for row in pairs_tj]
+    return [[(i, base.finite(x)) for i, x in zip(*row, strict=True)] for row in pairs_tj]

@@ -40,9 +40,10 @@ def read(path: str, include: Sequence[str] = ()) -> Sections:
         if wanted is not None and not wanted.match_file(name):
             left_out["files that config.resource.include does not name"] += 1
             continue
-        found = _read_file(file, name, left_out)
-        files += bool(found)
-        sections += found
+        if found := _read_file(file, name, left_out):
+            files += 1
+            first, *rest = found
+            sections += [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
     if not sections:
         fitting = f" that fits config.resource.include, {include}" if include else ""
         raise UserError(f"{path} holds no text{fitting}")
@@ -109,8 +110,7 @@ def _read_file(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
     if not content.strip():
         left_out["empty files" if size == 0 or content else "files that are no texts"] += 1
         return []
-    first, *rest = text.split(content.rstrip() + "\n\n", file, name)
-    return [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
+    return text.split(content.rstrip() + "\n\n", file, name)
 
 
 def _text_of(data: bytes) -> str:
@@ -128,6 +128,4 @@ def _read_document(file: Path, name: str, left_out: Counter[str]) -> list[Sectio
         left_out["documents that cannot be read"] += 1
         return []
     left_out.update(found.left_out)
-    first, *rest = found
-    sections = [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
-    return [Section(f"{name}{SEPARATOR}{section.name}", section.text) for section in sections]
+    return [Section(f"{name}{SEPARATOR}{section.name}", section.text) for section in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,7 @@ class _Text:
     def of(self, tree: Any) -> tuple[str, list[Heading]]:
         self._visit(tree)
         self._end_line()
-        offsets = [0]
-        for line in self._lines:
-            offsets.append(offsets[-1] + len(line) + 2)
+        offsets = [0, *itertools.accumulate(len(line) + 2 for line in self._lines)]
         headings = [Heading(offsets[line], level, title) for line, level, title in self._headings]
         return "\n\n".join(self._lines) + "\n", headings
 

@@ -50,3 +50,8 @@ def _leaves(tree: Any) -> Iterator[tuple[str, str, str]]:
         else:
             empty = {} if isinstance(node, _Object) else node
             yield parent, where or ".", node if isinstance(node, str) else json.dumps(empty)
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list, or none if the value is no list."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []

@@ -21,19 +21,8 @@ LEVELS = {name: i for i, name in enumerate(("part", "chapter", "section", "subse
 
 # Inside of these a % or a command means nothing, so the scanner takes them whole, and escaped characters too.
 _BRACED = r"\{(?:[^{}\n]|\{[^{}\n]*\})*\}"
-_VERBATIM = (
-    "verbatim",
-    "verbatim*",
-    "Verbatim",
-    "Verbatim*",
-    "BVerbatim",
-    "LVerbatim",
-    "alltt",
-    "lstlisting",
-    "minted",
-    "filecontents",
-    "filecontents*",
-)
+_VERBATIM = ("verbatim", "verbatim*", "Verbatim", "Verbatim*", "BVerbatim", "LVerbatim", "alltt", "lstlisting")
+_VERBATIM += ("minted", "filecontents", "filecontents*")
 _DEFINES_VERBATIM = re.compile(r"\\(?:lstnewenvironment|DefineVerbatimEnvironment|newtcblisting)\*?\{([\w*]+)\}")
 _OPTIONS = r"(?:\[[^\]\n]{0,300}\])?"
 _LITERAL = rf"""

@@ -55,11 +55,7 @@ POLICY = _Policy()
 
 
 def read_mbox(path: str) -> Sections:
-    """The messages of an mbox file, in its order.
-
-    Raises:
-      FileNotFoundError, UserError: there is no such file, or no message in it.
-    """
+    """The messages of an mbox file in its order. Raises: FileNotFoundError, UserError: it is not there, or has none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: expected an mbox file, set config.resource.path")
     left_out: Counter[str] = Counter()

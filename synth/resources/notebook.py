@@ -11,6 +11,7 @@ from typing import Any
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from synth.resources import html
+from synth.resources.json_tree import dicts
 from synth.resources.sections import Sections, at_headings
 from synth.resources.text import markdown_headings
 from synth.resources.text import read as read_whole
@@ -40,9 +41,9 @@ def read(path: str) -> Sections:
 def _cells(notebook: Any, path: str) -> list[Mapping[str, Any]]:
     """The cells of a notebook. Before version 4 of the format they stood in worksheets."""
     if isinstance(notebook, dict):
-        sheets = [notebook, *_dicts(notebook.get("worksheets"))]
+        sheets = [notebook, *dicts(notebook.get("worksheets"))]
         if any("cells" in sheet for sheet in sheets):
-            return [cell for sheet in sheets for cell in _dicts(sheet.get("cells"))]
+            return [cell for sheet in sheets for cell in dicts(sheet.get("cells"))]
     raise UserError(f"{path} is no notebook: expected JSON with cells")
 
 
@@ -56,7 +57,7 @@ def _pieces(cell: Mapping[str, Any], language: str, left_out: Counter[str]) -> I
         left_out["pictures"] += len(_get(cell, "attachments") or {})
     elif source.strip():
         yield _fenced(source, language)
-    for output in _dicts(cell.get("outputs")):
+    for output in dicts(cell.get("outputs")):
         data = output["data"] if isinstance(output.get("data"), dict) else output
         forms = (output.get("text"), output.get("traceback"), *(data.get(f"text/{form}") for form in _FORMS))
         text = next((text for form in forms if (text := _joined(form)).strip()), "")
@@ -64,10 +65,6 @@ def _pieces(cell: Mapping[str, Any], language: str, left_out: Counter[str]) -> I
         left_out["pictures"] += any(str(kind).startswith(("image/", "png", "jpeg", "svg")) for kind in data)
         if text.strip():
             yield _fenced(_COLOURS.sub("", text), "")
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _joined(value: Any) -> str:

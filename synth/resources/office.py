@@ -44,11 +44,7 @@ def read_docx(path: str) -> Sections:
 
 
 def read_pptx(path: str) -> Sections:
-    """The text of a presentation, slide by slide, with tables and the speaker's notes.
-
-    Raises:
-      FileNotFoundError, UserError: as `read_docx` does.
-    """
+    """The text of a presentation, slide by slide, with tables and the speaker's notes; raises as `read_docx` does."""
     pptx = extras.load("pptx", "a presentation")
     left_out = _unread(archive.check_office(path, "a presentation"), "ppt/", _DRAWN)
     try:
@@ -61,11 +57,7 @@ def read_pptx(path: str) -> Sections:
 
 
 def read_spreadsheet(path: str) -> Sections:
-    """The rows of every sheet, as those of CSV. A formula is read as the value that was saved with it.
-
-    Raises:
-      FileNotFoundError, UserError: as `read_docx` does.
-    """
+    """The rows of every sheet, as those of CSV; a formula is its saved value. It raises as `read_docx` does."""
     calamine = extras.load("python_calamine", "a spreadsheet")
     found = archive.check_office(path, "a spreadsheet")
     left_out = _unread(found, "xl/", _DRAWN | {"comments": "sheets' comments", "threadedComments": "comments"})

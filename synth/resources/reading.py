@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
-from synth.resources import documents, folder, html, json_tree, latex, mail, office, slack, table, text
+from synth.resources import documents, folder, html, json_tree, latex, mail, slack, table, text
 from synth.resources.config import Kind, ResourceConfig
 from synth.resources.sections import Section, Sections
 
@@ -71,7 +71,8 @@ def _read_one(config: ResourceConfig, kept: dict[str, list[list[str]]], told_bef
     if is_kept:
         sections = Sections(Section(name, text) for name, text in kept[config.path])
     else:
-        sections = _sections(config.path, config.found_kind(), config)
+        found = _read(config.path, config.found_kind(), config)
+        sections = found if isinstance(found, Sections) else Sections(found)
     if not any(section.text.strip() for section in sections):
         raise UserError(f"{config.path} is empty: expected a text")
     # readers of the dataset need not know where the file was on this machine
@@ -93,11 +94,6 @@ def _kept(snapshot: Path) -> dict[str, list[list[str]]]:
         raise UserError(f"{snapshot} is damaged, delete it to fetch the resources again: {error}") from error
 
 
-def _sections(path: str, kind: Kind, config: ResourceConfig) -> Sections:
-    found = _read(path, kind, config)
-    return found if isinstance(found, Sections) else Sections(found)
-
-
 def _read(path: str, kind: Kind, config: ResourceConfig) -> list[Section]:
     match kind:
         case "text":
@@ -114,10 +110,8 @@ def _read(path: str, kind: Kind, config: ResourceConfig) -> list[Section]:
             return html.read(path)
         case "rst":
             return text.read_rst(path)
-        case "pdf" | "docx" | "pptx" | "epub" | "ipynb":
+        case "pdf" | "docx" | "pptx" | "xlsx" | "epub" | "ipynb":
             return documents.READERS[f".{kind}"](path)
-        case "xlsx":
-            return office.read_spreadsheet(path)
         case "latex":
             return latex.read(path, config.api_url)
         case "csv":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -30,9 +31,7 @@ def headings(text: str) -> Iterator[Heading]:
     except Exception:  # it raises almost any of them
         return
     lines = text.split("\n")
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line) + 1)
+    starts = [0, *itertools.accumulate(len(line) + 1 for line in lines)]
     for section in tree.findall(nodes.section):
         title = section.line - 2  # what the library counts is the line below it
         is_overlined = title > 0 and lines[title - 1].strip() == lines[title + 1].strip()

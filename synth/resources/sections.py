@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 SEPARATOR = " > "  # between a heading and the one below it
 
@@ -42,7 +42,6 @@ class Sections(list[Section]):
         self.left_out = +Counter(left_out)  # those that are more than 0
 
     def __str__(self) -> str:
-        """One sentence about what was read and what was left out."""
         read = _counted(self.read or {"sections": len(self)})
         left_out = f"left out: {_counted(self.left_out)}" if self.left_out else "nothing was left out"
         return f"read {read}, {sum(len(section.text) for section in self)} characters; {left_out}"
@@ -81,17 +80,12 @@ def at_definitions(code: str, name: str) -> list[Section]:
             while first and _LEADS_TO_DEFINITION.match(lines[first - 1]):
                 first -= 1
             begins.append((first, found["name"] or found["function"]))
-    return _cut(lines, begins, name)
+    sections = []
+    for (start, title), (end, _) in itertools.pairwise([(0, ""), *begins, (len(lines), "")]):
+        if text := "".join(lines[start:end]):
+            sections.append(Section(f"{name}{SEPARATOR}{title}" if title else name, text))
+    return sections
 
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _cut(lines: Sequence[str], begins: Sequence[tuple[int, str]], name: str) -> list[Section]:
-    sections = []
-    edges = [(0, ""), *begins, (len(lines), "")]
-    for (start, title), (end, _) in itertools.pairwise(edges):
-        if text := "".join(lines[start:end]):
-            sections.append(Section(f"{name}{SEPARATOR}{title}" if title else name, text))
-    return sections

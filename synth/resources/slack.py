@@ -14,6 +14,7 @@ from typing import Any
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from synth.resources import slack_blocks
+from synth.resources.json_tree import dicts
 from synth.resources.sections import Section, Sections
 from synth.resources.web import Api
 
@@ -22,40 +23,16 @@ TOKEN = "SLACK_BOT_TOKEN"  # of the environment: may read channels, their histor
 LARGEST_EXPORT = 2**31  # bytes, unpacked
 
 # The subtypes of messages that are Slack's own, and what each is counted as.
-_MOVES = "joins and leaves"
-_DELETED = "deleted messages"
 _NOTICES = "notices of Slack's (topics, names, pins, archiving)"
-HOUSEKEEPING = (
-    {f"{kind}_{what}": _MOVES for kind in ("channel", "group") for what in ("join", "leave")}
-    | {"tombstone": _DELETED, "message_deleted": _DELETED}
-    | {
-        f"{kind}_{what}": _NOTICES
-        for kind in ("channel", "group")
-        for what in ("archive", "name", "posting_permissions", "purpose", "topic", "unarchive")
-    }
-    | dict.fromkeys(
-        (
-            "app_conversation_join",
-            "bot_add",
-            "bot_disable",
-            "bot_enable",
-            "bot_remove",
-            "channel_canvas_updated",
-            "channel_convert_to_private",
-            "channel_convert_to_public",
-            "ekm_access_denied",
-            "huddle_thread",
-            "message_replied",
-            "pinned_item",
-            "reminder_add",
-            "reminder_delete",
-            "sh_room_created",
-            "sh_room_shared",
-            "unpinned_item",
-        ),
-        _NOTICES,
-    )
-)
+HOUSEKEEPING = dict.fromkeys(("tombstone", "message_deleted"), "deleted messages")
+for _kind in ("channel", "group"):
+    HOUSEKEEPING |= dict.fromkeys((f"{_kind}_join", f"{_kind}_leave"), "joins and leaves")
+    for _what in ("archive", "name", "posting_permissions", "purpose", "topic", "unarchive"):
+        HOUSEKEEPING[f"{_kind}_{_what}"] = _NOTICES
+_OTHERS = ("app_conversation_join", "bot_add", "bot_disable", "bot_enable", "bot_remove", "channel_canvas_updated")
+_OTHERS += ("channel_convert_to_private", "channel_convert_to_public", "ekm_access_denied", "huddle_thread")
+_OTHERS += ("message_replied", "pinned_item", "reminder_add", "reminder_delete", "sh_room_created", "sh_room_shared")
+HOUSEKEEPING |= dict.fromkeys((*_OTHERS, "unpinned_item"), _NOTICES)
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 PROFILE_NAMES = ("display_name", "real_name", "name")
@@ -216,7 +193,7 @@ def _edited(message: Message) -> float:
 
 def _line(message: Message, users: Mapping[str, str], counts: _Counts) -> str:
     text = slack_blocks.text_of(message, users)
-    for file in slack_blocks.dicts(message.get("files")):
+    for file in dicts(message.get("files")):
         title = file.get("title") or file.get("name")
         if not title or file.get("mode") in ("tombstone", "hidden_by_limit"):
             counts.left_out["deleted or hidden files"] += 1

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from synth.resources.json_tree import dicts
+
 Users = Mapping[str, str]  # names by ids
 
 DEEPEST = 40  # elements inside of elements; Slack's own go five deep
@@ -29,10 +31,6 @@ def text_of(message: Mapping[str, Any], users: Users) -> str:
         own = _words({key: value for key, value in attachment.items() if key != "fallback"}, users)
         pieces = _joined(pieces, own or _plain(str(attachment.get("fallback") or ""), users))
     return "\n".join(pieces)
-
-
-def dicts(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _joined(pieces: list[str], more: str) -> list[str]:

@@ -54,6 +54,5 @@ def sections_of(rows: Sequence[Sequence[str]], where: str = "") -> list[Section]
 
 
 def _delimiter(text: str) -> str:
-    """The delimiter that occurs most often in the first line."""
     first = text.partition("\n")[0]
     return max(DELIMITERS, key=first.count)

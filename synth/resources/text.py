@@ -16,11 +16,7 @@ PROSE_SUFFIXES = ("", ".txt", ".log")  # other texts of a folder are code, as fa
 
 
 def read(path: str) -> str:
-    """The whole text of a file.
-
-    Raises:
-      FileNotFoundError, UserError: there is no such file, it holds no text, or is not UTF-8.
-    """
+    """The text of a file. Raises: FileNotFoundError, UserError: it is not there, holds no text, or is not UTF-8."""
     return files.read_text(path, "a text file: set config.resource.path")
 
 

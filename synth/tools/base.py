@@ -13,4 +13,3 @@ class Tool(Protocol):
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
         """The tool's answer. Raises: UserError, with the tool's complaint."""
-        ...

@@ -41,12 +41,7 @@ _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 
 
 async def call_tools(
-    client: Client,
-    tools: Sequence[Tool],
-    seen: ChatMessages,
-    config: ToolsConfig,
-    sampling: SamplingConfig,
-    seed: int,
+    client: Client, tools: Sequence[Tool], seen: ChatMessages, config: ToolsConfig, sampling: SamplingConfig, seed: int
 ) -> list[dict[str, Any]]:
     """Asks for calls before the next message, makes them, and returns a record of each.
 
