@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from cartridges_jax.command_line import config
 from cartridges_jax.command_line.addresses import without_credentials
@@ -32,10 +33,7 @@ def main(argv: list[str]) -> int:
         body = tokasaurus_request(args.name, args.question, args.model, args.max_tokens)
         reply = post(f"{url}/custom/cartridge/chat/completions", body)
     else:
-        num_slots, thinking = _slots_and_thinking(args)
-        prompt = _prompt(args.model, args.question, thinking)
-        body = vllm_request(args.name, num_slots, prompt, args.served_model or args.model, args.max_tokens)
-        reply = post(f"{url}/v1/completions", body)
+        reply = post(f"{url}/v1/completions", _vllm_body(args))
     print(printable(answer_text(reply, without_credentials(url)).strip()))
     return 0
 
@@ -67,25 +65,22 @@ def _register(args: argparse.Namespace) -> None:
     from cartridges_jax.cartridge.arrays import Cartridge
     from cartridges_jax.interop import formats
 
-    place, format = (args.folder / args.name, "tokasaurus")
+    place, format = args.folder / args.name, "tokasaurus"
     if args.engine == "vllm":
         place, format = args.folder / f"{args.name}.safetensors", "safetensors"
     formats.write(Cartridge.load(args.cartridge), place, format)
 
 
-def _slots_and_thinking(args: argparse.Namespace) -> tuple[int, bool | None]:
+def _vllm_body(args: argparse.Namespace) -> dict[str, Any]:
     from cartridges_jax.cartridge.arrays import Cartridge
-
-    cartridge = Cartridge.load(args.folder / f"{args.name}.safetensors")
-    return cartridge.num_slots, cartridge.thinking
-
-
-def _prompt(model: str, question: str, thinking: bool | None) -> list[int]:
     from cartridges_jax.models.hub import resolve
     from cartridges_jax.models.tokenizer import load_tokenizer
 
-    messages = [{"role": "user", "content": question}]
-    return load_tokenizer(resolve(model)).turn_ids(messages, add_generation_prompt=True, thinking=thinking)
+    cartridge = Cartridge.load(args.folder / f"{args.name}.safetensors")
+    messages = [{"role": "user", "content": args.question}]
+    tokenizer = load_tokenizer(resolve(args.model))
+    prompt = tokenizer.turn_ids(messages, add_generation_prompt=True, thinking=cartridge.thinking)
+    return vllm_request(args.name, cartridge.num_slots, prompt, args.served_model or args.model, args.max_tokens)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +85,7 @@ class Chat:
         self.messages = self.messages[:-2]
 
     def answer(self, question: str) -> Generator[str, None, None]:
-        """Streams the answer; a consumer that stops early (Ctrl-C) keeps what it has seen of it.
-
-        Raises:
-          UserError: the window is full; the conversation is then as before.
-        """
+        """Streams the answer; a consumer that stops early (Ctrl-C) keeps what it has. A full window is a UserError."""
         messages = [*self.messages, {"role": "user", "content": question}]
         request = self._request(messages, self.prefix)
         said = ""
@@ -155,31 +151,23 @@ class Chat:
         return "--max-tokens is reached" if request.max_tokens == self._max_tokens else "the window is full"
 
 
+@dataclass
 class Terminal:
-    """Reads questions and commands, and writes what comes of them.
+    """Reads questions and commands, and writes what comes of them."""
 
-    Args:
-      load: a function that gives the cartridge of a name or source, as `/cartridge` takes it.
-      document: the text that `/compare` puts into the prompt.
-    """
-
-    def __init__(
-        self,
-        chat: Chat,
-        read: Callable[[], str],
-        write: Callable[[str], object],
-        load: Callable[[str], Prefix],
-        document: str | None = None,
-    ):
-        self._chat, self._read, self._write, self._load, self._document = chat, read, write, load, document
+    chat: Chat
+    read: Callable[[], str]
+    write: Callable[[str], object]
+    load: Callable[[str], Prefix]  # gives the cartridge of a name or source, as `/cartridge` takes it
+    document: str | None = None  # the text that `/compare` puts into the prompt
 
     def talk(self) -> None:
         """Reads and answers until /quit or the end of the input."""
         while True:
             try:
-                line = self._read().strip()
+                line = self.read().strip()
             except (EOFError, KeyboardInterrupt):
-                self._write("\n")
+                self.write("\n")
                 return
             if line == "/quit":
                 return
@@ -187,63 +175,63 @@ class Terminal:
                 name, _, rest = line.partition(" ")
                 self._command(name, rest.strip())
             elif line:
-                self._show(self._chat.answer(line))
+                self._show(self.chat.answer(line))
 
     def _command(self, name: str, rest: str) -> None:
         if name == "/clear":
-            self._chat.clear()
+            self.chat.clear()
         elif name == "/undo":
-            self._chat.undo()
+            self.chat.undo()
         elif name == "/cartridge" and rest:
             self._change(rest)
         elif name == "/compare":
             self._compare(rest)
         else:
-            self._write(f"{HELP}\n")
+            self.write(f"{HELP}\n")
 
     def _change(self, name: str) -> None:
         try:
-            self._chat.prefix = None if name == "none" else self._load(name)
+            self.chat.prefix = None if name == "none" else self.load(name)
         except (UserError, OSError, LookupError) as error:
-            self._write(f"{error}\n")
+            self.write(f"{error}\n")
             return
-        self._write("no cartridge\n" if name == "none" else f"{self._chat.prefix.length:,} slots\n")
+        self.write("no cartridge\n" if name == "none" else f"{self.chat.prefix.length:,} slots\n")
 
     def _compare(self, question: str) -> None:
-        questions = [message["content"] for message in self._chat.messages if message["role"] == "user"]
+        questions = [message["content"] for message in self.chat.messages if message["role"] == "user"]
         if not question and not questions:
-            self._write("there is no question yet: /compare QUESTION\n")
+            self.write("there is no question yet: /compare QUESTION\n")
             return
-        question, prefix = question or questions[-1], self._chat.prefix
-        self._write("— nothing —\n")
-        going = self._show(self._chat.aside(question, None), measured=True)
+        question, prefix = question or questions[-1], self.chat.prefix
+        self.write("— nothing —\n")
+        going = self._show(self.chat.aside(question, None), measured=True)
         if going and prefix is not None:
-            self._write("— cartridge —\n")
-            going = self._show(self._chat.aside(question, prefix), measured=True)
-        if going and self._document is not None:
-            self._write("— full document —\n")
-            self._show(self._chat.aside(question, None, self._document), measured=True)
+            self.write("— cartridge —\n")
+            going = self._show(self.chat.aside(question, prefix), measured=True)
+        if going and self.document is not None:
+            self.write("— full document —\n")
+            self._show(self.chat.aside(question, None, self.document), measured=True)
         elif going:
-            self._write("(start with --document=FILE to compare with the full text)\n")
+            self.write("(start with --document=FILE to compare with the full text)\n")
 
     def _show(self, pieces: Generator[str, None, None], measured: bool = False) -> bool:
         """Writes an answer piece by piece; whether it came to its end and was not stopped."""
-        with _interrupts() as stopped, closing(pieces):
+        with _interrupts() as stopped, contextlib.closing(pieces):
             try:
                 for piece in pieces:
-                    self._write(piece)
+                    self.write(piece)
                     if stopped.is_set():
                         break
-                stats = self._chat.stats
+                stats = self.chat.stats
                 note = "stopped" if stopped.is_set() else stats.cut
-                self._write(f" [{note}]\n" if note else "\n")
-                self._write(f"({stats})\n\n" if measured else "")
+                self.write(f" [{note}]\n" if note else "\n")
+                self.write(f"({stats})\n\n" if measured else "")
             except UserError as error:
-                self._write(f"{error}\n")
+                self.write(f"{error}\n")
             return not stopped.is_set()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
     """Ctrl-C sets the event instead of raising, which could strike while the engine replaces its cache."""
     stopped = threading.Event()
@@ -271,9 +259,7 @@ def main(argv: list[str]) -> int:
     if args.warmup:
         Warmup(engine.programs()).run()
 
-    def load_file(source: Path | str) -> cj.Cartridge:
-        return cj.Cartridge.load(source, model=model)
-
+    load_file = functools.partial(cj.Cartridge.load, model=model)
     store = CartridgeStore(args.cartridges, load_file)
 
     def load(name: str) -> Prefix:
@@ -283,18 +269,17 @@ def main(argv: list[str]) -> int:
         return Prefix(f"{name}@{time.monotonic_ns()}", cartridge.num_slots, cartridge, cartridge.thinking)
 
     prefix = None if args.cartridge is None else load(args.cartridge)
-    rng = random.Random(args.seed)
     chat = Chat(
         engine,
         model.tokenizer,
         prefix,
         max_tokens=args.max_tokens,
         temperature=args.temperature,
-        rng=rng,
+        rng=random.Random(args.seed),
         thinking=args.thinking,
     )
     print(f"{model.name}, {prefix.length if prefix else 0} slots of a cartridge. /help lists the commands.")
-    Terminal(chat, _read, _write, load, document).talk()
+    Terminal(chat, lambda: input("> "), _write, load, document).talk()
     return 0
 
 
@@ -323,10 +308,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     if args.max_tokens < 1 or not 0 <= args.temperature <= 2:
         raise UserError("--max-tokens is at least 1 and --temperature from 0 to 2")
     return args
-
-
-def _read() -> str:
-    return input("> ")
 
 
 def _write(piece: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import errno
+import functools
 import json
 import signal
 import socket
@@ -59,11 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A TCP socket on the first address of `host`; port 0 picks a free one.
-
-    Raises:
-      OSError: the port is in use, or the host is not an address of this machine.
-    """
+    """Returns a socket that listens on the first address of `host`, or raises an OSError; port 0 picks a free one."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, proto)
@@ -159,9 +156,6 @@ def _load(
     def fetch_file(source: str) -> Path:
         return locate(fetch(source))[1]
 
-    def load(path: Path) -> cj.Cartridge:
-        return cj.Cartridge.load(path, model=model)
-
     named = {name: fetch_file(source) for name, source in map(_named, args.cartridge)}
 
     keep_programs()
@@ -172,9 +166,9 @@ def _load(
         model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 
-    store = CartridgeStore(
-        folder, load, args.max_cartridges, named, fetch_file if args.remote_sources else None, compose
-    )
+    load = functools.partial(cj.Cartridge.load, model=model)
+    remote = fetch_file if args.remote_sources else None
+    store = CartridgeStore(folder, load, args.max_cartridges, named, remote, compose)
     server = Server(
         engine,
         model.tokenizer,

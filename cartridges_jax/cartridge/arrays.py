@@ -60,11 +60,7 @@ class Cartridge:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def checked(self, config: ModelConfig) -> Cartridge:
-        """Returns the cartridge unchanged if it fits a model of this config.
-
-        Raises:
-          UserError: it has other layers, kv heads or head size, or shapes that contradict each other.
-        """
+        """Returns the cartridge unchanged if its shapes fit a model of this config; otherwise raises a UserError."""
         l, p, k, h = self.keys.shape if self.keys.ndim == 4 else (0, 0, 0, 0)
         expected = (config.num_layers, p, config.num_kv_heads, config.head_dim)
         if (l, p, k, h) != expected or self.values.shape != self.keys.shape:
@@ -92,9 +88,8 @@ class Cartridge:
           UserError: the text has no token, or more tokens than the model's window.
         """
         tokens = model.tokenizer.encode(text, add_special_tokens=True)[:num_tokens]
-        return cls.from_tokens(
-            model, tokens, num_frozen, Provenance.of(model, text, f"text, first {len(tokens)} tokens")
-        )
+        provenance = Provenance.of(model, text, f"text, first {len(tokens)} tokens")
+        return cls.from_tokens(model, tokens, num_frozen, provenance)
 
     @classmethod
     def from_tokens(
@@ -110,16 +105,9 @@ class Cartridge:
         padded_t[: len(tokens)] = tokens
         mesh = sharding.mesh_of(model.params)
         keys_and_values = _keys_and_values(model.config, mesh)(model.params, padded_t)
-        keys_lpkh, values_lpkh = (a[:, : len(tokens)] for a in keys_and_values)
+        keys_lpkh, values_lpkh = (a[:, : len(tokens)].astype(jnp.float32) for a in keys_and_values)
         provenance = provenance or Provenance.of(model, "", "tokens")
-        cartridge = cls(
-            keys_lpkh.astype(jnp.float32),
-            values_lpkh.astype(jnp.float32),
-            None,
-            min(num_frozen, len(tokens)),
-            provenance,
-        )
-        return cartridge.checked(model.config)
+        return cls(keys_lpkh, values_lpkh, None, min(num_frozen, len(tokens)), provenance).checked(model.config)
 
     def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Writes the cartridge's file, whole or not at all; see `cartridge_file.write`."""

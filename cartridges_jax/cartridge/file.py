@@ -29,10 +29,7 @@ FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None = None) -> None:
-    """Writes the file, whole or not at all.
-
-    Args:
-      dtype: the dtype of keys and values in the file; by default the one that they have.
+    """Writes the file, whole or not at all; keys and values in `dtype`, by default the one that they have.
 
     Raises:
       UserError: the dtype is unknown, or cannot hold the values.
@@ -60,12 +57,7 @@ def _save(path: str | os.PathLike[str], tensors: dict[str, np.ndarray], header: 
 
 
 def read(path: Path) -> Cartridge:
-    """Reads a file that `write` wrote.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      UserError: it is no whole cartridge file, or has a newer format.
-    """
+    """Reads a file that `write` wrote; a missing one is a FileNotFoundError, a damaged or a newer one a UserError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a cartridge.safetensors file")
     try:
@@ -88,11 +80,7 @@ def header_of(cartridge: Cartridge) -> dict[str, object]:
 
 
 def read_header(header: dict[str, object]) -> tuple[int, Provenance]:
-    """Returns the number of frozen slots and the provenance that a header holds.
-
-    Raises:
-      TypeError, ValueError, KeyError: the header holds something else.
-    """
+    """Returns a header's number of frozen slots and its provenance, or raises TypeError, ValueError or KeyError."""
     num_frozen = header["num_frozen"]
     if type(num_frozen) is not int:
         raise TypeError(f"num_frozen is {num_frozen!r}")
@@ -100,11 +88,7 @@ def read_header(header: dict[str, object]) -> tuple[int, Provenance]:
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns the array in another floating-point dtype.
-
-    Raises:
-      UserError: a value is too large for the dtype.
-    """
+    """Returns the array in another floating-point dtype; a value too large for it is a UserError."""
     with np.errstate(over="ignore"):
         small = array.astype(DTYPES[dtype])
     if not np.isfinite(small.astype(np.float32)).all():

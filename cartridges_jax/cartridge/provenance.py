@@ -56,11 +56,7 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
-        """Reads the fields that it knows; others are left out.
-
-        Raises:
-          TypeError, ValueError: a field holds something else than the text or the number that is expected.
-        """
+        """Reads the fields that it knows, and no others; a value of another type is a TypeError or ValueError."""
         known = {field.name: type(field.default) for field in dataclasses.fields(cls)} | {"thinking": bool}
         found = {name: values[name] for name in known if name in values}
         for name, value in found.items():

@@ -211,18 +211,11 @@ def _fit_head(
     q: Float[Array, "m h"], k: Float[Array, "s h"], v: Float[Array, "s h"], *, is_query: Array, num_slots: int
 ) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
     """Fits the slots of one kv head to the queries of its group, and returns their keys, values and bias."""
-    probs_ms, mass_s = _attention(q, k, is_query)
+    probs_ms = jax.nn.softmax(q @ k.T * q.shape[-1] ** -0.5, axis=-1) * is_query[:, None]
+    mass_s = jnp.sqrt((probs_ms**2).mean(0))  # a token's attention: its root mean square over the queries
     # the first token is the attention sink, which stays first; the others keep their order
     kept_p = jnp.sort(jax.lax.top_k(mass_s.at[0].set(jnp.inf), num_slots)[1])
     return k[kept_p], *_fit_slots(probs_ms[:, kept_p], v[kept_p], probs_ms @ v, is_query)
-
-
-def _attention(
-    q: Float[Array, "m h"], k: Float[Array, "s h"], is_query: Array
-) -> tuple[Float[Array, "m s"], Float[Array, " s"]]:
-    """Returns each query's attention to each token, and of each token the root mean square over the queries."""
-    probs_ms = jax.nn.softmax(q @ k.T * q.shape[-1] ** -0.5, axis=-1) * is_query[:, None]
-    return probs_ms, jnp.sqrt((probs_ms**2).mean(0))
 
 
 def _fit_slots(

@@ -26,11 +26,7 @@ class SummaryConfig:
 
 
 def sampled_chunks(tokens: Sequence[int], num_tokens: int, seed: int) -> list[int]:
-    """Returns chunks of 64 tokens from random places of a text, none of them twice, in the text's order.
-
-    Raises:
-      UserError: the text has fewer than `num_tokens` tokens.
-    """
+    """Returns chunks of 64 tokens from random places of a text, none twice, in order; too short is a UserError."""
     left_out = len(tokens) - num_tokens
     if left_out < 0:
         raise UserError(f"the corpus has {len(tokens)} tokens, expected {num_tokens}: lower init.num_slots")
@@ -40,12 +36,7 @@ def sampled_chunks(tokens: Sequence[int], num_tokens: int, seed: int) -> list[in
 
 
 def summary(corpus: str, num_tokens: int, config: SummaryConfig) -> str:
-    """Asks the server for a summary of the corpus, in about `num_tokens` tokens.
-
-    Raises:
-      UserError: the server refuses (if the corpus exceeds its window, say) or writes nothing.
-      ConnectionError: the server cannot be reached.
-    """
+    """Asks the server for a summary in about `num_tokens` tokens. Raises UserError (refused) or ConnectionError."""
     instruction = config.instruction.replace("{words}", str(max(1, round(num_tokens * WORDS_PER_TOKEN))))
     body = {
         "model": config.model,

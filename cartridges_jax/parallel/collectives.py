@@ -40,30 +40,22 @@ def all_gather_layer(layer_params: dict[str, Array]) -> dict[str, Array]:
     return {name: all_gather_fsdp(leaf, P(*tuple(WEIGHTS["blocks"][name])[1:])) for name, leaf in layer_params.items()}
 
 
+@jax.custom_vjp
 def copy_to_tp(x: Array) -> Array:
     """Returns x; in the backward pass, sums its gradient over the devices of `tensor`."""
-    return x if _size("tensor") == 1 else _copy_to_tp(x)
-
-
-def reduce_from_tp(x: Array) -> Array:
-    """Sums x over the devices of `tensor`; in the backward pass, hands the gradient on as it is."""
-    return x if _size("tensor") == 1 else _reduce_from_tp(x)
-
-
-@jax.custom_vjp
-def _copy_to_tp(x: Array) -> Array:
     return x
 
 
-_copy_to_tp.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.psum(gradient, "tensor"),))
+copy_to_tp.defvjp(lambda x: (x, None), lambda _, gradient: (_sum_over(("tensor",), gradient),))
 
 
 @jax.custom_vjp
-def _reduce_from_tp(x: Array) -> Array:
-    return jax.lax.psum(x, "tensor")
+def reduce_from_tp(x: Array) -> Array:
+    """Sums x over the devices of `tensor`; in the backward pass, hands the gradient on as it is."""
+    return _sum_over(("tensor",), x)
 
 
-_reduce_from_tp.defvjp(lambda x: (jax.lax.psum(x, "tensor"), None), lambda _, gradient: (gradient,))
+reduce_from_tp.defvjp(lambda x: (_sum_over(("tensor",), x), None), lambda _, gradient: (gradient,))
 
 
 def sum_over_rows(tree: Any) -> Any:
@@ -72,11 +64,9 @@ def sum_over_rows(tree: Any) -> Any:
 
 
 def sum_gradient_over_rows(gradient: Any, config: ModelConfig) -> Any:
-    """Sums the gradient of the cartridge over the rows of the batch.
-
-    Where `tensor` cannot split the kv heads, every device holds all of them and has the gradient of those only that its
-    query heads read; then the sum goes over `tensor` too.
-    """
+    """Sums the gradient of the cartridge over the rows of the batch."""
+    # Where `tensor` cannot split the kv heads, every device holds all of them and has the gradient of those only that
+    # its query heads read: then the sum goes over `tensor` too.
     copied = config.num_kv_heads % _size("tensor") != 0
     return _sum_over(AXES if copied else ROWS, gradient)
 

@@ -15,10 +15,7 @@ CPU_SIZE, ACCELERATOR_SIZE = 1024, 8192  # of the square matrices that are multi
 
 @functools.cache
 def matmul_peak(dtype: str, num_devices: int) -> float:
-    """Returns the FLOPs per second of all devices of a job, measured by products of two matrices on one of them.
-
-    The virtual devices of a CPU share its cores, all of which a product uses, so those of a process count as one.
-    """
+    """Returns the FLOPs per second of all devices of a job, measured by products of two matrices on one of them."""
     on_cpu = jax.default_backend() == "cpu"
     size = CPU_SIZE if on_cpu else ACCELERATOR_SIZE
     a = jnp.ones((size, size), dtype)
@@ -28,6 +25,7 @@ def matmul_peak(dtype: str, num_devices: int) -> float:
         start = time.perf_counter()
         product(a, a).block_until_ready()
         seconds.append(time.perf_counter() - start)
+    # the virtual devices of a CPU share its cores, all of which a product uses: those of a process count as one
     return (jax.process_count() if on_cpu else num_devices) * 2 * size**3 / min(seconds)
 
 

@@ -12,10 +12,10 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import printable
@@ -58,42 +58,29 @@ def is_first() -> bool:
 
 def agreed(value: int) -> int:
     """Returns the first process's value on every process."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def any_of(value: bool) -> bool:
     """Says on every process whether the value is true on any of them."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
     return bool(multihost_utils.process_allgather(np.int32(value)).any())
 
 
 def wait_for_all(where: str) -> None:
     """Waits until every process has come here. Afterwards all of them see the files that the first has written."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(where)
+    multihost_utils.sync_global_devices(where)
 
 
 def _join() -> None:
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     # a coordinator whose address is this machine's own shall listen to this machine only
-    bind: dict[str, Any] = {}
-    if address and address.rsplit(":", 1)[0] in ("127.0.0.1", "localhost"):
-        bind["coordinator_bind_address"] = address
+    is_local = address is not None and address.rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
     try:
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
             process_id=int(index) if index else None,
-            **bind,
+            coordinator_bind_address=address if is_local else None,
         )
     except (ValueError, TypeError) as error:
         raise UserError(

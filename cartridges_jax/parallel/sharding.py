@@ -93,11 +93,7 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Returns the sizes of the axes data, fsdp and tensor.
-
-    Raises:
-      UserError: their product is not the number of devices.
-    """
+    """Returns the sizes of data, fsdp and tensor; if they do not come to `num_devices`, it is a UserError."""
     data = num_devices // (config.fsdp * config.tensor) if config.data is None else config.data
     if data * config.fsdp * config.tensor != num_devices:
         raise UserError(
@@ -148,10 +144,7 @@ def check_rows(batch_size: int, mesh: Mesh) -> None:
 
 
 def fitted(shapes: Any, table: Specs, mesh: Mesh) -> Specs:
-    """Returns the specs of a tree of arrays or shapes: those of `table`, which all trees of a list share.
-
-    Axes that do not divide a dimension are left out.
-    """
+    """Returns a tree's specs by `table`, which all items of a list share, without the axes that do not divide."""
     if isinstance(table, dict) and isinstance(shapes, list):
         return [fitted(shape, table, mesh) for shape in shapes]
     if isinstance(table, dict):

@@ -42,11 +42,7 @@ class Checkpoints:
         return ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Begins to write the state, and returns before it is written.
-
-        Raises:
-          OSError: there is no room for it, or the write before this one failed.
-        """
+        """Begins to write the state, and returns before it is written; no room, or a failure before, is an OSError."""
         if step in self._manager.all_steps():
             return
         # Orbax answers a full disk with pages of tracebacks from its threads, so the room is checked before
@@ -63,15 +59,10 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave({"state": state, "checksum": checksum(state)}))
 
     def restore(self, like: Any) -> Any | None:
-        """Returns the newest state that is whole, or None if there is no checkpoint yet.
+        """Returns the newest state that is whole, laid on the devices as `like` is, or None if there is no checkpoint.
 
-        Newer checkpoints that are damaged are logged and removed, since the run will write them again.
-
-        Args:
-          like: a state whose shapes, dtypes and placement the restored one gets; the mesh may be another than before.
-
-        Raises:
-          UserError: there are checkpoints, and none is whole.
+        Newer checkpoints that are damaged are logged and removed, since the run will write them again. If none
+        is whole, it is a UserError.
         """
         damaged: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -115,11 +106,7 @@ class Checkpoints:
         return self._directory / str(step)
 
     def close(self) -> None:
-        """Waits until the last checkpoint is written.
-
-        Raises:
-          OSError: it could not be written.
-        """
+        """Waits until the last checkpoint is written, or raises an OSError if it could not be."""
         with self._one_sentence():
             self._manager.wait_until_finished()
             self._manager.close()

@@ -61,11 +61,7 @@ class Example:
 
 
 def read_corpus(path: str | Path) -> str:
-    """Reads the text that a cartridge stands in for.
-
-    Raises:
-      FileNotFoundError, UserError: there is no such file, it is empty, or it is not UTF-8.
-    """
+    """Reads the text that a cartridge stands in for; if it is empty or not UTF-8, that is a UserError."""
     return files.read_text(path, "the text that the cartridge stands in for")
 
 
@@ -108,11 +104,7 @@ def typed_examples(
 
 
 def check_lengths(examples: Sequence[Example], seq_len: int) -> None:
-    """Warns of conversations that are longer than a row of `seq_len` tokens and will be cut.
-
-    Raises:
-      UserError: every conversation is cut before its first target.
-    """
+    """Warns of conversations that a row of `seq_len` tokens cuts; if no target is left in any, it is a UserError."""
     if examples and not any((example.target_index < seq_len).any() for example in examples):
         raise UserError(f"seq_len is {seq_len}, which cuts every conversation before its first answer: raise it")
     cut = sum(len(example.tokens) > seq_len for example in examples)
@@ -273,39 +265,18 @@ class PackedRows:
         return out
 
 
-@dataclasses.dataclass(frozen=True)
-class _Share:
-    """The rows that one process reads, since its devices hold them: of every `batch_size` rows the `chosen` ones."""
-
-    rows: PackedRows
-    batch_size: int
-    chosen: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.rows) // self.batch_size * len(self.chosen)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        step, i = divmod(index, len(self.chosen))
-        return self.rows[step * self.batch_size + self.chosen[i]]
-
-
 def batches(rows: PackedRows, batch_size: int, first_step: int, chosen: Sequence[int] | None = None) -> Iterator[Batch]:
     """Yields the batches from `first_step` on, of each the `chosen` rows or all. Threads prepare them ahead of time."""
     chosen = range(batch_size) if chosen is None else chosen
-    dataset = grain.MapDataset.source(_Share(rows, batch_size, chosen))[first_step * len(chosen) :].batch(len(chosen))
+    read = [first + i for first in range(first_step * batch_size, len(rows), batch_size) for i in chosen]
+    dataset = grain.MapDataset.source(read).map(rows.__getitem__).batch(len(chosen))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     for batch in dataset.to_iter_dataset(options):
         yield Batch(**batch)
 
 
 def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path, Path]:
-    """Writes a dataset's two parts, to train on and held out, into `directory`, and returns their files.
-
-    The conversations that are held out are spread evenly over the dataset.
-
-    Raises:
-      UserError: the dataset has less than twice as many conversations.
-    """
+    """Writes two parts of a dataset, to train on and held out, and returns the files; too small is a UserError."""
     conversations = read(path)
     if not 1 <= num_held_out <= len(conversations) // 2:
         raise UserError(
@@ -319,11 +290,7 @@ def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path,
 
 
 def exchanges(path: str | Path) -> list[tuple[str, str]]:
-    """Returns the first question of each conversation and the answer to it.
-
-    Raises:
-      FileNotFoundError, UserError: there is no such file, it is damaged, or a conversation does not begin with both.
-    """
+    """Returns each conversation's first question and the answer to it; a conversation without both is a UserError."""
     found = []
     for row, conversation in enumerate(iterate(path)):
         if [message.role for message in conversation.messages[:2]] != ["user", "assistant"]:

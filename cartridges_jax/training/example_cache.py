@@ -30,10 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class ExampleCache:
-    """Reads datasets as `read_examples` does, from files of an earlier call where there are any.
-
-    New files are written by `keep` and not before, so that a run which refuses its inputs leaves nothing behind.
-    """
+    """Reads datasets as `read_examples` does, from files of an earlier call where there are any."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, targets: Targets, vocab_size: int):
         self._folder, self._tokenizer, self._targets, self._vocab_size = folder, tokenizer, targets, vocab_size
@@ -48,7 +45,7 @@ class ExampleCache:
         return examples
 
     def keep(self) -> None:
-        """Writes the files of all datasets that were laid out by this object."""
+        """Writes the files of new datasets; not done earlier, so that a run which refuses its inputs leaves nothing."""
         for path, examples in self._new.items():
             _save(path, examples)
 

@@ -98,15 +98,8 @@ def top_k_cross_entropy(
     return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=False)[0]
 
 
-def _forward(hidden: Array, head: Array, ids: Array, logprobs: Array, mask: Array, tail: Tail) -> tuple[Array, Array]:
-    return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=True)
-
-
 def _backward(tail: Tail, gradient_td: Array, cotangent: Array) -> tuple[Any, ...]:
     return (gradient_td * cotangent.astype(gradient_td.dtype), None, None, None, None)
-
-
-top_k_cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_chunks(
@@ -134,6 +127,9 @@ def _over_chunks(
     chunks = collectives.max_over_devices(-(-is_target_t.sum() // chunk))
     dtype = jnp.promote_types(jnp.float32, hidden.dtype)
     return jax.lax.fori_loop(0, chunks, body, (jnp.zeros((), dtype), jnp.zeros_like(hidden)))
+
+
+top_k_cross_entropy.defvjp(functools.partial(_over_chunks, with_gradient=True), _backward)
 
 
 def _chunk_loss(

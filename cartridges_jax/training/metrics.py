@@ -52,10 +52,7 @@ class MetricsLog:
 
 
 class MetricsWriter:
-    """Writes the metrics of one run, from `first_step` on, to files, dashboards and the terminal.
-
-    Only the first process of a job writes. In the others `directory` is None, and the writer just measures time.
-    """
+    """Writes the metrics of one run, from `first_step` on, to files, dashboards and the terminal."""
 
     def __init__(
         self,
@@ -71,7 +68,7 @@ class MetricsWriter:
         self._recent = deque([(0.0, tokens, 0.0)], maxlen=RATE_STEPS + 1)
         self._peak = peak_tokens_per_second
         self._logs: list[MetricsLog] = []
-        if directory is None:
+        if directory is None:  # not the first process of the job, which alone writes: it just measures time
             return
         # a run that has made no step evaluates again before its first one
         first = first_step if first_step > 0 else BEFORE
@@ -87,13 +84,9 @@ class MetricsWriter:
         return time.monotonic() - self._start - self._idle
 
     def step(self, step: int, metrics: Mapping[str, Any], lr: float, tokens: int, seconds: float) -> None:
-        """Writes the metrics of one update.
+        """Writes the metrics of one update; a loss or a gradient that is not finite is a UserError.
 
-        Args:
-          tokens, seconds: those of the whole run so far, with what it did before it was resumed.
-
-        Raises:
-          UserError: the loss or the gradient is not finite.
+        `tokens` and `seconds` are those of the whole run so far, with what it did before it was resumed.
         """
         values = {name: float(value) for name, value in metrics.items()}
         for name in ("loss", "grad_norm"):
@@ -147,11 +140,7 @@ class MetricsWriter:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log, none of them if there is no such file.
-
-    Raises:
-      UserError: a line is damaged.
-    """
+    """Returns the lines of a log, none of them if there is no such file; a damaged line is a UserError."""
     lines = _lines(path) if path.is_file() else []
     return [_parsed(path, line, number) for number, line in enumerate(lines)]
 

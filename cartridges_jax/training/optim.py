@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -47,12 +48,11 @@ def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+@functools.cache  # one object for one set of arguments: it is a static argument of the jitted step
 def optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.GradientTransformation:
-    """Returns Adam whose updates of the first `num_frozen` slots (axis 1 of every leaf) are zero.
+    """Returns Adam whose updates of the first `num_frozen` slots (axis 1 of every leaf) are zero."""
 
-    It is the update that is masked, not the gradient: Adam's moments could otherwise move a frozen slot.
-    """
-
+    # the update is masked, not the gradient: Adam's moments could otherwise move a frozen slot
     def freeze(updates: Any, params: Any = None) -> Any:
         return jax.tree.map(lambda update: update.at[:, :num_frozen].set(0), updates)
 

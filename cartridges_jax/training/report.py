@@ -53,7 +53,12 @@ def samples(report: Mapping[str, Any], count: int) -> str:
 
 def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> None:
     """Writes `report.png` (with the training, if its log `metrics` exists), `report.md` and, last, `report.json`."""
-    _plot(directory / "report.png", report, metrics)
+    lines = history(metrics)
+    trained = any("loss" in line for line in lines)
+    with _figure(directory / "report.png", 3 if trained else 1, 2 if trained else 1) as axes:
+        _draw_conditions(axes[0], report)
+        if trained:
+            _draw_training(axes[1:], lines)
     provenance = report["provenance"]
     gap = report["gap_closed"]
     text = [
@@ -82,16 +87,13 @@ def _cell(row: Mapping[str, Any], key: str, style: str) -> str:
 
 
 def write_training_report(directory: Path, kept: int) -> None:
-    """Writes `report.png` and `report.md` of a training run from its logs, unless the run has made no step.
-
-    The evaluations in it are those before the first step and those after step `kept`, whose cartridge the run keeps.
-    """
+    """Writes `report.png` and `report.md` of a run that has made a step and keeps the cartridge of step `kept`."""
     lines = history(directory / METRICS)
-    if not any("loss" in line for line in lines):
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
         return
     with _figure(directory / "report.png", 2, 2) as axes:
         _draw_training(axes, lines)
-    steps = [line for line in lines if "loss" in line]
     last, before, after = steps[-1], evaluation_behind(0, lines), evaluation_behind(kept, lines)
     text = [
         "# Training",
@@ -107,15 +109,6 @@ def write_training_report(directory: Path, kept: int) -> None:
     if answers:
         text += ["## Answers", answers_table(answers)]
     files.write_text(directory / "report.md", "\n\n".join(text) + "\n")
-
-
-def _plot(path: Path, report: Mapping[str, Any], metrics: Path) -> None:
-    lines = history(metrics)
-    trained = any("loss" in line for line in lines)
-    with _figure(path, 3 if trained else 1, 2 if trained else 1) as axes:
-        _draw_conditions(axes[0], report)
-        if trained:
-            _draw_training(axes[1:], lines)
 
 
 @contextlib.contextmanager

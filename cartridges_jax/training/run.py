@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line import files
@@ -38,7 +36,7 @@ from cartridges_jax.training.evals.during import Evals
 from cartridges_jax.training.example_cache import ExampleCache
 from cartridges_jax.training.loop import Best, RunState, TrainingRun, run_loop
 from cartridges_jax.training.metrics import METRICS, MetricsWriter, evaluation_behind, history
-from cartridges_jax.training.optim import OptimConfig, optimizer
+from cartridges_jax.training.optim import optimizer
 from cartridges_jax.training.report import write_training_report
 from cartridges_jax.training.step import TrainState
 from cartridges_jax.training.trackers import TrackConfig
@@ -98,7 +96,7 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     evals.check_window(cartridge.num_slots)
     num_steps = len(rows) // step_rows
     num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
-    tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
+    tx = optimizer(config.optim, num_steps, cartridge.num_frozen)
     _begin(directory, settings, cartridge, cache)
     train_state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
     best = None if config.evals.patience is None else Best.of(cartridge)
@@ -153,11 +151,6 @@ def _metrics_writer(run: TrainingRun, state: RunState, directory: Path, settings
     peak = matmul_peak(run.config.dtype, run.mesh.size) / flops_per_token(run.model.config)
     where = directory if processes.is_first() else None
     return MetricsWriter(where, first, run.num_steps, run.tokens(first), peak, run.config, settings)
-
-
-@functools.cache  # one object for one set of arguments: it is a static argument of the jitted step
-def _optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.GradientTransformation:
-    return optimizer(config, num_steps, num_frozen)
 
 
 def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:

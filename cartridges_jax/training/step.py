@@ -44,10 +44,7 @@ def train_step(
     remat: Remat,
     mesh: Mesh | None = None,  # None: one device
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Makes one update, and returns the new state and the step's metrics.
-
-    Losses and gradients are summed over micro-batches and divided once, so that accumulating equals one large batch.
-    """
+    """Makes one update, and returns the new state and the step's metrics."""
 
     def sums(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, Cartridge]:
         """Returns the sums over all rows of the batch: of loss, its divisor, targets and gradients."""
@@ -70,6 +67,7 @@ def train_step(
         tables = sharding.CARTRIDGE, sharding.WEIGHTS, sharding.BATCH
         specs = tuple(sharding.fitted(*pair, mesh) for pair in zip(shapes, tables, strict=True))
         sums = sharding.on_mesh(sums, mesh, specs, (P(), P(), P(), specs[0]))
+    # summed over micro-batches and divided once, so that accumulating equals one large batch
     total, count, targets, gradient = sums(state.cartridge, params, batch)
     gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1), gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.cartridge)

@@ -46,11 +46,7 @@ class Tracker(Protocol):
 
 
 def trackers(config: TrackConfig, directory: Path, first: int, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Opens the dashboards that the config names. What they have of steps from `first` on, as logs count, is replaced.
-
-    Raises:
-      MissingPackage: the package of a dashboard is not installed.
-    """
+    """Opens the config's dashboards and replaces what they have of steps from `first` on; may raise MissingPackage."""
     made: list[Tracker] = []
     if config.tensorboard:
         made.append(TensorBoard(directory, first))

@@ -79,9 +79,7 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
         config = dataclasses.replace(config, thinking=cartridge.thinking)
     conditions = _conditions(config, model, corpus, cartridge)
     progress = Progress("evaluating", len(conditions) * 3, "parts")
-    rows = []
-    for condition in conditions:
-        rows.append(_measure(condition, questions, cartridge.num_slots, config, model, progress))
+    rows = [_measure(condition, questions, cartridge.num_slots, config, model, progress) for condition in conditions]
     progress.close()
     report = _report(config, model, cartridge, rows)
     write_report(Path(config.output_dir), report, Path(config.cartridge).parent / METRICS)
@@ -113,18 +111,14 @@ def read_questions(config: EvalConfig) -> list[Question]:
 
 def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge: Cartridge) -> list[Condition]:
     """Returns the conditions that can be measured: the full document only if the model's window holds it."""
-    p = cartridge.num_slots
-    conditions = [
-        Condition("nothing", None),
-        Condition("first p tokens", Cartridge.from_text(model, corpus, p)),
-    ]
+    first = Cartridge.from_text(model, corpus, cartridge.num_slots)
+    conditions = [Condition("nothing", None), Condition("first p tokens", first)]
     initial = Path(config.cartridge).parent / INITIAL
     if initial.is_file():
         conditions.append(Condition("initial state", Cartridge.load(initial, model=model)))
     conditions.append(Condition("cartridge", cartridge))
     system = config.document_prompt.replace("{document}", corpus)
-    length = len(model.tokenizer.encode(system))
-    if length + ROW <= model.config.max_position_embeddings:
+    if len(model.tokenizer.encode(system)) + ROW <= model.config.max_position_embeddings:
         conditions.append(Condition("full document", None, system))
     return conditions
 
@@ -192,10 +186,7 @@ def _asked(
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]], condition: str) -> float | None:
-    """Returns (NLL nothing - NLL condition) / (NLL nothing - NLL full document), NLL being that of the answers.
-
-    It is None if the full document was not measured, or does not help.
-    """
+    """Returns (NLL nothing - NLL) / (NLL nothing - NLL full document), or None where the document is no help."""
     nll = {row["condition"]: row["nll"] for row in rows}
     if "full document" not in nll or nll["nothing"] <= nll["full document"]:
         return None

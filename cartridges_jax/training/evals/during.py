@@ -41,8 +41,7 @@ class LossEval:
         """Reads the examples by the type of their seed prompt ("" for questions, which are asked with `thinking`)."""
         if self.dataset is not None:
             groups = defaultdict(list)
-            found = typed_examples(self.dataset, model.tokenizer, targets, model.config.vocab_size)
-            for kind, example in found:
+            for kind, example in typed_examples(self.dataset, model.tokenizer, targets, model.config.vocab_size):
                 groups[kind].append(example)
             return dict(groups)
         assert self.questions is not None
@@ -97,13 +96,9 @@ class EvalsConfig:
 
 
 class Evals:
-    """The evaluations that a config names, with their inputs, which are read once.
+    """The evaluations that a config names, with their inputs, which are read once; an unusable one is a UserError.
 
-    Args:
-      thinking: the mode of thinking in which questions are asked: that of the conversations of training.
-
-    Raises:
-      FileNotFoundError, UserError: an input is missing or unusable.
+    Questions are asked in the mode `thinking`: that of the conversations of training.
     """
 
     def __init__(

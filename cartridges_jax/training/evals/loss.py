@@ -27,11 +27,7 @@ ROW = 512  # tokens of a packed row; a longer example makes the rows longer
 def answer_loss(
     model: LanguageModel, prefix: Cartridge | None, examples: Sequence[Example], tail: Tail = "drop"
 ) -> tuple[float, int]:
-    """Returns the loss summed over the targets, in nats, and the number of targets.
-
-    Raises:
-      UserError: an example does not fit into the model's window behind the prefix.
-    """
+    """Returns the loss summed over the targets, in nats, and their number; what exceeds the window is a UserError."""
     # the cartridge without its provenance, which would compile the same program again for each cartridge
     cartridge = Cartridge(*(no_prefix(model.config) if prefix is None else prefix.prefix), num_frozen=0)
     length = max(ROW, *(len(example.tokens) for example in examples))

@@ -32,11 +32,7 @@ class Question:
 
 
 def questions_of(path: str | os.PathLike[str]) -> list[Question]:
-    """Reads JSON lines of {"question", "answer"}, for a multiple choice with "choices".
-
-    Raises:
-      FileNotFoundError, UserError: there is no such file, it holds no question, or a line is something else.
-    """
+    """Reads JSON lines of {"question", "answer"}, for a multiple choice with "choices"; all else is a UserError."""
     return _parsed(files.read_json_lines(path, 'one {"question", "answer"} a line'), str(path))
 
 

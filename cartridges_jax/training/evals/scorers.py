@@ -72,11 +72,7 @@ def chosen(text: str, choices: Sequence[str]) -> str:
 
 
 def chrf(text: str, answer: str) -> float:
-    """Returns the F-score of character n-grams by sacrebleu (Popović, 2015).
-
-    Raises:
-      MissingPackage: sacrebleu is not installed.
-    """
+    """Returns the F-score of character n-grams (Popović, 2015), or raises MissingPackage if sacrebleu is missing."""
     try:
         from sacrebleu.metrics import CHRF
     except ImportError as error:
