@@ -131,7 +131,8 @@ def _attend_shared(q_rkmh: Array, positions_rt: Array, pages: Pages, metadata: A
 
     at_once = 1 if r * m >= MANY_QUERIES and has_kernel(kernels.platform()) else SHARED_AT_ONCE
     turns = (metadata.shared.num_pages + at_once - 1) // at_once
-    state = jax.lax.fori_loop(0, turns, turn, _empty(k, r * m, h))
+    none_kx = jnp.zeros((k, r * m))
+    state = jax.lax.fori_loop(0, turns, turn, (none_kx + MASKED, none_kx, jnp.zeros((k, r * m, h))))
     running_max_rkm, denominator_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in state[:2])
     return running_max_rkm, denominator_rkm, state[2].reshape(k, r, m, h).swapaxes(0, 1)
 
@@ -158,11 +159,6 @@ def _attend_own(q_rkmh: Array, positions_rt: Array, pages: Pages, metadata: Atte
         )
 
     return jax.lax.fori_loop(0, (metadata.own.num_pages + at_once - 1) // at_once, turn, state)
-
-
-def _empty(*shape_kxh: int) -> State:
-    none_kx = jnp.zeros(shape_kxh[:-1])
-    return none_kx + MASKED, none_kx, jnp.zeros(shape_kxh)
 
 
 def _at(array: Array, start: Array, at_once: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from array import array
@@ -82,7 +83,9 @@ class Answer:
         ]
         about_prompt = self._prompt_ids() | self._prompt_logprobs()
         reply = self._envelope(self._whole, choices) | about_prompt | {"usage": self._usage()}
-        return reply | ({"system_fingerprint": self._fingerprint(deltas)} if self._fingerprinted else {})
+        if self.generation.fingerprint or self.generation.packed:
+            reply["system_fingerprint"] = self._fingerprint(deltas)
+        return reply
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         said = {"delta": {"role": "assistant", "content": ""}} if self.generation.kind == "chat" else {"text": ""}
@@ -127,10 +130,8 @@ class Answer:
     def _text_logprobs(self, index: int, delta: Delta) -> dict[str, Any]:
         """Log-probabilities in OpenAI's older shape, that of /v1/completions: a list for every field."""
         tokens = [entry["token"] for entry in delta.logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+        offsets = list(itertools.accumulate(map(len, tokens), initial=self._offsets[index]))
+        self._offsets[index] = offsets.pop()
         return {
             "tokens": tokens,
             "token_logprobs": [entry["logprob"] for entry in delta.logprobs],
@@ -139,10 +140,6 @@ class Answer:
             ],
             "text_offset": offsets,
         }
-
-    @property
-    def _fingerprinted(self) -> bool:
-        return self.generation.fingerprint or self.generation.packed
 
     def _fingerprint(self, deltas: Sequence[Delta]) -> str:
         """JSON with every choice's token ids; packed, also base64 of raw little-endian arrays, rows [token][best]."""
@@ -182,10 +179,7 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.num_tokens,
             "total_tokens": self.prompt_tokens + self.num_tokens,
-            "prompt_tokens_details": {
-                "cached_tokens": self.cached_tokens,
-                "cartridge_tokens": self.cartridge_tokens,
-            },
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "cartridge_tokens": self.cartridge_tokens},
         }
 
 

@@ -9,6 +9,7 @@ before its beginning. No JAX is needed here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -91,9 +92,12 @@ class PageCache:
     def insert(self, allocation: Allocation, tokens: Sequence[int]) -> None:
         """Lets others use what a request has written: `tokens`, from the first behind the cartridge."""
         parent, size = allocation.path[-1], self.page_size
-        if parent.tokens and len(parent.tokens) < size:  # the page that was inserted half full
-            allocation.path.pop()
-            parent = self._remove(parent, allocation)
+        if parent.tokens and len(parent.tokens) < size:  # inserted half full: its page is an own one again
+            node = allocation.path.pop()
+            assert node.parent is not None and not node.children
+            del node.parent.children[node.tokens]
+            allocation.own.insert(0, node.pages[0])
+            parent = node.parent
         done = (len(allocation.path) - 1) * size
         while done < len(tokens) and allocation.own:
             part = tuple(tokens[done : done + size])
@@ -115,13 +119,6 @@ class PageCache:
         self.insert(allocation, tokens)
         self._free_pages += allocation.own
         self._release(allocation.path)
-
-    def _remove(self, node: Node, allocation: Allocation) -> Node:
-        """Makes the path's last page an own one again, to be inserted with what was written since."""
-        assert node.parent is not None and not node.children
-        del node.parent.children[node.tokens]
-        allocation.own.insert(0, node.pages[0])
-        return node.parent
 
     def _known(self, root: Node, tokens: Sequence[int]) -> list[Node]:
         """The nodes whose full pages spell the beginning of `tokens`."""
@@ -172,11 +169,8 @@ def _longest(parent: Node, tokens: Sequence[int]) -> tuple[Node | None, int]:
     """The child that shares the longest beginning with `tokens`, and the length of that beginning."""
     best, most = None, 0
     for child in parent.children.values():
-        length = 0
-        for held, wanted in zip(child.tokens, tokens, strict=False):
-            if held != wanted:
-                break
-            length += 1
+        pairs = zip(child.tokens, tokens, strict=False)
+        length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if length > most:
             best, most = child, length
     return best, most

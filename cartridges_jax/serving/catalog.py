@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.serving.protocol import ApiError, read_body, read_reference, to_json
+from cartridges_jax.serving.protocol import ApiError, check_cartridges, read_body, read_reference, to_json
 from cartridges_jax.serving.scheduler import Prefix
 from cartridges_jax.serving.store import CartridgeStore, Reference, TooMany, UnknownCartridge, version
 
@@ -89,7 +89,7 @@ class Catalog:
 
     async def one(self, request: web.Request) -> web.Response:
         reference = Reference(request.match_info["id"])
-        self._find(reference)
+        check_cartridges(self._store, [reference], "id")
         return web.json_response(self._entry(reference), dumps=to_json)
 
     async def load(self, reference: Reference) -> None:
@@ -110,7 +110,7 @@ class Catalog:
 
         async def handler(request: web.Request) -> web.Response:
             reference = read_reference("cartridge", (await read_body(request)).values)
-            self._find(reference)
+            check_cartridges(self._store, [reference], "id")
             try:
                 await act(reference)
             except UnknownCartridge as error:
@@ -122,14 +122,6 @@ class Catalog:
             return web.json_response(self._entry(reference), dumps=to_json)
 
         return handler
-
-    def _find(self, reference: Reference) -> None:
-        try:
-            self._store.check([reference])
-        except UserError as error:
-            raise ApiError(400, str(error), "id", "invalid_value") from error
-        except UnknownCartridge as error:
-            raise ApiError(404, str(error), "id", "cartridge_not_found") from error
 
     def _entry(self, reference: Reference) -> dict[str, Any]:
         prefix, pinned = self._store.state(reference)

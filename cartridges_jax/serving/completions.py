@@ -174,24 +174,20 @@ async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
     try:
         await response.prepare(request)
         await _send(response, (answer.first_chunk(index) for index in range(answer.generation.num_choices)))
-        while not answer.finished:
-            index, delta = await answer.next()
-            chunk = answer.chunk(index, delta)
-            await _send(response, [chunk] if chunk else [])
-        await _send(response, [answer.usage_chunk()] if answer.generation.include_usage else [])
-        await _finish(response)
-    except ApiError as error:  # the status is out already
-        await _send(response, [error.body])
-        await _finish(response)
+        try:
+            while not answer.finished:
+                index, delta = await answer.next()
+                chunk = answer.chunk(index, delta)
+                await _send(response, [chunk] if chunk else [])
+            await _send(response, [answer.usage_chunk()] if answer.generation.include_usage else [])
+        except ApiError as error:  # the status is out already
+            await _send(response, [error.body])
+        await _write(response, b"data: [DONE]\n\n")
+        await response.write_eof()
     except ConnectionResetError:
         if request.transport is not None:
             request.transport.abort()
     return response
-
-
-async def _finish(response: web.StreamResponse) -> None:
-    await _write(response, b"data: [DONE]\n\n")
-    await response.write_eof()
 
 
 async def _send(response: web.StreamResponse, chunks: Iterable[dict[str, Any]]) -> None:

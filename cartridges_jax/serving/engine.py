@@ -36,7 +36,7 @@ SCORE_SIZE = 64  # for so many tokens, the logits over the vocabulary exist toge
 
 
 class Engine:
-    """Holds the weights and the pages, and runs the programs. Only one thread may call it.
+    """Holds the weights and the pages, and does what `scheduler.Engine` says. Only one thread may call it.
 
     Args:
       max_num_seqs: how many requests may decode together.
@@ -80,7 +80,6 @@ class Engine:
         self._last = jnp.zeros(max_num_seqs, jnp.int32)  # the last token that was sampled for each sequence
 
     def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
-        """Writes a cartridge to these pages."""
         cartridge: Any = prefix.cartridge
         keys, values, bias = cartridge.checked(self._config).prefix
         bias = np.zeros(keys.shape[:3], np.float32) if bias is None else bias
@@ -91,11 +90,9 @@ class Engine:
             self._cache = steps.load_page(self._cache, page, *parts, config=self._config, mesh=self._mesh)
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Makes the target page a copy of the source's first `count` positions."""
         self._cache = steps.copy_page(self._cache, source, target, count, mesh=self._mesh)
 
     def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
-        """Writes the keys and values of `tokens` at `position`, `position` + 1, …"""
         while tokens:
             size = max(size for size, fewest in PREFILL_SIZES.items() if fewest <= len(tokens))
             step = self._chunk(tokens[:size], size, position, block_table)
@@ -103,39 +100,32 @@ class Engine:
             tokens, position = tokens[size:], position + size
 
     def decode(self, inputs: Sequence[SequenceInput]) -> Any:
-        """Writes each input's token at its position and samples the token that follows it; `harvest` waits for it."""
-        return self._run(*self._batch(inputs)), [i.top_logprobs for i in inputs]
+        batch = self._batch(inputs)  # which may clear pages of the cache
+        arguments = self._cache, self._last, *batch
+        self._cache, self._last, sampled = steps.decode_step(self._weights, *arguments, **self._options)
+        return sampled, len(inputs)
 
     def _batch(self, inputs: Sequence[SequenceInput]) -> tuple[np.ndarray, decoder.Step, SamplingParams]:
         """What `decode_step` takes, padded to a size of batch; the token -1 stands for the sequence's last one."""
         b = next(size for size in self._batch_sizes if size >= len(inputs))
-        padding = b - len(inputs)
         for i in inputs:
             self._clear_begun(i.block_table, i.position, 1)
-        indices = np.array([i.index for i in inputs] + [self.max_num_seqs] * padding, np.int32)
-        tokens = np.array([-1 if i.token is None else i.token for i in inputs] + [0] * padding, np.int32)
-        positions = np.array([i.position for i in inputs] + [0] * padding, np.int32)
-        written = [metadata.slot_index(i.block_table, i.position) for i in inputs] + [self._nowhere] * padding
+        padding = [SequenceInput(self.max_num_seqs, 0, 0, BlockTable((), 0), 0.0, 1.0, 0, 0, 0)] * (b - len(inputs))
+        padded = [*inputs, *padding]
+        indices = np.array([i.index for i in padded], np.int32)
+        tokens = np.array([-1 if i.token is None else i.token for i in padded], np.int32)
+        positions = np.array([i.position for i in padded], np.int32)
+        written = [metadata.slot_index(i.block_table, i.position) for i in inputs] + [self._nowhere] * len(padding)
         columns = (a[:, None] for a in (tokens, positions, np.array(written, np.int32)))
         step = decoder.Step(*columns, metadata.batch_metadata(inputs, b, self.pages_each, self.num_pages))
-        return indices, step, _sampling_params(inputs, padding)
-
-    def _run(self, indices: np.ndarray, step: decoder.Step, sampling_params: SamplingParams) -> Any:
-        arguments = self._cache, self._last, indices, step, sampling_params
-        self._cache, self._last, sampled = steps.decode_step(self._weights, *arguments, **self._options)
-        return sampled
+        return indices, step, _sampling_params(padded)
 
     def harvest(self, decoded: Any) -> list[Sampled]:
-        """Waits for a `decode` and gives a token for each of its inputs, with the alternatives that it asked for."""
-        sampled, counts = decoded
-        tokens, logprobs, top_ids, top_logprobs = (a.tolist() for a in jax.device_get(sampled))
-        return [
-            Sampled(tokens[i], logprobs[i], tuple(top_ids[i][:count]), tuple(top_logprobs[i][:count]))
-            for i, count in enumerate(counts)
-        ]
+        sampled, count = decoded
+        rows = zip(*(a[:count].tolist() for a in jax.device_get(sampled)), strict=True)
+        return [Sampled(token, logprob, tuple(ids), tuple(logprobs)) for token, logprob, ids, logprobs in rows]
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
-        """Scores every token but the first as the model would have sampled it. No request is touched."""
         p = prefix.length if prefix else 0
         pages = range(self.num_pages, self.num_pages + self.pages_each)
         if prefix is not None:
@@ -199,8 +189,8 @@ class Engine:
         return decoder.Step(tokens_t[None], positions_t[None], slot_mapping_t[None], seen)
 
 
-def _sampling_params(inputs: Sequence[SequenceInput], padding: int) -> SamplingParams:
+def _sampling_params(inputs: Sequence[SequenceInput]) -> SamplingParams:
     rows = [(i.temperature, i.top_p, i.top_k, i.seed & 0x7FFFFFFF, i.step, i.top_logprobs) for i in inputs]
-    columns = zip(*rows, *[(0.0, 1.0, 0, 0, 0, 0)] * padding, strict=True)
+    columns = zip(*rows, strict=True)
     dtypes = (np.float32, np.float32, np.int32, np.int32, np.int32, np.int32)
     return SamplingParams(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))

@@ -18,19 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.protocol import SEEDS, ApiError
 from cartridges_jax.serving.requests import GenerationRequest
-from cartridges_jax.serving.scheduler import (
-    NOT_FINITE,
-    Engine,
-    Event,
-    Finished,
-    Prefix,
-    QueueFull,
-    Request,
-    Scheduler,
-    Scored,
-)
+from cartridges_jax.serving.scheduler import NOT_FINITE, Engine, Event, Finished, QueueFull, Request, Scheduler, Scored
 from cartridges_jax.serving.warmup import Warmup
 
 logger = logging.getLogger(__name__)
@@ -100,15 +91,13 @@ class EngineThread:
             try:
                 self._inbox.put_nowait(pending)
             except queue.Full:
-                raise _queue_full("the server takes no more requests") from None
+                raise ApiError(429, "the server takes no more requests", code="queue_full") from None
         return pending
 
     async def stop(self) -> None:
         """Ends every request with an error, and the thread after the step it is in."""
         self._stopping = True
-        with contextlib.suppress(
-            queue.Full
-        ):  # if it is full, the thread is not waiting for a request and sees the flag
+        with contextlib.suppress(queue.Full):  # then the thread is not waiting for a request, and sees the flag
             self._inbox.put_nowait(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -163,7 +152,7 @@ class EngineThread:
                     return
             self._post([(pending, 0, Accepted(prompt))])
         except QueueFull as error:
-            self._reject(pending, _queue_full(str(error)))
+            self._reject(pending, ApiError(429, str(error), code="queue_full"))
         except UserError as error:
             self._reject(pending, ApiError(400, str(error), PROMPT[pending.generation.kind], "context_length_exceeded"))
 
@@ -190,7 +179,3 @@ class EngineThread:
 def _deliver(updates: list[tuple[PendingRequest, int, Any]]) -> None:
     for pending, index, event in updates:
         pending.events.put_nowait((index, event))
-
-
-def _queue_full(message: str) -> ApiError:
-    return ApiError(429, message, code="queue_full")

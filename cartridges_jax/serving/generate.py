@@ -65,10 +65,8 @@ def generate_ids(
             f"{p} slots, a prompt of {max(map(len, prompts))} tokens and an answer of {max_tokens} exceed "
             f"{model.name}'s window of {model.config.max_position_embeddings}: shorten one of them"
         )
-    if max_length is None:
-        max_length = min(
-            -(-longest // 128) * 128, model.config.max_position_embeddings
-        )  # few sizes, so few compilations
+    if max_length is None:  # few sizes, so few compilations
+        max_length = min(-(-longest // 128) * 128, model.config.max_position_embeddings)
     max_num_seqs = min(MAX_NUM_SEQS, len(prompts))
     # one size of batch: compiling others would take longer than running them saves
     engine = Engine(model, max_num_seqs, max_length, max_top_logprobs=1, batch_sizes=[max_num_seqs])

@@ -41,18 +41,13 @@ class Metrics:
             counts["first_token_seconds_count"] += 1
 
     def text(self, gauges: Mapping[str, int]) -> str:
-        values = {
-            f'requests_total{{route="{route}",status="{status}"}}': count
-            for (route, status), count in sorted(self._requests.items())
+        requests = {
+            f'{{route="{route}",status="{status}"}}': count for (route, status), count in sorted(self._requests.items())
         }
-        counters = [name for name, (kind, _) in HELP.items() if kind == "counter" and name != "requests_total"]
-        values |= {name: self._counts[name] for name in counters} | dict(gauges)
-        lines, described = [], set()
-        for labelled, value in values.items():
-            name = labelled.partition("{")[0]
-            if name not in described:
-                described.add(name)
-                kind, help = HELP[name]
+        lines = []
+        for name, (kind, help) in HELP.items():
+            values = requests if name == "requests_total" else {"": gauges.get(name, self._counts[name])}
+            if values:
                 lines += [f"# HELP cartridges_jax_{name} {help}", f"# TYPE cartridges_jax_{name} {kind}"]
-            lines.append(f"cartridges_jax_{labelled} {value}")
+            lines += [f"cartridges_jax_{name}{labels} {value}" for labels, value in values.items()]
         return "\n".join(lines) + "\n"

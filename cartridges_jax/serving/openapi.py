@@ -49,16 +49,12 @@ def document_of(model: str, max_top_logprobs: int) -> Schema:
             {"type": "array", "items": _ref("ChatCompletion")},
         ),
     }
+    summary, batches = "As Tokasaurus serves it.", paths["/custom/synchronous-batch-completions"]
     for start in ("/custom/cartridge", "/v1/cartridge", "/batch/cartridge"):
-        summary = "As Tokasaurus serves it."
+        answers = _post(summary, chat, "the answer", _ref("ChatCompletion"), streams=True)
         paths[f"{start}/completions"] = _post(summary, text, "the continuations", _ref("Completion"), streams=True)
-        batches = paths["/custom/synchronous-batch-completions"]
         paths[f"{start}/synchronous-batch-completions"] = batches
-        if start != "/batch/cartridge":
-            answered = _post(summary, chat, "the answer", _ref("ChatCompletion"), streams=True)
-            paths[f"{start}/chat/completions"] = answered
-        else:
-            paths[f"{start}/chat/completions"] = batches
+        paths[f"{start}/chat/completions"] = batches if start == "/batch/cartridge" else answers
     for operations in paths.values():
         for operation in operations.values():
             operation["responses"] |= errors

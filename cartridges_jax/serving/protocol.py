@@ -7,11 +7,13 @@ import functools
 import json
 import reprlib
 import zlib
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from aiohttp import web
 
-from cartridges_jax.serving.store import SOURCES, Reference
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.serving.store import SOURCES, CartridgeStore, Reference, UnknownCartridge
 
 MAX_STOPS = 16
 MAX_CARTRIDGES = 8  # in one request
@@ -75,23 +77,24 @@ class Fields:
             raise ApiError(400, f"{name} is not a JSON object", code="invalid_value")
         self.values, self.size = values, size
 
-    def get(self, name: str) -> Any:
-        return self.values.get(name)
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self.values.get(name)
+        return default if value is None else value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        value = default if self.get(name) is None else self.get(name)
+        value = self.get(name, default)
         if not isinstance(value, bool):
             refuse(name, value, "true or false")
         return value
 
     def integer(self, name: str, default: Any, low: int, high: int) -> Any:
-        value = default if self.get(name) is None else self.get(name)
+        value = self.get(name, default)
         if value is not default and (type(value) is not int or not low <= value <= high):
             refuse(name, value, f"an integer from {low} to {high}")
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
-        value = default if self.get(name) is None else self.get(name)
+        value = self.get(name, default)
         if type(value) not in (int, float) or not low <= value <= high:
             refuse(name, value, f"a number from {low} to {high}")
         return float(value)
@@ -100,7 +103,7 @@ class Fields:
         return text(name, self.get(name))
 
     def group(self, name: str) -> Fields:
-        return Fields({} if self.get(name) is None else self.get(name), name)
+        return Fields(self.get(name, {}), name)
 
 
 async def read_body(request: web.Request) -> Fields:
@@ -202,10 +205,22 @@ def read_cartridges(value: object) -> tuple[Reference, ...]:
 
 def read_reference(where: str, value: object) -> Reference:
     fields = Fields(value, where)
-    source = "local" if fields.get("source") is None else fields.get("source")
+    source = fields.get("source", "local")
     if not isinstance(source, str) or source not in SOURCES:
         refuse(f"{where}.source", source, f"one of {', '.join(SOURCES)}")
     return Reference(text(f"{where}.id", fields.get("id")), source, fields.flag("force_redownload"))
+
+
+def check_cartridges(
+    store: CartridgeStore, references: Sequence[Reference], param: str, code: str = "cartridge_not_found"
+) -> None:
+    """Refuses cartridges that the store cannot have, as far as it knows at once. Raises: ApiError."""
+    try:
+        store.check(references)
+    except UserError as error:
+        raise ApiError(400, str(error), param, "invalid_value") from error
+    except UnknownCartridge as error:
+        raise ApiError(404, str(error), param, code) from error
 
 
 def take_tags(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], tuple[Reference, ...]]:

@@ -9,27 +9,16 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
-from cartridges_jax.serving.protocol import (
-    SEEDS,
-    UNSUPPORTED,
-    ApiError,
-    Fields,
-    read_cartridges,
-    read_messages,
-    read_stops,
-    refuse,
-    shorten,
-    take_tags,
-    text,
-)
+from cartridges_jax.serving import protocol
+from cartridges_jax.serving.protocol import SEEDS, ApiError, Fields, refuse, shorten
 from cartridges_jax.serving.scheduler import Engine, Request
-from cartridges_jax.serving.store import CartridgeStore, Reference, UnknownCartridge
+from cartridges_jax.serving.store import CartridgeStore, Reference
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 MAX_LOGPROBS = 1 << 21  # in all answers that are sent in one piece; each costs a few hundred bytes until then
@@ -79,7 +68,7 @@ class Reader:
         self._max_choices, self._rng = max_choices, rng
 
     def chat(self, fields: Fields, fingerprint: bool = False) -> GenerationRequest:
-        messages, tagged = take_tags(read_messages(fields.get("messages")))
+        messages, tagged = protocol.take_tags(protocol.read_messages(fields.get("messages")))
         if not messages:
             refuse("messages", fields.get("messages"), "a message beside the cartridge's")
         model, cartridges = self._read_model(fields, tagged)
@@ -148,7 +137,7 @@ class Reader:
         self, fields: Fields, prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any
     ) -> GenerationRequest:
         """Reads the fields that all routes share."""
-        for name, neutral in UNSUPPORTED.items():
+        for name, neutral in protocol.UNSUPPORTED.items():
             if fields.get(name) not in (None, neutral):
                 refuse(name, fields.get(name), "nothing: this server does not support it")
         stream, packed = fields.flag("stream"), fields.flag("logprobs_in_fingerprint")
@@ -175,7 +164,7 @@ class Reader:
             **known,
             requests=tuple(replace(request, prompt=prompt) for prompt in prompts),
             n=n,
-            stops=read_stops(fields.get("stop")),
+            stops=protocol.read_stops(fields.get("stop")),
             stream=stream,
             include_usage=fields.group("stream_options").flag("include_usage"),
             return_token_ids=fields.flag("return_token_ids"),
@@ -207,18 +196,18 @@ class Reader:
             refuse("add_special_tokens", special, "false: a cartridge holds the beginning of the text already")
         encode = self._tokenizer.continued_ids if behind_cartridge else encode
         return [
-            self.token_ids("prompt", one) if isinstance(one, list) else tuple(encode(text("prompt", one)))
+            self.token_ids("prompt", one) if isinstance(one, list) else tuple(encode(protocol.text("prompt", one)))
             for one in prompts
         ]
 
     def _read_model(self, fields: Fields, tagged: tuple[Reference, ...]) -> tuple[str, tuple[Reference, ...]]:
         """The model's name and the cartridges, which `cartridges`, tags in the messages or the name may choose."""
         name = self._model if fields.get("model") is None else fields.text("model")
-        asked = read_cartridges(fields.get("cartridges"))
+        asked = protocol.read_cartridges(fields.get("cartridges"))
         if asked and tagged:
             refuse("cartridges", asked[0].id, "cartridges either here or as tags in the messages")
         asked = asked or tagged
-        self._check_cartridges(asked, "cartridges", "cartridge_not_found")
+        protocol.check_cartridges(self._store, asked, "cartridges")
         chosen = self.read_model_name(name)
         if chosen is None:
             return name, asked
@@ -234,16 +223,8 @@ class Reader:
         if base != self._model:
             message = f"model {shorten(name)} does not exist: ask for {self._model!r} or '{self._model}:CARTRIDGE'"
             raise ApiError(404, message, "model", "model_not_found")
-        self._check_cartridges([Reference(id)], "model", "model_not_found")
+        protocol.check_cartridges(self._store, [Reference(id)], "model", "model_not_found")
         return Reference(id)
-
-    def _check_cartridges(self, references: Sequence[Reference], param: str, code: str) -> None:
-        try:
-            self._store.check(references)
-        except UserError as error:
-            raise ApiError(400, str(error), param, "invalid_value") from error
-        except UnknownCartridge as error:
-            raise ApiError(404, str(error), param, code) from error
 
 
 def check_logprobs(count: int, param: str) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.cache import Allocation, PageCache, Prefix
+
+Reason = Literal["stop", "length", "cancelled", "deadline", "not_finite"]
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,12 @@ class Engine(Protocol):
 
     def decode(self, inputs: Sequence[SequenceInput]) -> Any:
         """Writes each input's token at its position and samples the one that follows; need not wait for the result."""
-        ...
 
     def harvest(self, decoded: Any) -> list[Sampled]:
         """What a `decode` sampled, in the order of its inputs, with at least the alternatives that each asked for."""
-        ...
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
         """Every token but the first, as the model would have sampled it; no request is touched."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Finished:
     """The request has ended; "not_finite": what the model makes of its cartridge and prompt are no numbers."""
 
     id: str
-    reason: Literal["stop", "length", "cancelled", "deadline", "not_finite"]
+    reason: Reason
 
 
 Event = Started | Token | Finished
@@ -186,13 +185,11 @@ class Scheduler:
         return bool(self._queue or self._events or any(s.request for s in self._sequences))
 
     def submit(self, request: Request) -> None:
-        """Queues a request.
+        """Queues a request. Raises: UserError, if it can never run; QueueFull.
 
-        Raises:
-          UserError: it can never run; the sentence says why.
-          QueueFull: `max_queue` requests wait already, beyond those that will run at once.
+        Besides those that will run at once, `max_queue` requests may wait.
         """
-        check(request, self._engine.max_length)
+        _check(request, self._engine.max_length)
         needed = self._cache.pages_needed(request.prefix, len(request.prompt) + request.max_tokens)
         if needed > self._cache.num_pages:
             raise UserError(
@@ -208,15 +205,18 @@ class Scheduler:
 
     def cancel(self, id: str) -> None:
         """Ends a request where it stands; the next step reports it. One that has ended already is left alone."""
-        self._end([request for request in self._live() if request.id == id], "cancelled")
+        for request in self._live():
+            if request.id == id:
+                self._end(request, "cancelled")
 
     def step(self, now: float = -math.inf) -> list[Event]:
         """Prefills a little, starts a step for every request whose prompt is written, and reports the step before.
 
-        Args:
-          now: the time, if requests have deadlines; those whose deadline has passed end.
+        Requests whose deadline has come by `now` end first.
         """
-        self._end([request for request in self._live() if request.deadline <= now], "deadline")
+        for request in self._live():
+            if request.deadline <= now:
+                self._end(request, "deadline")
         self._prefill()
         before, self._decoding = self._decoding, self._dispatch()
         self._harvest(*before)
@@ -226,14 +226,13 @@ class Scheduler:
     def _live(self) -> list[Request]:
         return [s.request for s in self._sequences if s.request] + list(self._queue)
 
-    def _end(self, requests: Sequence[Request], reason: Literal["cancelled", "deadline"]) -> None:
-        for request in requests:
-            seq = next((seq for seq in self._sequences if seq.request is request), None)
-            if seq is None:
-                self._queue.remove(request)
-            else:
-                self._release(seq)
-            self._events.append(Finished(request.id, reason))
+    def _end(self, request: Request, reason: Reason) -> None:
+        seq = next((seq for seq in self._sequences if seq.request is request), None)
+        if seq is None:
+            self._queue.remove(request)
+        else:
+            self._release(seq)
+        self._events.append(Finished(request.id, reason))
 
     def _release(self, seq: _Sequence) -> None:
         assert seq.request is not None and seq.allocation is not None
@@ -308,26 +307,19 @@ class Scheduler:
 
     def _take(self, seq: _Sequence, request: Request, sampled: Sampled) -> None:
         if not math.isfinite(sampled.logprob):
-            self._finish(seq, Finished(request.id, "not_finite"))
+            self._end(request, "not_finite")
             return
         seq.answer.append(sampled.token)
-        self._events.append(Token(request.id, _trim(sampled, request.top_logprobs)))
+        count = request.top_logprobs
+        wanted = replace(sampled, top_ids=sampled.top_ids[:count], top_logprobs=sampled.top_logprobs[:count])
+        self._events.append(Token(request.id, wanted))
         if sampled.token in request.stop_ids and not request.ignore_eos:
-            self._finish(seq, Finished(request.id, "stop"))
+            self._end(request, "stop")
         elif len(seq.answer) == request.max_tokens:
-            self._finish(seq, Finished(request.id, "length"))
-
-    def _finish(self, seq: _Sequence, event: Finished) -> None:
-        self._release(seq)
-        self._events.append(event)
+            self._end(request, "length")
 
 
-def check(request: Request, max_length: int) -> None:
-    """Refuses a request that needs more than `max_length` positions.
-
-    Raises:
-      UserError: the sentence names every length that counts.
-    """
+def _check(request: Request, max_length: int) -> None:
     if not request.prompt:
         raise UserError("the prompt is empty: give at least one token")
     if request.max_tokens < 1:
@@ -361,7 +353,3 @@ def _input(seq: _Sequence) -> SequenceInput:
         step=seq.dispatched,
         top_logprobs=request.top_logprobs,
     )
-
-
-def _trim(sampled: Sampled, count: int) -> Sampled:
-    return Sampled(sampled.token, sampled.logprob, sampled.top_ids[:count], sampled.top_logprobs[:count])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,47 +19,34 @@ STOP_SECONDS = 10.0  # after which it is killed
 def server_process(flags: Sequence[str], log: Path) -> Iterator[str]:
     """Runs `python -m cartridges_jax.serve` with these flags, its standard error going to `log`; yields its URL.
 
-    Raises:
-      ChildProcessError: the server does not start; the sentence holds its last words.
+    Raises: ChildProcessError, with the server's last words, if it does not start.
     """
     command = [sys.executable, "-m", "cartridges_jax.serve", *flags]
     with log.open("w", encoding="utf-8") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
-    try:
-        with stage("starting the server and compiling its programs"):
-            url = _ready_url(process, log)
-        yield url
-    finally:
-        process.terminate()
+    with process:  # which waits for its end
         try:
-            process.wait(timeout=STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout:
-            process.stdout.close()
+            with stage("starting the server and compiling its programs"):
+                url = _ready_url(process, log)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _ready_url(process: subprocess.Popen[str], log: Path) -> str:
     """Waits for the line with which the server says that it is ready, and returns the URL in it."""
-    lines: queue.Queue[str] = queue.Queue()
-
-    def forward() -> None:
-        assert process.stdout is not None
+    assert process.stdout is not None
+    timer = threading.Timer(START_SECONDS, process.kill)  # which ends its output
+    timer.start()
+    try:
         for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    threading.Thread(target=forward, daemon=True).start()
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            line = lines.get(timeout=1.0)
-        except queue.Empty:
-            continue
-        if line.startswith("ready: "):
-            return line.split()[1]
-        if not line:
-            break
+            if line.startswith("ready: "):
+                return line.split()[1]
+    finally:
+        timer.cancel()
     tail = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
     raise ChildProcessError(f"the server did not start: {' '.join(tail) or 'it said nothing'} (log: {log})")

@@ -94,12 +94,7 @@ class CartridgeStore:
         return sorted(name for name in names if self._find(name))
 
     def find(self, id: str) -> Path:
-        """The file of a local cartridge.
-
-        Raises:
-          UserError: it is not a name.
-          UnknownCartridge: no file of that name lies in the folder.
-        """
+        """The file of a local cartridge. Raises: UserError, if `id` is no name; UnknownCartridge, if there is none."""
         if not NAME.fullmatch(id):
             raise UserError(f"{id[:80]!r} is not a cartridge's name: use a name of /v1/cartridges, never a path")
         path = self._find(id)
@@ -108,11 +103,7 @@ class CartridgeStore:
         return path
 
     def check(self, references: Sequence[Reference]) -> None:
-        """Refuses what cannot be loaded, as far as that is known without reading or fetching anything.
-
-        Raises:
-          UserError, UnknownCartridge: as `find`, or a remote source or a composition that this store has not.
-        """
+        """Refuses what cannot be loaded, as far as that is known without reading or fetching. Raises: as `find`."""
         for reference in references:
             if reference.source == "local":
                 self.find(reference.id)
@@ -154,9 +145,7 @@ class CartridgeStore:
     def prefix(self, references: Sequence[Reference]) -> Prefix:
         """The cartridges, loaded, as one; its key changes with their contents and their order.
 
-        Raises:
-          UserError, UnknownCartridge: as `check`.
-          Exception: what `load` raises, when a file is broken or was made for another model.
+        Raises: as `check`, and as `load`, when a file is broken or was made for another model.
         """
         self.check(references)
         parts = [self._one(reference) for reference in references]
@@ -171,12 +160,7 @@ class CartridgeStore:
         return composed
 
     def pin(self, reference: Reference, pinned: bool) -> None:
-        """Keeps a loaded cartridge, or lets it be dropped again.
-
-        Raises:
-          UnknownCartridge: it is not loaded.
-          TooMany: nothing could be loaded beside those that are pinned.
-        """
+        """Keeps a loaded cartridge, or lets it be dropped again. Raises: UnknownCartridge, TooMany."""
         with self._lock:
             held = self._held_one(reference)
             others = sum(other.pinned for other in self._held.values() if other is not held)
@@ -187,9 +171,7 @@ class CartridgeStore:
     def unload(self, reference: Reference) -> None:
         """Drops a cartridge, and compositions with it; requests that run keep theirs.
 
-        Raises:
-          UnknownCartridge: it is not loaded.
-          UserError: it is pinned.
+        Raises: UnknownCartridge, if it is not loaded; UserError, if it is pinned.
         """
         with self._lock:
             if self._held_one(reference).pinned:

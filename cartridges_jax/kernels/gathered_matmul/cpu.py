@@ -69,12 +69,7 @@ def _try_smallest() -> bool:
 
 @functools.cache
 def _register(kernel: Kernel) -> None:
-    """Compiles a kernel and makes it known to XLA by its name.
-
-    Raises:
-      UnknownInterfaceError: the installed XLA calls functions in a way that `handler.ll` does not know.
-      JaxRuntimeError: XLA refuses a handler of this version.
-    """
+    """Compiles a kernel and makes it known to XLA by its name. Raises: UnknownInterfaceError, JaxRuntimeError."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     handler = Template(HANDLER.read_text(encoding="utf-8")).substitute(
         read_interface(),

@@ -26,8 +26,7 @@ def read_interface() -> dict[str, int]:
     They are its version (`major`, `minor`), which the handler tells XLA when it is registered, and where in XLA's
     table of functions those stand that the handler calls (`destroy`, `schedule`).
 
-    Raises:
-      UnknownInterfaceError: there is no header, or it has another major version, another struct or no such function.
+    Raises: UnknownInterfaceError.
     """
     path = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     if not path.is_file():
