@@ -20,8 +20,10 @@ from jaxtyping import Array, Float, Int
 from cartridges_jax import kernels
 from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
 from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, prefix_decode_attention
+from cartridges_jax.models.block import Rope, decode_layer, rms_norm, rope_table, rotate
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, Rope, rms_norm, rope_tables, rotate
+from cartridges_jax.models.params import Params, decode_specs, weight_specs
+from cartridges_jax.models.spec import fused_arrays
 from cartridges_jax.parallel import collectives, sharding
 
 PANEL = 16  # outputs of a weight that stand side by side
@@ -34,7 +36,7 @@ def rearranged(params: Params, config: ModelConfig, mesh: Mesh) -> Weights:
     Those that a kernel multiplies in float32 stay in bfloat16 if nothing is lost by it, as those of most models are: a
     step for a few requests takes as long as reading them does.
     """
-    ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, mesh)
+    ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, config, mesh)
     layers = (_rearranged_layer(params["blocks"], i, config, mesh) for i in range(config.num_layers))
     return {**jax.tree.map(_narrowed, ends), "layers": [jax.tree.map(_narrowed, layer) for layer in layers]}
 
@@ -52,39 +54,28 @@ def _is_bfloat16(weight: Array) -> Array:
     return (jax.lax.bitcast_convert_type(weight, jnp.uint32) & 0xFFFF == 0).all()
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _ends(ends: Params, mesh: Mesh) -> Params:
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _ends(ends: Params, config: ModelConfig, mesh: Mesh) -> Params:
+    specs = {name: weight_specs(config)[name] for name in ends}
+
     def local(ends: Params) -> Params:
-        wide = {name: collectives.all_gather_fsdp(leaf, sharding.WEIGHTS[name]) for name, leaf in ends.items()}
+        wide = {name: collectives.all_gather_fsdp(leaf, specs[name]) for name, leaf in ends.items()}
         return {name: leaf if leaf.ndim == 1 else cut(leaf) for name, leaf in wide.items()}
 
-    in_specs = (sharding.fitted(ends, {name: sharding.WEIGHTS[name] for name in ends}, mesh),)
-    return sharding.on_mesh(local, mesh, in_specs, {name: sharding.DECODER[name] for name in ends})(ends)
+    in_specs = (sharding.fitted(ends, specs, mesh),)
+    return sharding.on_mesh(local, mesh, in_specs, {name: decode_specs(config)[name] for name in ends})(ends)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def _rearranged_layer(blocks: Params, i: Int[Array, ""], config: ModelConfig, mesh: Mesh) -> Params:
+    fused = fused_arrays(config)
+
     def local(blocks: Params, i: Int[Array, ""]) -> Params:
-        block = collectives.all_gather_layer(jax.tree.map(lambda leaf: leaf[i], blocks))
-        heads = {name: block[name] for name in ("k", "v")}
-        biases = {name: leaf for name, leaf in block.items() if name in ("k_bias", "v_bias")}
-        block |= collectives.local_kv_heads(heads, config, axis=1) | collectives.local_kv_heads(biases, config, axis=0)
+        layer = decode_layer(jax.tree.map(lambda leaf: leaf[i], blocks), config)
+        return {name: cut(leaf) if fused[name][0].summed else leaf for name, leaf in layer.items()}
 
-        def rows(*names: str) -> Array:
-            return jnp.concatenate([block[name].reshape(config.embed_dim, -1) for name in names], axis=1).T
-
-        layer = {"qkv": rows("q", "k", "v"), "gate_up": rows("gate", "up"), "down": block["down"].T}
-        layer["o"] = block["o"].reshape(-1, config.embed_dim).T
-        if config.qkv_bias:
-            layer["qkv_bias"] = jnp.concatenate([block[name] for name in ("q_bias", "k_bias", "v_bias")])
-        layer = {name: leaf if leaf.ndim == 1 else cut(leaf) for name, leaf in layer.items()}
-        return layer | {name: leaf for name, leaf in block.items() if name.endswith("norm")}
-
-    names = {"qkv", "gate_up", "down", "o"} | ({"qkv_bias"} if config.qkv_bias else set())
-    names |= {name for name in blocks if name.endswith("norm")}
-    in_specs = (sharding.fitted(blocks, sharding.WEIGHTS["blocks"], mesh), P())
-    out_specs = {name: sharding.DECODER["layers"][name] for name in names}
-    return sharding.on_mesh(local, mesh, in_specs, out_specs)(blocks, i)
+    in_specs = (sharding.fitted(blocks, weight_specs(config)["blocks"], mesh), P())
+    return sharding.on_mesh(local, mesh, in_specs, decode_specs(config)["layers"])(blocks, i)
 
 
 def cut(weight_od: Float[Array, "o d"]) -> Float[Array, "o d"] | Float[Array, "n d 16"]:
@@ -110,7 +101,7 @@ def forward(
       page, place: where each token's keys and values go; a page that does not exist means nowhere.
       plan: who sees which page, these tokens' own included.
     """
-    rope = rope_tables(positions, config)
+    rope = rope_table(positions, config.layers[0], config.head_dim)
     x_md = _embedded(weights["embed"], tokens.reshape(-1)).astype(weights["final_norm"].dtype)
     written = []
     for layer, pages in zip(weights["layers"], cache, strict=True):

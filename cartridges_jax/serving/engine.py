@@ -28,6 +28,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, Reading, own_entries, shared_entries
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.params import decode_specs
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving import decoder
 from cartridges_jax.serving.cache import Prefix
@@ -356,7 +357,7 @@ def _prefill(
     def local(weights: decoder.Weights, cache: list[Pages], step: Step) -> list[Pages]:
         return _forward(weights, cache, step, config)[1]
 
-    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, P()
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P()
     return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(weights, cache, step)
 
 
@@ -379,7 +380,7 @@ def decode_step(
         sampled = sample(decoder.logits(weights, hidden_bd), wishes, num_top)
         return cache, last.at[slots].set(sampled[0], mode="drop"), sampled
 
-    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, *[P()] * 4
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, *[P()] * 4
     run = sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P(), P()))
     return run(weights, cache, last, slots, step, sampling)
 
@@ -404,7 +405,7 @@ def _score(
         rank_t = 1 + (logits_tv > own_t1).sum(-1)
         return cache, ((own_t1 - normalizer_t1)[:, 0], rank_t, ids_tj, top_tj - normalizer_t1)
 
-    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, P(), P()
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), P()
     return sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P()))(weights, cache, step, following)
 
 

@@ -26,7 +26,7 @@ from cartridges_jax.command_line.progress import stage
 from cartridges_jax.initial.initializers import initial_cartridge
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.models.quantization import quantized
+from cartridges_jax.models.weights import quantized
 from cartridges_jax.parallel import processes, sharding
 from cartridges_jax.parallel.device import matmul_peak
 from cartridges_jax.parallel.sharding import MeshConfig
@@ -82,7 +82,7 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     sharding.check_rows(config.batch_size, mesh)
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
     config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
-    model = quantized(model) if config.quantization == "int8" else model
+    model = model if config.quantization == "none" else quantized(model, config.quantization)
     if config.init.kind != "pretrained":  # of which the file decides
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)
@@ -247,7 +247,7 @@ def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cach
 
 def flops_per_token(config: ModelConfig) -> float:
     """A forward pass and the gradient of the activations through the layers' matrices; weights are frozen."""
-    return 4.0 * config.num_layers * config.layer_weights
+    return 4.0 * config.matrix_weights
 
 
 def _with_training(
@@ -259,7 +259,7 @@ def _with_training(
     objective = "distillation" if config.targets == "logprobs" else "next-token prediction"
     steps = f"{num_steps} steps" if config.evals.patience is None else f"{kept} steps, the best of {num_steps},"
     recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}, reduction {config.reduction}"
-    recipe += ", int8 base" if config.quantization == "int8" else ""
+    recipe += "" if config.quantization == "none" else f", {config.quantization} base"
     evaluated = evaluation_behind(kept, history(directory / METRICS))
     evaluation = before.evaluation if kept == 0 else ""
     provenance = dataclasses.replace(
