@@ -64,7 +64,7 @@ def ours() -> Iterator[Measures]:
     import cartridges_jax as cj
     from cartridges_jax.serving.engine import Engine
     from cartridges_jax.serving.generate import run
-    from cartridges_jax.serving.scheduler import Place, Request, Scheduler, SlotInput, Token
+    from cartridges_jax.serving.scheduler import BlockTable, Request, Scheduler, SequenceInput, Token
 
     model = cj.load_model("smollm2-135m", dtype="float32")
     engine = Engine(model, max(BATCHES), 512)
@@ -84,12 +84,15 @@ def ours() -> Iterator[Measures]:
 
     def bare(n: int) -> float:
         each = engine.pages_each
-        places = [Place(range(i * each, (i + 1) * each), 0) for i in range(n)]
-        for place in places:
-            engine.prefill([5] * PROMPT, 0, place)
+        block_tables = [BlockTable(range(i * each, (i + 1) * each), 0) for i in range(n)]
+        for block_table in block_tables:
+            engine.prefill([5] * PROMPT, 0, block_table)
         batches = [
             engine._batch(
-                [SlotInput(i, None, PROMPT + step, place, 0.0, 1.0, 0, 0, step) for i, place in enumerate(places)]
+                [
+                    SequenceInput(i, None, PROMPT + step, block_table, 0.0, 1.0, 0, 0, step)
+                    for i, block_table in enumerate(block_tables)
+                ]
             )
             for step in range(STEPS)
         ]

@@ -23,16 +23,16 @@ import numpy as np
 
 import cartridges_jax as cj
 from cartridges_jax.kernels.prefix_decode_attention import (
+    AttentionMetadata,
+    PageList,
     Pages,
-    Plan,
-    Reading,
     own_entries,
     prefix_decode_attention,
     shared_entries,
 )
-from cartridges_jax.serving.decoder import cut, project
+from cartridges_jax.serving.decoder import PRODUCT, pack_panels
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import Place, SlotInput
+from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 
 LAYERS, D, F, N, K, H, PAGE = 30, 576, 1536, 9, 3, 64, 128
 SHAPES = {"qkv": ((N + 2 * K) * H, D), "o": (D, N * H), "gate_up": (2 * F, D), "down": (D, F)}
@@ -90,27 +90,33 @@ def attention(requests: int, dtype: Any) -> Callable[[], Any]:
     shared, own = (entries, []) if requests == 1 else ([], entries)
 
     most_shared, most_own = shared_entries(max(len(shared), 1)), own_entries(len(own), requests)
-    readers = np.zeros(most_own, np.int32)
-    readers[: len(own)] = np.arange(len(own)) // PAGES_EACH
-    plan = Plan(
-        Reading.of(shared, most_shared), np.ones((most_shared, requests), bool), Reading.of(own, most_own), readers
+    seq_ids = np.zeros(most_own, np.int32)
+    seq_ids[: len(own)] = np.arange(len(own)) // PAGES_EACH
+    metadata = AttentionMetadata(
+        PageList.of(shared, most_shared), np.ones((most_shared, requests), bool), PageList.of(own, most_own), seq_ids
     )
     keys = jax.random.normal(jax.random.key(0), (count, K, H, PAGE), dtype)
     values = jax.random.normal(jax.random.key(1), (count, K, PAGE, H), dtype)
     cache = [Pages(keys + i, values + i, jnp.zeros((count, K, PAGE))) for i in range(LAYERS)]
     q, positions = jnp.ones((requests, 1, N, H), dtype), jnp.full((requests, 1), PAGES_EACH * PAGE - 1)
-    run = jax.jit(lambda cache, plan: [prefix_decode_attention(q, positions, pages, plan) for pages in cache])
-    return lambda: run(cache, plan)
+    run = jax.jit(lambda cache, metadata: [prefix_decode_attention(q, positions, pages, metadata) for pages in cache])
+    return lambda: run(cache, metadata)
 
 
 def step(model: cj.LanguageModel, size: int) -> Callable[[], Any]:
     """A step of decoding for `size` requests of 300 tokens, or a prefill of `size` tokens if there are more than 64."""
     engine = Engine(model, min(size, 64), 512, batch_sizes=[min(size, 64)])
     if size > 64:
-        return lambda: (engine.prefill([5] * size, 0, Place(range(engine.pages_each), 0)), engine._cache)[1]
-    places = [Place(range(i * engine.pages_each, (i + 1) * engine.pages_each), 0) for i in range(size)]
-    batch = engine._batch([SlotInput(i, 5, 300, place, 0.0, 1.0, 0, 0, 1) for i, place in enumerate(places)])
+        return lambda: (engine.prefill([5] * size, 0, BlockTable(range(engine.pages_each), 0)), engine._cache)[1]
+    block_tables = [BlockTable(range(i * engine.pages_each, (i + 1) * engine.pages_each), 0) for i in range(size)]
+    batch = engine._batch(
+        [SequenceInput(i, 5, 300, block_table, 0.0, 1.0, 0, 0, 1) for i, block_table in enumerate(block_tables)]
+    )
     return lambda: engine._run(*batch)
+
+
+def packed(weight: Any, x_md: jax.Array) -> jax.Array:
+    return weight.matmul(x_md, PRODUCT)
 
 
 def measure(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -139,8 +145,8 @@ def main() -> None:
         "XLA, float32": (products(float32, 0), layers(lambda w: w), 0),
         "XLA, bfloat16": (products(bfloat16, 0), layers(lambda w: w.astype(jnp.bfloat16)), 0),
         "XLA, int8": (products(int8, 0), layers(rounded), 0),
-        "kernel, float32": (products(project, 1), layers(cut), 1),
-        "kernel, bfloat16 weights": (products(project, 1), layers(lambda w: cut(w).astype(jnp.bfloat16)), 1),
+        "kernel, float32": (products(packed, 1), layers(pack_panels), 1),
+        "kernel, bfloat16 weights": (products(packed, 1), layers(lambda w: pack_panels(w.astype(jnp.bfloat16))), 1),
     }
     found = {}
     for m in TOKENS:

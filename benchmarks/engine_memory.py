@@ -23,9 +23,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import cartridges_jax as cj
-from cartridges_jax.evaluate import kv_bytes_per_token
 from cartridges_jax.serving.engine import PAGE_SIZE, Engine
-from cartridges_jax.serving.scheduler import Place, SlotInput
+from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 
 OWN = 128  # tokens of question and answer
 PROMPTS = (1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -52,7 +51,7 @@ def main() -> None:
     model = cj.load_model("smollm2-135m", dtype="float32")
     config = dataclasses.replace(model.config, max_position_embeddings=2 * PROMPTS[-1])
     model = dataclasses.replace(model, config=config)
-    num_pages = int(args.budget_gib * 2**30 / (PAGE_SIZE * kv_bytes_per_token(model)))
+    num_pages = int(args.budget_gib * 2**30 / (PAGE_SIZE * model.kv_bytes_per_token))
     engine = Engine(model, args.most, PROMPTS[-1] + OWN, cache_tokens=num_pages * PAGE_SIZE)
     contexts = [(KINDS[0], length) for length in PROMPTS]
     contexts += [(kind, length) for kind in KINDS[1:] for length in CARTRIDGES]
@@ -76,14 +75,17 @@ def measure(engine: Engine, kind: str, length: int, num_pages: int, args: argpar
         return Row(kind, length, 0, 0, 0.0)
     pages = iter(range(num_pages))
     shared = [next(pages) for _ in range(context)] if is_shared else None
-    places = [
-        Place([*(shared or [next(pages) for _ in range(context)]), *(next(pages) for _ in range(own))], length)
+    block_tables = [
+        BlockTable([*(shared or [next(pages) for _ in range(context)]), *(next(pages) for _ in range(own))], length)
         for _ in range(n)
     ]
     seconds = []
     for step in range(args.steps):
         position = length + OWN // 2 + step
-        inputs = [SlotInput(i, 0, position, place, 0.0, 1.0, 0, 0, step) for i, place in enumerate(places)]
+        inputs = [
+            SequenceInput(i, 0, position, block_table, 0.0, 1.0, 0, 0, step)
+            for i, block_table in enumerate(block_tables)
+        ]
         start = time.perf_counter()
         engine.harvest(engine.decode(inputs))
         seconds.append(time.perf_counter() - start)

@@ -18,10 +18,9 @@ from cartridges_jax.command_line.config import build, load
 from cartridges_jax.models.shapes import shape_of
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
-from cartridges_jax.plan import STEPS, compile_here
-from cartridges_jax.planning.chips import GIB, devices_of
+from cartridges_jax.planning.chips import GIB, compile_here, devices_of
 from cartridges_jax.planning.hlo import exposed
-from cartridges_jax.planning.programs import target_chunks, train_program
+from cartridges_jax.planning.programs import STEPS, target_chunks, train_program
 from cartridges_jax.training.config import TrainConfig
 
 PLANS = [("a100:8", 8, 1), ("h100:8", 8, 1), ("h100:8", 4, 2)]

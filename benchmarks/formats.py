@@ -15,10 +15,10 @@ from pathlib import Path
 
 import cartridges_jax as cj
 from cartridges_jax import interop
-from cartridges_jax.evaluate import answer_nll
 from cartridges_jax.initial.attention_matching import attention_matching
 from cartridges_jax.interop import formats, tokasaurus
 from cartridges_jax.training.data import read_corpus
+from cartridges_jax.training.evals.loss import answer_nll
 from cartridges_jax.training.evals.questions import questions_of
 
 SLOTS = 500

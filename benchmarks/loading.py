@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cartridges_jax import plan
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.shapes import SHAPES
 from cartridges_jax.models.spec import file_names
 from cartridges_jax.parallel import processes, sharding
 from cartridges_jax.parallel.sharding import MeshConfig
+from cartridges_jax.planning import chips
 from cartridges_jax.planning.programs import train_program
 from cartridges_jax.training.config import TrainConfig
 
@@ -155,7 +155,7 @@ def resident() -> dict[str, int]:
 
 
 def compile_once() -> float:
-    plan.compile_here()
+    chips.compile_here()
     model = ModelConfig.from_hf(SHAPES["smollm2-135m"])
     mesh = sharding.make_mesh(MeshConfig(), jax.devices())
     return train_program(TrainConfig("-", "-", "-"), model, mesh, 100).seconds

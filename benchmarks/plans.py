@@ -16,10 +16,9 @@ from cartridges_jax.command_line.progress import stage
 from cartridges_jax.models.shapes import shape_of
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
-from cartridges_jax.plan import STEPS, compile_here
-from cartridges_jax.planning.chips import GIB, devices_of
+from cartridges_jax.planning.chips import GIB, compile_here, devices_of
 from cartridges_jax.planning.costs import received, train_costs
-from cartridges_jax.planning.programs import train_program
+from cartridges_jax.planning.programs import STEPS, train_program
 from cartridges_jax.training.config import TrainConfig
 
 PLANS = [

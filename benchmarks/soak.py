@@ -73,7 +73,14 @@ def write_cartridges(model: str, folder: Path, seed: int) -> None:
 
 @contextlib.contextmanager
 def server(model: str, folder: Path, warm: bool) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    options = ["--slots=4", "--max-length=256", "--max-queue=8", "--max-body=40000", "--max-cartridges=4", "--port=0"]
+    options = [
+        "--max-num-seqs=4",
+        "--max-length=256",
+        "--max-queue=8",
+        "--max-body=40000",
+        "--max-cartridges=4",
+        "--port=0",
+    ]
     command = [sys.executable, "-m", "cartridges_jax.serve", f"--model={model}", f"--cartridges={folder}", *options]
     command += [] if warm else ["--no-warmup"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -12,7 +12,7 @@ import argparse
 from collections import defaultdict
 
 import cartridges_jax as cj
-from cartridges_jax.evaluate import answer_nll
+from cartridges_jax.training.evals.loss import answer_nll
 from synth.conversation import Conversation, read
 
 

@@ -30,8 +30,8 @@ HELP = """\
 
 
 @dataclass
-class Told:
-    """What an answer took."""
+class GenerationStats:
+    """What an answer took: tokens and times, for the user to read."""
 
     start: float
     num_prompt: int
@@ -39,7 +39,7 @@ class Told:
     num_tokens: int = 0
     first: float | None = None
     last: float = 0.0
-    cut: str = ""  # why it ends early, if it does
+    cut: str = ""  # why the answer ended early, if it did
 
     def token(self) -> None:
         self.last = time.monotonic()
@@ -48,16 +48,16 @@ class Told:
 
     def __str__(self) -> str:
         slots = f"{self.num_slots:,} slots + " if self.num_slots else ""
-        told = f"{slots}{self.num_prompt:,} prompt tokens"
+        text = f"{slots}{self.num_prompt:,} prompt tokens"
         if self.first is not None:
-            told += f", first token {1000 * (self.first - self.start):,.0f} ms"
+            text += f", first token {1000 * (self.first - self.start):,.0f} ms"
             if self.num_tokens > 1:
-                told += f", {(self.num_tokens - 1) / (self.last - self.first):.1f} tokens/s"
-        return told
+                text += f", {(self.num_tokens - 1) / (self.last - self.first):.1f} tokens/s"
+        return text
 
 
 class Chat:
-    """A conversation; what the engine already holds of it is not computed again."""
+    """A conversation. What the engine already holds of it is not computed again."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Chat:
         self._thinking = thinking  # None: as the cartridge was trained, or as the template has it
         self._scheduler = Scheduler(engine, max_queue=0)
         self.messages: list[dict[str, str]] = []
-        self.told = Told(0.0, 0, 0)  # of the last answer
+        self.stats = GenerationStats(0.0, 0, 0)  # of the last answer
 
     def clear(self) -> None:
         self.messages = []
@@ -101,13 +101,13 @@ class Chat:
             self.messages = [*messages, {"role": "assistant", "content": said}]
 
     def aside(self, question: str, prefix: Prefix | None, document: str | None = None) -> Generator[str, None, None]:
-        """Streams an answer that is no part of the conversation, and knows nothing of it. Raises: as `answer`."""
+        """Streams an answer to a question outside the conversation, of which it knows nothing. Raises: as `answer`."""
         system = [] if document is None else [{"role": "system", "content": document}]
         yield from self._stream(self._request([*system, {"role": "user", "content": question}], prefix))
 
     def _request(self, messages: Sequence[Mapping[str, str]], prefix: Prefix | None) -> Request:
         encode = self._tokenizer.turn_ids if prefix else self._tokenizer.chat_ids
-        cartridge = prefix or self.prefix  # an answer that is compared with it is asked for alike
+        cartridge = prefix or self.prefix  # a question without a cartridge is asked in its mode too, to be compared
         thinking = cartridge.thinking if cartridge and self._thinking is None else self._thinking
         mode = {} if thinking is None else {"thinking": thinking}
         prompt = tuple(encode(messages, add_generation_prompt=True, **mode))
@@ -131,20 +131,20 @@ class Chat:
     def _stream(self, request: Request) -> Iterator[str]:
         decoder = StreamDecoder(self._tokenizer)
         slots = request.prefix.length if request.prefix else 0
-        self.told = Told(time.monotonic(), len(request.prompt), slots)
+        self.stats = GenerationStats(time.monotonic(), len(request.prompt), slots)
         self._scheduler.submit(request)
         try:
             while self._scheduler.has_work:
                 for event in self._scheduler.step():
                     if isinstance(event, Token):
-                        self.told.token()
+                        self.stats.token()
                     if isinstance(event, Token) and event.sampled.token not in request.stop_ids:
                         yield decoder.push(event.sampled.token)
                     elif isinstance(event, Finished):
-                        self.told.cut = self._why_cut(event, request)
+                        self.stats.cut = self._why_cut(event, request)
                         yield decoder.flush()
         finally:
-            self._scheduler.cancel(request.id)  # nothing, unless the consumer has stopped
+            self._scheduler.cancel(request.id)  # does nothing unless the consumer has stopped
             self._scheduler.step()
 
     def _why_cut(self, event: Finished, request: Request) -> str:
@@ -156,10 +156,10 @@ class Chat:
 
 
 class Terminal:
-    """Reads questions and commands, and tells what comes of them.
+    """Reads questions and commands, and writes what comes of them.
 
     Args:
-      load: the cartridge of a name or source, as `/cartridge` takes it.
+      load: a function that gives the cartridge of a name or source, as `/cartridge` takes it.
       document: the text that `/compare` puts into the prompt.
     """
 
@@ -174,7 +174,7 @@ class Terminal:
         self._chat, self._read, self._write, self._load, self._document = chat, read, write, load, document
 
     def talk(self) -> None:
-        """Until /quit or the end of the input."""
+        """Reads and answers until /quit or the end of the input."""
         while True:
             try:
                 line = self._read().strip()
@@ -187,7 +187,7 @@ class Terminal:
                 name, _, rest = line.partition(" ")
                 self._command(name, rest.strip())
             elif line:
-                self._tell(self._chat.answer(line))
+                self._show(self._chat.answer(line))
 
     def _command(self, name: str, rest: str) -> None:
         if name == "/clear":
@@ -216,28 +216,28 @@ class Terminal:
             return
         question, prefix = question or questions[-1], self._chat.prefix
         self._write("— nothing —\n")
-        going = self._tell(self._chat.aside(question, None), measured=True)
+        going = self._show(self._chat.aside(question, None), measured=True)
         if going and prefix is not None:
             self._write("— cartridge —\n")
-            going = self._tell(self._chat.aside(question, prefix), measured=True)
+            going = self._show(self._chat.aside(question, prefix), measured=True)
         if going and self._document is not None:
             self._write("— full document —\n")
-            self._tell(self._chat.aside(question, None, self._document), measured=True)
+            self._show(self._chat.aside(question, None, self._document), measured=True)
         elif going:
             self._write("(start with --document=FILE to compare with the full text)\n")
 
-    def _tell(self, pieces: Generator[str, None, None], measured: bool = False) -> bool:
-        """Whether the answer was told to its end, and not stopped."""
+    def _show(self, pieces: Generator[str, None, None], measured: bool = False) -> bool:
+        """Writes an answer piece by piece; whether it came to its end and was not stopped."""
         with _interrupts() as stopped, closing(pieces):
             try:
                 for piece in pieces:
                     self._write(piece)
                     if stopped.is_set():
                         break
-                told = self._chat.told
-                note = "stopped" if stopped.is_set() else told.cut
+                stats = self._chat.stats
+                note = "stopped" if stopped.is_set() else stats.cut
                 self._write(f" [{note}]\n" if note else "\n")
-                self._write(f"({told})\n\n" if measured else "")
+                self._write(f"({stats})\n\n" if measured else "")
             except UserError as error:
                 self._write(f"{error}\n")
             return not stopped.is_set()
@@ -267,7 +267,7 @@ def main(argv: list[str]) -> int:
 
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype="float32")
-        engine = DeviceEngine(model, num_slots=1, max_length=args.max_length, max_top_logprobs=1)
+        engine = DeviceEngine(model, max_num_seqs=1, max_length=args.max_length, max_top_logprobs=1)
     if args.warmup:
         Warmup(engine.programs()).run()
 
@@ -307,7 +307,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge and conversation together")
     parser.add_argument("--max-tokens", type=int, default=512, help="of one answer")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, help="for the same answers again, at a temperature above 0")
+    parser.add_argument("--seed", type=int, help="gives the same answers again, at a temperature above 0")
     parser.add_argument(
         "--thinking",
         action=argparse.BooleanOptionalAction,

@@ -27,16 +27,18 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
 
     from cartridges_jax.cartridge.arrays import Cartridge
-    from cartridges_jax.interop import formats, hub
+    from cartridges_jax.interop import formats, publish
 
     model = _model(args.model)
-    cartridge = _stamped(Cartridge.load(args.source, model=model), model)
+    cartridge = Cartridge.load(args.source, model=model)
+    if model is not None and not cartridge.provenance.weights_hash:
+        cartridge = dataclasses.replace(cartridge, provenance=cartridge.provenance.made_for(model))
     cartridge = _changed(cartridge, args, model)
     if args.target.startswith("hf:"):
         report = (
             files.read_text(args.report, "a report for the card, such as evaluate's report.md") if args.report else ""
         )
-        place = hub.push_to_hub(cartridge, args.target.removeprefix("hf:"), dtype=args.dtype, report=report)
+        place = publish.push_to_hub(cartridge, args.target.removeprefix("hf:"), dtype=args.dtype, report=report)
     else:
         formats.write(cartridge, Path(args.target), args.to, args.dtype)
         place = args.target
@@ -83,18 +85,6 @@ def _model(name: str | None) -> LanguageModel | None:
 
     with progress.stage(f"loading {name}"):
         return load_model(name)
-
-
-def _stamped(cartridge: Cartridge, model: LanguageModel | None) -> Cartridge:
-    """Notes the model down where the source did not say enough to recognise it."""
-    from cartridges_jax.cartridge.provenance import Provenance
-
-    found = cartridge.provenance
-    if model is None or found.weights_hash:
-        return cartridge
-    said = Provenance.of(model, "", f"{found.recipe}; its model as given to convert")
-    kept = {"corpus_hash": found.corpus_hash, "training_tokens": found.training_tokens}
-    return cartridge.replace(provenance=dataclasses.replace(said, **kept))  # type: ignore[attr-defined]
 
 
 def _changed(cartridge: Cartridge, args: argparse.Namespace, model: LanguageModel | None) -> Cartridge:

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from typing import Any
-
-import jax
 
 from cartridges_jax.command_line.config import build, load, run
 from cartridges_jax.command_line.progress import stage
@@ -26,19 +23,14 @@ from cartridges_jax.planning import chips, sweep
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.costs import Costs, decode_costs, received, train_costs
 from cartridges_jax.planning.economics import Query, economics
-from cartridges_jax.planning.programs import Program, Requests, decode_program, train_program
+from cartridges_jax.planning.programs import STEPS, Program, Requests, decode_program, train_program, with_dtype
 from cartridges_jax.training.config import TrainConfig
-
-STEPS = 1000  # of a run whose config leaves them to its dataset
-# libtpu would ask the machine's metadata server who it is, and lock the devices that it does not use
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-LIBTPU |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
 
 
 def main(argv: list[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
     name, sides = chips.parse(args.topology)
-    compile_here(sides[0] if name == "cpu" else 1)
+    chips.compile_here(sides[0] if name == "cpu" else 1)
     config = build(TrainConfig, load(rest, TrainConfig))
     query = Query(args.document_tokens, args.question_tokens, args.answer_tokens)
     requests = Requests(args.requests, args.cartridges, args.length)
@@ -65,23 +57,6 @@ def main(argv: list[str]) -> int:
         return 0
     _print_run(config, model, chip, len(devices), seconds, num_steps, query, requests.count)
     return 0
-
-
-def compile_here(virtual_devices: int = 1) -> None:
-    """Readies this process to compile for others: its own devices are its CPU's, whatever it has.
-
-    To be called before JAX has a backend, which is why nothing at import does it.
-    """
-    for variable, value in LIBTPU.items():
-        os.environ.setdefault(variable, value)
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", virtual_devices)
-
-
-def with_dtype(config: TrainConfig, chip: Chip) -> TrainConfig:
-    """What "auto" comes to there."""
-    fastest = "float32" if chip.platform == "cpu" else "bfloat16"
-    return dataclasses.replace(config, dtype=fastest) if config.dtype == "auto" else config
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,18 +7,14 @@ run's directory; a second run reuses what is there.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
-import queue
 import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +24,12 @@ from cartridges_jax.command_line import config as command_config
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import printable, stage
-from cartridges_jax.evaluate import EvalConfig, evaluate
 from cartridges_jax.models import hub
 from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.serving.server_process import server_process
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.data import read_corpus, split_dataset
+from cartridges_jax.training.evals.conditions import EvalConfig, evaluate
 from cartridges_jax.training.evals.questions import questions_of
 from cartridges_jax.training.report import samples, table
 from cartridges_jax.training.run import train
@@ -41,7 +38,6 @@ CONFIG = "configs/quickstart.py"
 DOCUMENT = "examples/document.txt"
 QUESTIONS = "examples/questions.jsonl"
 STAGES = {"train": TrainConfig, "evaluate": EvalConfig}
-START_SECONDS = 300.0  # a server that has not started by then never will
 LARGEST_SHARE = 4  # a cartridge has at most 1/4 of the document's tokens
 
 
@@ -86,7 +82,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The document and the questions, checked before anything is installed or started."""
-    document = Path(args.document or DOCUMENT)
+    document = files.find(args.document or DOCUMENT)
     questions = args.questions or (QUESTIONS if args.document is None else None)
     if document.suffix.lower() in ("", ".txt"):  # others are for `synth` to read
         read_corpus(document)
@@ -94,7 +90,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
         raise FileNotFoundError(f"{document} does not exist: expected the document, such as {DOCUMENT}")
     if questions is not None:
         questions_of(questions)
-    return document, None if questions is None else Path(questions)
+    return document, None if questions is None else files.find(questions)
 
 
 def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Path | None) -> Path:
@@ -111,7 +107,13 @@ def _synthesize(config_path: str, overrides: list[str], config: ConfigDict, docu
     dataset = folder / "dataset.parquet"
     if dataset.is_file():
         return dataset
-    with _server(config, directory / "server.log") as url:
+    flags = ["--port=0", f"--model={config.synth.client.model}", f"--dtype={config.server.dtype}"]
+    flags += [
+        f"--max-num-seqs={config.server.max_num_seqs}",
+        f"--max-length={config.server.max_length}",
+        "--max-queue=4096",
+    ]
+    with server_process([*flags, f"--cartridges={directory}"], directory / "server.log") as url:
         command = [sys.executable, "-m", "synth", f"--config={config_path}:synth"]
         command += [o.replace("--config.synth.", "--config.") for o in overrides if o.startswith("--config.synth.")]
         command += [
@@ -124,59 +126,6 @@ def _synthesize(config_path: str, overrides: list[str], config: ConfigDict, docu
                 f"synthesis stopped early, see above; the server's log is {directory / 'server.log'}"
             )
     return dataset
-
-
-@contextlib.contextmanager
-def _server(config: ConfigDict, log: Path) -> Iterator[str]:
-    """Our own server on a free port of the loopback; yields its URL."""
-    command = [
-        sys.executable,
-        "-m",
-        "cartridges_jax.serve",
-        "--port=0",
-        f"--model={config.synth.client.model}",
-    ]
-    command += [f"--slots={config.server.slots}", f"--max-length={config.server.max_length}", "--max-queue=4096"]
-    command += [f"--dtype={config.server.dtype}", f"--cartridges={log.parent}"]
-    with log.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
-    try:
-        with stage("starting the server and compiling its programs"):
-            url = _ready_url(process, log)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout:
-            process.stdout.close()
-
-
-def _ready_url(process: subprocess.Popen[str], log: Path) -> str:
-    lines: queue.Queue[str] = queue.Queue()
-
-    def forward() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    threading.Thread(target=forward, daemon=True).start()
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            line = lines.get(timeout=1.0)
-        except queue.Empty:
-            continue
-        if line.startswith("ready: "):
-            return line.split()[1]
-        if not line:
-            break
-    tail = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-    raise ChildProcessError(f"the server did not start: {' '.join(tail) or 'it said nothing'} (log: {log})")
 
 
 def _train(config: ConfigDict, corpus: Path, dataset: Path, folder: Path) -> None:
@@ -229,7 +178,7 @@ It took {seconds / 60:.1f} minutes. What to do next:
   chat with it:   {python} -m cartridges_jax.chat --model={name} --cartridge={cartridge}
   serve it:       {python} -m cartridges_jax.serve --model={name} --cartridges={served}
                   then ask for the model "{name}:document" with any OpenAI client
-  your own file:  make quickstart DOC=file.txt QUESTIONS=file.jsonl
+  your own file:  {python} -m cartridges_jax.quickstart --document=file.txt --questions=file.jsonl
 run directory: {directory} (report.md, report.json)""")
 
 

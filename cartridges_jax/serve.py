@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = "cartridges"
 LIMITS = {
     "port": (0, 65535),
-    "slots": (1, 4096),
+    "max_num_seqs": (1, 4096),
     "tensor": (1, 4096),
     "max_length": (2, 1 << 20),
     "max_queue": (0, 4096),
@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
     folder = _folder(args.cartridges)
     api_key = _read_key(args.api_key_file)
-    document = None if args.document is None else files.read_text(args.document, "a text for the page to compare with")
+    document = (
+        None if args.document is None else files.read_text(args.document, "a text for the chat page to compare with")
+    )
     # Taken before the model is loaded, which may take a minute: a port in use is better known at once.
     with bind(args.host, args.port) as sock:
         if api_key is None and not is_loopback(sock):
@@ -51,7 +53,8 @@ def main(argv: list[str]) -> int:
         server, name = _load(args, folder, api_key, document)
         host, port = sock.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        ready = f"ready: {url} (model {name}, {args.slots} slots of {args.max_length} positions; a page at {url[:-2]})"
+        room = f"{args.max_num_seqs} requests of {args.max_length} positions at once"
+        ready = f"ready: {url} (model {name}, {room}; a chat page at {url[:-2]})"
         if args.warmup:
             print(f"{url}: requests wait until all programs are compiled (--no-warmup: for their own)", file=sys.stderr)
         return asyncio.run(run(server, sock, ready))
@@ -95,19 +98,21 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one")
-    parser.add_argument("--slots", type=int, default=16, help="requests that are answered at the same time")
+    parser.add_argument("--max-num-seqs", type=int, default=16, help="requests that are answered at the same time")
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge, prompt and answer of one request")
     parser.add_argument(
-        "--cache-tokens", type=int, help="positions in memory (default: enough for --slots requests of --max-length)"
+        "--cache-tokens",
+        type=int,
+        help="positions in memory (default: enough for --max-num-seqs requests of --max-length)",
     )
-    parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for a slot")
+    parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for their turn")
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request")
     parser.add_argument("--max-seconds", type=int, default=600, help="that a request may take, waiting included")
     parser.add_argument("--max-cartridges", type=int, default=32, help="that are in memory at the same time")
     parser.add_argument(
         "--remote-sources", action="store_true", help="requests may name cartridges of the Hugging Face Hub and W&B"
     )
-    parser.add_argument("--document", type=Path, help="a text that the page at / compares cartridges with")
+    parser.add_argument("--document", type=Path, help="a text that the chat page at / compares cartridges with")
     parser.add_argument("--api-key-file", type=Path, help="file with the key that clients must send")
     parser.add_argument(
         "--warmup",
@@ -115,6 +120,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         default=True,
         help="compile every program before the first answer, or each when it is first needed",
     )
+    if any(argument.partition("=")[0] == "--slots" for argument in argv):
+        raise UserError("--slots is called --max-num-seqs now: write that instead")
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
@@ -150,7 +157,6 @@ def _load(
 ) -> tuple[Server, str]:
     import cartridges_jax as cj
     from cartridges_jax.cartridge.composition import compose
-    from cartridges_jax.evaluate import kv_bytes_per_token
     from cartridges_jax.interop.formats import locate
     from cartridges_jax.interop.sources import fetch
     from cartridges_jax.serving import engine as device
@@ -167,9 +173,9 @@ def _load(
     keep_programs()
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
-        bytes_per_token = kv_bytes_per_token(model)
-        engine = device.Engine(model, args.slots, args.max_length, max_top_logprobs=20, cache_tokens=args.cache_tokens)
-        model = dataclasses.replace(model, params={})  # the engine has them in an order of its own
+        bytes_per_token = model.kv_bytes_per_token
+        engine = device.Engine(model, args.max_num_seqs, args.max_length, 20, args.cache_tokens)
+        model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 
     store = CartridgeStore(
@@ -203,12 +209,12 @@ def _mesh(tensor: int) -> Mesh | None:
 
 
 def memory_of(engine: Engine, bytes_per_token: int) -> str:
-    """How much the engine remembers, and what fits, in a sentence."""
+    """A sentence that says how much memory the engine has for keys and values, and how many requests fit in it."""
     positions = engine.num_pages * engine.page_size
-    fit = min(engine.num_slots, engine.num_pages // engine.pages_each)
+    fit = min(engine.max_num_seqs, engine.num_pages // engine.pages_each)
     return (
         f"keys and values: {positions:,} positions in {positions * bytes_per_token / 2**30:.2f} GiB, room for {fit} of "
-        f"{engine.num_slots} requests of {engine.max_length:,} at once; a cartridge or beginning in common counts once"
+        f"{engine.max_num_seqs} requests of {engine.max_length:,} at once; what they have in common counts once"
     )
 
 
@@ -247,18 +253,18 @@ async def run(server: Server, sock: socket.socket, ready: str) -> int:
         loop.add_signal_handler(number, stop.set)
     runner = await server.start(sock)
     waits = [asyncio.create_task(stop.wait()), asyncio.create_task(server.failed())]
-    told = asyncio.create_task(_tell(server, ready))
+    announcement = asyncio.create_task(_announce(server, ready))
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (*waits, told):
+        for task in (*waits, announcement):
             task.cancel()
         await runner.cleanup()
     print("stopped" if stop.is_set() else "error: the engine failed, see above", file=sys.stderr)
     return 0 if stop.is_set() else 1
 
 
-async def _tell(server: Server, ready: str) -> None:
+async def _announce(server: Server, ready: str) -> None:
     await server.warm()
     print(ready, flush=True)
 

@@ -11,7 +11,7 @@ paper's, and the time is the plan's.
 
 from ml_collections import ConfigDict
 
-from configs.quickstart import get_config as quickstart
+from cartridges_jax.configs.quickstart import get_config as quickstart
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 

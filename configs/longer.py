@@ -9,7 +9,7 @@ and 31 % of the answers against 29 % with the full document.
 
 from ml_collections import ConfigDict
 
-from configs.quickstart import get_config as quickstart
+from cartridges_jax.configs.quickstart import get_config as quickstart
 
 
 def get_config(stage: str = "") -> ConfigDict:

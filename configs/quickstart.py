@@ -34,7 +34,7 @@ def get_config(stage: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "num_held_out": 24,  # conversations that become the questions when there are none
-            "server": {"slots": 48, "max_length": 544, "dtype": "float32"},
+            "server": {"max_num_seqs": 48, "max_length": 544, "dtype": "float32"},
             "synth": {
                 "output_dir": "runs/synth",
                 "dry_run": False,  # True shows prompts and an estimate, and calls nobody

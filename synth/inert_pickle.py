@@ -1,9 +1,9 @@
-"""Reads a pickle of protocol 3 or later, which is what Python 3 writes, without running it.
+"""Reads a pickle of protocol 2 or later, which is what Python 3 and torch write, without running it.
 
 A pickle is a program for a small stack machine that may call anything. The machine here has the instructions that build
-plain values and, of all callables, a handful that it carries out itself, NumPy's constructors of arrays above all.
-Instances of the classes of given packages become inert `Record`s; any other name ends the reading. There is no way from
-a pickle's instruction to a Python function that this file does not name.
+plain values. The names in a pickle are never looked up: whoever reads says what a few of them stand for, instances of
+the classes that it allows become inert `Record`s, and any other name ends the reading. So there is no way from a
+pickle's instruction to a Python function that its reader did not give.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import pickletools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from cartridges_jax.command_line.errors import UserError
 
 LARGEST_FILE = 2**36  # bytes
+LONGEST_PATH = 4096  # characters
 
 _VALUES = (
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -35,20 +36,20 @@ _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, Me
 
 
 class Refused(UserError):
-    """A pickle that names what it has no business with; the sentence says what."""
+    """A pickle, or the file that holds it, asks for what its reader does not allow; the sentence says what."""
 
 
 @dataclasses.dataclass(eq=False)
 class Record:
-    """An instance of a class that is not imported."""
+    """An instance of a class that is never imported."""
 
     name: str  # of its class, with the module
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Name:
-    """A class or a function that the pickle names."""
+class Name:
+    """A class or a function that the pickle names. It stays a name."""
 
     module: str
     name: str
@@ -59,14 +60,14 @@ class _Name:
 
 @dataclasses.dataclass(eq=False)
 class _Array:
-    """Between its construction, which is empty, and its state."""
+    """An array of NumPy's, which a pickle makes empty and then gives its values as a state."""
 
     value: np.ndarray | None = None
 
 
 @dataclasses.dataclass(eq=False)
 class _Type:
-    """A NumPy type of numbers, such as i8; its byte order comes as its state."""
+    """NumPy's type of an array's numbers, such as i8. A pickle gives its byte order as a state."""
 
     code: str
     order: str = "="
@@ -75,47 +76,81 @@ class _Type:
         return np.dtype(self.order.replace("|", "=") + self.code)
 
 
-def load(path: Path, packages: Sequence[str]) -> Any:
-    """The value that the pickle at `path` builds, with `Record`s for the classes of `packages`.
+def load(path: Path, classes: Sequence[str]) -> Any:
+    """The value that the pickle of a dataset at `path` builds, with `Record`s for the instances of `classes`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      Refused: it names anything but classes of `packages` and NumPy's constructors of numbers.
-      UserError: it is no whole pickle, or larger than `LARGEST_FILE`.
+      Refused: the pickle names anything but those classes and NumPy's constructors of numbers.
+      UserError: the file is no whole pickle, or larger than `LARGEST_FILE`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a pickle")
     if not 0 < path.stat().st_size <= LARGEST_FILE:
         raise UserError(f"{path} has {path.stat().st_size} bytes, expected a pickle of at most {LARGEST_FILE}")
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", DeprecationWarning)  # of backslashes in a damaged name
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
         try:
-            return _Machine(path, packages).run(data)
-        except Refused:
-            raise
+            return run(program, "dataset", _NUMPY_CALLS, classes, arguments=("numpy.ndarray",))
+        except Refused as error:
+            raise Refused(f"{path} is refused: {error}; ask for the dataset as Parquet") from error
         except _DAMAGE as error:
             raise UserError(f"{path} is no whole pickle: {error or type(error).__name__}") from error
 
 
+def run(
+    program: bytes | mmap.mmap,
+    what: str,
+    calls: Mapping[str, Callable[..., Any]],
+    classes: Sequence[str] = (),
+    arguments: Collection[str] = (),
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The value that a pickle builds.
+
+    The machine takes no more memory than the program has bytes for, times a constant, and never goes deep into a value.
+    What it hands to `calls` and `persistent` is the pickle's, so they must check its types before they use it.
+
+    Args:
+      program: the pickle, in memory or mapped.
+      what: what it should hold, a word for the sentences of `Refused`.
+      calls: what is done in place of a call, by the name that is called.
+      classes: full names of classes, or of packages that hold them; their instances become `Record`s.
+      arguments: names that a pickle may pass on, and not call.
+      persistent: what a reference to data outside of the pickle stands for.
+
+    Raises:
+      Refused: the pickle has another name or instruction.
+      ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError: it is damaged.
+    """
+    machine = _Machine(what, calls, classes, arguments, persistent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of backslashes in a damaged name
+        return machine.run(program)
+
+
 class _Machine:
-    def __init__(self, path: Path, packages: Sequence[str]):
-        self._path, self._packages = path, packages
+    def __init__(
+        self,
+        what: str,
+        calls: Mapping[str, Callable[..., Any]],
+        classes: Sequence[str],
+        arguments: Collection[str],
+        persistent: Callable[[Any], Any] | None,
+    ):
+        self._what, self._calls, self._classes, self._arguments = what, calls, classes, arguments
+        self._persistent = persistent
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._steps: dict[str, Callable[[Any], None]] = self._instructions()
 
-    def run(self, data: mmap.mmap) -> Any:
-        # a mapped file gives what is there, however much is asked for: a made-up length takes no memory
-        for opcode, argument, _ in pickletools.genops(data):
+    def run(self, program: bytes | mmap.mmap) -> Any:
+        # a file gives what is there, however much is asked for: a made-up length takes no memory
+        for opcode, argument, _ in pickletools.genops(program):
             if opcode.name == "STOP":
                 return _plain(self._pop())
             step = self._steps.get(opcode.name)
             if step is None:
-                raise Refused(f"{self._path} has the instruction {opcode.name}, which no dataset needs: it was not run")
+                raise Refused(f"it has the instruction {opcode.name}, which no {self._what} needs: it was not run")
             step(argument)
         raise UserError("it has no end")
 
@@ -137,6 +172,8 @@ class _Machine:
         steps |= dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda i: self._memo.update({i: self._stack[-1]}))
         steps |= dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda i: push(self._memo[i]))
         steps |= {f"TUPLE{n}": (lambda _, n=n: push(tuple(map(_plain, self._popped(n))))) for n in (1, 2, 3)}
+        if persistent := self._persistent:
+            steps["BINPERSID"] = lambda _: push(persistent(self._pop()))
         return steps | {
             "MEMOIZE": lambda _: self._memo.update({len(self._memo): self._stack[-1]}),
             "POP": lambda _: self._stack.pop(),
@@ -187,29 +224,26 @@ class _Machine:
     def _set(self, values: list[Any]) -> None:
         _top(self._stack, dict).update(_pairs(values))
 
-    def _name(self, module: Any, name: Any) -> _Name:
+    def _name(self, module: Any, name: Any) -> Name:
         if not isinstance(module, str) or not isinstance(name, str):
             raise UserError("a name that is no text")
-        found = _Name(module, name)
-        if str(found) not in _CALLS and str(found) not in _MARKERS and not self._is_ours(found):
-            raise Refused(
-                f"{self._path} is a pickle that names {str(found)[:100]}, which no dataset needs: it was not run; "
-                "ask for the dataset as Parquet"
-            )
+        found = Name(module, name)
+        if str(found) not in self._calls and str(found) not in self._arguments and not self._is_class(found):
+            raise Refused(f"it names {str(found)[:100]!r}, which no {self._what} needs: it was not run")
         return found
 
-    def _is_ours(self, name: _Name) -> bool:
-        return name.module.split(".")[0] in self._packages
+    def _is_class(self, name: Name) -> bool:
+        return any(f"{name}.".startswith(f"{known}.") for known in self._classes)
 
     def _new(self, name: Any, arguments: Any) -> Record:
-        if not isinstance(name, _Name) or not self._is_ours(name):
-            raise UserError("an instance is made of what is no class of a dataset")
+        if not isinstance(name, Name) or not self._is_class(name):
+            raise UserError("an instance is made of what is no class")
         return Record(str(name), {"arguments": arguments} if arguments else {})
 
     def _call(self, name: Any, arguments: Any) -> Any:
-        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+        if not isinstance(name, Name) or not isinstance(arguments, tuple):
             raise UserError("something is called that is no function")
-        call = _CALLS.get(str(name))
+        call = self._calls.get(str(name))
         return call(*map(_plain, arguments)) if call else self._new(name, arguments)
 
     def _build(self, state: Any) -> None:
@@ -226,6 +260,8 @@ class _Machine:
                 target.value = _from_bytes(data, kind, shape, "F" if fortran else "C")
             case _Type(), (_, str() as order, *_) if order in ("<", ">", "=", "|"):
                 target.order = order
+            case dict(), dict():
+                pass  # attributes of an OrderedDict, beside what it holds
             case _:
                 raise UserError(f"the state of a {type(target).__name__} is not what it should be")
 
@@ -254,7 +290,7 @@ def _plain(value: Any) -> Any:
 
 def _type(code: Any, *_: Any) -> _Type:
     if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-        raise UserError(f"an array of {code!r}, expected numbers")
+        raise UserError("an array of something else than numbers")
     return _Type(code)
 
 
@@ -263,7 +299,7 @@ def _from_bytes(data: Any, kind: Any, shape: Any, order: Any = "C") -> np.ndarra
         raise UserError("an array that is not made of bytes")
     if not isinstance(shape, tuple) or not all(isinstance(n, int) and 0 <= n <= len(data) for n in shape):
         raise UserError("an array of an impossible shape")
-    return np.frombuffer(bytes(data), kind.dtype()).reshape(shape, order=order)
+    return np.frombuffer(data, kind.dtype()).reshape(shape, order=order)
 
 
 def _scalar(kind: Any, data: Any) -> Any:
@@ -271,19 +307,20 @@ def _scalar(kind: Any, data: Any) -> Any:
 
 
 def _path(*parts: Any) -> str:
-    return os.path.join("", *map(str, parts))
+    if not all(isinstance(part, str) for part in parts) or sum(map(len, parts)) > LONGEST_PATH:
+        raise UserError("a path that is none")
+    return os.path.join("", *parts)
 
 
-_CALLS: dict[str, Callable[..., Any]] = {
+_NUMPY_CALLS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _type,
     "collections.OrderedDict": lambda: {},
     "pathlib.PosixPath": _path,
     "pathlib.PurePosixPath": _path,
 }
 for _core in ("core", "_core"):  # of NumPy 1 and 2
-    _CALLS |= {
+    _NUMPY_CALLS |= {
         f"numpy.{_core}.multiarray._reconstruct": lambda *_: _Array(),
         f"numpy.{_core}.multiarray.scalar": _scalar,
         f"numpy.{_core}.numeric._frombuffer": _from_bytes,
     }
-_MARKERS = ("numpy.ndarray",)  # stands as an argument only

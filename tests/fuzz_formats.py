@@ -14,7 +14,7 @@ from pathlib import Path
 import atheris
 import make_golden_formats as golden
 
-with atheris.instrument_imports(include=["cartridges_jax.interop", "zipfile", "pickletools"]):
+with atheris.instrument_imports(include=["cartridges_jax.interop", "synth.inert_pickle", "zipfile", "pickletools"]):
     from cartridges_jax.interop import peft, upstream
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))

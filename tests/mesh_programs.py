@@ -24,9 +24,10 @@ from cartridges_jax.models.params import Params, init_params, weight_specs
 from cartridges_jax.parallel import processes, sharding
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.serving.cache import Prefix
-from cartridges_jax.serving.engine import Engine, decode_step
+from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import run
-from cartridges_jax.serving.scheduler import Place, Request, Scheduler, SlotInput, Token
+from cartridges_jax.serving.scheduler import BlockTable, Request, Scheduler, SequenceInput, Token
+from cartridges_jax.serving.steps import decode_step
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.step import TrainState, train_step
 
@@ -106,17 +107,17 @@ def served(config: ModelConfig, shape: tuple[int, int, int], text: Path | None =
     engine = Engine(model, 3, 256, max_top_logprobs=5, batch_sizes=[3])
     prefix = Prefix("cartridge", SLOTS, cartridge)
     rng = np.random.default_rng(1)
-    wishes = [(None, 0.0), (prefix, 0.0), (prefix, 0.7)]
+    asked = [(None, 0.0), (prefix, 0.0), (prefix, 0.7)]
     requests = [
         Request(str(i), tuple(rng.integers(0, config.vocab_size, 40)), prefix, 8, temperature, seed=i, top_logprobs=5)
-        for i, (prefix, temperature) in enumerate(wishes)
+        for i, (prefix, temperature) in enumerate(asked)
     ]
     events = run(Scheduler(engine, len(requests)), requests)
     tokens = sorted((event.id, i, event.sampled) for i, event in enumerate(events) if isinstance(event, Token))
     scored = [s.sampled for s in engine.score(list(range(30)), prefix, 5)]
     found = [sampled for _, _, sampled in tokens] + scored
     if text is not None:
-        batch = engine._batch([SlotInput(0, 1, 0, Place([0], 0), 0.0, 1.0, 0, 0, 0)] * 3)
+        batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0], 0), 0.0, 1.0, 0, 0, 0)] * 3)
         options = {"config": config, "mesh": mesh, "num_top": 5}
         text.write_text(
             decode_step.lower(engine._weights, engine._cache, engine._last, *batch, **options).compile().as_text()

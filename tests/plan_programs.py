@@ -13,13 +13,12 @@ import re
 import sys
 from collections import Counter
 
-from cartridges_jax import plan
 from cartridges_jax.initial.initializers import InitConfig
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning import chips
-from cartridges_jax.planning.programs import train_program
+from cartridges_jax.planning.programs import train_program, with_dtype
 from cartridges_jax.training.config import TrainConfig
 
 CONFIG = TrainConfig("-", "-", "-", seq_len=128, batch_size=16, accumulation=2, init=InitConfig(num_slots=128))
@@ -33,9 +32,9 @@ def model(layers: int) -> ModelConfig:
 
 def main(topology: str, cases: list[list[int]]) -> None:
     name, sides = chips.parse(topology)
-    plan.compile_here(sides[0] if name == "cpu" else 1)
+    chips.compile_here(sides[0] if name == "cpu" else 1)
     chip, devices = chips.devices_of(topology)
-    config = plan.with_dtype(dataclasses.replace(CONFIG, dtype="auto"), chip)
+    config = with_dtype(dataclasses.replace(CONFIG, dtype="auto"), chip)
     single = None
     if chip.platform == "cpu":
         one = sharding.make_mesh(MeshConfig(), devices[:1])

@@ -116,8 +116,8 @@ def test_a_command_may_have_a_config_of_its_own(config: str):
     ("arguments", "sentence"),
     [
         ([], r"^no config was given: pass --config=configs/NAME\.py$"),
-        (["--config"], r"^--config names no file: pass --config="),
-        (["--config=none.py"], r"^config file 'none\.py' does not exist: pass --config="),
+        (["--config"], r"^no config was given: pass --config=configs/NAME\.py$"),
+        (["--config=none.py"], r"^config file 'none\.py' is neither in the folder /.* nor in /.*, which has configs/"),
         (["--config={config}", "more"], r"^unexpected argument 'more': every setting is written --config\.KEY=VALUE$"),
         (["--config={config}", "--lr=3"], r"^the command line cannot be read: Unknown command line flag 'lr'"),
         (["--config={config}", "--config.steps=x"], r"--config\.steps=x: invalid literal for int\(\)"),

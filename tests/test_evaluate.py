@@ -16,13 +16,10 @@ from safetensors import safe_open
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.cartridge.file import record_evaluation
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.evaluate import (
-    EvalConfig,
-    answer_nll,
-    evaluate,
-    gap_closed,
-)
+from cartridges_jax.evaluate import EvalConfig, evaluate
 from cartridges_jax.training.data import exchanges, split_dataset
+from cartridges_jax.training.evals.conditions import gap_closed
+from cartridges_jax.training.evals.loss import answer_nll
 from cartridges_jax.training.evals.questions import questions_of
 from cartridges_jax.training.evals.scorers import contains, normalized, token_f1
 from cartridges_jax.training.report import samples, table

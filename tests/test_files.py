@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 
+EXAMPLE = "examples/document.txt"  # the package brings it
+
 # all that `str.splitlines` takes for an end of line, and JSON for a character
 BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 
@@ -64,3 +66,18 @@ def test_what_is_no_json():
     with pytest.raises(UserError, match="is not JSON"):
         files.parse_json(b"\xff\xfe\x00", "x")
     assert list(files.json_lines("\ufeff1\n\ufeff2")) == [(1, "1"), (2, "2")]
+
+
+def test_a_shipped_file_is_taken_from_the_working_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.read_text(EXAMPLE, "a text").startswith("Harn Point Tide Station")
+    files.write_text(EXAMPLE, "mine")
+    assert files.read_text(EXAMPLE, "a text") == "mine"
+
+
+@pytest.mark.parametrize("name", ["serve.py", "command_line/files.py", "examples", "examples/none.txt", ".", "/none"])
+def test_no_other_file_of_the_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    assert files.find(name) == Path(name)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        files.read_text(name, "a text")

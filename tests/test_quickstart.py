@@ -20,7 +20,7 @@ def _overrides() -> list[str]:
     model = tiny.folder()
     settings = {
         "num_held_out": 4,
-        "server.slots": 8,
+        "server.max_num_seqs": 8,
         "synth.client.model": model,
         "synth.num_conversations": 24,
         "synth.answer.max_tokens": 8,

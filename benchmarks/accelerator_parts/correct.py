@@ -124,7 +124,7 @@ def _decode_error(case: Case, requests: list[int], t: int, shared: bool) -> Line
     pages = case.pages(rng)
     q = 2 * rng.standard_normal((len(requests), t, 4 * case.kv_heads, case.h)).astype(np.float32)
     positions = np.array([case.last_positions(r, t) for r in requests], np.int32)
-    found = jax.jit(prefix_decode_attention)(q, positions, pages, case.plan(requests, shared))
+    found = jax.jit(prefix_decode_attention)(q, positions, pages, case.metadata(requests, shared))
     expected = [case.alone(q[row], positions[row], r, pages) for row, r in enumerate(requests)]
     return _verdict(_error(found, expected), MOST["float32"])
 

@@ -17,7 +17,6 @@ from engine_context import step_seconds
 
 from accelerator_parts import models, sizes
 from accelerator_parts.measuring import Line, Options, attempts, rounded, seconds
-from cartridges_jax.evaluate import kv_bytes_per_token
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import PAGE_SIZE, Engine
 from cartridges_jax.serving.generate import run
@@ -68,16 +67,16 @@ def _bytes_read(model: LanguageModel, n: int, prefix: Prefix | None, size: sizes
     read = {name: a for name, a in model.params.items() if name != "embed" or model.config.tie_embeddings}
     weights = sum(a.nbytes for a in jax.tree.leaves(read))
     positions = n * (size.prompt + size.answer / 2) + (0 if prefix is None else prefix.length)
-    return weights + positions * kv_bytes_per_token(model)
+    return weights + positions * model.kv_bytes_per_token
 
 
 def _steps(make: Callable[[], Engine], requests: Callable[[int], list[Request]], least: float) -> Line:
     engine = make()
-    scheduler = Scheduler(engine, engine.num_slots)
+    scheduler = Scheduler(engine, engine.max_num_seqs)
     spent = [step_seconds(scheduler, requests(round)) for round in range(ROUNDS)][-1]
     return {
         "ms a step": rounded(spent * 1e3),
-        "tokens/s": rounded(engine.num_slots / spent),
+        "tokens/s": rounded(engine.max_num_seqs / spent),
         "roofline, ms": rounded(least * 1e3),
         "share of the roofline": rounded(least / spent, 2),
     }

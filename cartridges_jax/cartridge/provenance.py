@@ -44,6 +44,11 @@ class Provenance:
             recipe=recipe,
         )
 
+    def made_for(self, model: LanguageModel) -> Provenance:
+        """Returns this provenance with `model` noted down, of a cartridge whose file did not say enough about it."""
+        noted = Provenance.of(model, "", f"{self.recipe}; its model as given to convert")
+        return dataclasses.replace(noted, corpus_hash=self.corpus_hash, training_tokens=self.training_tokens)
+
     def as_dict(self) -> dict[str, str | int | float | bool]:
         """JSON's values; what is None is left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}

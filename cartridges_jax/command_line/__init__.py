@@ -1,1 +1,1 @@
-"""What every command shares: its config, its one-sentence errors, its progress, its files."""
+"""All commands share what is here: configs, errors of one sentence, progress lines, and files that are whole."""

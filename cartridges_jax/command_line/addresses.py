@@ -1,4 +1,4 @@
-"""Addresses of servers, which may carry a name and a password: those are for the server alone."""
+"""The address of a server may hold a user's name and password, which nobody but that server may see."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import base64
 import re
 import urllib.parse
 
-# Up to the last @ before a path: a password may hold one.
+# The last @ before the path ends the credentials, since a password may hold one, too.
 _CREDENTIALS = re.compile(r"(?<=://)[^/?#\s\"'<>]*@")
 
 
 def without_credentials(text: str) -> str:
-    """A text, such as an address, with `user:password@` taken out of every address in it."""
+    """Returns the text with `user:password@` taken out of every address in it."""
     return _CREDENTIALS.sub("", text)
 
 
 def basic_login(url: str) -> str | None:
-    """The value of an `Authorization` header for the user and the password in an address."""
+    """Returns the `Authorization` header for the user and password in an address, or None if it holds no user."""
     parts = urllib.parse.urlsplit(url)
     if parts.username is None:
         return None

@@ -1,6 +1,7 @@
-"""Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed.
+"""Files are written whole or not at all: under a temporary name in the same folder, then synced and renamed.
 
-And texts that are texts, also those in JSON: read with every complaint in one sentence, and fit to be written again.
+Texts and JSON that others wrote are read here, too: every complaint is one sentence, and every string that comes out
+can be written again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
 
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = ("configs", "examples")  # folders of the repository that lie in the package, too
 REPLACEMENT = "\ufffd"
-# a mark at the beginning of a file says how it is encoded; that of UTF-32 begins as that of UTF-16 does
+# A mark at the beginning of a file says how it is encoded. UTF-32 comes first: its mark begins as UTF-16's does.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -27,7 +30,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# a pair of surrogates, one alone, or any other escape of JSON: taken whole, so that `\\ud800` is none
+# An escape in JSON is a pair of surrogates, one alone (the group), or any other. Matches take escapes whole, so that an
+# escaped backslash before `ud800` is not taken for a surrogate.
 _ESCAPE = re.compile(
     r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
@@ -36,9 +40,17 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 log = logging.getLogger(__name__)
 
 
+def find(path: str | os.PathLike[str]) -> Path:
+    """The path itself or, if it begins with `configs/` or `examples/` and nothing lies there, the package's file."""
+    path = Path(path)
+    if not path.exists() and path.parts[0] in SHIPPED and (PACKAGE / path).is_file():
+        return PACKAGE / path
+    return path
+
+
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it takes `path`'s place, on any error it is removed.
+    """Yields a temporary path. What is written there replaces `path` on success, and is removed on any error.
 
     Raises:
       OSError: the folder cannot be written or the disk is full; `path` is then as it was before.
@@ -48,7 +60,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        temporary.chmod(0o644)  # some writers leave it readable by its owner only
+        temporary.chmod(0o644)  # some writers let nobody but its owner read it
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -60,12 +72,15 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_text(path: str | os.PathLike[str], expected: str) -> str:
-    """A text that is not empty, with "\\n" between its lines; `expected` says what a missing file should have been.
+    """Returns the text of a file, which may not be empty, with "\\n" between its lines.
 
-    It is UTF-8 unless it begins with the byte-order mark of another encoding; the mark itself is no text.
+    The file is UTF-8 unless it begins with the byte-order mark of another encoding, which is not part of the text.
+
+    Args:
+      expected: what the file should have held, for the complaint about one that does not exist.
 
     Raises:
-      FileNotFoundError, UserError: no such file, an empty one, or one that is not UTF-8.
+      FileNotFoundError, UserError: there is no such file, it is empty, or it is not UTF-8.
     """
     text = _read(Path(path), expected)
     if not text.strip():
@@ -74,10 +89,10 @@ def read_text(path: str | os.PathLike[str], expected: str) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
-      UserError: it holds none.
+      UserError: the file holds none.
     """
     try:
         value = json.loads(decode(Path(path).read_bytes()))
@@ -89,43 +104,44 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | os.PathLike[str], expected: str) -> list[tuple[int, str]]:
-    """Of a file, as `json_lines` does; there may be none. Raises: as `read_text` does."""
+    """Returns the `json_lines` of a file, of which there may be none, and complains as `read_text` does."""
     return list(json_lines(_read(Path(path), expected)))
 
 
 def _read(path: Path, expected: str) -> str:
-    if not path.is_file():
+    found = find(path)
+    if not found.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected {expected}")
     try:
-        text = decode(path.read_bytes())
+        text = decode(found.read_bytes())
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode(data: bytes) -> str:
-    """By its byte-order mark, else as UTF-8. Raises: UnicodeDecodeError."""
+    """Decodes bytes by their byte-order mark, or else as UTF-8. Raises: UnicodeDecodeError."""
     return data.decode(next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8"))
 
 
 def writable(text: str, where: str) -> str:
-    """The text with U+FFFD, told, for every half of a surrogate pair: no encoding takes one, so no file could."""
+    """Returns the text with U+FFFD for every half of a surrogate pair, which no encoding takes, and logs how many."""
     if text.isascii() or not _SURROGATE.search(text):
         return text
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # joins halves that are a pair
     if count := whole.count(REPLACEMENT) - text.count(REPLACEMENT):
-        _tell_replaced(count, where)
+        _log_replaced(count, where)
     return whole
 
 
 def parse_json(text: str | bytes, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of one JSON text; a lone surrogate in a string, escaped or not, becomes U+FFFD, told.
+    """Returns the value of a JSON text. A lone surrogate in a string, escaped or not, becomes U+FFFD, which is logged.
 
     Args:
-      pairs: what becomes of an object, whose names may occur more than once; a dict, which has the last, by default.
+      pairs: makes a value of an object's pairs, whose names may repeat; by default a dict, in which the last one stays.
 
     Raises:
-      UserError: it is none, or too deep; the sentence begins with `where`.
+      UserError: the text is not JSON, or is nested too deeply; the sentence begins with `where`.
     """
     try:
         text = _decode_json(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
@@ -135,12 +151,12 @@ def parse_json(text: str | bytes, where: str, pairs: Callable[[list[tuple[str, A
 
 
 def json_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines of JSON lines with their numbers, which count from 1; blank ones are passed over.
+    """Yields the lines that are not blank, each with its number, which counts from 1.
 
-    A line ends with a line feed and with nothing else: `str.splitlines` ends one inside of strings, too, at U+2028 say.
+    Only a line feed ends a line. `str.splitlines` would also end one inside of a string, at U+2028 for example.
     """
     for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removeprefix("\ufeff")  # of a file that another one was appended to
+        line = line.removeprefix("\ufeff")  # files with a mark may have been joined into one
         if line.strip():
             yield number, line
 
@@ -149,26 +165,19 @@ def _decode_json(data: bytes) -> str:
     try:
         return decode(data)
     except UnicodeDecodeError:
-        return data.decode("utf-8", "surrogatepass")  # servers write whatever a model's tokens give
+        return data.decode("utf-8", "surrogatepass")  # a server may write tokens that are no whole characters
 
 
 def _without_lone_surrogates(text: str, where: str) -> str:
-    if "\\ud" in text or "\\uD" in text:
-        count = 0
-
-        def replaced(found: re.Match[str]) -> str:
-            nonlocal count
-            count += bool(found[1])
-            return "\\ufffd" if found[1] else found[0]
-
-        text = _ESCAPE.sub(replaced, text)
-        if count:
-            _tell_replaced(count, where)
+    has_surrogates = "\\ud" in text or "\\uD" in text
+    if has_surrogates and (count := sum(bool(found[1]) for found in _ESCAPE.finditer(text))):
+        text = _ESCAPE.sub(lambda found: "\\ufffd" if found[1] else found[0], text)
+        _log_replaced(count, where)
     return writable(text, where)
 
 
-def _tell_replaced(count: int, where: str) -> None:
-    name = _SURROGATE.sub(REPLACEMENT, where)  # a file's name may be none, and what is told goes to a terminal
+def _log_replaced(count: int, where: str) -> None:
+    name = _SURROGATE.sub(REPLACEMENT, where)  # the name of a file may hold surrogates, and a terminal takes none
     log.warning("%s: %d halves of surrogate pairs, which are no characters, became U+FFFD", name, count)
 
 
@@ -179,10 +188,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """A folder for one process at a time; made if it is missing, and taken away again if nothing was put there.
+    """Keeps other processes out of a folder, which is made if it is missing, and removed again if it stays empty.
 
     Raises:
-      UserError: another process writes there. The lock goes with the process, however it ends.
+      UserError: another process has locked the folder. A lock ends with its process, however that ends.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -191,7 +200,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.fstat(file.fileno()).st_ino == path.stat().st_ino  # else its last owner has removed it
+            is_ours = os.fstat(file.fileno()).st_ino == path.stat().st_ino  # or else its last owner has removed it
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
         if not is_ours:

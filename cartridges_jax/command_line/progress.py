@@ -1,4 +1,4 @@
-"""One progress line for every long step: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Every long step shows its progress: by a bar with rate and time left on a terminal, and by plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-# Control characters but for tab and newline: the first 32 have pictures, the others stand for what cannot be shown.
+# What control characters become, except tab and newline: the first 32 have pictures in Unicode, the others U+FFFD.
 _CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | {i: 0xFFFD for i in range(0x7F, 0xA0)}
 
 
 def printable(text: str) -> str:
-    """What others wrote (a model, a server, a file), as it may be printed: a terminal would obey its escape codes."""
+    """Makes a text that a model, a server or a file wrote safe to print: a terminal would obey its escape codes."""
     return text.translate(_CONTROLS)
 
 
@@ -26,21 +26,21 @@ class PrintableFormatter(logging.Formatter):
 
 
 def log_to_terminal(format: str = "%(message)s") -> None:
-    """Shows warnings on stderr, without escape codes."""
+    """Makes this process show warnings on stderr, with control characters made visible."""
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter(format))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 class Progress:
-    """Counts `unit`s towards `total`; `note` is a short text beside the count (a loss, say)."""
+    """Counts `unit`s towards `total`. A `note` is a short text that stands beside the count, such as a loss."""
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0):
         self._name, self._total, self._unit = name, total, unit = printable(name), total, unit
         self._done, self._first = done, done
         self._printed: int | None = None
         self._start = self._last = time.monotonic()
-        disable = not sys.stderr.isatty()  # told at once: made without it, a bar draws itself
+        disable = not sys.stderr.isatty()  # a bar that is disabled later has drawn itself by then
         self._bar = tqdm(
             total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, smoothing=0.1, disable=disable
         )
@@ -55,7 +55,7 @@ class Progress:
             self._print(note)
 
     def close(self, note: str = "") -> None:
-        if self._bar.disable and (note or self._printed != self._done):  # else its last line says it already
+        if self._bar.disable and (note or self._printed != self._done):  # or else the last line has said so
             self._print(note)
         self._bar.close()
 
@@ -71,7 +71,7 @@ class Progress:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Says that a step of unknown length begins, and how long it took."""
+    """Prints that a step of unknown length begins, and afterwards how long it took."""
     name = printable(name)
     print(f"{name} ...", file=sys.stderr, flush=True)
     start = time.monotonic()

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cartridges_jax.ask import post
 from cartridges_jax.command_line.addresses import without_credentials
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.interop.engines import post
 
 CHUNK = 64  # tokens of a sampled chunk (arXiv 2508.17032)
 WORDS_PER_TOKEN = 0.75  # of English, for what a server is asked to write

@@ -10,26 +10,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cartridges_jax.interop.formats import from_hub as from_hub
     from cartridges_jax.interop.formats import read as read
     from cartridges_jax.interop.formats import write as write
-    from cartridges_jax.interop.hub import from_hub as from_hub
-    from cartridges_jax.interop.hub import push_dataset as push_dataset
-    from cartridges_jax.interop.hub import push_to_hub as push_to_hub
     from cartridges_jax.interop.layouts import from_pages as from_pages
     from cartridges_jax.interop.layouts import from_past_key_values as from_past_key_values
     from cartridges_jax.interop.layouts import to_pages as to_pages
     from cartridges_jax.interop.layouts import to_past_key_values as to_past_key_values
+    from cartridges_jax.interop.publish import push_dataset as push_dataset
+    from cartridges_jax.interop.publish import push_to_hub as push_to_hub
     from cartridges_jax.interop.slots import fold_bias as fold_bias
     from cartridges_jax.interop.slots import pad_slots as pad_slots
 
 _HOMES = {
     "fold_bias": "slots",
-    "from_hub": "hub",
+    "from_hub": "formats",
     "from_pages": "layouts",
     "from_past_key_values": "layouts",
     "pad_slots": "slots",
-    "push_dataset": "hub",
-    "push_to_hub": "hub",
+    "push_dataset": "publish",
+    "push_to_hub": "publish",
     "read": "formats",
     "to_pages": "layouts",
     "to_past_key_values": "layouts",

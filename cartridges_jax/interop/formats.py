@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -56,6 +57,11 @@ def read(source: str | os.PathLike[str]) -> Cartridge:
     if not all(bool(jnp.isfinite(array).all()) for array in arrays):
         raise UserError(f"{path} holds values that are not finite: its training diverged, train it again")
     return cartridge
+
+
+def from_hub(repo: str, model: Any = None) -> Cartridge:
+    """Loads the cartridge of a Hub repository `org/name[@revision]`, as `Cartridge.load("hf:…", model)` does."""
+    return Cartridge.load(f"hf:{repo}", model=model)
 
 
 def write(cartridge: Cartridge, path: Path, format: str, dtype: str = "float32") -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.interop import hub, wandb
 
 HF, WANDB = "hf:", "wandb:"
 CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adapter_model.*", "config.yaml")
@@ -25,12 +25,8 @@ def fetch(source: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(source)
     if text.startswith(HF):
-        from cartridges_jax.interop import hub
-
         return hub.download(text.removeprefix(HF), CARTRIDGE_FILES, "model", CARTRIDGE_BYTES)
     if text.startswith(WANDB):
-        from cartridges_jax.interop import wandb
-
         return wandb.download(text.removeprefix(WANDB), CARTRIDGE_BYTES)
     return Path(source)
 
@@ -39,20 +35,25 @@ def fetch_dataset(source: str | os.PathLike[str]) -> Path:
     """The local file or folder of a dataset; errors as `fetch`."""
     text = os.fspath(source)
     if text.startswith(HF):
-        from cartridges_jax.interop import hub
-
         return hub.download(text.removeprefix(HF), DATASET_FILES, "dataset", DATASET_BYTES)
     if text.startswith(WANDB):
-        from cartridges_jax.interop import wandb
-
         return wandb.download_dataset(text.removeprefix(WANDB), DATASET_BYTES)
     return Path(source)
 
 
-def check_size(source: str, size: int, most: int) -> None:
-    """Raises: UserError, if its files have more bytes than are fetched."""
-    if size > most:
-        raise UserError(
-            f"the files of {source} have {size / 1e9:,.1f} GB, and at most {most / 1e9:,.1f} GB are fetched: is it the "
-            "right name? If so, download them by hand and give their folder"
-        )
+def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The Parquet files of a dataset: one file, a folder of shards (upstream's `data/*.parquet`), `hf:…` or `wandb:…`.
+
+    Raises:
+      FileNotFoundError: no such file, or a folder without a Parquet file.
+      UserError, PermissionError, ConnectionError: it has to be fetched and cannot be.
+    """
+    path = fetch_dataset(source)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: make it with python -m synth --config=…")
+        return [path]
+    shards = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"{path} holds no Parquet file: expected a dataset's folder, or its file")
+    return shards

@@ -1,8 +1,7 @@
 """Tensors in torch's zip format (`torch.save`), read and written without torch, and read without running its pickle.
 
-A pickle is a program for a stack machine that may call anything. The machine here knows the two dozen opcodes that
-torch writes, and globals are names to it, never looked up: the few that tensors need have a meaning, any other is
-refused by its name. Nothing is allocated before it is known to lie in the file.
+The pickle inside, which says where the tensors lie in the zip file, is read by `synth.inert_pickle`. Here is what the
+few names in it stand for, and the checks that nothing is allocated before it is known to lie in the file.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +20,42 @@ import numpy as np
 
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
+from synth import inert_pickle
+from synth.inert_pickle import Name, Record, Refused
 
 STORAGES = {
-    "torch FloatStorage": np.dtype(np.float32),
-    "torch DoubleStorage": np.dtype(np.float64),
-    "torch HalfStorage": np.dtype(np.float16),
-    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
 }
 TENSOR, PARAMETER_LIST, ORDERED_DICT = (
-    "torch._utils _rebuild_tensor_v2",
-    "torch.nn.modules.container ParameterList",
-    "collections OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.nn.modules.container.ParameterList",
+    "collections.OrderedDict",
 )
-PARAMETERS = ("torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state")
-SETS = ("__builtin__ set", "builtins set")
+PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+SETS = ("__builtin__.set", "builtins.set")
 LARGEST_PROGRAM = 1 << 22  # bytes of the pickle; a hundred layers take a hundred kilobytes
-GLOBALS = {*STORAGES, TENSOR, PARAMETER_LIST, ORDERED_DICT, *PARAMETERS, *SETS}
 
-# What a damaged or hostile file can make zipfile, pickletools, numpy and the machine below raise.
+# What a damaged or hostile file can make zipfile, numpy and the reading of the pickle raise.
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError, MemoryError)
 BROKEN += (struct.error, zipfile.BadZipFile)
 
 
-class Refused(UserError):
-    """A sentence for the user."""
-
-
 @dataclasses.dataclass(frozen=True)
-class _Global:
-    name: str
+class _Storage:
+    """The record of the zip file that holds a tensor's numbers, and their type."""
 
-
-class _ParameterList(list):
-    """Filled from the module's state, where parameters are named by their index."""
+    dtype: np.dtype[Any]
+    key: str
 
 
 def load(path: Path) -> tuple[Any, dict[str, bytes]]:
     """The object that was saved, with arrays for its tensors and lists for its ParameterLists, and its extra files.
 
     Arrays are views of the file's bytes, in the dtype they were saved in; their sizes together do not exceed the
-    file's.
+    file's. ParameterLists are expected as values of a dict, which is how cartridges hold them.
 
     Raises:
       FileNotFoundError: no such file.
@@ -103,7 +97,13 @@ class _Reader:
         program = self._record("data.pkl")
         if len(program) > LARGEST_PROGRAM:
             raise Refused(f"its pickle has {len(program)} bytes, expected a few thousand")
-        return _interpret(program, self._tensor), others
+        calls = {TENSOR: self._tensor, ORDERED_DICT: lambda: {}}
+        calls |= dict.fromkeys(PARAMETERS, lambda tensor, *_: tensor)
+        calls |= dict.fromkeys(SETS, lambda *_: ())
+        tree = inert_pickle.run(program, "cartridge", calls, (PARAMETER_LIST,), STORAGES, _storage)
+        if isinstance(tree, dict):
+            tree = {name: _parameters(value) if isinstance(value, Record) else value for name, value in tree.items()}
+        return tree, others
 
     def _record(self, name: str) -> bytes:
         info = self._archive.getinfo(self._root + name)
@@ -116,114 +116,37 @@ class _Reader:
         return self._archive.read(info)
 
     def _tensor(
-        self, storage: tuple[Any, ...], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+        self, storage: Any, offset: Any, shape: tuple[int, ...], strides: tuple[int, ...], *_: object
     ) -> np.ndarray:
-        kind, storage_class, key = storage[:3]
-        if kind != "storage" or storage_class.name not in STORAGES:
-            raise Refused(f"a tensor of it is {storage_class.name}, expected floating-point numbers")
-        dtype = STORAGES[storage_class.name]
-        if key not in self._storages:
-            self._storages[key] = self._record(f"data/{key}")
+        if not isinstance(storage, _Storage):
+            raise TypeError("a tensor has no storage")
+        if storage.key not in self._storages:
+            self._storages[storage.key] = self._record(f"data/{storage.key}")
         if len(shape) > 8 or not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
             raise TypeError("a tensor's shape is no shape")
         # strides may visit an element twice, so the view is not yet bounded by its storage
-        self._left -= math.prod(shape) * dtype.itemsize
+        size = storage.dtype.itemsize
+        self._left -= math.prod(shape) * size
         if self._left < 0:
             raise Refused("its tensors have more elements than the file has bytes for")
-        steps = [stride * dtype.itemsize for stride in strides]
-        return np.ndarray(shape, dtype, self._storages[key], offset * dtype.itemsize, steps)
+        steps = [stride * size for stride in strides]
+        return np.ndarray(shape, storage.dtype, self._storages[storage.key], offset * size, steps)
 
 
-def _interpret(program: bytes, tensor: Callable[..., np.ndarray]) -> Any:
-    """Runs the stack machine; every value is a plain one, an array, or a `_Global` that stays a name."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    for opcode, argument, _ in pickletools.genops(program):
-        match opcode.name:
-            case "PROTO":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "NONE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(argument)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND":
-                _extend(stack, [stack.pop()])
-            case "APPENDS":
-                _extend(stack, since_mark())
-            case "SETITEM":
-                _update(stack, [stack.pop(-2), stack.pop()])
-            case "SETITEMS":
-                _update(stack, since_mark())
-            case "GLOBAL":
-                if argument not in GLOBALS:
-                    raise Refused(f"it asks for {argument.replace(' ', '.')[:80]!r}, which no cartridge needs")
-                stack.append(_Global(argument))
-            case "BINPERSID":
-                pass  # the reference to a storage stays the tuple that it is
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_call(function.name, arguments, tensor))
-            case "BUILD":
-                state = stack.pop()
-                if isinstance(stack[-1], _ParameterList):
-                    found = state["_parameters"]
-                    stack[-1].extend(found[str(i)] for i in range(len(found)))
-            case _:
-                raise Refused(f"its pickle uses {opcode.name}, which torch.save does not write for tensors")
-    raise EOFError("the pickle ends too early")
+def _storage(reference: Any) -> _Storage:
+    """What a tensor's reference to its numbers stands for."""
+    kind, storage_class, key = reference[:3]
+    if kind != "storage" or not isinstance(storage_class, Name) or str(storage_class) not in STORAGES:
+        raise Refused("a tensor of it has another storage than floating-point numbers")
+    if not isinstance(key, str):  # it is hashed, which may be too much for what nests
+        raise TypeError("a storage's name is no text")
+    return _Storage(STORAGES[str(storage_class)], key)
 
 
-def _extend(stack: list[Any], items: list[Any]) -> None:
-    if type(stack[-1]) is not list:
-        raise TypeError("items are appended to something that is no list")
-    stack[-1].extend(items)
-
-
-def _update(stack: list[Any], items: list[Any]) -> None:
-    if type(stack[-1]) is not dict or not all(isinstance(key, str) for key in items[::2]):
-        raise TypeError("items are set in something that is no dict of names")
-    stack[-1].update(zip(items[::2], items[1::2], strict=True))
-
-
-def _call(name: str, arguments: tuple[Any, ...], tensor: Callable[..., np.ndarray]) -> Any:
-    if name == TENSOR:
-        return tensor(*arguments[:4])
-    if name in PARAMETERS:
-        return arguments[0]
-    if name == PARAMETER_LIST:
-        return _ParameterList()
-    if name == ORDERED_DICT:
-        return {}
-    if name in SETS:
-        return ()
-    raise Refused(f"it calls {name.replace(' ', '.')!r}, which is no function")
+def _parameters(found: Record) -> list[Any]:
+    """A ParameterList's state names its parameters by their index."""
+    parameters = found.fields["_parameters"]
+    return [parameters[str(i)] for i in range(len(parameters))]
 
 
 def save(path: str | os.PathLike[str], lists: Mapping[str, Sequence[np.ndarray]], extra: Mapping[str, bytes]) -> None:
@@ -258,7 +181,8 @@ def _tensor_program(array: np.ndarray, key: str) -> bytes:
 
 
 def _global(name: str) -> bytes:
-    return b"c" + name.replace(" ", "\n").encode() + b"\n"
+    module, _, name = name.rpartition(".")
+    return f"c{module}\n{name}\n".encode()
 
 
 def _text(value: str) -> bytes:

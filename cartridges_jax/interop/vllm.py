@@ -4,9 +4,9 @@
       "kv_connector_module_path": "cartridges_jax.interop.vllm", "kv_connector_extra_config": {"cartridges": "FOLDER"}}'
 
 A request's prompt begins with p placeholder ids, whose keys and values are taken from the cartridge instead of being
-computed; `ask.vllm_request` writes such a request. It names the cartridge twice: in `kv_transfer_params`, and as its
-`cache_salt`, without which vLLM's prefix cache would take one cartridge's placeholders for another's. A request that
-cannot be served as asked fails alone, and the log says why.
+computed; `engines.vllm_request` writes such a request. It names the cartridge twice: in `kv_transfer_params`, and as
+its `cache_salt`, without which vLLM's prefix cache would take one cartridge's placeholders for another's. A request
+that cannot be served as asked fails alone, and the log says why.
 
 vLLM drops what a connector offers where it needs a log-probability of every prompt token (`prompt_logprobs`, `echo`):
 such a request sees placeholders.

@@ -39,6 +39,12 @@ class LanguageModel:
     tokenizer: Tokenizer
     fingerprint: str  # of the weights: see `models.loading.load_params`
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one position of the cache takes: keys and values of all layers, in the dtype of the weights."""
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.params["embed"].dtype.itemsize
+
     def logits(
         self,
         tokens: Int[Array, "b t"],

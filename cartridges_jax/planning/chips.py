@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
+import os
 import re
 from typing import Any
 
@@ -70,6 +71,9 @@ gpu_device_info {{
   shared_memory_per_block: 49152 memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory:.0f} {target}
 }}
 """
+# libtpu would ask the machine's metadata server who it is, and lock the devices that it does not use
+LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+LIBTPU |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
 KNOWN = "v5p-64 or another slice's name, v5p:2x4x4 or another torus of chips, h100:8, or cpu:8"
 
 
@@ -91,6 +95,17 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
     if chip.platform == "gpu" and sides[0] > GPUS_PER_HOST:
         raise UserError(f"--topology is {topology!r}: GPUs are planned within one host, expected at most 8")
     return name, sides
+
+
+def compile_here(virtual_devices: int = 1) -> None:
+    """Readies this process to compile for others: its own devices are its CPU's, whatever it has.
+
+    To be called before JAX has a backend, which is why nothing at import does it.
+    """
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", virtual_devices)
 
 
 def devices_of(topology: str) -> tuple[Chip, list[Any]]:

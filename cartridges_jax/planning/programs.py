@@ -16,20 +16,23 @@ from jax.sharding import PartitionSpec as P
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels.prefix_decode_attention import Plan, Reading, own_entries, shared_entries
+from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, PageList, own_entries, shared_entries
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params, abstract_params, decode_specs, weight_specs
 from cartridges_jax.parallel import sharding
+from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic, traffic
-from cartridges_jax.serving.decoder import rearranged
-from cartridges_jax.serving.engine import PAGE_SIZE, Step, decode_step, new_pages
-from cartridges_jax.serving.sampling import Sampling
+from cartridges_jax.serving.decoder import Step, to_decode_layout
+from cartridges_jax.serving.metadata import PAGE_SIZE
+from cartridges_jax.serving.sampling import SamplingParams
+from cartridges_jax.serving.steps import decode_step, new_pages
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.losses import CHUNK
 from cartridges_jax.training.optim import optimizer
 from cartridges_jax.training.step import TrainState, train_step
 
+STEPS = 1000  # of a run whose config leaves them to its dataset
 TOP_K = 20  # teacher entries of a position
 TARGETS = 0.5  # of positions that carry a target: a conversation's answers
 # A lower effort compiles several times as fast and came to 1 % more memory where both were measured.
@@ -72,6 +75,12 @@ class Program:
     xla_flops: float  # by XLA's own count, of every loop one turn
 
 
+def with_dtype(config: TrainConfig, chip: Chip) -> TrainConfig:
+    """What "auto" comes to there."""
+    fastest = "float32" if chip.platform == "cpu" else "bfloat16"
+    return dataclasses.replace(config, dtype=fastest) if config.dtype == "auto" else config
+
+
 def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps: int) -> Program:
     """The step of `train`.
 
@@ -112,7 +121,7 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
     """A step of a server's engine: a token of every request, which reads its cartridge's pages and its own.
 
     The devices of `tensor` are one engine, and there are `data` times `fsdp` of them, which share the requests. On a
-    CPU, an engine may hold weights in half of what is said here (`serving.decoder.rearranged`).
+    CPU, an engine may hold weights in half of what is said here (`serving.decoder.to_decode_layout`).
 
     Raises:
       UserError, DoesNotFit: as `train_program`.
@@ -134,7 +143,7 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
 
     given = sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh)
     with _compiling_for(mesh):
-        weights = jax.eval_shape(functools.partial(rearranged, config=model, mesh=mesh), given)
+        weights = jax.eval_shape(functools.partial(to_decode_layout, config=model, mesh=mesh), given)
     weights = sharding.abstract(weights, decode_specs(model), mesh)
     asked = sharding.abstract(_decode_inputs(b, shared, own), P(), mesh)
     with _compiling_for(mesh):
@@ -144,18 +153,18 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
 
 
 def _decode_inputs(b: int, shared: int, own: int) -> tuple[Any, ...]:
-    """What a step is told, as shapes: the last tokens, slots, where the tokens are and what they see, and wishes."""
+    """The shapes of a decoding step's arguments: last tokens, whose they are, the step, sampling parameters."""
 
     def of(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def reading(count: int) -> Reading:
-        return Reading(*[of(np.int32, count)] * 3, of(np.int32))
+    def page_list(count: int) -> PageList:
+        return PageList(*[of(np.int32, count)] * 3, of(np.int32))
 
     ids_b, ids_b1 = of(np.int32, b), of(np.int32, b, 1)
-    plan = Plan(reading(shared), of(np.bool_, shared, b), reading(own), of(np.int32, own))
-    wishes = Sampling(of(np.float32, b), of(np.float32, b), ids_b, ids_b, ids_b, ids_b)
-    return ids_b, ids_b, Step(ids_b1, ids_b1, ids_b1, ids_b1, plan), wishes
+    metadata = AttentionMetadata(page_list(shared), of(np.bool_, shared, b), page_list(own), of(np.int32, own))
+    sampling_params = SamplingParams(of(np.float32, b), of(np.float32, b), ids_b, ids_b, ids_b, ids_b)
+    return ids_b, ids_b, Step(ids_b1, ids_b1, ids_b1, metadata), sampling_params
 
 
 def _compiling_for(mesh: Mesh) -> Any:

@@ -15,17 +15,18 @@ from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.costs import expected_traffic, least_memory, received, train_costs
-from cartridges_jax.planning.programs import DoesNotFit, Program, train_program
+from cartridges_jax.planning.programs import STEPS, DoesNotFit, Program, train_program
 from cartridges_jax.training.config import TrainConfig
 
 KEPT = 3  # plans that are shown
 TRIED = 9  # compilations at most
 SPARE = 1 / 16  # of a device's memory, that the runtime keeps for itself
-STEPS = 1000  # of the schedule; its length changes no size
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Candidate:
+    """A mesh and a micro-batch that fit, with the program that was compiled for them and how long it should take."""
+
     mesh: tuple[int, int, int]
     config: TrainConfig  # batch_size and accumulation are the plan's
     program: Program
@@ -37,14 +38,14 @@ def fits(program: Program, chip: Chip) -> bool:
     return program.peak <= (1 - SPARE) * chip.memory
 
 
-def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]) -> list[Plan]:
+def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]) -> list[Candidate]:
     """The plans that fit, fastest first, for the rows that a step of `config` has in all.
 
     Raises:
       UserError: none fits, of the fastest that might.
     """
     candidates = sorted(_candidates(config, model, chip, len(devices)), key=lambda c: c[0])
-    found: list[Plan] = []
+    found: list[Candidate] = []
     tried = candidates[:TRIED]
     progress = Progress("compiling", len(tried), "plans")
     for _, mesh, changed in tried:
@@ -59,7 +60,7 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
             continue
         costs = train_costs(changed, model, mesh)
         seconds = costs.seconds(chip, received(program.collectives))
-        found.append(Plan(mesh, changed, program, seconds, costs.mfu(chip, seconds)))
+        found.append(Candidate(mesh, changed, program, seconds, costs.mfu(chip, seconds)))
         if len(found) == KEPT:
             break
     progress.close()

@@ -1,4 +1,4 @@
-"""From a job's events to the API's replies, whole or as chunks: OpenAI's shapes, and Tokasaurus' fingerprint."""
+"""From a request's events to the API's replies, whole or as chunks: OpenAI's shapes, and Tokasaurus' fingerprint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.choices import Choice, Delta
-from cartridges_jax.serving.engine_thread import Accepted, Job
+from cartridges_jax.serving.engine_thread import Accepted, PendingRequest
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.scheduler import Scored
 
@@ -19,19 +19,23 @@ OBJECTS = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "te
 
 
 class Answer:
-    """The choices of one job, and the JSON that they make; choice i·n + j is the j-th answer to prompt i."""
+    """The choices of one request, and the JSON that they make; choice i·n + j is the j-th answer to prompt i."""
 
-    def __init__(self, job: Job, accepted: Accepted, tokenizer: Tokenizer, token_text: Callable[[int], str]):
-        call = self.call = job.call
+    def __init__(
+        self, pending: PendingRequest, accepted: Accepted, tokenizer: Tokenizer, token_text: Callable[[int], str]
+    ):
+        generation = self.generation = pending.generation
         self.choices = [
-            Choice(call, request, tokenizer, token_text) for request in call.requests for _ in range(call.n)
+            Choice(generation, request, tokenizer, token_text)
+            for request in generation.requests
+            for _ in range(generation.n)
         ]
-        self.cartridge_tokens = job.prefix.length if job.prefix else 0
+        self.cartridge_tokens = pending.prefix.length if pending.prefix else 0
         self.began: float | None = None  # time.monotonic() of its first token
-        self._job, self._accepted, self._token_text = job, accepted, token_text
-        self._offsets = [0] * len(self.choices)  # of the text that log-probabilities have been told of
-        start, self._whole, self._chunk = OBJECTS[call.kind]
-        self._id, self._created = f"{start}-{job.id}", int(time.time())
+        self._pending, self._accepted, self._token_text = pending, accepted, token_text
+        self._offsets = [0] * len(self.choices)  # how much of the text has had its log-probabilities sent
+        start, self._whole, self._chunk = OBJECTS[generation.kind]
+        self._id, self._created = f"{start}-{pending.id}", int(time.time())
 
     @property
     def finished(self) -> bool:
@@ -44,16 +48,16 @@ class Answer:
     @property
     def cached_tokens(self) -> int:
         # The choices of a prompt share it: what the first of them found is what earlier requests had left.
-        return sum(choice.cached_tokens for choice in self.choices[:: self.call.n])
+        return sum(choice.cached_tokens for choice in self.choices[:: self.generation.n])
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(request.prompt) for request in self.call.requests)
+        return sum(len(request.prompt) for request in self.generation.requests)
 
     async def next(self) -> tuple[int, Delta]:
-        """The next thing that happens to a choice. Raises: ApiError, when the engine ends first or time is up."""
+        """Waits for what happens next to a choice. Raises: ApiError, when the engine ends first or time is up."""
         while True:
-            index, event = await self._job.events.get()
+            index, event = await self._pending.events.get()
             if isinstance(event, ApiError):
                 raise event
             assert not isinstance(event, Accepted)
@@ -63,11 +67,11 @@ class Answer:
                 if self.began is None and choice.num_tokens:
                     self.began = time.monotonic()
                 if choice.finish_reason is not None:
-                    self._job.cancelled.add(index)
+                    self._pending.cancelled.add(index)
                 return index, delta
 
     async def all(self) -> list[Delta]:
-        """Everything that each choice says. Raises: as `next`."""
+        """Waits for everything that each choice says. Raises: as `next`."""
         deltas = [Delta() for _ in self.choices]
         while not self.finished:
             index, delta = await self.next()
@@ -84,12 +88,12 @@ class Answer:
         return reply | ({"system_fingerprint": self._fingerprint(deltas)} if self._fingerprinted else {})
 
     def first_chunk(self, index: int) -> dict[str, Any]:
-        said = {"delta": {"role": "assistant", "content": ""}} if self.call.kind == "chat" else {"text": ""}
+        said = {"delta": {"role": "assistant", "content": ""}} if self.generation.kind == "chat" else {"text": ""}
         choice = {"index": index, **said, **self._details(index, Delta())}
         return self._envelope(self._chunk, [choice]) | self._prompt_ids()
 
     def chunk(self, index: int, delta: Delta) -> dict[str, Any] | None:
-        """None when there is nothing to tell yet."""
+        """The chunk that sends a delta; None if it holds nothing that can be sent yet."""
         details = self._details(index, delta)
         if not (delta.text or details["logprobs"] or details.get("token_ids") or delta.finish_reason):
             return None
@@ -99,7 +103,7 @@ class Answer:
         return self._envelope(self._chunk, []) | {"usage": self._usage()}
 
     def _said(self, text: str, name: str) -> dict[str, Any]:
-        if self.call.kind == "text":
+        if self.generation.kind == "text":
             return {"text": text}
         role = {"role": "assistant"} if name == "message" else {}
         return {name: role | ({"content": text} if text or role else {})}
@@ -109,21 +113,23 @@ class Answer:
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self.call.model,
+            "model": self.generation.model,
             "choices": choices,
         }
 
     def _details(self, index: int, delta: Delta) -> dict[str, Any]:
         logprobs = None
-        if delta.logprobs and not self.call.packed:
-            logprobs = {"content": delta.logprobs} if self.call.kind == "chat" else self._text_logprobs(index, delta)
+        if delta.logprobs and not self.generation.packed:
+            logprobs = (
+                {"content": delta.logprobs} if self.generation.kind == "chat" else self._text_logprobs(index, delta)
+            )
         details: dict[str, Any] = {"logprobs": logprobs, "finish_reason": delta.finish_reason}
-        if self.call.return_token_ids:
+        if self.generation.return_token_ids:
             details["token_ids"] = delta.token_ids
         return details
 
     def _text_logprobs(self, index: int, delta: Delta) -> dict[str, Any]:
-        """OpenAI's older shape, of /v1/completions: a list for every field."""
+        """Log-probabilities in OpenAI's older shape, that of /v1/completions: a list for every field."""
         tokens = [entry["token"] for entry in delta.logprobs]
         offsets = []
         for token in tokens:
@@ -140,27 +146,31 @@ class Answer:
 
     @property
     def _fingerprinted(self) -> bool:
-        return self.call.fingerprint or self.call.packed
+        return self.generation.fingerprint or self.generation.packed
 
     def _fingerprint(self, deltas: Sequence[Delta]) -> str:
         """JSON with every choice's token ids; packed, also base64 of raw little-endian arrays, rows [token][best]."""
-        told: dict[str, Any] = {"completion_ids": [delta.token_ids for delta in deltas]}
-        if self.call.packed and self.call.logprobs:
+        fingerprint: dict[str, Any] = {"completion_ids": [delta.token_ids for delta in deltas]}
+        if self.generation.packed and self.generation.logprobs:
             best = [[best for entry in delta.logprobs for best in entry["top_logprobs"]] for delta in deltas]
-            told["packed_chosen_logprobs"] = [
+            fingerprint["packed_chosen_logprobs"] = [
                 _packed("f", [entry["logprob"] for entry in delta.logprobs]) for delta in deltas
             ]
-            if self.call.requests[0].top_logprobs:
-                told["packed_topk_indices"] = [_packed("i", [entry["token_id"] for entry in row]) for row in best]
-                told["packed_topk_logprobs"] = [_packed("f", [entry["logprob"] for entry in row]) for row in best]
-        return json.dumps(told)
+            if self.generation.requests[0].top_logprobs:
+                fingerprint["packed_topk_indices"] = [
+                    _packed("i", [entry["token_id"] for entry in row]) for row in best
+                ]
+                fingerprint["packed_topk_logprobs"] = [
+                    _packed("f", [entry["logprob"] for entry in row]) for row in best
+                ]
+        return json.dumps(fingerprint)
 
     def _prompt_ids(self) -> dict[str, Any]:
-        ids = [list(request.prompt) for request in self.call.requests]
-        return {"prompt_token_ids": ids[0] if len(ids) == 1 else ids} if self.call.return_token_ids else {}
+        ids = [list(request.prompt) for request in self.generation.requests]
+        return {"prompt_token_ids": ids[0] if len(ids) == 1 else ids} if self.generation.return_token_ids else {}
 
     def _prompt_logprobs(self) -> dict[str, Any]:
-        """vLLM's shape: for each token of the prompt, itself and the best ones by their ids; nothing for the first."""
+        """In vLLM's shape: the log-probabilities of each token of the prompt but the first, and of the best, by ids."""
         if self._accepted.prompt is None:
             return {}
         return {"prompt_logprobs": [None, *map(self._prompt_entry, self._accepted.prompt)]}
@@ -175,7 +185,7 @@ class Answer:
         }
 
     def _usage(self) -> dict[str, Any]:
-        """A cartridge's slots are no tokens of the prompt: they are told apart, and not in the sum."""
+        """Counts of tokens. A cartridge's slots are not the prompt's tokens: they are counted apart, not in the sum."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.num_tokens,

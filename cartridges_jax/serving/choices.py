@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
-from cartridges_jax.serving.calls import Call
 from cartridges_jax.serving.protocol import ApiError
+from cartridges_jax.serving.requests import GenerationRequest
 from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Request, Sampled, Started, Token
 
 TOO_LATE = "the answer took longer than this server allows: ask for fewer tokens, or again when it is less busy"
@@ -91,10 +91,12 @@ class Delta:
 class Choice:
     """Turns the events of one choice into deltas."""
 
-    def __init__(self, call: Call, request: Request, tokenizer: Tokenizer, token_text: Callable[[int], str]):
-        self._call, self._request, self._token_text = call, request, token_text
+    def __init__(
+        self, generation: GenerationRequest, request: Request, tokenizer: Tokenizer, token_text: Callable[[int], str]
+    ):
+        self._generation, self._request, self._token_text = generation, request, token_text
         self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(call.stops)
+        self._stops = StopStrings(generation.stops)
         self.num_tokens = self.cached_tokens = 0
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
 
@@ -121,7 +123,7 @@ class Choice:
     def _token(self, sampled: Sampled) -> Delta:
         hidden = sampled.token in self._request.stop_ids and not self._request.ignore_eos
         text = "" if hidden else self._certain(self._decoder.push(sampled.token))
-        return Delta(text, [sampled.token], [self._entry(sampled)] if self._call.logprobs else [])
+        return Delta(text, [sampled.token], [self._entry(sampled)] if self._generation.logprobs else [])
 
     def _certain(self, piece: str) -> str:
         certain, stopped = self._stops.push(piece)
@@ -136,5 +138,5 @@ class Choice:
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._token_text(token)
-        name = f"token_id:{token}" if self._call.tokens_as_ids else text
+        name = f"token_id:{token}" if self._generation.tokens_as_ids else text
         return {"token": name, "token_id": token, "logprob": logprob, "bytes": list(text.encode())}

@@ -14,12 +14,12 @@ from aiohttp import web
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import npz
 from cartridges_jax.serving.answers import Answer
-from cartridges_jax.serving.calls import Call, Reader, check_logprobs
 from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
+from cartridges_jax.serving.requests import GenerationRequest, Reader, check_logprobs
 from cartridges_jax.serving.scheduler import Prefix
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Completions:
-    """Answers calls on one engine thread."""
+    """Answers the requests for generation on one engine thread."""
 
     def __init__(
         self,
@@ -49,20 +49,20 @@ class Completions:
         self._batch_width, self._max_seconds = batch_width, max_seconds
         self.thread: EngineThread | None = None
 
-    def chat(self, fields: Fields) -> Call:
+    def chat(self, fields: Fields) -> GenerationRequest:
         return self._reader.chat(fields)
 
-    def completion(self, fields: Fields) -> Call:
+    def completion(self, fields: Fields) -> GenerationRequest:
         return self._reader.completion(fields)
 
-    def tokasaurus_chat(self, fields: Fields) -> Call:
+    def tokasaurus_chat(self, fields: Fields) -> GenerationRequest:
         return self._reader.chat(fields, fingerprint=True)
 
-    def tokasaurus_completion(self, fields: Fields) -> Call:
+    def tokasaurus_completion(self, fields: Fields) -> GenerationRequest:
         return self._reader.completion(fields, fingerprint=True)
 
-    def single(self, read: Callable[[Fields], Call]) -> Handler:
-        """The handler of a POST whose body asks for one call."""
+    def single(self, read: Callable[[Fields], GenerationRequest]) -> Handler:
+        """The handler of a POST whose body asks for one generation."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
             return await self._one(request, await self._read(read, await read_body(request)))
@@ -77,9 +77,9 @@ class Completions:
         fields = await read_body(request)
         if fields.get("requests") is None:
             return await self._one(request, await self._read(self.tokasaurus_chat, fields))
-        calls = await self._read(self._read_batch, fields)
+        generations = await self._read(self._read_batch, fields)
         turns = asyncio.Semaphore(self._batch_width)
-        tasks = [asyncio.create_task(self._in_turn(call, turns)) for call in calls]
+        tasks = [asyncio.create_task(self._in_turn(generation, turns)) for generation in generations]
         try:
             replies = await asyncio.gather(*tasks)
         finally:
@@ -91,37 +91,39 @@ class Completions:
             return web.Response(body=body, content_type=NPZ)
         return _response(text)
 
-    async def _one(self, request: web.Request, call: Call) -> web.StreamResponse:
-        async with self._answering(call) as answer:
-            if call.stream:
+    async def _one(self, request: web.Request, generation: GenerationRequest) -> web.StreamResponse:
+        async with self._answering(generation) as answer:
+            if generation.stream:
                 return await _stream(request, answer)
             deltas = await answer.all()
             return _response(await asyncio.to_thread(lambda: encoded(answer.whole(deltas))))
 
     @asynccontextmanager
-    async def _answering(self, call: Call) -> AsyncIterator[Answer]:
+    async def _answering(self, generation: GenerationRequest) -> AsyncIterator[Answer]:
         """An answer under way, which ends when nobody waits for it any more."""
         assert self.thread is not None, "the server has not been started"
         start = time.monotonic()
-        with self._catalog.using(call.cartridges):
-            prefix = await self._catalog.prefix(call.cartridges)
-            job = self.thread.submit(await _in_mode_of(prefix, call), prefix, start)
+        with self._catalog.using(generation.cartridges):
+            prefix = await self._catalog.prefix(generation.cartridges)
+            pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, start)
             answer = None
             try:
-                answer = Answer(job, await job.accepted(), self._tokenizer, self._token_text)
+                answer = Answer(pending, await pending.accepted(), self._tokenizer, self._token_text)
                 yield answer
             finally:
-                job.cancel()
+                pending.cancel()
                 if answer is not None:
                     self._metrics.answer(answer, start)
 
-    async def _in_turn(self, call: Call, turns: asyncio.Semaphore) -> tuple[dict[str, Any], list[Delta]]:
+    async def _in_turn(
+        self, generation: GenerationRequest, turns: asyncio.Semaphore
+    ) -> tuple[dict[str, Any], list[Delta]]:
         """Tries again while others fill the queue, for as long as a request may take."""
         async with turns:
             end = time.monotonic() + self._max_seconds
             while True:
                 try:
-                    async with self._answering(call) as answer:
+                    async with self._answering(generation) as answer:
                         deltas = await answer.all()
                         return await asyncio.to_thread(answer.whole, deltas), deltas
                 except ApiError as error:
@@ -132,26 +134,26 @@ class Completions:
     async def _read(self, read: Callable[[Fields], T], fields: Fields) -> T:
         return await asyncio.to_thread(read, fields) if fields.size > LONG_BODY else read(fields)
 
-    def _read_batch(self, fields: Fields) -> list[Call]:
+    def _read_batch(self, fields: Fields) -> list[GenerationRequest]:
         bodies = fields.get("requests")
         if not isinstance(bodies, list) or not 0 < len(bodies) <= MAX_BATCH:
             refuse("requests", bodies, f"a list of 1 to {MAX_BATCH} chat completions")
-        calls, count = [], 0
+        generations, count = [], 0
         for i, body in enumerate(bodies):
-            calls.append(self._read_one_of_many(f"requests[{i}]", body))
-            count += self._reader.num_logprobs(calls[-1])
+            generations.append(self._read_one_of_many(f"requests[{i}]", body))
+            count += self._reader.num_logprobs(generations[-1])
             check_logprobs(count, f"requests[{i}]")
-        return calls
+        return generations
 
-    def _read_one_of_many(self, where: str, body: object) -> Call:
+    def _read_one_of_many(self, where: str, body: object) -> GenerationRequest:
         try:
-            call = self.tokasaurus_chat(Fields(body, where))
+            generation = self.tokasaurus_chat(Fields(body, where))
         except ApiError as error:
             param = where + (f".{error.param}" if error.param else "")
             raise ApiError(error.status, f"{where}: {error.message}", param, error.code) from error
-        if call.stream:
+        if generation.stream:
             refuse(f"{where}.stream", True, "false: a batch is answered as a whole")
-        return call
+        return generation
 
 
 def encoded(reply: Any) -> bytes:
@@ -167,12 +169,12 @@ def _response(body: bytes) -> web.Response:
     return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
-async def _in_mode_of(prefix: Prefix | None, call: Call) -> Call:
-    """The call as it is asked behind a cartridge that was trained in a mode of thinking."""
-    if prefix is None or prefix.thinking is None or call.in_mode is None:
-        return call
-    prompt = await asyncio.to_thread(call.in_mode, prefix.thinking)
-    return replace(call, requests=tuple(replace(request, prompt=prompt) for request in call.requests))
+async def _in_mode_of(prefix: Prefix | None, generation: GenerationRequest) -> GenerationRequest:
+    """The request with its prompt in the mode of thinking in which the cartridge was trained, if it was in one."""
+    if prefix is None or prefix.thinking is None or generation.in_mode is None:
+        return generation
+    prompt = await asyncio.to_thread(generation.in_mode, prefix.thinking)
+    return replace(generation, requests=tuple(replace(request, prompt=prompt) for request in generation.requests))
 
 
 async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
@@ -181,12 +183,12 @@ async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
     response = web.StreamResponse(headers=headers)
     try:
         await response.prepare(request)
-        await _send(response, (answer.first_chunk(index) for index in range(answer.call.num_choices)))
+        await _send(response, (answer.first_chunk(index) for index in range(answer.generation.num_choices)))
         while not answer.finished:
             index, delta = await answer.next()
             chunk = answer.chunk(index, delta)
             await _send(response, [chunk] if chunk else [])
-        await _send(response, [answer.usage_chunk()] if answer.call.include_usage else [])
+        await _send(response, [answer.usage_chunk()] if answer.generation.include_usage else [])
         await _finish(response)
     except ApiError as error:  # the status is out already
         await _send(response, [error.body])

@@ -13,7 +13,7 @@ from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Finished, Prefix
 if TYPE_CHECKING:
     from cartridges_jax.cartridge.arrays import Cartridge
 
-MAX_SLOTS = 16
+MAX_NUM_SEQS = 16
 
 
 def generate(
@@ -66,11 +66,12 @@ def generate_ids(
             f"{model.name}'s window of {model.config.max_position_embeddings}: shorten one of them"
         )
     if max_length is None:
-        # few sizes, so few compilations
-        max_length = min(-(-longest // 128) * 128, model.config.max_position_embeddings)
-    num_slots = min(MAX_SLOTS, len(prompts))
+        max_length = min(
+            -(-longest // 128) * 128, model.config.max_position_embeddings
+        )  # few sizes, so few compilations
+    max_num_seqs = min(MAX_NUM_SEQS, len(prompts))
     # one size of batch: compiling others would take longer than running them saves
-    engine = Engine(model, num_slots, max_length, max_top_logprobs=1, batch_sizes=[num_slots])
+    engine = Engine(model, max_num_seqs, max_length, max_top_logprobs=1, batch_sizes=[max_num_seqs])
     stop_ids = model.tokenizer.stop_ids
     requests = [
         Request(str(i), prompt, prefix, max_tokens, temperature, top_p, seed=seed + i, stop_ids=stop_ids)

@@ -10,13 +10,13 @@ from cartridges_jax.serving.answers import Answer
 HELP = {
     "requests_total": ("counter", "HTTP requests that ended, by route and status"),
     "prompt_tokens_total": ("counter", "tokens of prompts"),
-    "cached_tokens_total": ("counter", "those of them that were computed for an earlier request"),
+    "cached_tokens_total": ("counter", "tokens of prompts whose keys and values an earlier request had left"),
     "cartridge_tokens_total": ("counter", "cartridge slots that stood before prompts"),
     "completion_tokens_total": ("counter", "tokens of answers"),
     "first_token_seconds_sum": ("counter", "seconds from requests to their first tokens"),
     "first_token_seconds_count": ("counter", "answers that began"),
-    "answers_live": ("gauge", "answers that are written or wait for a slot"),
-    "slots": ("gauge", "answers that can be written at the same time"),
+    "answers_live": ("gauge", "answers that are being written or wait for their turn"),
+    "max_num_seqs": ("gauge", "answers that can be written at the same time"),
     "cartridges_loaded": ("gauge", "cartridges and compositions in memory"),
 }
 

@@ -1,7 +1,7 @@
-"""Who uses the engine's slots and memory, and when: continuous batching with automatic prefix reuse.
+"""Which requests the engine works on, and when: continuous batching with automatic prefix reuse.
 
-No JAX, no asyncio, no clock and no randomness: the same calls give the same events. Tokens are harvested a step late:
-the next step is under way, with tokens that only the device knows yet, when the host looks at what the last one gave.
+There is no JAX, no asyncio, no clock and no randomness here: the same calls give the same events. Tokens are harvested
+a step late: when the host looks at what a step gave, the next one is under way, with tokens that only the device knows.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.serving.cache import Lease, PageCache, Prefix
+from cartridges_jax.serving.cache import Allocation, PageCache, Prefix
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a sequence lies: `prefix_length` slots in the first pages, and its tokens from the next page on."""
+class BlockTable:
+    """The pages of a sequence: its cartridge's `prefix_length` slots in the first ones, its tokens from the next on."""
 
     pages: Sequence[int]
     prefix_length: int
 
 
 @dataclass(frozen=True)
-class SlotInput:
+class SequenceInput:
     """One request's part of a decoding step."""
 
-    slot: int
-    token: int | None  # None: the one that the last step sampled for this slot
+    index: int  # which of the sequences that run together, below `max_num_seqs`
+    token: int | None  # None: the one that the last step sampled for this sequence
     position: int  # of the token in its sequence, the cartridge's slots counted
-    place: Place
+    block_table: BlockTable
     temperature: float
     top_p: float
     top_k: int
@@ -42,7 +42,7 @@ class SlotInput:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A sampled token; log-probabilities are raw (before temperature), the alternatives best first.
+    """A sampled token with the best alternatives; log-probabilities are the model's, before temperature.
 
     A log-probability of NaN says that the model's logits were not finite: the token means nothing then.
     """
@@ -55,20 +55,21 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token that was given, not sampled; `rank` counts from 1, the token that the model liked best."""
+    """A token that was given, not sampled; a `rank` of 1 says that the model found no token more likely."""
 
     sampled: Sampled
     rank: int
 
 
 class Engine(Protocol):
-    """What the scheduler needs of a device; `max_length` counts cartridge slots, prompt and answer of a request.
+    """What the scheduler needs of a device: calls that are done in their order, also if one returns before it is done.
 
-    What is called first is done first, also if a call returns before it is done.
+    At most `max_num_seqs` requests run together; a request's cartridge slots, prompt and answer are at most
+    `max_length` positions.
     """
 
     @property
-    def num_slots(self) -> int: ...
+    def max_num_seqs(self) -> int: ...
     @property
     def max_length(self) -> int: ...
     @property
@@ -84,10 +85,10 @@ class Engine(Protocol):
     def copy(self, source: int, target: int, count: int) -> None:
         """Makes the target page a copy of the source's first `count` positions."""
 
-    def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
+    def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
         """Writes the tokens' keys and values at `position`, `position` + 1, …"""
 
-    def decode(self, inputs: Sequence[SlotInput]) -> Any:
+    def decode(self, inputs: Sequence[SequenceInput]) -> Any:
         """Writes each input's token at its position and samples the one that follows; need not wait for the result."""
         ...
 
@@ -120,7 +121,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Started:
-    """The request has a slot and memory; `cached_tokens` of its prompt were there already."""
+    """The request runs and has its memory; `cached_tokens` of its prompt were there already."""
 
     id: str
     cached_tokens: int
@@ -154,10 +155,12 @@ class QueueFull(Exception):
 
 
 @dataclass
-class _Slot:
+class _Sequence:
+    """One of the sequences that run together; it is free while it has no request."""
+
     index: int
     request: Request | None = None
-    lease: Lease | None = None
+    allocation: Allocation | None = None
     prefilled: int = 0  # tokens of the prompt that are written
     dispatched: int = 0  # answer tokens that were sampled or are being sampled
     answer: list[int] = field(default_factory=list)  # those that were harvested
@@ -166,7 +169,7 @@ class _Slot:
 class Scheduler:
     """Admits requests first come, first served; `step` prefills a little, then decodes one token for everyone.
 
-    A request is admitted when a slot is free and the memory that it may come to need; then it never waits again.
+    A request is admitted when a sequence is free, and all the memory that it may come to need; it never waits again.
     A step makes at most `prefills_per_step` engine prefills of at most `prefill_chunk` tokens, so that arrivals and
     long prompts never starve those who decode.
     """
@@ -178,21 +181,21 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._cache = PageCache(engine.num_pages, engine.page_size)
         self._queue: deque[Request] = deque()
-        self._slots = [_Slot(i) for i in range(engine.num_slots)]
-        self._filling: _Slot | None = None  # the one slot whose prompt is not written yet
-        self._decoding: tuple[list[tuple[_Slot, Request]], Any] = ([], None)  # the step that is under way
+        self._sequences = [_Sequence(i) for i in range(engine.max_num_seqs)]
+        self._filling: _Sequence | None = None  # the one sequence whose prompt is not written yet
+        self._decoding: tuple[list[tuple[_Sequence, Request]], Any] = ([], None)  # the step that is under way
         self._events: list[Event] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self._queue or self._events or any(s.request for s in self._slots))
+        return bool(self._queue or self._events or any(s.request for s in self._sequences))
 
     def submit(self, request: Request) -> None:
         """Queues a request.
 
         Raises:
           UserError: it can never run; the sentence says why.
-          QueueFull: `max_queue` requests wait already, beyond those that a free slot will take.
+          QueueFull: `max_queue` requests wait already, beyond those that will run at once.
         """
         check(request, self._engine.max_length)
         needed = self._cache.pages_needed(request.prefix, len(request.prompt) + request.max_tokens)
@@ -203,7 +206,7 @@ class Scheduler:
             )
         if any(request.id == r.id for r in self._live()):
             raise UserError(f"request id {request.id!r} is in use: give every request its own id")
-        free = sum(slot.request is None for slot in self._slots)
+        free = sum(seq.request is None for seq in self._sequences)
         if len(self._queue) >= self._max_queue + free:
             raise QueueFull(f"{self._max_queue} requests are waiting already: try again later")
         self._queue.append(request)
@@ -226,25 +229,25 @@ class Scheduler:
         return events
 
     def _live(self) -> list[Request]:
-        return [s.request for s in self._slots if s.request] + list(self._queue)
+        return [s.request for s in self._sequences if s.request] + list(self._queue)
 
     def _end(self, requests: Sequence[Request], reason: Literal["cancelled", "deadline"]) -> None:
         for request in requests:
-            slot = next((slot for slot in self._slots if slot.request is request), None)
-            if slot is None:
+            seq = next((seq for seq in self._sequences if seq.request is request), None)
+            if seq is None:
                 self._queue.remove(request)
             else:
-                self._release(slot)
+                self._release(seq)
             self._events.append(Finished(request.id, reason))
 
-    def _release(self, slot: _Slot) -> None:
-        assert slot.request is not None and slot.lease is not None
-        written = slot.request.prompt[: slot.prefilled]
-        if slot.answer:  # what was sampled last has not been written, as far as the host knows
-            written = (*slot.request.prompt, *slot.answer[:-1])
-        self._cache.release(slot.lease, written)
-        slot.request = slot.lease = None
-        if self._filling is slot:
+    def _release(self, seq: _Sequence) -> None:
+        assert seq.request is not None and seq.allocation is not None
+        written = seq.request.prompt[: seq.prefilled]
+        if seq.answer:  # what was sampled last has not been written, as far as the host knows
+            written = (*seq.request.prompt, *seq.answer[:-1])
+        self._cache.free(seq.allocation, written)
+        seq.request = seq.allocation = None
+        if self._filling is seq:
             self._filling = None
 
     def _prefill(self) -> None:
@@ -254,77 +257,78 @@ class Scheduler:
             self._fill_chunk()
 
     def _admit(self) -> bool:
-        slot = next((slot for slot in self._slots if slot.request is None), None)
-        if not self._queue or slot is None:
+        seq = next((seq for seq in self._sequences if seq.request is None), None)
+        if not self._queue or seq is None:
             return False
         request = self._queue[0]
-        lease = self._cache.lease(request.prefix, request.prompt, len(request.prompt) + request.max_tokens)
-        if lease is None:
+        allocation = self._cache.allocate(request.prefix, request.prompt, len(request.prompt) + request.max_tokens)
+        if allocation is None:
             return False
         self._queue.popleft()
-        if lease.load:
+        if allocation.load:
             assert request.prefix is not None
-            self._engine.load(request.prefix, lease.path[0].pages)
-        if lease.copy is not None:
-            self._engine.copy(*lease.copy, lease.cached % self._engine.page_size)
-        slot.request, slot.lease, slot.prefilled, slot.dispatched, slot.answer = request, lease, lease.cached, 0, []
-        self._filling = slot
-        self._events.append(Started(request.id, lease.cached))
+            self._engine.load(request.prefix, allocation.path[0].pages)
+        if allocation.copy is not None:
+            self._engine.copy(*allocation.copy, allocation.cached % self._engine.page_size)
+        seq.request, seq.allocation = request, allocation
+        seq.prefilled, seq.dispatched, seq.answer = allocation.cached, 0, []
+        self._filling = seq
+        self._events.append(Started(request.id, allocation.cached))
         return True
 
     def _fill_chunk(self) -> None:
-        """Writes the next part of the filling slot's prompt."""
-        slot = self._filling
-        assert slot is not None and slot.request is not None and slot.lease is not None
-        prompt = slot.request.prompt
+        """Writes the next part of the prompt that is being written."""
+        seq = self._filling
+        assert seq is not None and seq.request is not None and seq.allocation is not None
+        prompt = seq.request.prompt
         # The last prompt token is left for the first decode, which samples what follows it.
-        chunk = prompt[slot.prefilled : -1][: self._prefill_chunk]
+        chunk = prompt[seq.prefilled : -1][: self._prefill_chunk]
         if chunk:
-            place = _place(slot)
-            self._engine.prefill(chunk, place.prefix_length + slot.prefilled, place)
-            slot.prefilled += len(chunk)
-        if slot.prefilled == len(prompt) - 1:
-            self._cache.publish(slot.lease, prompt[:-1])
+            block_table = _block_table(seq)
+            self._engine.prefill(chunk, block_table.prefix_length + seq.prefilled, block_table)
+            seq.prefilled += len(chunk)
+        if seq.prefilled == len(prompt) - 1:
+            self._cache.insert(seq.allocation, prompt[:-1])
             self._filling = None
 
-    def _dispatch(self) -> tuple[list[tuple[_Slot, Request]], Any]:
+    def _dispatch(self) -> tuple[list[tuple[_Sequence, Request]], Any]:
         ready = [
-            (slot, slot.request)
-            for slot in self._slots
-            if slot.request and slot is not self._filling and slot.dispatched < slot.request.max_tokens
+            (seq, seq.request)
+            for seq in self._sequences
+            if seq.request and seq is not self._filling and seq.dispatched < seq.request.max_tokens
         ]
         if not ready:
             return [], None
-        decoded = self._engine.decode([_input(slot) for slot, _ in ready])
-        for slot, _ in ready:
-            slot.dispatched += 1
+        decoded = self._engine.decode([_input(seq) for seq, _ in ready])
+        for seq, _ in ready:
+            seq.dispatched += 1
         return ready, decoded
 
-    def _harvest(self, ready: list[tuple[_Slot, Request]], decoded: Any) -> None:
-        if not any(slot.request is request for slot, request in ready):
+    def _harvest(self, ready: list[tuple[_Sequence, Request]], decoded: Any) -> None:
+        if not any(seq.request is request for seq, request in ready):
             return  # all have ended meanwhile
-        for (slot, request), sampled in zip(ready, self._engine.harvest(decoded), strict=True):
-            if slot.request is request:
-                self._take(slot, request, sampled)
+        for (seq, request), sampled in zip(ready, self._engine.harvest(decoded), strict=True):
+            if seq.request is request:
+                self._take(seq, request, sampled)
 
-    def _take(self, slot: _Slot, request: Request, sampled: Sampled) -> None:
+    def _take(self, seq: _Sequence, request: Request, sampled: Sampled) -> None:
         if not math.isfinite(sampled.logprob):
-            self._finish(slot, Finished(request.id, "not_finite"))
+            self._finish(seq, Finished(request.id, "not_finite"))
             return
-        slot.answer.append(sampled.token)
+        seq.answer.append(sampled.token)
         self._events.append(Token(request.id, _trim(sampled, request.top_logprobs)))
         if sampled.token in request.stop_ids and not request.ignore_eos:
-            self._finish(slot, Finished(request.id, "stop"))
-        elif len(slot.answer) == request.max_tokens:
-            self._finish(slot, Finished(request.id, "length"))
+            self._finish(seq, Finished(request.id, "stop"))
+        elif len(seq.answer) == request.max_tokens:
+            self._finish(seq, Finished(request.id, "length"))
 
-    def _finish(self, slot: _Slot, event: Finished) -> None:
-        self._release(slot)
+    def _finish(self, seq: _Sequence, event: Finished) -> None:
+        self._release(seq)
         self._events.append(event)
 
 
 def check(request: Request, max_length: int) -> None:
-    """Refuses a request that no slot of `max_length` positions can hold.
+    """Refuses a request that needs more than `max_length` positions.
 
     Raises:
       UserError: the sentence names every length that counts.
@@ -338,28 +342,28 @@ def check(request: Request, max_length: int) -> None:
     if total > max_length:
         raise UserError(
             f"the request needs {total} positions ({slots} of the cartridge + {len(request.prompt)} of the prompt + "
-            f"{request.max_tokens} of the answer) and a slot has {max_length}: shorten the prompt or lower max_tokens"
+            f"{request.max_tokens} of the answer) and may have {max_length}: shorten the prompt or lower max_tokens"
         )
 
 
-def _place(slot: _Slot) -> Place:
-    assert slot.request is not None and slot.lease is not None
-    return Place(slot.lease.pages, slot.request.prefix.length if slot.request.prefix else 0)
+def _block_table(seq: _Sequence) -> BlockTable:
+    assert seq.request is not None and seq.allocation is not None
+    return BlockTable(seq.allocation.pages, seq.request.prefix.length if seq.request.prefix else 0)
 
 
-def _input(slot: _Slot) -> SlotInput:
-    request, place = slot.request, _place(slot)
+def _input(seq: _Sequence) -> SequenceInput:
+    request, block_table = seq.request, _block_table(seq)
     assert request is not None
-    return SlotInput(
-        slot=slot.index,
-        token=None if slot.dispatched else request.prompt[-1],
-        position=place.prefix_length + len(request.prompt) - 1 + slot.dispatched,
-        place=place,
+    return SequenceInput(
+        index=seq.index,
+        token=None if seq.dispatched else request.prompt[-1],
+        position=block_table.prefix_length + len(request.prompt) - 1 + seq.dispatched,
+        block_table=block_table,
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
         seed=request.seed,
-        step=slot.dispatched,
+        step=seq.dispatched,
         top_logprobs=request.top_logprobs,
     )
 

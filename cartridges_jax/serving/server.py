@@ -21,14 +21,14 @@ from typing import Any
 from aiohttp import web
 
 from cartridges_jax.models.tokenizer import Tokenizer
-from cartridges_jax.serving import connections, page
-from cartridges_jax.serving.calls import Reader
+from cartridges_jax.serving import chat_page, connections
 from cartridges_jax.serving.catalog import Catalog, no_description
 from cartridges_jax.serving.completions import Completions, Handler
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
+from cartridges_jax.serving.requests import Reader
 from cartridges_jax.serving.scheduler import Engine
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup
@@ -36,20 +36,20 @@ from cartridges_jax.serving.warmup import Warmup
 logger = logging.getLogger(__name__)
 
 _reply = functools.partial(web.json_response, dumps=to_json)
-OPEN = ("/", "/health", "/ping")  # what needs no key, beside the files of the page
+OPEN = ("/", "/health", "/ping")  # the paths that need no key, beside the files of the chat page
 
 
 class Server:
     """The routes. `model` is the name that clients use; a cartridge is chosen by its id or as the model `model:id`.
 
     Args:
-      max_queue: answers that may wait for a slot; beyond them requests are refused.
-      max_body: bytes of a request.
-      max_seconds: that a request may take; fetching and loading a cartridge and waiting for a slot are included.
-      describe: what a loaded cartridge is made of, as JSON.
-      kv_bytes_per_token: what a position of prompt, answer or cartridge costs, for the page to show.
-      document: a text that the page compares cartridges with.
-      programs: calls that compile one each, before the first request is answered.
+      max_queue: how many answers may wait for their turn; beyond them requests are refused.
+      max_body: the most bytes that a request may have.
+      max_seconds: how long a request may take; fetching and loading a cartridge and waiting are included.
+      describe: a function that tells what a loaded cartridge is made of, as JSON.
+      kv_bytes_per_token: what a position of prompt, answer or cartridge costs, for the chat page to show.
+      document: a text that the chat page compares cartridges with.
+      programs: calls that compile one program each, before the first request is answered.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class Server:
         self._kv_bytes_per_token, self._document = kv_bytes_per_token, document
         self._created = int(time.time())
         self._loopback = True
-        self._connections = connections.Connections(max(connections.LEAST, 2 * (engine.num_slots + max_queue)))
+        self._connections = connections.Connections(max(connections.LEAST, 2 * (engine.max_num_seqs + max_queue)))
         self._metrics = Metrics()
         self._warmup = Warmup(programs)
         self._catalog = Catalog(store, describe, max_seconds)
         self._reader = Reader(
-            engine, tokenizer, store, model, max_choices=engine.num_slots + max_queue, rng=rng or random.Random()
+            engine, tokenizer, store, model, max_choices=engine.max_num_seqs + max_queue, rng=rng or random.Random()
         )
         token_text = functools.lru_cache(1 << 16)(self._decode_token)
         self._completions = Completions(
-            self._reader, self._catalog, tokenizer, token_text, self._metrics, engine.num_slots, max_seconds
+            self._reader, self._catalog, tokenizer, token_text, self._metrics, engine.max_num_seqs, max_seconds
         )
         self._thread: EngineThread | None = None
 
@@ -117,7 +117,7 @@ class Server:
         completions, catalog = self._completions, self._catalog
         app.add_routes(
             [
-                *page.routes(self._document),
+                *chat_page.routes(self._document),
                 web.get("/openapi.json", self._openapi),
                 web.get("/health", self._health),
                 web.get("/ping", _ping),
@@ -169,7 +169,7 @@ class Server:
             if self._loopback and not _is_local(_host_of(request)):
                 message = f"this server has no API key and is asked as {shorten(request.host)}: ask for 127.0.0.1"
                 raise ApiError(403, message, code="host")
-        elif not (request.path in OPEN or request.path.startswith(page.PREFIX)):
+        elif not (request.path in OPEN or request.path.startswith(chat_page.PREFIX)):
             # bytes that are no UTF-8 are surrogates there
             header = request.headers.get("Authorization", "").encode(errors="surrogateescape")
             scheme, _, given = header.partition(b" ")
@@ -200,7 +200,11 @@ class Server:
 
     async def _metrics_text(self, _: web.Request) -> web.Response:
         live = self._running().num_live
-        gauges = {"answers_live": live, "slots": self._engine.num_slots, "cartridges_loaded": self._store.num_held}
+        gauges = {
+            "answers_live": live,
+            "max_num_seqs": self._engine.max_num_seqs,
+            "cartridges_loaded": self._store.num_held,
+        }
         return web.Response(text=self._metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, _: web.Request) -> web.Response:

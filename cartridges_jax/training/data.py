@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.interop.sources import fetch_dataset
+from cartridges_jax.interop.sources import dataset_files
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.training.batch import Batch
 from synth.conversation import Conversation, iterate, read, write
@@ -68,24 +68,6 @@ def read_corpus(path: str | Path) -> str:
       FileNotFoundError, UserError: no such file, an empty one, or one that is not UTF-8.
     """
     return files.read_text(path, "the text that the cartridge stands in for")
-
-
-def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The Parquet files of a dataset: one file, a folder of shards (upstream's `data/*.parquet`), `hf:…` or `wandb:…`.
-
-    Raises:
-      FileNotFoundError: no such file, or a folder without a Parquet file.
-      UserError, PermissionError, ConnectionError: it has to be fetched and cannot be.
-    """
-    path = fetch_dataset(source)
-    if not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: make it with python -m synth --config=…")
-        return [path]
-    shards = sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.parquet"))
-    if not shards:
-        raise FileNotFoundError(f"{path} holds no Parquet file: expected a dataset's folder, or its file")
-    return shards
 
 
 def read_examples(

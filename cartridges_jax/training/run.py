@@ -24,6 +24,7 @@ from cartridges_jax.command_line.addresses import without_credentials
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import stage
 from cartridges_jax.initial.initializers import initial_cartridge
+from cartridges_jax.interop.sources import dataset_files
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.models.weights import quantized
@@ -36,7 +37,6 @@ from cartridges_jax.training.data import (
     Example,
     PackedRows,
     check_lengths,
-    dataset_files,
     dataset_hash,
     read_corpus,
     thinking_of,

@@ -14,6 +14,7 @@ from cartridges_jax import ask
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.initial.texts import SummaryConfig, summary
+from cartridges_jax.interop import engines
 
 QUESTION = "What sleeps in box 3?"
 
@@ -54,7 +55,7 @@ def test_each_failure_is_a_sentence(cartridge: Cartridge, tmp_path: Path):
 
 
 def test_a_request_to_vllm_names_its_cartridge_twice():
-    body = ask.vllm_request("manual", 3, [7, 8], "m", 5)
+    body = engines.vllm_request("manual", 3, [7, 8], "m", 5)
     assert body["prompt"] == [0, 0, 0, 7, 8]
     assert (body["kv_transfer_params"], body["cache_salt"]) == ({"cartridge": "manual"}, "manual")
 
@@ -79,7 +80,7 @@ def test_nothing_is_sent_to_where_a_server_leads(status: int):
         serving(answering(status, b"", [], Location=f"{elsewhere}/v1")) as url,
         pytest.raises(UserError, match=r"leads to http://127\.0\.0\.1:\d+/v1, where nothing was sent"),
     ):
-        ask.post(url, {"messages": "SECRET"})
+        engines.post(url, {"messages": "SECRET"})
     assert not seen
 
 
@@ -98,7 +99,7 @@ def test_a_password_in_the_address_is_a_login_and_in_no_sentence():
     [
         *(b"", b"[]", b"7", b"[" * 99_999, b"\xff", b"{}", b'{"choices": []}', b'{"choices": [7]}'),
         *(b'{"choices": 7}', b'{"choices": [{"message": {"content": 7}}]}', b'{"choices": [{"text": null}]}'),
-        b"x" * (ask.LARGEST_REPLY + 1),
+        b"x" * (engines.LARGEST_REPLY + 1),
     ],
 )
 def test_replies_that_are_nonsense_are_one_sentence(reply: bytes):

@@ -19,8 +19,9 @@ from hub_stub import TOKEN, Hub, run_hub
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.interop.hub import card
-from cartridges_jax.training.data import dataset_files, read_examples
+from cartridges_jax.interop.publish import card
+from cartridges_jax.interop.sources import dataset_files
+from cartridges_jax.training.data import read_examples
 from synth import conversation
 
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -72,7 +73,7 @@ def test_a_dataset_goes_to_the_hub_and_trains_from_there(hub: Hub, tmp_path: Pat
         "data/train-00000-of-00001.parquet",
         "config.json",
     }
-    code = "from cartridges_jax.training.data import dataset_files\nprint(*dataset_files('hf:me/data'))"
+    code = "from cartridges_jax.interop.sources import dataset_files\nprint(*dataset_files('hf:me/data'))"
     (path,) = map(Path, on_hub(hub, tmp_path / "b", code).split())
     assert path.read_bytes() == (tmp_path / "dataset.parquet").read_bytes()
 

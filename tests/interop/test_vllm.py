@@ -24,9 +24,9 @@ import pytest
 from hf_folder import write_folder
 
 import cartridges_jax as cj
-from cartridges_jax.ask import post, vllm_request
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.initial.initializers import InitConfig
+from cartridges_jax.interop.engines import post, vllm_request
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.evals.questions import questions_of

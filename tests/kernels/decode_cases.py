@@ -6,9 +6,15 @@ import dataclasses
 
 import numpy as np
 
-from cartridges_jax.kernels.prefix_decode_attention import Pages, Plan, Reading, own_entries, shared_entries
+from cartridges_jax.kernels.prefix_decode_attention import (
+    AttentionMetadata,
+    PageList,
+    Pages,
+    own_entries,
+    shared_entries,
+)
 
-Entry = tuple[int, int, int]  # page, places in use, position of the first
+Entry = tuple[int, int, int]  # page, filled positions, position of the first
 # the cartridge of each request, and how many tokens it has behind it
 REQUESTS = [("a", 6), ("b", 1), (None, 9), ("a", 1), ("a", 17)]
 # rows of a batch, query tokens of each
@@ -52,18 +58,20 @@ class Case:
         name, tokens = REQUESTS[r]
         return sum(count for _, count, _ in self.cartridge(name)) + tokens * self.scale - t + np.arange(t)
 
-    def plan(self, requests: list[int], shared: bool) -> Plan:
+    def metadata(self, requests: list[int], shared: bool) -> AttentionMetadata:
         together = [page for name in ("a", "b") for page in self.cartridge(name)] if shared else []
         if len(requests) == 1:
             together = self.sequence(requests[0])
-        listed = Reading.of(together, shared_entries(len(together) + 1))  # with padding that is not reached, or is
-        members = np.array([[page in self.sequence(r) for r in requests] for page in together], bool)
-        members = np.pad(members.reshape(-1, len(requests)), ((0, len(listed.page) - len(together)), (0, 0)))
+        listed = PageList.of(together, shared_entries(len(together) + 1))  # with padding that is not reached, or is
+        shared_mask = np.array([[page in self.sequence(r) for r in requests] for page in together], bool)
+        shared_mask = np.pad(
+            shared_mask.reshape(-1, len(requests)), ((0, len(listed.block_table) - len(together)), (0, 0))
+        )
         own = [(row, page) for row, r in enumerate(requests) for page in self.sequence(r) if page not in together]
-        own_reading = Reading.of([page for _, page in own], own_entries(len(own) + 1, len(requests)))
-        reader = np.zeros(len(own_reading.page), np.int32)
-        reader[: len(own)] = [row for row, _ in own]
-        return Plan(listed, members, own_reading, reader)
+        own_list = PageList.of([page for _, page in own], own_entries(len(own) + 1, len(requests)))
+        seq_ids = np.zeros(len(own_list.block_table), np.int32)
+        seq_ids[: len(own)] = [row for row, _ in own]
+        return AttentionMetadata(listed, shared_mask, own_list, seq_ids)
 
     def alone(self, q_tnh: np.ndarray, positions_t: np.ndarray, r: int, pages: Pages) -> np.ndarray:
         """The definition."""
@@ -79,5 +87,5 @@ class Case:
         q_tkgh = q_tnh.astype(np.float64).reshape(t, self.kv_heads, n // self.kv_heads, h)
         scores = np.einsum("tkgh,skh->tkgs", q_tkgh, keys) * h**-0.5 + bias.T[None, :, None]
         scores = np.where((np.array(position_s) <= positions_t[:, None])[:, None, None], scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        return np.einsum("tkgs,skh->tkgh", weights / weights.sum(-1, keepdims=True), values).reshape(t, n, h)
+        probs = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("tkgs,skh->tkgh", probs / probs.sum(-1, keepdims=True), values).reshape(t, n, h)

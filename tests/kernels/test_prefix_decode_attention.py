@@ -27,18 +27,18 @@ def test_every_request_gets_what_it_gets_alone(batch: tuple[list[int], int], n: 
     requests, t = batch
     q = queries(len(requests), t, n, CASE.h)
     positions = np.array([CASE.last_positions(r, t) for r in requests], np.int32)
-    found = run(q, positions, PAGES, CASE.plan(requests, shared))
+    found = run(q, positions, PAGES, CASE.metadata(requests, shared))
     for row, r in enumerate(requests):
         assert_allclose(found[row], CASE.alone(q[row], positions[row], r, PAGES), rtol=0, atol=3e-6)
 
 
 def test_what_nobody_sees_changes_nothing() -> None:
-    """Places past a count or a position, pages that only pad, and rows of a batch that are no request."""
+    """Positions behind the filled ones or a query, pages that only pad, and rows of a batch that are no request."""
     requests = [0, 1, 2]
-    q, plan = queries(4, 1, 4, CASE.h) / 2, CASE.plan(requests, shared=True)
+    q, metadata = queries(4, 1, 4, CASE.h) / 2, CASE.metadata(requests, shared=True)
     positions = np.array([*(CASE.last_positions(r, 1) for r in requests), [0]], np.int32)
-    plan = plan._replace(members=np.pad(plan.members, ((0, 0), (0, 1))))
-    before = run(q, positions, PAGES, plan)
+    metadata = metadata._replace(shared_mask=np.pad(metadata.shared_mask, ((0, 0), (0, 1))))
+    before = run(q, positions, PAGES, metadata)
     seen = np.zeros((CASE.num_pages, CASE.z), bool)
     for row, r in enumerate(requests):
         for page, count, first in CASE.sequence(r):
@@ -50,5 +50,5 @@ def test_what_nobody_sees_changes_nothing() -> None:
         jnp.where(hidden[..., None], 1e3, values),
         jnp.where(hidden, 50.0, bias),
     )
-    assert_array_equal(run(q, positions, loud, plan)[:3], before[:3])
+    assert_array_equal(run(q, positions, loud, metadata)[:3], before[:3])
     assert np.isfinite(before).all()

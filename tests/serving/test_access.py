@@ -43,7 +43,7 @@ def test_with_a_key_any_name_may_be_asked():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_time_is_up(stream: bool):
-    engine = ScriptEngine(list(b"abc"), num_slots=1, pause=0.01)
+    engine = ScriptEngine(list(b"abc"), max_num_seqs=1, pause=0.01)
 
     async def test(client: Client) -> None:
         if stream:

@@ -26,7 +26,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line import progress
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import formats
-from cartridges_jax.serving import calls, completions, protocol
+from cartridges_jax.serving import completions, protocol, requests
 from cartridges_jax.serving.choices import StopStrings
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.protocol import PIECE, take_tags
@@ -189,7 +189,7 @@ def test_nothing_long_is_done_on_the_event_loop(folder: Path, monkeypatch: pytes
 
 def test_a_reply_has_an_end(monkeypatch: pytest.MonkeyPatch):
     """What is told in one piece is held until then, however many answers of a batch share it."""
-    monkeypatch.setattr(calls, "MAX_LOGPROBS", 2 * 100 * 5)
+    monkeypatch.setattr(requests, "MAX_LOGPROBS", 2 * 100 * 5)
     batch = "/custom/synchronous-batch-completions"
 
     async def test(client: Client) -> None:

@@ -50,7 +50,7 @@ def talk(
 
 
 def test_chat_in_the_terminal():
-    engine = ScriptEngine(SAID, num_slots=1)
+    engine = ScriptEngine(SAID, max_num_seqs=1)
     talker, told = talk(engine, ["hi", "", "more", "/help", "/undo"], Prefix("key", 7, object()))
     assert told == f"Grüße!\nGrüße!\n{chat.HELP}\n\n"
     assert talker.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Grüße!"}]
@@ -86,14 +86,14 @@ def test_ctrl_c_stops_an_answer_and_keeps_it():
 
 
 def test_another_cartridge_in_mid_conversation():
-    engine = ScriptEngine(SAID, num_slots=1)
+    engine = ScriptEngine(SAID, max_num_seqs=1)
     talker, told = talk(engine, ["hi", "/cartridge one", "again", "/cartridge broken", "/cartridge none", "/cartridge"])
     assert told == f"Grüße!\n7 slots\nGrüße!\nit is broken\nno cartridge\n{chat.HELP}\n\n"
     assert talker.prefix is None and len(talker.messages) == 4, "the conversation goes on"
 
 
 def test_comparing_asks_three_times_and_leaves_the_conversation_alone():
-    engine = ScriptEngine(SAID, num_slots=1)
+    engine = ScriptEngine(SAID, max_num_seqs=1)
     talker, told = talk(engine, ["/compare", "hi", "/compare"], Prefix("key", 7, object()), document="D" * 100)
     assert talker.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Grüße!"}]
     assert told.startswith("there is no question yet")

@@ -64,7 +64,7 @@ def test_idle_connections_make_room(first: bytes, monkeypatch: pytest.MonkeyPatc
         for _, writer in flood:
             writer.close()
 
-    serving(ScriptEngine(SAID, num_slots=1), test, max_queue=1)
+    serving(ScriptEngine(SAID, max_num_seqs=1), test, max_queue=1)
 
 
 def test_requests_under_way_keep_their_connection(monkeypatch: pytest.MonkeyPatch):
@@ -89,7 +89,7 @@ def test_requests_under_way_keep_their_connection(monkeypatch: pytest.MonkeyPatc
         await asyncio.sleep(0.2)
         assert (await client.get("/health"))[0] == 200
 
-    engine = ScriptEngine(SAID, num_slots=1)
+    engine = ScriptEngine(SAID, max_num_seqs=1)
     serving(engine, test, max_queue=1)
 
 

@@ -18,13 +18,13 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
 from cartridges_jax.serving.generate import generate, generate_ids, run
 from cartridges_jax.serving.scheduler import (
+    BlockTable,
     Finished,
-    Place,
     Prefix,
     Request,
     Sampled,
     Scheduler,
-    SlotInput,
+    SequenceInput,
     Started,
     Token,
 )
@@ -58,17 +58,17 @@ def slots_of(name: str) -> int:
     return 0 if cartridge is None else cartridge.num_slots
 
 
-def place_of(engine: Engine, slot: int, name: str) -> Place:
-    """Pages that no other slot has."""
-    each = engine.num_pages // engine.num_slots
-    return Place(range(slot * each, (slot + 1) * each), slots_of(name))
+def block_table_of(engine: Engine, index: int, name: str) -> BlockTable:
+    """Pages that no other sequence has."""
+    each = engine.num_pages // engine.max_num_seqs
+    return BlockTable(range(index * each, (index + 1) * each), slots_of(name))
 
 
-def inputs(place: Place, slot: int, token: int | None, position: int, step: int = 0) -> SlotInput:
-    return SlotInput(slot, token, position, place, 0.0, 1.0, 0, seed=0, step=step, top_logprobs=20)
+def inputs(block_table: BlockTable, index: int, token: int | None, position: int, step: int = 0) -> SequenceInput:
+    return SequenceInput(index, token, position, block_table, 0.0, 1.0, 0, seed=0, step=step, top_logprobs=20)
 
 
-def decode(engine: Engine, batch: Sequence[SlotInput]) -> list[Sampled]:
+def decode(engine: Engine, batch: Sequence[SequenceInput]) -> list[Sampled]:
     return engine.harvest(engine.decode(batch))
 
 
@@ -87,32 +87,34 @@ def same(sampled: Sampled, log_probs: np.ndarray) -> None:
     np.testing.assert_allclose(log_probs[list(sampled.top_ids)], sampled.top_logprobs, atol=TOLERANCE)
 
 
-def fill(engine: Engine, place: Place, name: str, tokens: Sequence[int]) -> None:
+def fill(engine: Engine, block_table: BlockTable, name: str, tokens: Sequence[int]) -> None:
     prefix = prefix_of(name)
     if prefix is not None:
-        engine.load(prefix, place.pages[: -(-prefix.length // PAGE_SIZE)])
+        engine.load(prefix, block_table.pages[: -(-prefix.length // PAGE_SIZE)])
     if tokens:
-        engine.prefill(tokens, slots_of(name), place)
+        engine.prefill(tokens, slots_of(name), block_table)
 
 
-def continue_greedily(engine: Engine, place: Place, tokens: Sequence[int], count: int, slot: int = 0) -> list[Sampled]:
+def continue_greedily(
+    engine: Engine, block_table: BlockTable, tokens: Sequence[int], count: int, index: int = 0
+) -> list[Sampled]:
     """`tokens[:-1]` are in the cache already. Nothing is looked at before the last step has begun."""
-    position = place.prefix_length + len(tokens) - 1
-    first = [engine.decode([inputs(place, slot, tokens[-1], position)])]
-    rest = [engine.decode([inputs(place, slot, None, position + step, step)]) for step in range(1, count)]
+    position = block_table.prefix_length + len(tokens) - 1
+    first = [engine.decode([inputs(block_table, index, tokens[-1], position)])]
+    rest = [engine.decode([inputs(block_table, index, None, position + step, step)]) for step in range(1, count)]
     return [engine.harvest(decoded)[0] for decoded in first + rest]
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(tiny.model(), num_slots=4, max_length=LENGTH)
+    return Engine(tiny.model(), max_num_seqs=4, max_length=LENGTH)
 
 
 @pytest.mark.parametrize("name", CARTRIDGES)
 def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
-    tokens, start, place = TOKENS[100:154], slots_of(name), place_of(engine, 1, name)
-    fill(engine, place, name, tokens[:30])
-    sampled = [decode(engine, [inputs(place, 1, tokens[i], start + i)])[0] for i in range(30, 54)]
+    tokens, start, block_table = TOKENS[100:154], slots_of(name), block_table_of(engine, 1, name)
+    fill(engine, block_table, name, tokens[:30])
+    sampled = [decode(engine, [inputs(block_table, 1, tokens[i], start + i)])[0] for i in range(30, 54)]
     log_probs = expected(tokens, name)
     for i, s in enumerate(sampled, start=30):
         same(s, log_probs[i])
@@ -122,11 +124,11 @@ def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
 def test_every_family_decodes_as_its_forward_pass(tiny_model: LanguageModel):
     tokens = np.random.default_rng(0).integers(0, tiny_model.config.vocab_size, 30).tolist()
     engine = Engine(tiny_model, 1, 64, batch_sizes=[1])
-    place = Place(range(engine.num_pages), 0)
-    engine.prefill(tokens[:10], 0, place)
+    block_table = BlockTable(range(engine.num_pages), 0)
+    engine.prefill(tokens[:10], 0, block_table)
     wanted = np.asarray(jax.nn.log_softmax(tiny_model.logits(np.asarray([tokens]))))[0]
     for i in range(10, 30):
-        [sampled] = decode(engine, [inputs(place, 0, tokens[i], i)])
+        [sampled] = decode(engine, [inputs(block_table, 0, tokens[i], i)])
         same(sampled, wanted[i])
 
 
@@ -140,27 +142,29 @@ def test_a_cartridge_and_its_bias_matter():
 
 @pytest.mark.parametrize("token_by_token", [False, True])
 def test_prefill_is_decoding_what_is_known(engine: Engine, token_by_token: bool):
-    tokens, place = TOKENS[:20], place_of(engine, 0, "biased")
-    fill(engine, place, "biased", [] if token_by_token else tokens[:-1])
+    tokens, block_table = TOKENS[:20], block_table_of(engine, 0, "biased")
+    fill(engine, block_table, "biased", [] if token_by_token else tokens[:-1])
     if token_by_token:
         for i, token in enumerate(tokens[:-1]):
-            decode(engine, [inputs(place, 0, token, slots_of("biased") + i)])
-    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "biased")[-1])
+            decode(engine, [inputs(block_table, 0, token, slots_of("biased") + i)])
+    same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "biased")[-1])
 
 
 def test_requests_with_different_cartridges_decode_together(engine: Engine):
     prompts = {name: TOKENS[40 * i : 40 * i + 10 + 7 * i] for i, name in enumerate(CARTRIDGES)}
-    places = {name: place_of(engine, slot, name) for slot, name in enumerate(prompts)}
+    block_tables = {name: block_table_of(engine, index, name) for index, name in enumerate(prompts)}
     for name, prompt in prompts.items():
-        fill(engine, places[name], name, prompt[:-1])
+        fill(engine, block_tables[name], name, prompt[:-1])
     said: dict[str, list[Sampled]] = {name: [] for name in prompts}
     for step in range(8):
         batch = {}
-        for slot, (name, prompt) in enumerate(prompts.items()):
+        for index, (name, prompt) in enumerate(prompts.items()):
             token = None if step else prompt[-1]
-            batch[name] = inputs(places[name], slot, token, slots_of(name) + len(prompt) - 1 + step)
+            batch[name] = inputs(block_tables[name], index, token, slots_of(name) + len(prompt) - 1 + step)
         if step % 2:
-            batch = dict(reversed(batch.items()))  # the order of the inputs is that of the results, not of the slots
+            batch = dict(
+                reversed(batch.items())
+            )  # the order of the inputs is that of the results, not of the sequences
         for name, sampled in zip(batch, decode(engine, list(batch.values())), strict=True):
             said[name].append(sampled)
     for name, prompt in prompts.items():
@@ -173,16 +177,16 @@ def test_requests_with_different_cartridges_decode_together(engine: Engine):
 def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
     """Two share one, a third has its own and a fourth none."""
     cartridge = [engine.num_pages - 2, engine.num_pages - 1][: -(-slots_of(name) // PAGE_SIZE)]
-    fill(engine, Place(cartridge, slots_of(name)), name, [])
-    places = [Place([*cartridge, 2 * i, 2 * i + 1], slots_of(name)) for i in range(2)]
-    places += [place_of(engine, 2, name), Place([4], 0)]
-    fill(engine, places[2], name, [])
+    fill(engine, BlockTable(cartridge, slots_of(name)), name, [])
+    block_tables = [BlockTable([*cartridge, 2 * i, 2 * i + 1], slots_of(name)) for i in range(2)]
+    block_tables += [block_table_of(engine, 2, name), BlockTable([4], 0)]
+    fill(engine, block_tables[2], name, [])
     prompts, names = [TOKENS[9 * i : 20 + 20 * i] for i in range(4)], [name] * 3 + ["none"]
-    for place, prompt in zip(places, prompts, strict=True):
-        engine.prefill(prompt[:-1], place.prefix_length, place)
+    for block_table, prompt in zip(block_tables, prompts, strict=True):
+        engine.prefill(prompt[:-1], block_table.prefix_length, block_table)
     batch = [
-        inputs(place, slot, prompt[-1], place.prefix_length + len(prompt) - 1)
-        for slot, (place, prompt) in enumerate(zip(places, prompts, strict=True))
+        inputs(block_table, index, prompt[-1], block_table.prefix_length + len(prompt) - 1)
+        for index, (block_table, prompt) in enumerate(zip(block_tables, prompts, strict=True))
     ]
     for sampled, prompt, of in zip(decode(engine, batch), prompts, names, strict=True):
         same(sampled, expected(prompt, of)[-1])
@@ -191,69 +195,69 @@ def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
 @pytest.mark.parametrize("name", ["none", "biased"])
 def test_a_copy_goes_its_own_way(engine: Engine, name: str):
     common, ours, theirs = TOKENS[:30], (*TOKENS[:30], *TOKENS[200:210]), (*TOKENS[:30], *TOKENS[300:320])
-    mine, other = place_of(engine, 0, name), place_of(engine, 3, name)
+    mine, other = block_table_of(engine, 0, name), block_table_of(engine, 3, name)
     fill(engine, mine, name, common)
     fill(engine, other, name, TOKENS[50:150])  # what the copy must overwrite
     own = -(-slots_of(name) // PAGE_SIZE)
     engine.copy(mine.pages[own], other.pages[own], len(common))
-    for place, tokens in ((mine, ours), (other, theirs)):
-        engine.prefill(tokens[30:-1], slots_of(name) + 30, place)
-        same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, name)[-1])
+    for block_table, tokens in ((mine, ours), (other, theirs)):
+        engine.prefill(tokens[30:-1], slots_of(name) + 30, block_table)
+        same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, name)[-1])
 
 
 @pytest.mark.parametrize("size", sorted({s + d for s in PREFILL_SIZES for d in (-1, 0, 1)} | {1, 300}))
 def test_prefill_of_any_size(engine: Engine, size: int):
-    tokens, place = TOKENS[: size + 1], place_of(engine, 2, "b")
-    fill(engine, place, "b", tokens[:-1])
-    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "b")[-1])
+    tokens, block_table = TOKENS[: size + 1], block_table_of(engine, 2, "b")
+    fill(engine, block_table, "b", tokens[:-1])
+    same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "b")[-1])
 
 
 def test_prefill_in_pieces_is_prefill_at_once(engine: Engine):
-    tokens, start, place = TOKENS[:201], slots_of("a"), place_of(engine, 2, "a")
-    fill(engine, place, "a", [])
+    tokens, start, block_table = TOKENS[:201], slots_of("a"), block_table_of(engine, 2, "a")
+    fill(engine, block_table, "a", [])
     for first, last in ((0, 3), (3, 20), (20, 36), (36, 200)):
-        engine.prefill(tokens[first:last], start + first, place)
-    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "a")[-1])
+        engine.prefill(tokens[first:last], start + first, block_table)
+    same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
 @pytest.mark.parametrize("tail", [1, 5, 17])
 def test_prefill_and_decoding_reach_the_last_position(engine: Engine, tail: int):
     """The padding of the last prefill lies past the pages: it must not wrap around or be clamped onto real tokens."""
-    tokens, place = TOKENS[: LENGTH - slots_of("a")], place_of(engine, 1, "a")
-    fill(engine, place, "a", tokens[: -tail - 1])
-    engine.prefill(tokens[-tail - 1 : -1], LENGTH - tail - 1, place)
-    same(continue_greedily(engine, place, tokens, 1)[0], expected(tokens, "a")[-1])
+    tokens, block_table = TOKENS[: LENGTH - slots_of("a")], block_table_of(engine, 1, "a")
+    fill(engine, block_table, "a", tokens[: -tail - 1])
+    engine.prefill(tokens[-tail - 1 : -1], LENGTH - tail - 1, block_table)
+    same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
 @pytest.mark.parametrize("name", ["none", "a"])
 def test_a_used_page_is_as_good_as_new(name: str):
     """Bit for bit: neither older tokens nor an older cartridge's bias are left."""
-    used, fresh = (Engine(tiny.model(), num_slots=1, max_length=128) for _ in range(2))
+    used, fresh = (Engine(tiny.model(), max_num_seqs=1, max_length=128) for _ in range(2))
     pages = range(used.num_pages)
-    fill(used, Place(pages, slots_of("biased")), "biased", TOKENS[:100])
+    fill(used, BlockTable(pages, slots_of("biased")), "biased", TOKENS[:100])
     used.copy(0, 1, 100)
     tokens = TOKENS[200:225]
-    place = Place(pages, slots_of(name))
+    block_table = BlockTable(pages, slots_of(name))
     answers = []
     for engine in (used, fresh):
-        fill(engine, place, name, tokens[:-1])
-        answers.append(continue_greedily(engine, place, tokens, 5))
+        fill(engine, block_table, name, tokens[:-1])
+        answers.append(continue_greedily(engine, block_table, tokens, 5))
     assert answers[0] == answers[1]
 
 
 def test_a_request_that_waits_is_left_alone(engine: Engine):
-    waiting, other = place_of(engine, 0, "none"), place_of(engine, 1, "a")
+    waiting, other = block_table_of(engine, 0, "none"), block_table_of(engine, 1, "a")
     fill(engine, waiting, "none", TOKENS[:29])
     fill(engine, other, "a", TOKENS[:40])
-    continue_greedily(engine, other, TOKENS[:41], 5, slot=1)
+    continue_greedily(engine, other, TOKENS[:41], 5, index=1)
     same(continue_greedily(engine, waiting, TOKENS[:30], 1)[0], expected(TOKENS[:30], "none")[-1])
 
 
 def test_an_engine_that_cannot_be_is_refused():
     with pytest.raises(UserError, match=r"max_length is 1025, expected at most .* window, 1024"):
         Engine(tiny.model(), max_length=1025)
-    with pytest.raises(UserError, match="num_slots is 0, expected at least 1"):
-        Engine(tiny.model(), num_slots=0, max_length=64)
+    with pytest.raises(UserError, match="max_num_seqs is 0, expected at least 1"):
+        Engine(tiny.model(), max_num_seqs=0, max_length=64)
     with pytest.raises(UserError, match="cache_tokens is 256, expected at least 384 for a request of 200 positions"):
         Engine(tiny.model(), max_length=200, cache_tokens=256)
 
@@ -261,21 +265,21 @@ def test_an_engine_that_cannot_be_is_refused():
 def test_an_engine_needs_nothing_of_the_model_s_weights():
     """So that a server holds them once."""
     model = replace(tiny.model(), params=jax.tree.map(jnp.copy, tiny.model().params))
-    engine = Engine(model, num_slots=1, max_length=128)
+    engine = Engine(model, max_num_seqs=1, max_length=128)
     for leaf in jax.tree.leaves(model.params):
         leaf.delete()
-    place = place_of(engine, 0, "none")
-    fill(engine, place, "none", TOKENS[:19])
-    same(continue_greedily(engine, place, TOKENS[:20], 1)[0], expected(TOKENS[:20], "none")[-1])
+    block_table = block_table_of(engine, 0, "none")
+    fill(engine, block_table, "none", TOKENS[:19])
+    same(continue_greedily(engine, block_table, TOKENS[:20], 1)[0], expected(TOKENS[:20], "none")[-1])
 
 
 def test_weights_that_bfloat16_holds_lie_in_it_and_nothing_else_does(engine: Engine):
     """Multiplied in float32 all the same: what is said is what the same weights in float32 say."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), tiny.model().params)
     model, tokens = replace(tiny.model(), params=params), TOKENS[100:130]
-    rounded = Engine(model, num_slots=4, max_length=LENGTH)
-    fill(rounded, place_of(rounded, 1, "none"), "none", tokens[:-1])
-    [sampled] = continue_greedily(rounded, place_of(rounded, 1, "none"), tokens, 1, slot=1)
+    rounded = Engine(model, max_num_seqs=4, max_length=LENGTH)
+    fill(rounded, block_table_of(rounded, 1, "none"), "none", tokens[:-1])
+    [sampled] = continue_greedily(rounded, block_table_of(rounded, 1, "none"), tokens, 1, index=1)
     same(sampled, np.asarray(jax.nn.log_softmax(model.logits(np.asarray([tokens]))))[0, -1])
     names = {"qkv", "o", "gate_up", "down"}  # the vocabulary is not a multiple of 16
     for made, dtype in ((rounded, "bfloat16"), (engine, "float32")):
@@ -372,7 +376,7 @@ def agree(found: Sequence[Sampled], wanted: Sequence[Sampled]) -> None:
 
 
 def test_a_request_answers_the_same_alone_as_among_others():
-    engine = Engine(tiny.model(), num_slots=3, max_length=256)
+    engine = Engine(tiny.model(), max_num_seqs=3, max_length=256)
     requests = [request(i) for i in range(9)]
     together = sampled_tokens(engine, requests)
     backwards = sampled_tokens(engine, requests[::-1])
@@ -383,8 +387,8 @@ def test_a_request_answers_the_same_alone_as_among_others():
 
 
 def test_with_too_little_memory_for_all_cartridges_each_is_loaded_again():
-    plenty = Engine(tiny.model(), num_slots=2, max_length=256, batch_sizes=[2])
-    scarce = Engine(tiny.model(), num_slots=2, max_length=256, cache_tokens=4 * PAGE_SIZE, batch_sizes=[2])
+    plenty = Engine(tiny.model(), max_num_seqs=2, max_length=256, batch_sizes=[2])
+    scarce = Engine(tiny.model(), max_num_seqs=2, max_length=256, cache_tokens=4 * PAGE_SIZE, batch_sizes=[2])
     requests = [request(i) for i in range(8)] + [replace(request(i), id=str(8 + i)) for i in range(8)]
     wanted, found = sampled_tokens(plenty, requests), sampled_tokens(scarce, requests)
     for r in requests:
@@ -392,7 +396,7 @@ def test_with_too_little_memory_for_all_cartridges_each_is_loaded_again():
 
 
 def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all():
-    engine = Engine(tiny.model(), num_slots=4, max_length=512, batch_sizes=[4])
+    engine = Engine(tiny.model(), max_num_seqs=4, max_length=512, batch_sizes=[4])
     requests = [replace(request(1), id=str(i), prompt=(*TOKENS[:300], *TOKENS[10 * i : 10 * i + 7])) for i in range(4)]
     started = [e for e in run(Scheduler(engine, 4), requests) if isinstance(e, Started)]
     assert [e.cached_tokens for e in started] == [0, 300, 300, 300]
@@ -402,7 +406,7 @@ def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all():
 
 
 def test_nothing_is_compiled_after_warmup():
-    engine = Engine(tiny.model(), num_slots=3, max_length=384, batch_sizes=[1, 3])
+    engine = Engine(tiny.model(), max_num_seqs=3, max_length=384, batch_sizes=[1, 3])
     engine.warmup()
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
@@ -448,7 +452,7 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
 
 
 def test_scoring_touches_no_request(engine: Engine):
-    place = place_of(engine, engine.num_slots - 1, "a")
-    fill(engine, place, "a", TOKENS[:20])
+    block_table = block_table_of(engine, engine.max_num_seqs - 1, "a")
+    fill(engine, block_table, "a", TOKENS[:20])
     engine.score(TOKENS[30:400], prefix_of("b"), 3)
-    same(continue_greedily(engine, place, TOKENS[:21], 1)[0], expected(TOKENS[:21], "a")[-1])
+    same(continue_greedily(engine, block_table, TOKENS[:21], 1)[0], expected(TOKENS[:21], "a")[-1])

@@ -16,9 +16,10 @@ from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning.chips import devices_of
 from cartridges_jax.planning.hlo import traffic
-from cartridges_jax.serving.decoder import rearranged
-from cartridges_jax.serving.engine import Engine, decode_step
-from cartridges_jax.serving.scheduler import Place, SlotInput
+from cartridges_jax.serving.decoder import to_decode_layout
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
+from cartridges_jax.serving.steps import decode_step
 
 
 @pytest.mark.aot
@@ -27,12 +28,12 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
     config, rows = mesh_programs.CONFIG, 3
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), mesh_programs.inputs(config)[0])
     engine = Engine(LanguageModel("tiny", config, params, None, ""), rows, 256, batch_sizes=[rows])  # type: ignore[arg-type]
-    batch = engine._batch([SlotInput(0, 1, 0, Place([0], 0), 0.0, 1.0, 0, 0, 0)] * rows)
+    batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0], 0), 0.0, 1.0, 0, 0, 0)] * rows)
     mesh = sharding.make_mesh(MeshConfig(tensor=4), devices_of(topology)[1][:4])
 
     with jax.set_mesh(mesh):  # a CPU's own weights lie otherwise
         given = sharding.abstract(params, weight_specs(config), mesh)
-        weights = jax.eval_shape(functools.partial(rearranged, config=config, mesh=mesh), given)
+        weights = jax.eval_shape(functools.partial(to_decode_layout, config=config, mesh=mesh), given)
     trees = (weights, decode_specs(config)), (engine._cache, sharding.PAGES), ((engine._last, *batch), P())
     weights, cache, asked = (sharding.abstract(tree, table, mesh) for tree, table in trees)
     compiled = decode_step.lower(weights, cache, *asked, config=config, mesh=mesh, num_top=5).compile()

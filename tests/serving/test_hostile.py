@@ -110,7 +110,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def new_engine(model: LanguageModel) -> Engine:
     """With little memory, so that pages change hands at once."""
-    return Engine(model, num_slots=4, max_length=512, cache_tokens=14 * 128, batch_sizes=[1, 4])
+    return Engine(model, max_num_seqs=4, max_length=512, cache_tokens=14 * 128, batch_sizes=[1, 4])
 
 
 @pytest.fixture(scope="module")

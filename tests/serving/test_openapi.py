@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
     folder = tmp_path_factory.mktemp("cartridges")
     (folder / "manual.safetensors").write_text("five!")
     store = CartridgeStore(folder, FakeCartridge, compose=FakeCartridge.compose)
-    return Server(ScriptEngine(SAID, num_slots=4, max_length=400), TOKENIZER, store, "tiny", rng=random.Random(0))
+    return Server(ScriptEngine(SAID, max_num_seqs=4, max_length=400), TOKENIZER, store, "tiny", rng=random.Random(0))
 
 
 @pytest.fixture(scope="module")

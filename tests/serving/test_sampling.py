@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cartridges_jax.serving.sampling import SORTED, Sampling, _bisected, _threshold, sample
+from cartridges_jax.serving.sampling import SORTED, SamplingParams, _bisected, _threshold, sample
 
 V = 16
 DRAWS = 4000
@@ -21,11 +21,11 @@ run = jax.jit(sample, static_argnums=2)
 threshold_of, bisected = jax.jit(_threshold), jax.jit(_bisected)
 
 
-def wishes(
+def sampling_params(
     count: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0, first_step: int = 0
-) -> Sampling:
+) -> SamplingParams:
     """`count` rows that differ in their step only."""
-    return Sampling(
+    return SamplingParams(
         jnp.full(count, temperature, jnp.float32),
         jnp.full(count, top_p, jnp.float32),
         jnp.full(count, top_k, jnp.int32),
@@ -53,7 +53,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 
 def draws(logits: np.ndarray, **how: float) -> np.ndarray:
-    return np.asarray(run(jnp.broadcast_to(jnp.asarray(logits), (DRAWS, V)), wishes(DRAWS, **how), 1)[0])
+    return np.asarray(run(jnp.broadcast_to(jnp.asarray(logits), (DRAWS, V)), sampling_params(DRAWS, **how), 1)[0])
 
 
 # a CPU may take subnormal numbers for zero
@@ -65,7 +65,7 @@ FLAT_LOGITS = hnp.arrays(np.float32, V, elements=st.floats(-3, 3, width=32))
 @given(LOGITS)
 def test_greedy_is_the_first_of_the_best(logits: np.ndarray):
     logits = logits + np.float32(0)  # XLA orders -0 before 0, numpy takes them for equal
-    token, logprob, top_ids, top_logprobs = run(jnp.asarray(logits)[None], wishes(1, temperature=0.0), 5)
+    token, logprob, top_ids, top_logprobs = run(jnp.asarray(logits)[None], sampling_params(1, temperature=0.0), 5)
     assert int(token[0]) == int(np.argmax(logits)) == int(top_ids[0, 0])
     log_probs = logits.astype(np.float64) - logits.max()
     log_probs -= np.log(np.exp(log_probs).sum())
@@ -79,7 +79,7 @@ def test_greedy_is_the_first_of_the_best(logits: np.ndarray):
 def test_top_k_never_leaves_its_support(logits: np.ndarray, top_k: int, seed: int):
     allowed = kept(np.asarray(jax.nn.softmax(jnp.asarray(logits))), 1.0, top_k)
     rows = jnp.broadcast_to(jnp.asarray(logits), (64, V))
-    tokens = np.asarray(run(rows, wishes(64, top_k=top_k, seed=seed), 1)[0])
+    tokens = np.asarray(run(rows, sampling_params(64, top_k=top_k, seed=seed), 1)[0])
     assert allowed[tokens].all()
 
 
@@ -89,12 +89,12 @@ def test_top_p_keeps_exactly_its_support(logits: np.ndarray, rank: int, beyond: 
     probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
     top_p = min(float(np.sort(probs)[::-1][:rank].sum()) * (1 + beyond), 0.9999)  # just short of a token, or just over
     for find in (bisected, threshold_of):
-        found = probs >= np.asarray(find(jnp.asarray(probs)[None], wishes(1, top_p=top_p)))[0]
+        found = probs >= np.asarray(find(jnp.asarray(probs)[None], sampling_params(1, top_p=top_p)))[0]
         # the mass is a sum in float32: a top_p within its rounding may take one more or less
         assert (found >= kept(probs, top_p * (1 - 1e-6), 0)).all()
         assert (found <= kept(probs, min(top_p * (1 + 1e-6), 0.9999999), 0)).all()
     rows = jnp.broadcast_to(jnp.asarray(logits), (64, V))
-    tokens = np.asarray(run(rows, wishes(64, top_p=top_p, seed=seed), 1)[0])
+    tokens = np.asarray(run(rows, sampling_params(64, top_p=top_p, seed=seed), 1)[0])
     assert found[tokens].all()
 
 
@@ -124,7 +124,7 @@ def test_the_threshold_is_exact_far_below_the_best():
     probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
     for top_k, support in ((1, {3}), (2, {3, 5}), (3, {3, 5, 7})):
         for find in (bisected, threshold_of):
-            threshold = find(jnp.asarray(probs)[None], wishes(1, top_k=top_k))
+            threshold = find(jnp.asarray(probs)[None], sampling_params(1, top_k=top_k))
             assert set(np.flatnonzero(probs >= np.asarray(threshold)[0])) == support
 
 
@@ -134,7 +134,7 @@ def test_the_threshold_of_top_k_is_the_kth_probability(logits: np.ndarray, top_k
     probs = jax.nn.softmax(jnp.asarray(logits))
     expected = float(np.sort(np.asarray(probs))[::-1][top_k - 1])
     for find in (bisected, threshold_of):
-        found = float(find(probs[None], wishes(1, top_k=top_k))[0, 0])
+        found = float(find(probs[None], sampling_params(1, top_k=top_k))[0, 0])
         assert found == expected or expected < np.finfo(np.float32).tiny  # a CPU may take subnormal numbers for zero
 
 
@@ -142,10 +142,10 @@ def test_the_threshold_of_top_k_is_the_kth_probability(logits: np.ndarray, top_k
 def test_what_the_best_do_not_tell_is_bisected(top_p: float, top_k: int):
     """A vocabulary larger than what is sorted, and so flat that most of it is kept."""
     probs = jax.nn.softmax(jnp.asarray(np.random.default_rng(4).standard_normal((1, 3 * SORTED)) / 4, jnp.float32))
-    wish = wishes(1, top_p=top_p, top_k=top_k)
-    found = np.asarray(probs >= threshold_of(probs, wish))[0]
+    params = sampling_params(1, top_p=top_p, top_k=top_k)
+    found = np.asarray(probs >= threshold_of(probs, params))[0]
     assert found.sum() == kept(np.asarray(probs)[0], top_p, top_k).sum() >= SORTED
-    np.testing.assert_array_equal(found, np.asarray(probs >= bisected(probs, wish))[0])
+    np.testing.assert_array_equal(found, np.asarray(probs >= bisected(probs, params))[0])
 
 
 def test_a_token_that_was_left_out_is_never_drawn_from_a_large_vocabulary():
@@ -168,7 +168,7 @@ def test_a_token_that_was_left_out_is_never_drawn_from_a_large_vocabulary():
     @jax.jit
     def draw_at(logits_1v: jax.Array, target: jax.Array) -> jax.Array:
         with mock.patch.object(jax.random, "uniform", lambda _: target):
-            return sample(logits_1v, wishes(1), 1)[0][0]
+            return sample(logits_1v, sampling_params(1), 1)[0][0]
 
     assert {int(draw_at(jnp.asarray(logits)[None], target)) for target in targets} <= set(possible.tolist())
 
@@ -181,7 +181,7 @@ def test_a_temperature_near_zero_is_greedy(temperature: float):
 
 def test_log_probabilities_are_raw():
     logits = jnp.asarray(np.random.default_rng(2).standard_normal((DRAWS, V)), jnp.float32)
-    how = wishes(DRAWS, temperature=0.3, top_p=0.7, top_k=3)
+    how = sampling_params(DRAWS, temperature=0.3, top_p=0.7, top_k=3)
     token, logprob, top_ids, top_logprobs = run(logits, how, 4)
     expected = np.asarray(jax.nn.log_softmax(logits))
     np.testing.assert_allclose(logprob, expected[np.arange(DRAWS), token], atol=1e-6)
@@ -189,10 +189,10 @@ def test_log_probabilities_are_raw():
     np.testing.assert_array_equal(np.asarray(top_ids), np.argsort(-expected, axis=1, kind="stable")[:, :4])
 
 
-def test_a_row_draws_the_same_whatever_the_others_wish_for():
+def test_a_row_draws_the_same_whatever_the_others_ask_for():
     rng = np.random.default_rng(3)
     logits = jnp.asarray(rng.standard_normal((8, V)) * 2, jnp.float32)
-    mixed = Sampling(
+    mixed = SamplingParams(
         jnp.asarray([0, 1, 0.5, 2, 1, 1, 0, 0.8], jnp.float32),
         jnp.asarray([1, 1, 0.5, 0.9, 1, 0.3, 1, 1], jnp.float32),
         jnp.asarray([0, 0, 0, 4, 2, 0, 3, 0], jnp.int32),

@@ -1,4 +1,4 @@
-"""The scheduler against an engine whose answers show what its slots really hold."""
+"""The scheduler against an engine whose answers show what its memory really holds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.scheduler import (
+    BlockTable,
     Event,
     Finished,
-    Place,
     Prefix,
     QueueFull,
     Request,
     Sampled,
     Scheduler,
     Scored,
-    SlotInput,
+    SequenceInput,
     Started,
     Token,
 )
@@ -48,17 +48,17 @@ def slots_of(prefix: Prefix | None) -> list[object]:
 class FakeEngine:
     """Cells instead of keys and values; nothing is ever wiped, so whatever reads a stale cell answers wrongly."""
 
-    num_slots: int = 2
+    max_num_seqs: int = 2
     max_length: int = 40
     max_top_logprobs: int = 4
     vocab: int = VOCAB
     page_size: int = 4
-    num_pages: int = 0  # 0: enough for every slot
+    num_pages: int = 0  # 0: enough for as many requests as run together
     prefilled: int = 0
     log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.num_pages = self.num_pages or self.num_slots * (math.ceil(self.max_length / self.page_size) + 1)
+        self.num_pages = self.num_pages or self.max_num_seqs * (math.ceil(self.max_length / self.page_size) + 1)
         self.cells: list[list[object]] = [["garbage"] * self.page_size for _ in range(self.num_pages)]
         self.last: dict[int, int] = {}
 
@@ -75,37 +75,37 @@ class FakeEngine:
         self.log.append("copy")
         self.cells[target][:count] = self.cells[source][:count]
 
-    def prefill(self, tokens: Sequence[int], position: int, place: Place) -> None:
+    def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
         assert tokens and position + len(tokens) <= self.max_length
         self.log.append("prefill")
         self.prefilled += len(tokens)
         for i, token in enumerate(tokens, start=position):
-            page, cell = self._where(place, i)
+            page, cell = self._where(block_table, i)
             self.cells[page][cell] = token
 
-    def decode(self, inputs: Sequence[SlotInput]) -> list[Sampled]:
-        assert inputs and len({i.slot for i in inputs}) == len(inputs)
+    def decode(self, inputs: Sequence[SequenceInput]) -> list[Sampled]:
+        assert inputs and len({i.index for i in inputs}) == len(inputs)
         self.log.append("decode")
         for i in inputs:
             assert i.position < self.max_length
-            page, cell = self._where(i.place, i.position)
-            self.cells[page][cell] = self.last[i.slot] if i.token is None else i.token
-        sampled = [next_token(self._read(i.place, i.position), i.seed, i.step, self.vocab) for i in inputs]
-        self.last |= {i.slot: s.token for i, s in zip(inputs, sampled, strict=True)}
+            page, cell = self._where(i.block_table, i.position)
+            self.cells[page][cell] = self.last[i.index] if i.token is None else i.token
+        sampled = [next_token(self._read(i.block_table, i.position), i.seed, i.step, self.vocab) for i in inputs]
+        self.last |= {i.index: s.token for i, s in zip(inputs, sampled, strict=True)}
         return sampled
 
     def harvest(self, decoded: list[Sampled]) -> list[Sampled]:
         self.log.append("harvest")
         return decoded
 
-    def _where(self, place: Place, position: int) -> tuple[int, int]:
-        if position < place.prefix_length:
-            return place.pages[position // self.page_size], position % self.page_size
-        page, cell = divmod(position - place.prefix_length, self.page_size)
-        return place.pages[math.ceil(place.prefix_length / self.page_size) + page], cell
+    def _where(self, block_table: BlockTable, position: int) -> tuple[int, int]:
+        if position < block_table.prefix_length:
+            return block_table.pages[position // self.page_size], position % self.page_size
+        page, cell = divmod(position - block_table.prefix_length, self.page_size)
+        return block_table.pages[math.ceil(block_table.prefix_length / self.page_size) + page], cell
 
-    def _read(self, place: Place, position: int) -> list[object]:
-        return [self.cells[page][cell] for page, cell in (self._where(place, i) for i in range(position + 1))]
+    def _read(self, block_table: BlockTable, position: int) -> list[object]:
+        return [self.cells[page][cell] for page, cell in (self._where(block_table, i) for i in range(position + 1))]
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
         return [
@@ -178,9 +178,9 @@ operations = st.lists(
     st.sampled_from([1, 2, 4, 7]),
     st.sampled_from([0, 1.0, 1.4, 2.5]),
 )
-def test_any_traffic_gives_what_each_request_gets_alone(operations, num_slots, prefills, chunk, page_size, memory):
-    """With memory for so many requests of the greatest length; 0 means as many as there are slots."""
-    engine = FakeEngine(num_slots, page_size=page_size, num_pages=math.ceil(memory * (40 / page_size + 1)))
+def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs, prefills, chunk, page_size, memory):
+    """With memory for so many requests of the greatest length; 0 means as many as run together."""
+    engine = FakeEngine(max_num_seqs, page_size=page_size, num_pages=math.ceil(memory * (40 / page_size + 1)))
     scheduler = Scheduler(engine, 5, prefills_per_step=prefills, prefill_chunk=chunk)
     submitted: dict[str, Request] = {}
     cancelled: set[str] = set()
@@ -250,11 +250,11 @@ def test_any_traffic_gives_what_each_request_gets_alone(operations, num_slots, p
             assert 0 <= event.cached_tokens < len(submitted[event.id].prompt)
     order = [int(e.id) for e in events if isinstance(e, Started)]
     assert order == sorted(order), "first come, first served"
-    # No slot has leaked: as many requests as there are slots run at the same time.
-    for i in range(num_slots):
+    # No sequence has leaked: as many requests as before run at the same time.
+    for i in range(max_num_seqs):
         scheduler.submit(Request(f"last{i}", (0,), max_tokens=3))
-    events = [event for _ in range(num_slots) for event in scheduler.step()]
-    assert len(cached(events)) == min(num_slots, engine.num_pages // math.ceil(4 / page_size))
+    events = [event for _ in range(max_num_seqs) for event in scheduler.step()]
+    assert len(cached(events)) == min(max_num_seqs, engine.num_pages // math.ceil(4 / page_size))
     finish(scheduler)
     # No page has leaked: a request that needs them all runs.
     whole = Request("whole", (0,), max_tokens=min(engine.num_pages * page_size, engine.max_length) - 1)
@@ -402,7 +402,7 @@ def test_the_longest_request_that_fits_runs():
     assert len(answers(finish(scheduler))["x"]) == 7
 
 
-def test_the_queue_is_bounded_beyond_the_free_slots():
+def test_the_queue_is_bounded_beyond_what_runs_at_once():
     scheduler = Scheduler(FakeEngine(2), 1)
     for i in range(3):
         scheduler.submit(Request(str(i), (1,)))
@@ -424,7 +424,7 @@ def test_an_id_is_used_once_at_a_time():
     scheduler.submit(Request("x", (1,)))
 
 
-def test_cancelling_half_a_prompt_frees_the_slot_and_keeps_what_is_written():
+def test_cancelling_half_a_prompt_makes_room_and_keeps_what_is_written():
     engine = FakeEngine(1)
     scheduler = Scheduler(engine, 4, prefills_per_step=1, prefill_chunk=4)
     request = Request("x", tuple(range(7)) * 3, max_tokens=2)

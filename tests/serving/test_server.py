@@ -26,7 +26,7 @@ from cartridges_jax import serve
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.choices import StopStrings
-from cartridges_jax.serving.scheduler import Request, Sampled, SlotInput
+from cartridges_jax.serving.scheduler import Request, Sampled, SequenceInput
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 
@@ -74,13 +74,13 @@ TOKENIZER = cast(Tokenizer, ByteTokenizer())
 class ScriptEngine(FakeEngine):
     """Says `script`, whatever it is asked; each step takes `pause` seconds and waits while `gate` is closed."""
 
-    def __init__(self, script: Sequence[int], num_slots: int = 4, max_length: int = 400, pause: float = 0.0):
-        super().__init__(num_slots, max_length, vocab=257)
+    def __init__(self, script: Sequence[int], max_num_seqs: int = 4, max_length: int = 400, pause: float = 0.0):
+        super().__init__(max_num_seqs, max_length, vocab=257)
         self.script, self.pause, self.gate = script, pause, threading.Event()
         self.gate.set()
         self.steps = 0
 
-    def decode(self, inputs: Sequence[SlotInput]) -> list[Sampled]:
+    def decode(self, inputs: Sequence[SequenceInput]) -> list[Sampled]:
         assert self.gate.wait(10)
         time.sleep(self.pause)
         self.steps += 1
@@ -208,7 +208,7 @@ def test_a_whole_answer():
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == len(prompt) - 1
         assert "token_ids" not in again["choices"][0] and "prompt_token_ids" not in again
 
-    serving(ScriptEngine(SAID, num_slots=2), test)
+    serving(ScriptEngine(SAID, max_num_seqs=2), test)
 
 
 def test_a_streamed_answer_is_the_whole_one():
@@ -266,7 +266,7 @@ def test_length_and_ignored_ends():
         assert reply["choices"][0]["token_ids"] == (SAID * 2)[:13]
         assert reply["choices"][0]["message"]["content"] == "Grüße!Grü"
         _, reply = await client.chat(ignore_eos=True)
-        assert reply["usage"]["total_tokens"] == 100, "without max_tokens an answer may fill its slot"
+        assert reply["usage"]["total_tokens"] == 100, "without max_tokens an answer may be as long as a request"
 
     serving(ScriptEngine(SAID, max_length=100), test)
 
@@ -520,7 +520,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(stream):
-    engine = ScriptEngine(list(b"abc"), num_slots=1, pause=0.005)
+    engine = ScriptEngine(list(b"abc"), max_num_seqs=1, pause=0.005)
 
     async def test(client: Client) -> None:
         with pytest.raises(asyncio.TimeoutError):
@@ -536,7 +536,7 @@ def test_a_client_that_goes_away_frees_its_slot(stream):
 
 
 def test_a_stop_string_frees_the_slot():
-    engine = ScriptEngine(list(b"abc"), num_slots=1, pause=0.002)
+    engine = ScriptEngine(list(b"abc"), max_num_seqs=1, pause=0.002)
 
     async def test(client: Client) -> None:
         assert (await client.chat(stop="cab"))[1]["usage"]["completion_tokens"] == 5
@@ -547,12 +547,12 @@ def test_a_stop_string_frees_the_slot():
 
 
 def test_a_full_queue_is_said():
-    engine = ScriptEngine(SAID, num_slots=1)
+    engine = ScriptEngine(SAID, max_num_seqs=1)
     engine.gate.clear()
 
     async def test(client: Client) -> None:
         first = asyncio.create_task(client.chat())
-        await until(lambda: engine.prefilled > 0)  # it has the slot, and the engine is in its first step
+        await until(lambda: engine.prefilled > 0)  # it runs, and the engine is in its first step
         others = [asyncio.create_task(client.chat()) for _ in range(6)]
         await until(lambda: any(task.done() for task in others))
         status, reply = next(task for task in others if task.done()).result()
@@ -570,7 +570,7 @@ def test_a_full_queue_is_said():
 
 
 def test_all_choices_or_none():
-    engine = ScriptEngine(SAID, num_slots=2, pause=0.05)
+    engine = ScriptEngine(SAID, max_num_seqs=2, pause=0.05)
 
     async def test(client: Client) -> None:
         busy = asyncio.create_task(client.chat(n=2))
@@ -583,7 +583,7 @@ def test_all_choices_or_none():
 
 
 def test_stopping_ends_what_runs():
-    engine = ScriptEngine(list(b"abc"), num_slots=1, pause=0.01)
+    engine = ScriptEngine(list(b"abc"), max_num_seqs=1, pause=0.01)
 
     async def body() -> None:
         sock = serve.bind("127.0.0.1", 0)
@@ -599,8 +599,8 @@ def test_stopping_ends_what_runs():
             chunks = await tasks[1]
             assert not chunks or chunks[-1]["error"]["code"] == "stopping"
 
-    # Either may still wait for the only slot; a stream that waits is refused with a status.
-    engine.num_slots = 2
+    # Either may still wait for the other one; a stream that waits is refused with a status.
+    engine.max_num_seqs = 2
     engine.__post_init__()
     asyncio.run(body())
 
@@ -608,7 +608,7 @@ def test_stopping_ends_what_runs():
 def test_a_failed_engine_is_said():
     engine = ScriptEngine(SAID)
 
-    def fail(inputs: Sequence[SlotInput]) -> list[Sampled]:
+    def fail(inputs: Sequence[SequenceInput]) -> list[Sampled]:
         raise RuntimeError("out of memory")
 
     engine.decode = fail
@@ -664,7 +664,8 @@ def test_a_signal_stops_the_server(number):
     ("options", "words"),
     [
         (["--cartridges=no-such-folder"], "not a folder"),
-        (["--slots=0"], "--slots is 0"),
+        (["--max-num-seqs=0"], "--max-num-seqs is 0"),
+        (["--slots=4"], "--slots is called --max-num-seqs now"),
         (["--port=70000"], "--port is 70000"),
         (["--max-length=1"], "--max-length is 1"),
     ],

@@ -33,7 +33,7 @@ def test_a_document_becomes_conversations(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(engines, "PREFILL_SIZES", {256: 1})  # compiling the others takes longer than they save here
     (tmp_path / "document.txt").write_text(tiny.TEXT)
     model = tiny.model()
-    engine = engines.Engine(model, num_slots=4, max_length=1024, max_top_logprobs=TOP, batch_sizes=[4])
+    engine = engines.Engine(model, max_num_seqs=4, max_length=1024, max_top_logprobs=TOP, batch_sizes=[4])
     store = CartridgeStore(tmp_path / "none", cj.Cartridge.load)
     with running(Server(engine, model.tokenizer, store, "tiny", rng=random.Random(0))) as root:
         config = SynthConfig(

@@ -17,17 +17,17 @@ from running import running  # pyrefly: ignore[missing-import] (pytest puts this
 
 import cartridges_jax as cj
 from cartridges_jax.chat import Chat
-from cartridges_jax.evaluate import Condition, EvalConfig, _asked
 from cartridges_jax.initial.initializers import InitConfig
 from cartridges_jax.serving import engine as engines
 from cartridges_jax.serving import generate as generation
-from cartridges_jax.serving.calls import Reader
 from cartridges_jax.serving.protocol import Fields
+from cartridges_jax.serving.requests import Reader
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.data import example_of
 from cartridges_jax.training.evals import during
+from cartridges_jax.training.evals.conditions import Condition, EvalConfig, _asked
 from cartridges_jax.training.evals.during import Evals, EvalsConfig, GenerationEval
 from cartridges_jax.training.evals.questions import Question
 from cartridges_jax.training.run import train
@@ -62,7 +62,7 @@ def test_the_same_ids_in_all_places(
     tokenizer = model.tokenizer
     (tmp_path / "document.txt").write_text(tiny.TEXT)
     cartridges = tmp_path / "cartridges"
-    engine = engines.Engine(model, num_slots=4, max_length=1024, max_top_logprobs=5, batch_sizes=[4])
+    engine = engines.Engine(model, max_num_seqs=4, max_length=1024, max_top_logprobs=5, batch_sizes=[4])
     store = CartridgeStore(cartridges, lambda path: cj.Cartridge.load(path, model=model))
     with running(Server(engine, tokenizer, store, "thinker", rng=random.Random(0))) as root:
         config = SynthConfig(
@@ -157,11 +157,11 @@ def test_a_text_behind_a_cartridge_begins_no_text(tmp_path: Path):
     model = dataclasses.replace(tiny.model(), tokenizer=tokenizer)
     cj.Cartridge.from_tokens(model, [1, 2, 3]).save(tmp_path / "c.safetensors")
     store = CartridgeStore(tmp_path, lambda path: cj.Cartridge.load(path, model=model))
-    engine = engines.Engine(model, num_slots=1, max_length=256, max_top_logprobs=1, batch_sizes=[1])
+    engine = engines.Engine(model, max_num_seqs=1, max_length=256, max_top_logprobs=1, batch_sizes=[1])
     reader = Reader(engine, tokenizer, store, "tiny", max_choices=1, rng=random.Random(0))
     turns = [{"role": "user", "content": "Who sleeps in box 3?"}]
     text = tokenizer.render_turns(turns, add_generation_prompt=True)
-    call = reader.completion(Fields({"model": "tiny:c", "prompt": text}))
-    assert list(call.requests[0].prompt) == tokenizer.turn_ids(turns, add_generation_prompt=True)
+    generation = reader.completion(Fields({"model": "tiny:c", "prompt": text}))
+    assert list(generation.requests[0].prompt) == tokenizer.turn_ids(turns, add_generation_prompt=True)
     alone = reader.completion(Fields({"model": "tiny", "prompt": text}))
     assert list(alone.requests[0].prompt) == tokenizer.encode(text, add_special_tokens=True)

@@ -95,10 +95,10 @@ def test_programs_are_kept_for_the_next_start(tmp_path: Path, told: str | None):
 
 
 def test_what_fits_is_said():
-    engine = Engine(tiny.model(), num_slots=3, max_length=200, cache_tokens=1000)
+    engine = Engine(tiny.model(), max_num_seqs=3, max_length=200, cache_tokens=1000)
     said = serve.memory_of(engine, 2**20)
     assert said.startswith("keys and values: 1,024 positions in 1.00 GiB, room for 2 of 3 requests of 200 at once")
     with pytest.raises(UserError, match="cache_tokens is 100, expected at least 384 for a request of 200"):
-        Engine(tiny.model(), num_slots=3, max_length=200, cache_tokens=100)
+        Engine(tiny.model(), max_num_seqs=3, max_length=200, cache_tokens=100)
     with pytest.raises(UserError, match="--cache-tokens is 0"):
         serve.main(["--cache-tokens=0"])

@@ -18,6 +18,7 @@ from cartridges_jax.models.params import Params, weight_specs
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import Example, PackedRows
+from cartridges_jax.training.evals.questions import answer_examples
 from cartridges_jax.training.losses import Tail, loss_sum
 
 ROW = 512  # tokens of a packed row, or as many as the longest example has
@@ -54,6 +55,14 @@ def answer_loss(
         loss, targets = _loss(cartridge, model.params, batch, config=model.config, tail=tail, mesh=mesh)
         total, count = total + float(loss), count + float(targets)
     return total, int(count)
+
+
+def answer_nll(
+    model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> float:
+    """Returns the negative log-likelihood of answers behind their prompts and the prefix, in nats per answer token."""
+    total, count = answer_loss(model, prefix, answer_examples(prompts, answers))
+    return total / count
 
 
 @functools.partial(jax.jit, static_argnames=("config", "tail", "mesh"))

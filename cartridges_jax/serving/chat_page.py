@@ -1,4 +1,7 @@
-"""The page at `/`: its files, and the document that it compares a cartridge with. It asks the API like any client."""
+"""The chat page at `/`: its files, and the document that it compares a cartridge with.
+
+It asks the API as any client does.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ PREFIX = "/page/"
 
 
 def routes(document: str | None) -> Sequence[web.RouteDef]:
-    """Anyone may see the page; the document, like the API, needs the key."""
+    """The routes of the chat page, which anyone may see, and of the document, which needs the key as the API does."""
 
-    async def told(_: web.Request) -> web.Response:
+    async def send_document(_: web.Request) -> web.Response:
         if document is None:
             raise ApiError(404, "this server was started without --document", code="no_document")
         return web.Response(text=document)
 
-    return [web.get("/", _file), web.get(f"{PREFIX}{{name}}", _file), web.get("/document", told)]
+    return [web.get("/", _file), web.get(f"{PREFIX}{{name}}", _file), web.get("/document", send_document)]
 
 
 async def _file(request: web.Request) -> web.Response:

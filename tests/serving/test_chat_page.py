@@ -57,7 +57,7 @@ def serve_page(folder: Path) -> Iterator[Callable[..., str]]:
     servers = []
 
     def start(said: str = SAID, pause: float = 0.0, **options: Any) -> str:
-        engine = ScriptEngine([*said.encode(), END], num_slots=2, max_length=900, pause=pause)
+        engine = ScriptEngine([*said.encode(), END], max_num_seqs=2, max_length=900, pause=pause)
         store = CartridgeStore(folder, FakeCartridge, compose=FakeCartridge.compose)
         options = {"kv_bytes_per_token": 1000, "document": DOCUMENT, **options}
         server = running(Server(engine, TOKENIZER, store, "tiny", rng=random.Random(0), **options))
@@ -176,7 +176,7 @@ def test_errors_are_shown(serve_page: Callable[..., str], open_page: Callable[..
     page.select_option("#cartridge", "")
     page.fill("#question", "x" * 1000)
     page.click("#send")
-    expect(page.locator(".figures .error")).to_contain_text("a slot has 900")
+    expect(page.locator(".figures .error")).to_contain_text("and may have 900")
 
 
 def test_the_key_is_asked_for(serve_page: Callable[..., str], open_page: Callable[..., Page]):

@@ -1,4 +1,4 @@
-"""From a request's body to a `Call`: what to answer, checked.
+"""From the body of an HTTP request to a `GenerationRequest`: what to answer, checked.
 
 API shapes: OpenAI's chat completions and completions, with vLLM's `return_token_ids`, `return_tokens_as_token_ids`,
 `prompt_logprobs` and `chat_template_kwargs`, and Tokasaurus' `cartridges`, `logprobs_in_fingerprint` and
@@ -32,12 +32,12 @@ from cartridges_jax.serving.scheduler import Engine, Request
 from cartridges_jax.serving.store import CartridgeStore, Reference, UnknownCartridge
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
-MAX_LOGPROBS = 1 << 21  # of all answers that are told in one piece; each costs a few hundred bytes until it is sent
+MAX_LOGPROBS = 1 << 21  # in all answers that are sent in one piece; each costs a few hundred bytes until then
 
 
 @dataclass(frozen=True)
-class Call:
-    """Answers that are asked for; its requests, one for each prompt, lack what only the engine thread knows."""
+class GenerationRequest:
+    """Asks for answers. Its `requests`, one for each prompt, lack what only the engine thread knows."""
 
     kind: Literal["chat", "text"]
     model: str
@@ -78,7 +78,7 @@ class Reader:
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
         self._max_choices, self._rng = max_choices, rng
 
-    def chat(self, fields: Fields, fingerprint: bool = False) -> Call:
+    def chat(self, fields: Fields, fingerprint: bool = False) -> GenerationRequest:
         messages, tagged = take_tags(read_messages(fields.get("messages")))
         if not messages:
             refuse("messages", fields.get("messages"), "a message beside the cartridge's")
@@ -91,7 +91,7 @@ class Reader:
         prompt = self.encode_chat(messages, fields, encode)
         is_open = bool(cartridges) and _thinking(fields) is None
         max_tokens = fields.integer("max_tokens", None, 1, SEEDS)
-        return self._call(
+        return self._read_shared(
             fields,
             [prompt],
             top_logprobs,
@@ -104,10 +104,10 @@ class Reader:
             in_mode=functools.partial(self.encode_chat, messages, fields, encode) if is_open else None,
         )
 
-    def completion(self, fields: Fields, fingerprint: bool = False) -> Call:
+    def completion(self, fields: Fields, fingerprint: bool = False) -> GenerationRequest:
         model, cartridges = self._read_model(fields, ())
         logprobs = fields.integer("logprobs", None, 0, self._engine.max_top_logprobs)
-        return self._call(
+        return self._read_shared(
             fields,
             self._read_prompts(fields, bool(cartridges)),
             logprobs or 0,
@@ -144,8 +144,10 @@ class Reader:
             refuse(name, ids, f"a list of token ids from 0 to {size - 1}")
         return tuple(ids)
 
-    def _call(self, fields: Fields, prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any) -> Call:
-        """The part that all routes share."""
+    def _read_shared(
+        self, fields: Fields, prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any
+    ) -> GenerationRequest:
+        """Reads the fields that all routes share."""
         for name, neutral in UNSUPPORTED.items():
             if fields.get(name) not in (None, neutral):
                 refuse(name, fields.get(name), "nothing: this server does not support it")
@@ -169,7 +171,7 @@ class Reader:
         n = fields.integer("n", 1, 1, self._max_choices)
         if n * len(prompts) > self._max_choices:
             refuse("n", n, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
-        call = Call(
+        generation = GenerationRequest(
             **known,
             requests=tuple(replace(request, prompt=prompt) for prompt in prompts),
             n=n,
@@ -181,19 +183,19 @@ class Reader:
             prompt_logprobs=prompt_logprobs,
             packed=packed,
         )
-        check_logprobs(self.num_logprobs(call), "top_logprobs" if call.kind == "chat" else "logprobs")
-        return call
+        check_logprobs(self.num_logprobs(generation), "top_logprobs" if generation.kind == "chat" else "logprobs")
+        return generation
 
-    def num_logprobs(self, call: Call) -> int:
-        """How many log-probabilities its answers have at most, of those that are kept until all is said."""
-        if call.stream or not call.logprobs:
+    def num_logprobs(self, generation: GenerationRequest) -> int:
+        """The most log-probabilities that are kept until its answers are complete; none if they are streamed."""
+        if generation.stream or not generation.logprobs:
             return 0
         longest = self._engine.max_length
-        tokens = min(call.max_tokens or longest, longest)
-        return call.num_choices * tokens * (1 + call.requests[0].top_logprobs)
+        tokens = min(generation.max_tokens or longest, longest)
+        return generation.num_choices * tokens * (1 + generation.requests[0].top_logprobs)
 
     def _read_prompts(self, fields: Fields, behind_cartridge: bool) -> list[tuple[int, ...]]:
-        """A text, a list of token ids, or a list of either."""
+        """The prompts of `prompt`, which is a text, a list of token ids, or a list of either."""
         prompt = fields.get("prompt")
         single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and type(prompt[0]) is int)
         prompts = [prompt] if single else prompt
@@ -245,7 +247,7 @@ class Reader:
 
 
 def check_logprobs(count: int, param: str) -> None:
-    """Refuses so many in one reply. Raises: ApiError."""
+    """Refuses more log-probabilities than one reply may hold. Raises: ApiError."""
     if count > MAX_LOGPROBS:
         message = (
             f"the answers may have {count:,} log-probabilities, and one reply holds {MAX_LOGPROBS:,}: ask for fewer "

@@ -1,0 +1,218 @@
+"""What a cartridge is worth: the same questions, asked with it and under other conditions.
+
+The questions are asked with nothing, with the document's first p tokens, with the state that training started from,
+with the cartridge, and with the full document in the prompt. Every condition is a prefix of keys and values. That of
+the full document is computed once for all questions, which changes nothing in what the model sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cartridges_jax.cartridge import file as cartridge_file
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.command_line.progress import Progress
+from cartridges_jax.interop import formats
+from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.serving.generate import generate_ids
+from cartridges_jax.training.data import exchanges, read_corpus
+from cartridges_jax.training.evals.during import general_nll
+from cartridges_jax.training.evals.loss import ROW, answer_nll
+from cartridges_jax.training.evals.questions import Question, questions_of
+from cartridges_jax.training.evals.scorers import contains, exact, token_f1
+from cartridges_jax.training.evals.timing import TIMED_TOKENS, time_answers
+from cartridges_jax.training.metrics import METRICS
+from cartridges_jax.training.report import write_report
+from cartridges_jax.training.run import INITIAL
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    cartridge: str  # a file or folder in any format, hf:… or wandb:…
+    corpus: str
+    output_dir: str
+    questions: str | None = None  # JSON lines of {"question", "answer"}
+    held_out: str | None = None  # conversations kept out of training, used when there are no questions
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    max_answer_tokens: int = 32
+    instruction: str = "{question}"  # how a question is put to the model, alike in every condition
+    document_prompt: str = "{document}"  # the system message of the full-document condition
+    num_samples: int = 3  # answers shown in the report
+    thinking: bool | None = None  # whether the model is asked to think first; None: as the cartridge was trained
+
+    def __post_init__(self) -> None:
+        if (self.questions is None) == (self.held_out is None):
+            raise UserError("set exactly one of config.questions and config.held_out: what shall be asked?")
+        if "{question}" not in self.instruction or "{document}" not in self.document_prompt:
+            raise UserError("config.instruction needs {question} and config.document_prompt needs {document}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A way to ask: a prefix, and the chat's messages before the question."""
+
+    name: str
+    prefix: Cartridge | None
+    system: str | None = None
+
+
+def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str, Any]:
+    """Runs every condition, writes `report.json`, `report.md` and `report.png`, and returns the report.
+
+    Raises:
+      FileNotFoundError, UserError: a missing or unusable input, or a cartridge of another model.
+    """
+    questions = read_questions(config)
+    corpus = read_corpus(config.corpus)
+    model = model or load_model(config.model, config.dtype)
+    cartridge = Cartridge.load(config.cartridge, model=model)
+    if config.thinking is None:
+        config = dataclasses.replace(config, thinking=cartridge.thinking)
+    conditions = _conditions(config, model, corpus, cartridge)
+    progress = Progress("evaluating", len(conditions) * 3, "parts")
+    rows = []
+    for condition in conditions:
+        rows.append(_measure(condition, questions, cartridge.num_slots, config, model, progress))
+    progress.close()
+    report = _report(config, model, cartridge, rows)
+    write_report(Path(config.output_dir), report, Path(config.cartridge).parent / METRICS)
+    _record(config, report)
+    return report
+
+
+def _record(config: EvalConfig, report: Mapping[str, Any]) -> None:
+    """Writes what was found into the cartridge's header, if it is a file of our own here."""
+    path = Path(config.cartridge)
+    if not path.is_file() or formats.locate(path)[0] != "safetensors":
+        return
+    told = ("condition", "nll", "gap_closed", "accuracy", "exact", "f1", "context_tokens")
+    evaluation = {
+        "num_questions": report["num_questions"],
+        "off_topic": report["off_topic"],
+        "rows": [{key: row[key] for key in told} for row in report["rows"]],
+    }
+    cartridge_file.record_evaluation(path, json.dumps(evaluation, sort_keys=True))
+
+
+def read_questions(config: EvalConfig) -> list[Question]:
+    """The questions of `config.questions`, or the first exchange of each held-out conversation."""
+    if config.held_out is not None:
+        return [Question(question, answer) for question, answer in exchanges(config.held_out)]
+    assert config.questions is not None
+    return questions_of(config.questions)
+
+
+def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge: Cartridge) -> list[Condition]:
+    p = cartridge.num_slots
+    conditions = [
+        Condition("nothing", None),
+        Condition("first p tokens", Cartridge.from_text(model, corpus, p)),
+    ]
+    initial = Path(config.cartridge).parent / INITIAL
+    if initial.is_file():
+        conditions.append(Condition("initial state", Cartridge.load(initial, model=model)))
+    conditions.append(Condition("cartridge", cartridge))
+    system = config.document_prompt.replace("{document}", corpus)
+    length = len(model.tokenizer.encode(system))
+    if length + ROW <= model.config.max_position_embeddings:
+        conditions.append(Condition("full document", None, system))
+    return conditions
+
+
+def _measure(
+    condition: Condition,
+    questions: Sequence[Question],
+    num_slots: int,
+    config: EvalConfig,
+    model: LanguageModel,
+    progress: Progress,
+) -> dict[str, Any]:
+    asked = [_asked(condition, question, config, model) for question in questions]
+    prompts, references = ([pair[i] for pair in asked] for i in range(2))
+    prefix, tails = condition.prefix, prompts
+    if condition.system is not None:
+        shared = _shared_length(prompts)
+        prefix = Cartridge.from_tokens(model, prompts[0][:shared])
+        tails = [prompt[shared:] for prompt in prompts]
+    nll = answer_nll(model, prefix, tails, references)
+    progress.advance(note=f"{condition.name}: log-likelihood")
+    # conditions with few tokens of context share compiled programs
+    longest = max(map(len, prompts)) + max(config.max_answer_tokens, TIMED_TOKENS)
+    length = min(-(-(num_slots + longest) // 256) * 256, model.config.max_position_embeddings)
+    answers = generate_ids(model, [tuple(tail) for tail in tails], prefix, config.max_answer_tokens, max_length=length)
+    texts = [model.tokenizer.decode(answer).strip() for answer in answers]
+    progress.advance(note=f"{condition.name}: answers")
+    timing = time_answers(model, condition.prefix, prompts[: config.num_samples], length)
+    progress.advance(note=f"{condition.name}: timing")
+    slots = condition.prefix.num_slots if condition.prefix else 0
+    context_tokens = slots if condition.system is None else len(model.tokenizer.encode(condition.system))
+    return {
+        "condition": condition.name,
+        "nll": nll,
+        "accuracy": statistics.mean(contains(text, q.answer) for text, q in zip(texts, questions, strict=True)),
+        "exact": statistics.mean(exact(text, q.answer) for text, q in zip(texts, questions, strict=True)),
+        "f1": statistics.mean(token_f1(text, q.answer) for text, q in zip(texts, questions, strict=True)),
+        "context_tokens": context_tokens,
+        "kv_bytes": context_tokens * model.kv_bytes_per_token,
+        **timing,
+        "answers": [
+            {"question": q.question, "reference": q.answer, "answer": text}
+            for q, text in zip(questions, texts, strict=True)
+        ],
+    }
+
+
+def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts have in common, short of the whole of any of them."""
+    first, shortest = prompts[0], min(map(len, prompts))
+    same = (all(prompt[i] == first[i] for prompt in prompts) for i in range(shortest - 1))
+    return next((i for i, is_same in enumerate(same) if not is_same), shortest - 1)
+
+
+def _asked(
+    condition: Condition, question: Question, config: EvalConfig, model: LanguageModel
+) -> tuple[list[int], list[int]]:
+    """The ids of a question as it is put to the model, and those of its reference."""
+    messages = [{"role": "user", "content": config.instruction.replace("{question}", question.question)}]
+    if condition.system is not None:
+        messages.insert(0, {"role": "system", "content": condition.system})
+    behind_cartridge = condition.prefix is not None
+    return model.tokenizer.answered_ids(
+        messages, question.answer, behind_cartridge=behind_cartridge, thinking=config.thinking
+    )
+
+
+def gap_closed(rows: Sequence[Mapping[str, Any]], condition: str) -> float | None:
+    """(NLL nothing - NLL condition) / (NLL nothing - NLL full document); None without a full document that helps."""
+    nll = {row["condition"]: row["nll"] for row in rows}
+    if "full document" not in nll or nll["nothing"] <= nll["full document"]:
+        return None
+    return (nll["nothing"] - nll[condition]) / (nll["nothing"] - nll["full document"])
+
+
+def _report(
+    config: EvalConfig, model: LanguageModel, cartridge: Cartridge, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    for row in rows:
+        row["gap_closed"] = gap_closed(rows, row["condition"])
+    provenance = dataclasses.asdict(cartridge.provenance)
+    return {
+        "config": dataclasses.asdict(config),
+        "model": model.name,
+        "num_questions": len(rows[0]["answers"]),
+        "num_slots": cartridge.num_slots,
+        "gap_closed": gap_closed(rows, "cartridge"),
+        "off_topic": {
+            "alone": general_nll(model, None, config.thinking),
+            "cartridge": general_nll(model, cartridge, config.thinking),
+        },
+        "provenance": {key: provenance[key] for key in ("recipe", "training_tokens", "training_flops", "weights_hash")},
+        "rows": rows,
+    }

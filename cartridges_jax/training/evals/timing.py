@@ -1,0 +1,46 @@
+"""How long a model takes behind a prefix, one request at a time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.scheduler import Place, Prefix, SlotInput
+
+TIMED_TOKENS = 16  # an answer's tokens, over whose decoding the rate is measured
+
+
+def time_answers(
+    model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], length: int
+) -> dict[str, float]:
+    """At batch size one, medians over prompts: seconds to the first token, context included, and the decoding rate."""
+    held = None if prefix is None else Prefix("timed", prefix.num_slots, prefix)
+    p = 0 if held is None else held.length
+    engine = Engine(model, 1, length, max_top_logprobs=1)
+    place = Place(range(engine.num_pages), p)
+
+    def decode(token: int, position: int, step: int) -> int:
+        [sampled] = engine.harvest(engine.decode([SlotInput(0, token, position, place, 0.0, 1.0, 0, 0, step)]))
+        return sampled.token
+
+    first_token, rate = [], []
+    for prompt in [prompts[0], *prompts]:  # the first run compiles
+        start = time.perf_counter()
+        if held is not None:
+            engine.load(held, place.pages[: -(-p // engine.page_size)])
+        engine.prefill(prompt[:-1], p, place)
+        position = p + len(prompt) - 1
+        token = decode(prompt[-1], position, 0)
+        first_token.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for step in range(1, TIMED_TOKENS):
+            token = decode(token, position + step, step)
+        rate.append((TIMED_TOKENS - 1) / (time.perf_counter() - start))
+    return {
+        "seconds_to_first_token": statistics.median(first_token[1:]),
+        "decode_tokens_per_second": statistics.median(rate[1:]),
+    }
