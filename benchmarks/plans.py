@@ -1,4 +1,4 @@
-"""The README's table of plans: what a training step of four models holds on slices that suit them.
+"""The table of plans in docs/scale.md: what a training step of four models holds on slices that suit them.
 
     python -m benchmarks.plans            # wants `pip install '.[aot]'`; a few minutes
 

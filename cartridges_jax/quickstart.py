@@ -108,11 +108,8 @@ def _synthesize(config_path: str, overrides: list[str], config: ConfigDict, docu
     if dataset.is_file():
         return dataset
     flags = ["--port=0", f"--model={config.synth.client.model}", f"--dtype={config.server.dtype}"]
-    flags += [
-        f"--max-num-seqs={config.server.max_num_seqs}",
-        f"--max-length={config.server.max_length}",
-        "--max-queue=4096",
-    ]
+    flags += [f"--max-num-seqs={config.server.max_num_seqs}", f"--max-length={config.server.max_length}"]
+    flags += ["--max-queue=4096"]
     with server_process([*flags, f"--cartridges={directory}"], directory / "server.log") as url:
         command = [sys.executable, "-m", "synth", f"--config={config_path}:synth"]
         command += [o.replace("--config.synth.", "--config.") for o in overrides if o.startswith("--config.synth.")]
@@ -183,4 +180,4 @@ run directory: {directory} (report.md, report.json)""")
 
 
 if __name__ == "__main__":
-    command_config.run(main)
+    command_config.run(main, {"--config.server.slots": "--config.server.max_num_seqs"})

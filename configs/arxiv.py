@@ -1,21 +1,21 @@
-"""A paper becomes a cartridge: the example of upstream's README, on the paper about cartridges (arXiv 2506.06266).
+"""The paper about cartridges (arXiv 2506.06266) becomes a cartridge, as in the README of its authors' own code.
 
     python -m synth --config=configs/arxiv.py:synth
     python -m cartridges_jax.train --config=configs/arxiv.py:train
     python -m cartridges_jax.evaluate --config=configs/arxiv.py:evaluate
 
-Another paper: `--config.resource.path=arxiv:ID`. Without a network: a folder of LaTeX, or its main file, as the path.
-The text that was read, comments taken out and \\input resolved, lies as corpus.txt beside the dataset: training starts
-from it, and the evaluation asks with all of it in the context.
+`--config.resource.path=arxiv:ID` reads another paper. Without a network, the path may be a folder of LaTeX or its main
+file. The text that was read, without comments and with every \\input resolved, lies as corpus.txt beside the dataset:
+training starts from it, and the evaluation asks with all of it in the context.
 
-As there: chunks of 512 to 1,024 tokens, the five seed prompts with the same chance, 512 conversations, one epoch at a
-learning rate of 2e-2, 32 rows a step, 2,048 slots, the teacher's best 20 tokens (`tail: drop`). Another thing than
-there: slots start from the paper's first tokens instead of another text's, and rows hold 2,048 tokens without cutting
-conversations in two. Questions are conversations kept out of training
-(`cartridges_jax.training.data.split_dataset` makes the files), or your own: `--config.questions=FILE.jsonl`.
+The settings are those of that README: chunks of 512 to 1,024 tokens, the five seed prompts with the same chance, 512
+conversations, one epoch at a learning rate of 2e-2, 32 rows a step, 2,048 slots, and the teacher's best 20 tokens
+(`tail: drop`). Two things differ: slots start from the paper's first tokens instead of another text's, and rows hold
+2,048 tokens without cutting conversations in two. Questions are conversations that were kept out of training
+(`cartridges_jax.training.data.split_dataset` makes the files), or your own with `--config.questions=FILE.jsonl`.
 
-Hardware: an inference server of Qwen3-4B (vLLM, SGLang or `cartridges_jax.serve`) and a GPU or TPU of 24 GB or more for
-training. Not measured here; on two CPU cores use configs/quickstart.py with `--config.synth.resource.path`.
+Hardware: an inference server of Qwen3-4B (vLLM, SGLang or `cartridges_jax.serve`), and a GPU or TPU with 24 GB for
+training. This has not been measured here; two CPU cores can run configs/quickstart.py on another `synth.resource.path`.
 """
 
 from ml_collections import ConfigDict, config_dict

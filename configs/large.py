@@ -3,10 +3,11 @@
     python -m cartridges_jax.plan --config=configs/large.py:train --topology=v5e-16 --what=sweep
     python -m cartridges_jax.train --config=configs/large.py:train --config.distributed=True
 
-Hardware: by the plan, v5e-16 (a chip's peak is 7.4 of 16 GiB) or eight A100 (10.1 of 74.5 GiB); the mesh is for
-8 devices or a multiple: `--config.mesh.fsdp` for others. Another model: `--config.model=Qwen/Qwen3-4B`, in all stages.
-Self-study takes an inference server of the same model at `client.base_url`. Never run yet: what to expect is the
-paper's, and the time is the plan's.
+Hardware: by the plan, v5e-16 (a chip's peak is 7.4 of 16 GiB) or eight A100 (10.1 of 74.5 GiB). The mesh is for 8
+devices or a multiple; `--config.mesh.fsdp` sets another. `--config.model=Qwen/Qwen3-4B` takes another model and has to
+be given to every stage.
+Self-study needs an inference server of the same model at `client.base_url`. This config has not been run yet: its
+settings are the paper's, and its time is what the plan estimates.
 """
 
 from ml_collections import ConfigDict

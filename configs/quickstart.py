@@ -3,26 +3,27 @@
     make quickstart
     make quickstart DOC=file.txt QUESTIONS=file.jsonl
 
-One stage alone: `python -m synth --config=configs/quickstart.py:synth`, and the like with `train` and `evaluate`.
+`python -m synth --config=configs/quickstart.py:synth` runs one stage alone; `train` and `evaluate` have commands, too.
 
-Hardware: 2 CPU cores and 4 GB of memory, about 6 minutes without the installation: 2 of self-study, 1 of training, 2 of
-evaluation (twice that on older or busy ones). Expected on examples/document.txt: gap closed 0.87 with 500 slots for
-2,002 tokens (0.83 from attention matching, the rest from 25 steps), and 27 % of the answers against 29 % with the full
-document; in bfloat16, which a CPU with AMX gets, 0.85.
+Hardware: 2 CPU cores and 4 GB of memory take about 6 minutes after the installation, 2 of them for self-study, 1 for
+training and 2 for evaluation; older or busy cores take twice as long. Expected on examples/document.txt: 500 slots for
+2,002 tokens close 0.87 of the gap in likelihood between answers without the document and with all of it (0.83 come from
+attention matching, the rest from 25 steps), and 27 % of the answers are right, against 29 % with the full document. In
+bfloat16, which a CPU with AMX gets, 0.85 of the gap is closed.
 
-What was found while tuning it:
+What was found while tuning these settings:
 - A model of 135M parameters finds nothing to ask in a whole chunk: with the paper's five seed prompts its answers owe
-  the text 0.4 to 0.8 nats per token (benchmarks/teacher_gain.py). Shown one sentence of the chunk it asks well
-  (`sentence`); the beginning of a sentence is a question of its own (`cloze`). Half of each.
+  the text 0.4 to 0.8 nats per token (benchmarks/teacher_gain.py). It asks well when it is shown one sentence of the
+  chunk (`sentence`), and the beginning of a sentence is a question of its own (`cloze`). Each makes half of them here.
 - The chunk alone is the best system prompt: every sentence of instruction is one more thing to talk about.
-- Greedy answers of at most 40 tokens: beyond, and at higher temperatures, the model invents.
-- The loss needs the tail of the teacher's distribution (`tail: bucket`). Told of the best 20 tokens only (`drop`), the
-  student takes all weight from the others, and most reference answers begin outside those 20.
-- Attention matching starts at a gap closed of 0.8. Behind it, 480 conversations carry a learning rate of 4e-3 for one
-  epoch (a second, or 1e-2, gives back what was won); 1,440 carry 1e-2 for two (`configs/longer.py`).
+- Answers are greedy and have at most 40 tokens: beyond that, and at higher temperatures, the model invents.
+- The loss needs the tail of the teacher's distribution (`tail: bucket`). A student that learns of the best 20 tokens
+  only (`drop`) takes all weight from the others, and most reference answers begin outside those 20.
+- Attention matching alone closes 0.8 of the gap. From there, 480 conversations bear a learning rate of 4e-3 for one
+  epoch (a second epoch, or 1e-2, loses what was won), and 1,440 bear 1e-2 for two (`configs/longer.py`).
 - A system message that the chat template adds by itself, between the cartridge and the question, costs 1.4 nats per
   answer token; behind a cartridge it is left out (`Tokenizer.render_turns`).
-- Training multiplies in bfloat16 where the CPU has units for it (AMX), twice as fast; decoding stays in float32.
+- Training multiplies in bfloat16 where the CPU has units for it (AMX), which is twice as fast. Decoding is in float32.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -1,4 +1,4 @@
-"""Every file of configs/ builds, stage by stage, and its stages name each other's files."""
+"""Every config in configs/ can be built, stage by stage, and a stage reads the files that an earlier one writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_stage_builds(name: str):
     trained, evaluated = stage(name, TrainConfig, "train"), stage(name, EvalConfig, "evaluate")
     assert trained.dataset == f"{made.output_dir}/dataset.parquet"
     assert evaluated.cartridge == f"{trained.output_dir}/cartridge.safetensors"
-    # a text file is the corpus itself; of anything else, synthesis leaves the text that it read
+    # A text file is the corpus itself. Synthesis writes down the text that it has read of anything else.
     corpus = made.resource.path if made.resource.found_kind() == "text" else f"{made.output_dir}/corpus.txt"
     assert trained.corpus == evaluated.corpus == corpus
 

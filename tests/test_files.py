@@ -16,7 +16,7 @@ from cartridges_jax.command_line.errors import UserError
 
 EXAMPLE = "examples/document.txt"  # the package brings it
 
-# all that `str.splitlines` takes for an end of line, and JSON for a character
+# `str.splitlines` takes each of these for the end of a line, and JSON takes it for a character.
 BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 
 

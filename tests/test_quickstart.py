@@ -1,4 +1,4 @@
-"""The whole way, from a document to a report, as a user or the notebook runs it: real processes, a tiny model."""
+"""The quickstart goes from a document to a report, in real processes and with a tiny model; so does the notebook."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _code_cells() -> list[dict[str, Any]]:
 
 
 def _notebook(folder: Path, document: Path) -> subprocess.CompletedProcess[str]:
-    """Its cells, first to last, in a folder that has what a clone has; plain Python, which needs no Jupyter."""
+    """Runs its cells in order, as plain Python that needs no Jupyter, in a folder that has what a clone has."""
     for name in ("configs", "examples"):
         (folder / name).symlink_to(ROOT / name)
     cells = "\n".join("".join(cell["source"]) for cell in _code_cells())
@@ -55,7 +55,7 @@ def _notebook(folder: Path, document: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_from_a_document_without_questions_to_a_report_and_again_in_the_notebook(tmp_path: Path):
-    """The notebook runs the same command: what that has made is there, and the last cell chats with it."""
+    """The notebook runs the same command, finds what the first run has made, and its last cell chats with that."""
     document = tmp_path / "animals.txt"
     document.write_text(tiny.TEXT[:800], encoding="utf-8")
     first = _quickstart(tmp_path, f"--document={document}")
@@ -84,6 +84,12 @@ def test_the_notebook_keeps_no_output_and_every_cell_is_python():
     for cell in _code_cells():
         assert cell["outputs"] == [] and cell["execution_count"] is None
         compile("".join(cell["source"]), "cell", "exec")
+
+
+def test_a_setting_of_an_earlier_version_is_answered_with_its_new_name(tmp_path: Path):
+    run = _quickstart(tmp_path, "--config.server.slots=8")
+    assert (run.returncode, run.stdout) == (2, "") and not (tmp_path / "runs").exists()
+    assert run.stderr == "error: --config.server.slots has a new name: write --config.server.max_num_seqs\n"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The wheel, built and installed as a user has it: what it brings, and that its commands work in an empty folder."""
+"""A wheel is built and installed: it brings two packages and what they need, and commands work in an empty folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, since setuptools leaves files behind and takes in what it left before."""
+    """The wheel is built from a copy, since setuptools leaves files behind and takes in what it left before."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_COPIED, symlinks=True)
     offline = ("--no-deps", "--no-index", "--no-build-isolation")
@@ -41,7 +41,7 @@ def installed(wheel: Path) -> Path:
 
 
 def files_of(folder: Path) -> set[str]:
-    """The paths inside a folder, without what Python and an editor leave there."""
+    """Returns the paths of a folder's files, except those that Python and editors leave there."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {str(path) for path in paths if path.parts[-2:-1] != ("__pycache__",) and not path.name.startswith(".")}
 
@@ -70,21 +70,20 @@ def test_the_wheel_brings_two_packages_and_every_file_of_theirs(wheel: Path):
     assert names == expected
 
 
-def test_the_shipped_config_and_its_document_are_found_in_an_empty_folder(installed: Path, tmp_path: Path):
-    status, said = run(installed, tmp_path, "synth", "--config=configs/quickstart.py:synth", "--config.dry_run=True")
+def test_a_shipped_config_the_one_it_imports_and_its_document_are_found(installed: Path, tmp_path: Path):
+    status, said = run(installed, tmp_path, "synth", "--config=configs/longer.py:synth", "--config.dry_run=True")
     assert status == 0 and "Harn Point Tide Station" in said, said
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["arxiv", "large"])
-def test_training_from_a_shipped_config_asks_for_what_synthesis_makes(installed: Path, tmp_path: Path, name: str):
-    status, said = run(installed, tmp_path, "cartridges_jax.train", f"--config=configs/{name}.py:train")
-    assert status == 2 and said.startswith("error: runs/") and said.count("\n") == 1, said
-    assert "does not exist: " in said
+def test_training_from_a_shipped_config_asks_for_what_synthesis_makes(installed: Path, tmp_path: Path):
+    status, said = run(installed, tmp_path, "cartridges_jax.train", "--config=configs/arxiv.py:train")
+    assert status == 2 and said.startswith("error: runs/arxiv/synth/corpus.txt does not exist: "), said
+    assert said.count("\n") == 1
 
 
 def test_a_config_that_is_nowhere_names_both_places_and_what_is_shipped(installed: Path, tmp_path: Path):
-    status, said = run(installed, tmp_path, "cartridges_jax.train", "--config=configs/quikstart.py:train")
+    status, said = run(installed, tmp_path, "synth", "--config=configs/quikstart.py:synth")
     assert status == 2 and said.startswith("error: config file 'configs/quikstart.py'") and said.count("\n") == 1, said
     assert str(tmp_path) in said and str(installed / "cartridges_jax") in said
     assert all(f"configs/{name}.py" in said for name in ("arxiv", "large", "longer", "quickstart"))
@@ -92,8 +91,8 @@ def test_a_config_that_is_nowhere_names_both_places_and_what_is_shipped(installe
 
 @pytest.mark.slow
 def test_the_quickstart_begins_in_an_empty_folder(installed: Path, tmp_path: Path):
-    """Its server starts and its conversations about the shipped document are made; what follows reads no shipped file
-    that is not read by then."""
+    """Its server starts and makes conversations about the shipped document. The later stages read no other shipped file
+    but the questions, which are read first of all."""
     settings = {"synth.client.model": tiny.folder(), "train.model": tiny.folder(), "synth.num_conversations": 6}
     options = [f"--config.{key}={value}" for key, value in settings.items()]
     with start(installed, tmp_path, "cartridges_jax.quickstart", *options) as process:

@@ -1,4 +1,4 @@
-"""One word, one meaning: no name that design §12 replaced is given to anything again."""
+"""A word has one meaning, and the field's word is taken where it has one: the names that others replaced stay away."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TREES = ("cartridges_jax", "synth", "benchmarks", "tests")
 FILES = sorted(path for tree in TREES for path in (ROOT / tree).rglob("*.py"))
-# A name may end in its array's axes, as `total_km` does.
 AXES = re.compile(r"_[a-z]{1,4}$")
-Kind = Literal["class", "function", "field", "name", "part", "flag"]
+Kind = Literal["class", "function", "field", "name", "array", "part", "flag"]
 
 ENGINE = ("cartridges_jax/serving/engine", "cartridges_jax/serving/scheduler")
 DECODE = ("cartridges_jax/kernels/decode", "cartridges_jax/kernels/prefix_decode")
@@ -26,12 +25,16 @@ BREAKER = ("synth/endpoint", "synth/fleet")
 
 
 class Word(NamedTuple):
-    """A replaced word, and what it named; a name is any argument, variable, field or function, a part is one of it."""
+    """A replaced word, and what it named.
+
+    A "name" is that of any argument, variable, field or function. An "array" is a name that may end in axes, such as
+    `total_km`, and a "part" is what stands between a name's underscores.
+    """
 
     old: str
     new: str
     kind: Kind
-    paths: tuple[str, ...] = TREES  # what it means elsewhere is another matter
+    paths: tuple[str, ...] = TREES  # where it had that meaning: a path begins with one of these
 
 
 WORDS = (
@@ -40,8 +43,8 @@ WORDS = (
     Word("ModelConfig.window", "max_position_embeddings", "field"),
     Word("Plan", "AttentionMetadata, BlockSizes or Candidate", "class"),
     Word("Reading", "AttentionMetadata", "class"),
-    Word("members", "shared_mask", "name", (*DECODE, *ENGINE, "tests/kernels")),
-    Word("reader", "seq_ids", "name", (*DECODE, *ENGINE, "tests/kernels")),
+    Word("members", "shared_mask", "array", (*DECODE, *ENGINE, "tests/kernels")),
+    Word("reader", "seq_ids", "array", (*DECODE, *ENGINE, "tests/kernels")),
     Word("count", "kv_lens", "field", DECODE),
     Word("first", "starts", "field", DECODE),
     Word("page", "block_table", "field", DECODE),
@@ -49,10 +52,10 @@ WORDS = (
     Word("place", "block_table or slot_mapping", "name", (*ENGINE, "cartridges_jax/serving/decoder")),
     Word("page", "slot_mapping", "name", ("cartridges_jax/serving/decoder",)),
     Word("Step.page", "slot_mapping", "field"),
-    Word("top", "running_max", "name", SOFTMAX),
-    Word("total", "denominator", "name", SOFTMAX),
-    Word("kept", "rescale", "name", SOFTMAX),
-    Word("weights", "probs", "name", SOFTMAX),
+    Word("top", "running_max", "array", SOFTMAX),
+    Word("total", "denominator", "array", SOFTMAX),
+    Word("kept", "rescale", "array", SOFTMAX),
+    Word("weights", "probs", "array", SOFTMAX),
     Word("wishes", "sampling_params", "name", ("cartridges_jax", "tests/serving")),
     Word("Call", "GenerationRequest", "class", SERVING),
     Word("Job", "PendingRequest or TrainingRun", "class"),
@@ -92,7 +95,7 @@ class Given(NamedTuple):
 
 
 def given(tree: ast.AST, owner: str = "") -> Iterator[Given]:
-    """Every name that code gives to something, whatever reads it: who gives it another name renames those who do."""
+    """Yields every name that code gives to something. Where a name is read, it has to be the one that was given."""
     for node in ast.iter_child_nodes(tree):
         match node:
             case ast.ClassDef():
@@ -111,7 +114,7 @@ def given(tree: ast.AST, owner: str = "") -> Iterator[Given]:
             case ast.Constant(value=str(text)):
                 for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
                     yield Given("flag", flag, node.lineno)
-            case ast.Dict():  # of flags with their new names
+            case ast.Dict():  # its keys may be old flags, each with its new name
                 yield from (one for value in node.values for one in given(ast.Expression(value), owner))
                 continue
         is_in_class = isinstance(node, ast.AnnAssign | ast.Assign)
@@ -121,11 +124,10 @@ def given(tree: ast.AST, owner: str = "") -> Iterator[Given]:
 def is_called(word: Word, one: Given) -> bool:
     if word.kind == "part":
         return one.kind == "name" and word.old in one.name.lower().split("_")
-    if one.kind != word.kind:
-        return False
-    name = one.name.rpartition(".")[2] if "." not in word.old else one.name
-    without_axes = AXES.sub("", name) if one.kind in ("field", "name") else name
-    return word.old in (name.lstrip("_"), without_axes.lstrip("_"))
+    if word.kind == "array":
+        return one.kind == "name" and word.old in (one.name, AXES.sub("", one.name))
+    name = one.name if "." in word.old else one.name.rpartition(".")[2]
+    return one.kind == word.kind and word.old == name.lstrip("_")
 
 
 @functools.cache
@@ -140,7 +142,7 @@ def test_a_replaced_word_names_nothing(word: Word):
         short = path.relative_to(ROOT).as_posix()
         if short.startswith(word.paths):
             found += [f"{short}:{one.line}" for one in names_of(path) if is_called(word, one)]
-    assert not found, f"{word.old} is called {word.new} now (design §12): {', '.join(found)}"
+    assert not found, f"{word.old} is called {word.new} now: {', '.join(found)}"
 
 
 CODE = """
@@ -178,7 +180,10 @@ def test_the_walk_sees_every_name_that_is_given_and_no_other():
         ("name", "wishes"),
     }
     assert is_called(Word("Plan.window", "", "field"), Given("field", "Plan.window", 1))
-    assert is_called(Word("top", "", "field"), Given("field", "Plan.top_km", 1))
+    assert is_called(Word("window", "", "field"), Given("field", "Plan.window", 1))
+    assert is_called(Word("top", "", "array"), Given("name", "top_km", 1))
+    assert not is_called(Word("top", "", "name"), Given("name", "top_k", 1))
+    assert is_called(Word("let_go", "", "function"), Given("function", "_let_go", 1))
     assert not is_called(Word("split", "", "function"), Given("name", "split", 1))
     assert is_called(Word("shut", "", "part"), Given("name", "_SHUT_AFTER", 1))
     assert not is_called(Word("shut", "", "part"), Given("name", "shutter", 1))

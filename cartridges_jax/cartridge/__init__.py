@@ -1,1 +1,1 @@
-"""The cartridge: its arrays, its file, where it comes from, and how several are put together."""
+"""The cartridge: its arrays, its file, its provenance, and how several are composed."""

@@ -1,7 +1,7 @@
-"""A cartridge: p key/value slots per layer that stand in for a text (arXiv 2506.06266), and where it comes from.
+"""A cartridge: in every layer p slots, each a key and a value, that stand in for a text (arXiv 2506.06266).
 
-Keys are stored after RoPE (and after Qwen's k-norm) as if the slots stood at positions 0…p-1; a token that is i-th in
-its own sequence is rotated at p + i (design §3). This is the convention of upstream, PEFT and Tokasaurus.
+Keys are stored after RoPE (and after Qwen's norm of keys) as if the slots stood at the positions 0 to p - 1. The i-th
+token of the sequence that follows is rotated at p + i. Upstream, PEFT and Tokasaurus have the same convention.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class Cartridge:
+    """The slots of all layers, l layers of p slots with k heads of size h, and where they come from.
+
+    It is a pytree, so that `jax.grad` and `jax.jit` take it.
+    """
+
     keys: Float[Array, "l p k h"]
     values: Float[Array, "l p k h"]
     bias: Float[Array, "l p k"] | None = None  # log-weight added to each slot's attention score; None means zero
@@ -39,29 +44,29 @@ class Cartridge:
 
     @property
     def num_slots(self) -> int:
-        """p."""
+        """The number of slots in a layer, p."""
         return self.keys.shape[1]
 
     @property
     def thinking(self) -> bool | None:
-        """The mode in which it was trained to answer, which a chat template is asked for unless told otherwise."""
+        """The mode of thinking in which it was trained to answer, and is asked to answer unless told otherwise."""
         return self.provenance.thinking
 
     @property
     def prefix(self) -> tuple[Array, Array, Array | None]:
-        """What attention takes, layer axis first."""
+        """The keys, the values and the bias, as attention takes them, with the layers first."""
         return self.keys, self.values, self.bias
 
     @property
     def num_bytes(self) -> int:
-        """Size of the slots as they are held here (float32 or the model's dtype)."""
+        """The size of the slots in memory, in the dtype that they have here."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def checked(self, config: ModelConfig) -> Cartridge:
-        """Itself, if its shapes fit the model.
+        """Returns the cartridge unchanged if it fits a model of this config.
 
         Raises:
-          UserError: other layers, kv heads or head size, or shapes that do not belong together.
+          UserError: it has other layers, kv heads or head size, or shapes that contradict each other.
         """
         l, p, k, h = self.keys.shape if self.keys.ndim == 4 else (0, 0, 0, 0)
         expected = (config.num_layers, p, config.num_kv_heads, config.head_dim)
@@ -81,10 +86,13 @@ class Cartridge:
     def from_text(
         cls, model: LanguageModel, text: str, num_tokens: int | None = None, num_frozen: int = 1
     ) -> Cartridge:
-        """The keys and values of the first `num_tokens` tokens of `text` (by default all): the lossless control.
+        """Makes a cartridge of the keys and values of a text: behind it the model answers as behind the text itself.
+
+        Args:
+          num_tokens: how many of the text's tokens to take, from its beginning; by default all.
 
         Raises:
-          UserError: the text has no token, or more than the model's window.
+          UserError: the text has no token, or more tokens than the model's window.
         """
         tokens = model.tokenizer.encode(text, add_special_tokens=True)[:num_tokens]
         return cls.from_tokens(
@@ -95,7 +103,7 @@ class Cartridge:
     def from_tokens(
         cls, model: LanguageModel, tokens: Sequence[int], num_frozen: int = 1, provenance: Provenance | None = None
     ) -> Cartridge:
-        """The keys and values of these tokens at positions 0…p-1."""
+        """Makes a cartridge of the keys and values of these tokens, which stand at the positions 0 to p - 1."""
         if len(tokens) == 0:
             raise UserError("the text has no tokens: a cartridge needs at least one")
         if len(tokens) > (window := model.config.max_position_embeddings):
@@ -117,22 +125,23 @@ class Cartridge:
         return cartridge.checked(model.config)
 
     def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
-        """Writes `cartridge.safetensors`, whole or not at all; see `cartridge_file.write`."""
+        """Writes the cartridge's file, whole or not at all; see `cartridge_file.write`."""
         from cartridges_jax.cartridge import file as cartridge_file
 
         cartridge_file.write(self, path, dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: LanguageModel | None = None) -> Cartridge:
-        """Reads a cartridge; with `model`, refuses one that was made for another.
+        """Reads a cartridge.
 
         Args:
           path: a file that `save` wrote, a file or folder of any format that `interop` knows, or `hf:org/name` or
             `wandb:entity/project/run`, which are fetched.
+          model: the model that the cartridge is for; a cartridge that was made for another is refused.
 
         Raises:
-          FileNotFoundError: no such file.
-          UserError: not a whole cartridge, a newer format, or another model's, both sides shown.
+          FileNotFoundError: there is no such file.
+          UserError: it is no whole cartridge, has a newer format, or was made for another model.
           ConnectionError, PermissionError: it has to be fetched and cannot be.
         """
         from cartridges_jax.interop import formats

@@ -1,6 +1,7 @@
-"""Several cartridges as one: their slots behind one another, in the order given, with one attention sink.
+"""Composition: one cartridge made of several, with their slots behind one another.
 
-Keys stay rotated as they were trained, every cartridge from position 0 on: what follows stands behind all of them.
+Every cartridge keeps the rotation of its own keys, which begins at position 0. The tokens that follow stand behind the
+slots of all.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from cartridges_jax.command_line.errors import UserError
 
 
 def compose(cartridges: Sequence[Cartridge]) -> Cartridge:
-    """The slots of all cartridges; of those after the first, without the frozen ones, whose sink is there already.
+    """Puts the slots of all cartridges into one, in the order given.
+
+    The frozen slots of the second and later ones are left out, since one attention sink is enough.
 
     Raises:
-      UserError: none is given, they were made for different models, or one holds nothing but its sink.
+      UserError: no cartridge is given, they were made for different models, or one has frozen slots only.
     """
     if not cartridges:
         raise UserError("no cartridge is given: compose at least one")

@@ -1,7 +1,8 @@
-"""The cartridge's own file, `cartridge.safetensors`: keys, values, optional bias, and a JSON header.
+"""The cartridge's own file, `cartridge.safetensors`: keys, values, a bias if there is one, and a JSON header.
 
-Slots are stored as they are held, or smaller: float16, bfloat16, or int8 with a scale for every slot of every head.
-A smaller file is read back as float32; what it costs in quality is measured by benchmarks/formats.py.
+The file holds the slots in the dtype that they have in memory, or in a smaller one: float16, bfloat16, or int8 with a
+scale for every slot of every head. Each is read back as float32. benchmarks/formats.py measures what a smaller dtype
+costs in quality.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from cartridges_jax.cartridge.provenance import Provenance
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 
-FORMAT_VERSION = 2  # the newest that is read; 1 had no int8, and is still written wherever it can say the same
+FORMAT_VERSION = 2  # the newest that is read; version 1 has no int8, and is still written where that is enough
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None = None) -> None:
-    """Writes the file, whole or not at all, with keys and values in `dtype` (as they are held by default).
+    """Writes the file, whole or not at all.
+
+    Args:
+      dtype: the dtype of keys and values in the file; by default the one that they have.
 
     Raises:
-      UserError: an unknown dtype, or values that it cannot hold.
+      UserError: the dtype is unknown, or cannot hold the values.
       OSError: the folder cannot be written, or the disk is full.
     """
     tensors = {**_encode("keys", cartridge.keys, dtype), **_encode("values", cartridge.values, dtype)}
@@ -41,7 +45,7 @@ def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None 
 
 
 def record_evaluation(path: Path, evaluation: str) -> None:
-    """Puts an evaluation, as JSON, into the header of a file that `write` wrote; its arrays keep their bytes."""
+    """Writes an evaluation, as JSON, into the header of a file that `write` wrote; the arrays keep their bytes."""
     data, metadata = tensor_file.read(path)
     header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
     _save(path, tensors, header | {"evaluation": evaluation})
@@ -51,7 +55,7 @@ def _save(path: str | os.PathLike[str], tensors: dict[str, np.ndarray], header: 
     with files.atomic(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"cartridge": json.dumps(header, sort_keys=True)})
-        except SafetensorError as error:  # a full disk is not an OSError there
+        except SafetensorError as error:  # which safetensors raises even if the disk is full
             raise OSError(f"cannot write {os.fspath(path)}: {error}") from error
 
 
@@ -59,8 +63,8 @@ def read(path: Path) -> Cartridge:
     """Reads a file that `write` wrote.
 
     Raises:
-      FileNotFoundError: no such file.
-      UserError: not a whole cartridge file, or a newer format.
+      FileNotFoundError: there is no such file.
+      UserError: it is no whole cartridge file, or has a newer format.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a cartridge.safetensors file")
@@ -79,15 +83,15 @@ def read(path: Path) -> Cartridge:
 
 
 def header_of(cartridge: Cartridge) -> dict[str, object]:
-    """What is known of a cartridge beside its arrays; formats of others carry it along where they have room."""
+    """Returns what a cartridge knows beside its arrays; files of other formats hold it too where they have room."""
     return {"num_frozen": cartridge.num_frozen, **cartridge.provenance.as_dict()}
 
 
 def read_header(header: dict[str, object]) -> tuple[int, Provenance]:
-    """The number of frozen slots and the provenance.
+    """Returns the number of frozen slots and the provenance that a header holds.
 
     Raises:
-      TypeError, KeyError: the header holds something else.
+      TypeError, ValueError, KeyError: the header holds something else.
     """
     num_frozen = header["num_frozen"]
     if type(num_frozen) is not int:
@@ -96,10 +100,10 @@ def read_header(header: dict[str, object]) -> tuple[int, Provenance]:
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The array in a floating-point dtype.
+    """Returns the array in another floating-point dtype.
 
     Raises:
-      UserError: a value is too large for it.
+      UserError: a value is too large for the dtype.
     """
     with np.errstate(over="ignore"):
         small = array.astype(DTYPES[dtype])
@@ -110,6 +114,7 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray]:
+    """Returns the tensors that hold an array in a file: itself in the dtype, and for int8 its scale."""
     held = np.ascontiguousarray(array)
     if dtype is None:
         return {name: held}
@@ -123,7 +128,7 @@ def _encode(name: str, array: object, dtype: str | None) -> dict[str, np.ndarray
 
 
 def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
-    """Before anything is made of them: numpy would stretch what does not belong together."""
+    """Checks shapes and dtypes before the tensors are used: numpy would broadcast those that do not fit together."""
     for name in ("keys", "values"):
         scale, shape = tensors.get(f"{name}_scale"), tensors[name].shape
         if scale is not None and scale.shape != shape[:-1]:

@@ -1,4 +1,4 @@
-"""Where a cartridge comes from, and whether a model is the one that it was made for."""
+"""Provenance: where a cartridge comes from, and whether a model is the one that it was made for."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cartridges_jax.command_line.errors import UserError
 if TYPE_CHECKING:
     from cartridges_jax.models.language_model import LanguageModel
 
-LARGEST_NUMBER = 1e300  # of FLOPs or tokens, beyond which a header is not believed
+LARGEST_NUMBER = 1e300  # of FLOPs or tokens; a header that says more is not believed
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a cartridge comes from. Hashable, so that it may ride along through `jit` as a static field."""
+    """Where a cartridge comes from. It is hashable, so that it can be a static field of a pytree."""
 
     model: str = ""
     model_config: str = ""  # JSON of the ModelConfig, RoPE settings included
@@ -31,10 +31,11 @@ class Provenance:
     training_flops: float = 0.0
     evaluation: str = ""  # JSON of the evaluation's table
     dataset_hash: str = ""  # of the conversations that it was trained on
-    thinking: bool | None = None  # the mode in which it was trained to answer; None: as the chat template has it
+    thinking: bool | None = None  # the mode of thinking it was trained to answer in; None: the chat template's own
 
     @classmethod
     def of(cls, model: LanguageModel, corpus: str, recipe: str) -> Provenance:
+        """Returns the provenance of a cartridge that is made now, for this model, of the text `corpus`."""
         return cls(
             model=model.name,
             model_config=json.dumps(dataclasses.asdict(model.config), sort_keys=True),
@@ -50,15 +51,15 @@ class Provenance:
         return dataclasses.replace(noted, corpus_hash=self.corpus_hash, training_tokens=self.training_tokens)
 
     def as_dict(self) -> dict[str, str | int | float | bool]:
-        """JSON's values; what is None is left out."""
+        """Returns the fields as JSON takes them, without those that are None."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
-        """Takes the fields it knows.
+        """Reads the fields that it knows; others are left out.
 
         Raises:
-          TypeError, ValueError: one of them holds something else than a text or a number that can be told to others.
+          TypeError, ValueError: a field holds something else than the text or the number that is expected.
         """
         known = {field.name: type(field.default) for field in dataclasses.fields(cls)} | {"thinking": bool}
         found = {name: values[name] for name in known if name in values}
@@ -72,7 +73,11 @@ class Provenance:
         return cls(**found)
 
     def check(self, model: LanguageModel, source: str) -> None:
-        """Raises: UserError, both sides shown, if `source` was made for another model than this one."""
+        """Refuses a cartridge, read from `source`, that was made for another model.
+
+        Raises:
+          UserError: it was, and the sentence names both models.
+        """
         expected = Provenance.of(model, "", "")
         for field, meaning in (("weights_hash", "weights"), ("tokenizer_hash", "tokenizer")):
             theirs, ours = getattr(self, field), getattr(expected, field)
@@ -91,7 +96,7 @@ class Provenance:
 
 
 def _name_differs(theirs: str, ours: str) -> bool:
-    """Whether both are Hub ids, of models that differ in name; whose copy it is does not matter."""
+    """Says whether both names are Hub ids of models with different names; the owners of the copies do not matter."""
     from cartridges_jax.models.hub import HUB_ID
 
     ids = [name for name in (theirs, ours) if HUB_ID.fullmatch(name) and not Path(name).exists()]

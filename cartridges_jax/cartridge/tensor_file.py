@@ -1,7 +1,7 @@
-"""The bytes of a safetensors file and what its header says beside the tensors; no JAX.
+"""Reading safetensors files (https://huggingface.co/docs/safetensors) without JAX: their bytes and their metadata.
 
-A cartridge's file may be replaced at any time, also in place (`cp`). A mapped file that is cut short kills the process
-which reads it, so these are read into memory. https://huggingface.co/docs/safetensors
+A cartridge's file may be replaced at any time, even in place (`cp`). If a mapped file is cut short, the process that
+reads it is killed, so these files are read into memory instead.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from safetensors import deserialize
 from cartridges_jax.command_line.errors import UserError
 
 LARGEST_METADATA = 1 << 20  # characters
-LARGEST_HEADER = 8 * LARGEST_METADATA  # bytes: JSON may write six for a character
+LARGEST_HEADER = 8 * LARGEST_METADATA  # bytes; JSON may take six for a character
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
 
 
 def read(path: Path) -> tuple[bytes, dict[str, str]]:
-    """What `safetensors.*.load` takes, and the file's metadata.
+    """Returns the file's bytes, which `safetensors.*.load` takes, and its metadata.
 
     Raises:
-      ValueError, TypeError, KeyError, AttributeError, RecursionError: not such a file, or one with more metadata
-        than a cartridge has.
+      ValueError, TypeError, KeyError, AttributeError, RecursionError: it is no safetensors file, or has more metadata
+        than a cartridge.
     """
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -36,7 +36,7 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
         metadata = header.pop("__metadata__", None) or {}
         if sum(map(len, metadata.values())) > LARGEST_METADATA:
             raise UserError(f"its metadata have more than {LARGEST_METADATA} characters")
-        # before they are read: a file may be of any length
+        # checked before the tensors are read, since a file may be of any length
         expected = max((end for _, end in (tensor["data_offsets"] for tensor in header.values())), default=0)
         found = os.fstat(file.fileno()).st_size - 8 - size
         if found != expected:
@@ -46,7 +46,11 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
 
 
 def arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a file's bytes. Raises: SafetensorError, KeyError: no whole file, or a dtype of no cartridge."""
+    """Returns the tensors that a file's bytes hold.
+
+    Raises:
+      SafetensorError, KeyError: the file is not whole, or has a dtype that no cartridge has.
+    """
     return {
         name: np.frombuffer(told["data"], DTYPES[told["dtype"]]).reshape(told["shape"])
         for name, told in deserialize(data)

@@ -1,1 +1,1 @@
-"""Where a cartridge starts from (design §6)."""
+"""Initial states: the cartridge before training."""

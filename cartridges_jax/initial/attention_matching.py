@@ -1,13 +1,15 @@
-"""An initial state in seconds: p slots whose attention matches the full document's (arXiv 2602.16284).
+"""Attention matching: p slots whose attention is fitted to that of the full document (arXiv 2602.16284).
 
-For every layer and kv head, with the queries of self-study conversations and of the document being repeated (which
-leaves no token unasked): keep the p document tokens that receive the most attention; give each a bias, so that the
-slots' total weight matches the document's (non-negative least squares); then move their values, so that the output
-matches (least squares). Layers are fitted in order, on the states that the slots fitted so far produce, so that later
-layers make up for earlier ones.
+It takes seconds. The queries are those of self-study conversations and of the document being repeated, which ask for
+every token. For every layer and kv head, three steps follow:
 
-A document longer than `chunk_tokens` is compacted in chunks, each as if it alone stood before the question; behind
-the first, a chunk's attention sink is dropped, as in a composition of cartridges.
+1. Keep the p tokens of the document that receive the most attention.
+2. Give each a bias, so that the slots' total weight matches the document's (non-negative least squares).
+3. Move their values, so that attention's output matches (least squares).
+
+Layers are fitted in order, on the states that the slots fitted so far produce, so that later layers make up for what
+earlier ones lost. A document longer than `chunk_tokens` is compacted in chunks, each as if it alone stood before the
+question. The attention sink of the second and later chunks is dropped, as in a composition of cartridges.
 """
 
 from __future__ import annotations
@@ -35,16 +37,18 @@ from cartridges_jax.parallel import sharding
 from cartridges_jax.training.data import Example, PackedRows
 
 ROW = 256  # tokens of a packed row of reference conversations
-QUERY_TOKENS = 1024  # of conversations, beside the document's own; p slots need several times p queries
+QUERY_TOKENS = 1024  # tokens of conversations that are queries, beside the document's; p slots need several times p
 NNLS_STEPS = 200
 LARGEST_BIAS = 5.0  # in nats
-RIDGE = 1e-3  # of the mean squared weight: how strongly a slot keeps its token's value where the queries do not care
+RIDGE = 1e-3  # of the mean squared probability: how strongly a slot keeps its token's value where no query asks for it
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchingConfig:
+    """Which queries the slots are fitted to, and how much text at a time."""
+
     queries: Literal["both", "conversations", "repeat"] = "both"
-    chunk_tokens: int = 4096  # what is compacted at once: memory grows with its square
+    chunk_tokens: int = 4096  # tokens that are compacted at once; memory grows with their square
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 2:
@@ -59,11 +63,11 @@ def attention_matching(
     num_frozen: int = 1,
     config: MatchingConfig | None = None,
 ) -> Cartridge:
-    """The compacted document, which stands in a system message as a teacher sees it.
+    """Compacts a document, in a system message as the teacher saw it, into a cartridge.
 
     Args:
-      examples: conversations about the corpus, whose tokens give the reference queries; without any, those of the
-        document being repeated have to do.
+      examples: conversations about the corpus, whose tokens are reference queries. Without any, the document being
+        repeated gives all of them.
 
     Raises:
       UserError: the document has fewer than `num_slots` tokens, or there are too few slots for its chunks.
@@ -74,7 +78,7 @@ def attention_matching(
     room = model.config.max_position_embeddings - ROW
     bodies, (before, after) = _chunks(model, corpus, min(config.chunk_tokens, room))
     chunks = [[*before, *body, *after] for body in bodies]
-    # behind the first, a chunk fits one slot more, its sink, which is dropped
+    # the second and later chunks fit one slot more, for the attention sink that is dropped
     shares = [num_slots // len(chunks) + (i < num_slots % len(chunks)) + (i > 0) for i in range(len(chunks))]
     if any(not 2 <= share <= len(chunk) for share, chunk in zip(shares, chunks, strict=True)):
         raise UserError(
@@ -94,7 +98,7 @@ def attention_matching(
             num_slots=share,
             # Keys were rotated for queries at len(chunk) + i; moved they meet num_slots + i at the same angle.
             shift=num_slots - len(chunk),
-            # left to XLA to lay on a mesh, which it cannot do with a kernel
+            # on a mesh XLA lays out the computation, which it cannot do with a kernel
             implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
         )
         parts.append(matched if not parts else [a[:, 1:] for a in matched])
@@ -104,10 +108,15 @@ def attention_matching(
 
 
 def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
-    """The document's tokens in chunks of one length, and what stands before and after each in a system message.
+    """Cuts the document's tokens into chunks of one length.
 
-    With it, none has more than `size` tokens. The last begins early enough to have as many as the others: one program
-    compacts them all.
+    The last chunk begins early enough to be as long as the others, so that one compiled program compacts them all.
+
+    Args:
+      size: the largest number of tokens that a chunk may have inside its system message.
+
+    Returns:
+      The chunks, and the tokens that stand before and after each of them in a system message.
     """
 
     def message(text: str) -> list[int]:
@@ -131,14 +140,14 @@ def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Returns the length of the longest common beginning of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _queries(
     model: LanguageModel, body: Sequence[int], examples: Sequence[Example], config: MatchingConfig
 ) -> list[dict[str, np.ndarray]]:
-    """Packed rows whose queries the compacted chunk shall answer; a choice of one kind has as many as both."""
+    """Returns packed rows whose queries a chunk's slots are fitted to; their number is the same for every choice."""
     repeated = 2 * len(body)
     counts = {"both": (QUERY_TOKENS, repeated), "conversations": (QUERY_TOKENS + repeated, 0), "repeat": (0, repeated)}
     asked, said = counts[config.queries]
@@ -151,7 +160,7 @@ def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.nda
 
 
 def _repetitions(model: LanguageModel, tokens: Sequence[int]) -> list[Example]:
-    """The document said back, piece by piece: queries that look for every one of its tokens."""
+    """Makes examples in which the document is repeated, piece by piece: their queries look for each of its tokens."""
     frame = model.tokenizer.turn_ids([{"role": "user", "content": "Repeat the text."}], add_generation_prompt=True)
     size = ROW - len(frame)
     nothing = np.zeros(0, np.int32)
@@ -172,9 +181,10 @@ def _match(
     *,
     config: ModelConfig,
     num_slots: int,
-    shift: int,  # of the keys' positions
+    shift: int,  # by which the keys' positions are moved
     implementation: str | None,
 ) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
+    """Fits the slots of all layers, and returns their keys, values and bias."""
     length = document_k.shape[1]
     is_query_bt = segment_ids > 0
 
@@ -209,37 +219,38 @@ def _fit_head(
     num_slots: int,
     scale: float | Array,
 ) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
-    weights_ms, mass_s = _attention(q, k, is_query, scale)
+    """Fits the slots of one kv head to the queries of its group, and returns their keys, values and bias."""
+    probs_ms, mass_s = _attention(q, k, is_query, scale)
     # the first token is the attention sink, which stays first; the others keep their order
     kept_p = jnp.sort(jax.lax.top_k(mass_s.at[0].set(jnp.inf), num_slots)[1])
-    return k[kept_p], *_fit_slots(weights_ms[:, kept_p], v[kept_p], weights_ms @ v, is_query)
+    return k[kept_p], *_fit_slots(probs_ms[:, kept_p], v[kept_p], probs_ms @ v, is_query)
 
 
 def _attention(
     q: Float[Array, "m h"], k: Float[Array, "s h"], is_query: Array, scale: float | Array
 ) -> tuple[Float[Array, "m s"], Float[Array, " s"]]:
-    """The queries' weights, and of each token the root of their mean square."""
-    weights_ms = jax.nn.softmax(q @ k.T * scale, axis=-1) * is_query[:, None]
-    return weights_ms, jnp.sqrt((weights_ms**2).mean(0))
+    """Returns each query's attention to each token, and of each token the root mean square over the queries."""
+    probs_ms = jax.nn.softmax(q @ k.T * scale, axis=-1) * is_query[:, None]
+    return probs_ms, jnp.sqrt((probs_ms**2).mean(0))
 
 
 def _fit_slots(
-    shares_mp: Array, v_ph: Array, output_mh: Array, is_query: Array
+    probs_mp: Array, v_ph: Array, output_mh: Array, is_query: Array
 ) -> tuple[Float[Array, "p h"], Float[Array, " p"]]:
-    """Values and log-weights of the kept tokens that come closest to the output of all tokens."""
-    weight_p = _nnls(shares_mp, is_query.astype(shares_mp.dtype))
-    shares_mp = shares_mp * weight_p
-    shares_mp = shares_mp / jnp.maximum(shares_mp.sum(-1, keepdims=True), 1e-9)
-    gram_pp = shares_mp.T @ shares_mp
+    """Returns the values and biases with which the kept tokens' output comes closest to that of all tokens."""
+    weight_p = _nnls(probs_mp, is_query.astype(probs_mp.dtype))
+    probs_mp = probs_mp * weight_p
+    probs_mp = probs_mp / jnp.maximum(probs_mp.sum(-1, keepdims=True), 1e-9)
+    gram_pp = probs_mp.T @ probs_mp
     ridge = RIDGE * jnp.trace(gram_pp) / len(v_ph)
     gram_pp = gram_pp + ridge * jnp.eye(len(v_ph), dtype=gram_pp.dtype)
-    residual_ph = shares_mp.T @ (output_mh - shares_mp @ v_ph)
+    residual_ph = probs_mp.T @ (output_mh - probs_mp @ v_ph)
     return v_ph + jax.scipy.linalg.solve(gram_pp, residual_ph, assume_a="pos"), jnp.log(weight_p)
 
 
-def _nnls(shares: Float[Array, "m p"], target: Float[Array, " m"]) -> Float[Array, " p"]:
-    """Positive w with shares @ w near target, by multiplicative updates (Lee and Seung, 2001), from w = 1."""
-    gram_pp, aim_p = shares.T @ shares, shares.T @ target
+def _nnls(probs: Float[Array, "m p"], target: Float[Array, " m"]) -> Float[Array, " p"]:
+    """Finds a positive w with probs @ w near the target, by multiplicative updates (Lee and Seung, 2001)."""
+    gram_pp, aim_p = probs.T @ probs, probs.T @ target
 
     def update(_: int, weight_p: Array) -> Array:
         return jnp.clip(

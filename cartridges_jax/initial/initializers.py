@@ -1,4 +1,4 @@
-"""Where a cartridge starts from (design §6)."""
+"""The kinds of initial states: what a cartridge holds before it is trained."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from cartridges_jax.initial.texts import SummaryConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.training.data import Example
 
-STATISTICS_TOKENS = 512  # of the corpus, from which random vectors take their mean and spread
+STATISTICS_TOKENS = 512  # of the corpus, whose keys and values give random vectors their mean and spread
 
 Kind = Literal[
     "text",  # the first tokens of the corpus
-    "sampled_chunks",  # chunks of 64 tokens from all over it (arXiv 2508.17032)
-    "random_text",  # another text: ours, or the file in `path`
+    "sampled_chunks",  # chunks of 64 tokens from all over the corpus (arXiv 2508.17032)
+    "random_text",  # another text: our own, or that of the file in `path`
     "random_vectors",
-    "pretrained",  # any cartridge
-    "summary",  # of the corpus, asked of a server
-    "attention_matching",  # the corpus compacted (arXiv 2602.16284)
+    "pretrained",  # the cartridge in `path`
+    "summary",  # a summary of the corpus, written by a server
+    "attention_matching",  # the compacted corpus (arXiv 2602.16284)
 ]
-WITH_PATH = {"pretrained": "needs", "random_text": "may have"}
+WITH_PATH = ("pretrained", "random_text")  # of which the first needs a path
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
+    """What a cartridge holds before it is trained."""
+
     kind: Kind = "attention_matching"
-    num_slots: int = 512  # p; of `pretrained`, the file decides; of a short `summary`, its length
+    num_slots: int = 512  # p; a `pretrained` file has its own number, and a short `summary` as many as it has tokens
     num_frozen: int = 1
-    path: str | None = None  # a cartridge in any format, hf:… or wandb:…; of `random_text`, a text file
-    vectors: Literal["matched", "normal"] = "matched"  # spread like real keys and values, or N(0, 1) as upstream's
+    path: str | None = None  # a cartridge in any format, hf:… or wandb:…; for `random_text`, a text file
+    vectors: Literal["matched", "normal"] = "matched"  # spread like real keys and values, or N(0, 1) as in upstream
     summary: SummaryConfig = dataclasses.field(default_factory=SummaryConfig)
     matching: MatchingConfig = dataclasses.field(default_factory=MatchingConfig)
 
@@ -64,7 +66,10 @@ class InitConfig:
 def initial_cartridge(
     config: InitConfig, model: LanguageModel, corpus: str, examples: Sequence[Example], seed: int
 ) -> Cartridge:
-    """The cartridge before training, in float32. Only attention matching looks at `examples`, the training data.
+    """Makes the cartridge before training, in float32.
+
+    Args:
+      examples: the training data, which only attention matching looks at.
 
     Raises:
       UserError: the text is shorter than `num_slots` tokens, or a pretrained file belongs to another model.
@@ -110,7 +115,7 @@ def _first_tokens(config: InitConfig, model: LanguageModel, text: str, name: str
 
 
 def _random_vectors(config: InitConfig, model: LanguageModel, corpus: str, seed: int) -> Cartridge:
-    """Gaussian slots: N(0, 1), or with the mean and spread of real keys and values, per layer, head and channel."""
+    """Draws Gaussian slots: N(0, 1), or with the mean and spread that real ones have per layer, head and channel."""
     c = model.config
     keys = jax.random.split(jax.random.key(seed))
     shape = (c.num_layers, config.num_slots, c.num_kv_heads, c.head_dim)
@@ -123,6 +128,7 @@ def _random_vectors(config: InitConfig, model: LanguageModel, corpus: str, seed:
 
 
 def _measured(config: InitConfig, model: LanguageModel, corpus: str) -> Cartridge:
+    """Returns the real keys and values of the beginning of the corpus."""
     tokens = model.tokenizer.encode(corpus, add_special_tokens=True)
     needed = max(2, config.num_frozen)
     if len(tokens) < needed:
@@ -135,6 +141,7 @@ def _measured(config: InitConfig, model: LanguageModel, corpus: str) -> Cartridg
 
 
 def _like(drawn_lpkh: jax.Array, real_lskh: jax.Array, num_frozen: int) -> jax.Array:
+    """Returns the drawn vectors with the mean and the spread of the real ones, and real ones in the frozen slots."""
     mean, spread = real_lskh[:, 1:].mean(1, keepdims=True), real_lskh[:, 1:].std(1, keepdims=True)
-    # a random attention sink would never be repaired: it is frozen
+    # training could not repair a random attention sink, since it is frozen
     return (mean + spread * drawn_lpkh).at[:, :num_frozen].set(real_lskh[:, :num_frozen])

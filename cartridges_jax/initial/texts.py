@@ -1,4 +1,4 @@
-"""Texts that a cartridge may start from, beside the first tokens of its own: chunks of it, a stranger, a summary."""
+"""Texts that a cartridge may start from: chunks of its corpus, a summary of it, or an unrelated text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop.engines import post
 
 CHUNK = 64  # tokens of a sampled chunk (arXiv 2508.17032)
-WORDS_PER_TOKEN = 0.75  # of English, for what a server is asked to write
+WORDS_PER_TOKEN = 0.75  # of English text; a server is asked for a number of words
 
 
 @dataclasses.dataclass(frozen=True)
 class SummaryConfig:
-    """Who writes the summary that a cartridge starts from: a server that speaks OpenAI's chat completions."""
+    """The server that writes the summary, which has to speak OpenAI's chat completions, and what it is asked."""
 
     base_url: str | None = None  # such as http://127.0.0.1:8000/v1
     model: str = "smollm2-135m"
@@ -26,7 +26,7 @@ class SummaryConfig:
 
 
 def sampled_chunks(tokens: Sequence[int], num_tokens: int, seed: int) -> list[int]:
-    """Chunks of 64 tokens from random places, none twice, in the text's order (arXiv 2508.17032).
+    """Returns chunks of 64 tokens from random places of a text, none of them twice, in the text's order.
 
     Raises:
       UserError: the text has fewer than `num_tokens` tokens.
@@ -40,11 +40,11 @@ def sampled_chunks(tokens: Sequence[int], num_tokens: int, seed: int) -> list[in
 
 
 def summary(corpus: str, num_tokens: int, config: SummaryConfig) -> str:
-    """What the server makes of the corpus, in about `num_tokens` tokens.
+    """Asks the server for a summary of the corpus, in about `num_tokens` tokens.
 
     Raises:
-      UserError: the server refuses (a corpus beyond its window, say) or writes nothing.
-      ConnectionError: it cannot be reached.
+      UserError: the server refuses (if the corpus exceeds its window, say) or writes nothing.
+      ConnectionError: the server cannot be reached.
     """
     instruction = config.instruction.replace("{words}", str(max(1, round(num_tokens * WORDS_PER_TOKEN))))
     body = {
@@ -64,7 +64,7 @@ def summary(corpus: str, num_tokens: int, config: SummaryConfig) -> str:
 
 
 def unrelated_text(num_words: int) -> str:
-    """English about nothing in particular, the same for everyone, as long as it is wanted."""
+    """Returns English sentences about nothing in particular, the same at every call, at least `num_words` words."""
     rng = random.Random(0)
     sentences: list[str] = []
     while sum(map(len, sentences)) < 6 * num_words:

@@ -13,7 +13,7 @@ since zero times infinity is not a number. So masked probabilities are zeros, al
 below the mask's, and a page that several requests see adds nothing to the results of the others. Behind the last
 position of a sequence, its pages hold zeros or the sequence's own values (`serving.engine` takes care of that).
 
-Axis letters beyond the README's: r requests, c shared pages, w pages of single requests, z the positions of a page, m
+Axis letters beyond the usual ones: r requests, c shared pages, w pages of single requests, z a page's positions, m
 the queries of a request that share a kv head (t times g).
 """
 

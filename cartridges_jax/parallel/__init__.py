@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, the collectives written by hand, jobs of several processes."""
+"""Several devices and processes: the mesh, the communication on it, and jobs of several processes."""

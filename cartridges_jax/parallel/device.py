@@ -1,4 +1,4 @@
-"""What the device can do and what a run takes of it, as measured here."""
+"""Measurements of the device: how fast it multiplies, and how much of its memory is in use."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CPU_SIZE, ACCELERATOR_SIZE = 1024, 8192  # of the square matrices that are multi
 
 @functools.cache
 def matmul_peak(dtype: str, num_devices: int) -> float:
-    """FLOPs a second of the devices of a job, by one's fastest product of two matrices of `dtype`.
+    """Returns the FLOPs per second of all devices of a job, measured by products of two matrices on one of them.
 
-    The devices of a CPU share its cores, all of which a product uses: those of a process count as one.
+    The virtual devices of a CPU share its cores, all of which a product uses, so those of a process count as one.
     """
     on_cpu = jax.default_backend() == "cpu"
     size = CPU_SIZE if on_cpu else ACCELERATOR_SIZE
@@ -32,7 +32,7 @@ def matmul_peak(dtype: str, num_devices: int) -> float:
 
 
 def memory_in_use() -> int:
-    """Peak bytes of the first device, or of this process where the device does not say."""
+    """Returns the peak memory of the first device in bytes, or of this process where the device does not say."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,7 +1,8 @@
-"""One job of many processes: how it starts, who decides and who writes, and how it ends when a process is lost.
+"""A job of several processes: how it starts, who decides and who writes, and how it ends when a process is lost.
 
-Every process runs the same program. What decides its way (whether a file is there, say) is seen by the first process
-for all; files are written by the first alone. Arrays of the job lie on the devices of all (`sharding.py`).
+Every process runs the same program. Where the program depends on something outside (whether a file is there, say), the
+first process looks, and the others do as it says. Only the first writes files. The arrays of a job lie on the devices
+of all processes (`sharding.py`).
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from cartridges_jax.command_line.progress import printable
 
 @contextmanager
 def joined_job(several: bool) -> Iterator[None]:
-    """Within it, this process is one of a job's, if `several`; the job's other processes have to be within it too.
+    """Makes this process one of a job's while the context lasts, if the job has `several`.
 
-    Who they are, JAX finds on TPU pods, on Slurm and in Kubernetes; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say it. An error ends this process without waiting for the others, which end
-    when they miss it.
+    JAX finds the other processes on TPU pods, on Slurm and in Kubernetes; elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. They have to enter the context too. An error ends this process
+    without waiting for the others, which end when they miss it.
 
     Raises:
-      UserError: nothing says who the others are.
-      ConnectionError: they cannot be reached.
+      UserError: nothing says which processes belong to the job.
+      ConnectionError: the others cannot be reached.
     """
     if not several:
         yield
@@ -51,11 +52,12 @@ def joined_job(several: bool) -> Iterator[None]:
 
 
 def is_first() -> bool:
+    """Says whether this is the first process of the job, which writes its files."""
     return jax.process_index() == 0
 
 
 def agreed(value: int) -> int:
-    """The first process's value, on every process."""
+    """Returns the first process's value on every process."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -64,7 +66,7 @@ def agreed(value: int) -> int:
 
 
 def any_of(value: bool) -> bool:
-    """Whether it holds on any process."""
+    """Says on every process whether the value is true on any of them."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -73,7 +75,7 @@ def any_of(value: bool) -> bool:
 
 
 def wait_for_all(where: str) -> None:
-    """Returns when every process has come here: behind it, all see the files that the first has written."""
+    """Waits until every process has come here. Afterwards all of them see the files that the first has written."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -83,7 +85,7 @@ def wait_for_all(where: str) -> None:
 def _join() -> None:
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    # a coordinator that is only meant for this machine listens to this machine only
+    # a coordinator whose address is this machine's own shall listen to this machine only
     bind: dict[str, Any] = {}
     if address and address.rsplit(":", 1)[0] in ("127.0.0.1", "localhost"):
         bind["coordinator_bind_address"] = address
@@ -104,6 +106,6 @@ def _join() -> None:
 
 
 def _leave(sentence: str) -> None:
-    """Ends the process at once: leaving the job in order would wait minutes for those that are lost."""
+    """Ends the process at once, since leaving the job in order would wait minutes for processes that are lost."""
     print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
     os._exit(2)

@@ -1,12 +1,13 @@
-"""How every array lies on the devices: a mesh that always exists and one table (design §7).
+"""How arrays lie on the devices: the mesh, and a table that says for every array how it is split.
 
-The mesh has three axes, all of size 1 on a laptop: `data` and `fsdp` share the rows of a batch, `fsdp` also shares the
-width of the frozen weights, `tensor` shares heads, MLP and vocabulary. The step of training runs as one program on
-every device's own parts (`on_mesh`); what such a program communicates is in `collectives.py`.
+There is always a mesh. It has three axes, all of size 1 on a laptop: `data` and `fsdp` split the rows of a batch,
+`fsdp` also splits the width of the frozen weights, and `tensor` splits heads, MLP and vocabulary. A step of training
+runs as one program on every device, on the device's own parts of the arrays (`on_mesh`). The communication in such a
+program is in `collectives.py`.
 
-Sizes: `fsdp` must divide the model's width, `tensor` the query heads, the MLP's width and the vocabulary, and both
-with `data` the rows of a batch; anything else is refused (`check`). Kv heads that `tensor` does not divide are held
-whole by every device, the cartridge with them, and a device picks those that its query heads read
+`fsdp` has to divide the model's width; `tensor` the number of query heads, the MLP's width and the vocabulary; `data`
+times `fsdp` the rows of a batch. Other sizes are refused (`check`). If `tensor` does not divide the kv heads, every
+device holds all of them, those of the cartridge too, and takes those that its query heads read
 (`collectives.local_kv_heads`).
 """
 
@@ -40,7 +41,9 @@ LOGITS = P(None, None, "tensor")  # b t v: of small inputs, which every device h
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int | None = None  # None: as many as the others leave
+    """Sizes of the mesh's axes."""
+
+    data: int | None = None  # None: as many devices as the other axes leave
     fsdp: int = 1
     tensor: int = 1
 
@@ -50,10 +53,10 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Sizes of the axes.
+    """Returns the sizes of the axes data, fsdp and tensor.
 
     Raises:
-      UserError: they do not multiply to the number of devices.
+      UserError: their product is not the number of devices.
     """
     data = num_devices // (config.fsdp * config.tensor) if config.data is None else config.data
     if data * config.fsdp * config.tensor != num_devices:
@@ -65,7 +68,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig | None = None, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices of the job; neighbours in `tensor` are neighbours in the hardware."""
+    """Makes a mesh, by default over all devices of the job; neighbours in `tensor` are neighbours in the hardware."""
     from jax.experimental import mesh_utils
 
     devices = jax.devices() if devices is None else devices
@@ -75,7 +78,7 @@ def make_mesh(config: MeshConfig | None = None, devices: list[Any] | None = None
 
 
 def mesh_of(params: Any) -> Mesh:
-    """The mesh on which these arrays lie; an array of one device lies on a mesh of one."""
+    """Returns the mesh on which these arrays lie, which has one device if they lie on one."""
     array = jax.tree.leaves(params)[0]
     if isinstance(array.sharding, NamedSharding):
         return array.sharding.mesh
@@ -83,10 +86,10 @@ def mesh_of(params: Any) -> Mesh:
 
 
 def check(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses sizes that do not go together (see above).
+    """Refuses a mesh whose axes do not divide the sizes of the model.
 
     Raises:
-      UserError: says which.
+      UserError: says which axis and which size.
     """
     needs = [("fsdp", "width", config.embed_dim), ("tensor", "number of query heads", config.num_heads)]
     needs += [("tensor", "MLP width", config.mlp_dim), ("tensor", "vocabulary", config.vocab_size)]
@@ -99,7 +102,11 @@ def check(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def check_rows(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless the devices can share the rows of a batch evenly."""
+    """Refuses a batch whose rows the devices cannot share evenly.
+
+    Raises:
+      UserError: they cannot.
+    """
     shares = math.prod(mesh.shape[axis] for axis in ROWS)
     if batch_size % shares:
         raise UserError(
@@ -109,9 +116,9 @@ def check_rows(batch_size: int, mesh: Mesh) -> None:
 
 
 def fitted(shapes: Any, table: Specs, mesh: Mesh) -> Specs:
-    """The specs of a tree of arrays (or of their shapes): `table`, without axes that do not divide a dimension.
+    """Returns the specs of a tree of arrays, or of their shapes: those of `table`, without axes that do not divide.
 
-    A list of such trees has one table for all of them.
+    A list of trees has one table for all of them.
     """
     if isinstance(table, dict) and isinstance(shapes, list):
         return [fitted(shape, table, mesh) for shape in shapes]
@@ -125,13 +132,13 @@ def shardings(specs: Specs, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, table: Specs, mesh: Mesh) -> Any:
-    """The shapes of a tree of arrays (or of their shapes) and how they lie, to compile for without having them."""
+    """Returns shapes with the shardings of `table`, for compiling a program without its arrays."""
     placements = shardings(fitted(tree, table, mesh), mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placements)
 
 
 def placed(tree: Any, table: Specs, mesh: Mesh) -> Any:
-    """Arrays that every process holds in full, laid on the mesh; on a mesh of one device, as they are."""
+    """Lays arrays, which every process holds in full, on the mesh; for a mesh of one device they stay as they are."""
     if mesh.size == 1:
         return tree
 
@@ -145,7 +152,7 @@ def placed(tree: Any, table: Specs, mesh: Mesh) -> Any:
 
 
 def gathered(tree: Any) -> Any:
-    """The arrays in full, as numpy, on every process: all of them have to ask."""
+    """Returns the arrays in full, as numpy, on every process. Every process has to call it."""
 
     def gather(leaf: Any) -> np.ndarray:
         if not getattr(leaf, "is_fully_addressable", True):
@@ -156,7 +163,10 @@ def gathered(tree: Any) -> Any:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` as one program on every device's parts of its arguments; on one device, the function itself."""
+    """Makes `function` a program that every device runs on its own parts of the arguments.
+
+    On one device that is the function itself.
+    """
     if mesh is None or mesh.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,1 +1,1 @@
-"""Distils conversations into a cartridge."""
+"""Training: from a dataset of conversations to a cartridge."""

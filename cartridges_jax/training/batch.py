@@ -1,4 +1,4 @@
-"""What a training step reads: rows of packed examples, with the teacher's targets."""
+"""The batch that a training step reads: rows of packed examples, with the teacher's targets."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Batch:
 
     @property
     def target_entries(self) -> Bool[Array, "b t j"]:
-        """The mask of every entry, also where `target_mask` has one value for all of a token's."""
+        """The mask of every entry, also where `target_mask` has one value for all entries of a token."""
         mask = self.target_mask if self.target_mask.ndim == self.target_ids.ndim else self.target_mask[..., None]
         return jnp.broadcast_to(mask, self.target_ids.shape).astype(bool)
 
     @property
     def num_targets(self) -> Float[Array, ""]:
+        """The number of positions that have a target."""
         return self.target_entries.any(-1).sum().astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""The training state on disk, through Orbax: written beside the run, asynchronously; a killed write leaves no trace.
+"""The training state on disk, written by Orbax while training goes on. A write that is killed leaves no trace.
 
-A checkpoint holds a checksum of its arrays, since what lies under them does not tell a byte that changed. It is a sum
-over all elements, and so the same whichever devices hold them.
+A checkpoint holds a checksum of its arrays, since Orbax does not notice a byte that changed on the disk. The checksum
+is a sum over all elements, and so the same whichever devices hold them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import orbax.checkpoint as ocp
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.parallel import processes
 
-KEEP = 2
-OVERHEAD_BYTES = 1 << 20  # of a checkpoint beside its arrays
+KEEP = 2  # checkpoints at a time
+OVERHEAD_BYTES = 1 << 20  # that a checkpoint takes beside its arrays
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """`checkpoints/` of a run. The frozen base is never in them."""
+    """The checkpoints in a run's folder. The frozen model is in none of them."""
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
@@ -42,14 +42,14 @@ class Checkpoints:
         return ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Begins to write the state.
+        """Begins to write the state, and returns before it is written.
 
         Raises:
           OSError: there is no room for it, or the write before this one failed.
         """
         if step in self._manager.all_steps():
             return
-        # Orbax answers a full disk with pages of tracebacks from its threads, so it is better asked before
+        # Orbax answers a full disk with pages of tracebacks from its threads, so the room is checked before
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + OVERHEAD_BYTES
         with self._one_sentence():
             self._manager.wait_until_finished()
@@ -63,12 +63,15 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave({"state": state, "checksum": checksum(state)}))
 
     def restore(self, like: Any) -> Any | None:
-        """The newest state that is whole, with the shapes, dtypes and placement of `like`: the mesh may be another.
+        """Returns the newest state that is whole, or None if there is no checkpoint yet.
 
-        None if there is none yet. Damaged ones that are newer are told and removed, as they will be written again.
+        Newer checkpoints that are damaged are logged and removed, since the run will write them again.
+
+        Args:
+          like: a state whose shapes, dtypes and placement the restored one gets; the mesh may be another than before.
 
         Raises:
-          UserError: there are some, and none is whole.
+          UserError: there are checkpoints, and none is whole.
         """
         damaged: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -76,7 +79,7 @@ class Checkpoints:
             if problem is None:
                 for other in damaged:
                     self._manager.delete(other)
-                if damaged:  # it has looked at the newest to learn how they are written
+                if damaged:  # the manager has learned the format of checkpoints from one that is gone now
                     self._manager.close()
                     self._manager = self._opened()
                 return state
@@ -90,7 +93,7 @@ class Checkpoints:
         return None
 
     def _restored(self, step: int, like: Any) -> tuple[Any, str | None]:
-        """The state of `step`, or what is wrong with it."""
+        """Returns the state of a checkpoint, or else what is wrong with it; one of the two is None."""
         wanted = {"state": like, "checksum": checksum(like)}
         state, problem = None, None
         try:
@@ -112,10 +115,10 @@ class Checkpoints:
         return self._directory / str(step)
 
     def close(self) -> None:
-        """Waits for the last write.
+        """Waits until the last checkpoint is written.
 
         Raises:
-          OSError: it failed.
+          OSError: it could not be written.
         """
         with self._one_sentence():
             self._manager.wait_until_finished()
@@ -123,7 +126,7 @@ class Checkpoints:
 
     @contextmanager
     def _one_sentence(self) -> Iterator[None]:
-        """Orbax and TensorStore raise whatever their threads met, a full disk as a ValueError."""
+        """Turns whatever Orbax and TensorStore raise (a full disk as a ValueError) into an OSError of one sentence."""
         try:
             yield
         except Exception as error:
@@ -134,8 +137,10 @@ class Checkpoints:
             raise OSError(f"cannot write a checkpoint in {self._directory}: {reason}") from error
 
     def _remove_unfinished(self) -> None:
-        """When one file of a checkpoint cannot be written, TensorStore's threads may still be at others, and make
-        their folders anew."""
+        """Removes checkpoints that were not finished.
+
+        Several times: TensorStore's threads may still be writing other files of them, and make their folders anew.
+        """
         for _ in range(10):
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -144,7 +149,10 @@ class Checkpoints:
 
 @jax.jit
 def checksum(state: Any) -> jax.Array:
-    """Of the bits of all elements, each times an odd number of its place: one bit that changes always shows."""
+    """Returns a checksum over the bits of all elements, each times an odd number that depends on its place.
+
+    One bit that changes always changes it.
+    """
     total = jnp.zeros((), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(state)):
         unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")

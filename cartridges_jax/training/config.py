@@ -1,4 +1,4 @@
-"""What a training run is made of, as its config file says it."""
+"""The settings of a training run, as its config file gives them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ from cartridges_jax.training.trackers import TrackConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
+    """A training run's settings. A field's name is its key in a config file and its flag, `--config.NAME`."""
+
     corpus: str  # the text file the cartridge stands in for
     output_dir: str
     dataset: str | None = None  # dataset.parquet of `synth`, a folder of such files, hf:…, wandb:…; num_steps=0: none
     mix: tuple[MixConfig, ...] = ()  # other conversations beside it, such as general ones without a context
     model: str = "smollm2-135m"
-    dtype: str = "float32"  # of the frozen weights; "auto" is what the hardware multiplies fastest
-    quantization: Literal["none", "int8", "fp8"] = "none"  # of the frozen layers, which are multiplied in `dtype`
+    dtype: str = "float32"  # of the frozen weights; "auto" is the one that the hardware multiplies fastest
+    quantization: Literal["none", "int8", "fp8"] = (
+        "none"  # how the frozen layers are kept; they are multiplied in `dtype`
+    )
     seed: int = 0
     seq_len: int = 1024  # tokens of a packed row
     batch_size: int = 1  # rows whose gradients are computed together
     accumulation: int = 1  # batches whose gradients are added before a step
     num_epochs: int = 1
     num_steps: int | None = None  # stops earlier than the epochs would; 0 leaves the initial state as it is
-    max_minutes: float | None = None  # of training: stops there, wherever the learning rate is; evaluations not counted
+    max_minutes: float | None = None  # of training, without evaluations; the run stops then, whatever its schedule says
     checkpoint_every: int = 50  # steps
-    remat: Remat = "layers"  # computed again in the backward pass; "elementwise" holds more memory
-    targets: Targets = "logprobs"  # the teacher's, or the answers' next tokens
+    remat: Remat = "layers"  # what the backward pass computes again; "elementwise" holds more memory
+    targets: Targets = "logprobs"  # the teacher's log-probabilities, or "tokens": the answers' next tokens
     tail: Tail = "bucket"
     reduction: Reduction = "token"
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how many devices share rows, weights, heads
-    distributed: bool = False  # one of several processes, on one host or many: see `processes.joined_job`
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how many devices share rows, weights and heads
+    distributed: bool = False  # this is one of several processes, on one host or many: see `processes.joined_job`
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     evals: EvalsConfig = dataclasses.field(default_factory=EvalsConfig)

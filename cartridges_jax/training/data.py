@@ -1,9 +1,9 @@
-"""From self-study conversations to packed, fixed-shape rows, deterministic from (seed, step).
+"""From self-study conversations to packed rows of one length, which depend on nothing but the seed and the step.
 
-An answer is laid out behind the very ids with which a server would be asked for it (`Tokenizer.turn_ids`): the context
+An answer is laid out behind the very ids with which a server would be asked for it (`Tokenizer.turn_ids`). The context
 is never part of them, since the cartridge stands where a system message would. Answers keep the ids that the teacher
-sampled, to which its log-probabilities belong.
-Rows are addressed by their index, so that the data position of a run is its step and nothing else.
+sampled, to which its log-probabilities belong. Rows are addressed by their index, so that the number of its step is all
+that a run has to remember of its data.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from cartridges_jax.training.batch import Batch
 from synth.conversation import Conversation, iterate, read, write
 
 Targets = Literal["logprobs", "tokens"]  # the teacher's distribution, or the answer's next token for certain
-OPEN_ROWS = 64  # rows that packing may still add to; more of them fill better and cost more comparisons
+OPEN_ROWS = 64  # rows that packing may still add to: more of them waste less room and cost more comparisons
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
+    """Another dataset that is trained on beside the run's own."""
+
     dataset: str
-    weight: float  # its share of an epoch's answers, of which it has at least one
+    weight: float  # its share of the answers of an epoch; it has at least one of them
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < 1:
@@ -48,11 +50,10 @@ class MixConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One answer and what it follows.
+    """One answer, with the tokens before it and the teacher's targets.
 
-    Entry e: at position `target_index[e]`, token `target_ids[e]` comes next, with that log-probability.
-
-    Positions are those that predict, one before the token they are about (targets of design §9).
+    Entry e says that behind position `target_index[e]` the token `target_ids[e]` comes next with the log-probability
+    `target_logprobs[e]`. So a position is that of the token which predicts, one before the token that is predicted.
     """
 
     tokens: np.ndarray  # [t] int32
@@ -62,10 +63,10 @@ class Example:
 
 
 def read_corpus(path: str | Path) -> str:
-    """The text that a cartridge stands in for.
+    """Reads the text that a cartridge stands in for.
 
     Raises:
-      FileNotFoundError, UserError: no such file, an empty one, or one that is not UTF-8.
+      FileNotFoundError, UserError: there is no such file, it is empty, or it is not UTF-8.
     """
     return files.read_text(path, "the text that the cartridge stands in for")
 
@@ -73,13 +74,13 @@ def read_corpus(path: str | Path) -> str:
 def read_examples(
     path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs", vocab_size: int | None = None
 ) -> list[Example]:
-    """Reads a dataset, of `synth` or of upstream's, and lays every answer out.
+    """Reads a dataset, made by `synth` or by upstream, and lays every answer out as an example.
 
     Args:
-      vocab_size: how many ids the model has, its embedding's rows; by default those of the tokenizer.
+      vocab_size: how many ids the model has, which is how many rows its embedding has; by default the tokenizer's.
 
     Raises:
-      FileNotFoundError, UserError: no such file, a damaged one, one without a single target, or a row that cannot be
+      FileNotFoundError, UserError: there is no such file, it is damaged, it holds no target, or a row of it cannot be
         true.
     """
     return [example for _, example in typed_examples(path, tokenizer, targets, vocab_size)]
@@ -88,7 +89,7 @@ def read_examples(
 def typed_examples(
     path: str | Path, tokenizer: Tokenizer, targets: Targets = "logprobs", vocab_size: int | None = None
 ) -> list[tuple[str, Example]]:
-    """`read_examples`, each behind the type of its seed prompt."""
+    """Reads a dataset as `read_examples` does, and pairs every example with the type of its seed prompt."""
     found = []
     for file in dataset_files(path):
         for row, conversation in enumerate(iterate(file, vocab_size or tokenizer.vocab_size)):
@@ -109,10 +110,10 @@ def typed_examples(
 
 
 def check_lengths(examples: Sequence[Example], seq_len: int) -> None:
-    """Says how many conversations, each up to an answer, rows of `seq_len` tokens cut.
+    """Warns of conversations that are longer than a row of `seq_len` tokens and will be cut.
 
     Raises:
-      UserError: no target is left.
+      UserError: every conversation is cut before its first target.
     """
     if examples and not any((example.target_index < seq_len).any() for example in examples):
         raise UserError(f"seq_len is {seq_len}, which cuts every conversation before its first answer: raise it")
@@ -122,7 +123,7 @@ def check_lengths(examples: Sequence[Example], seq_len: int) -> None:
 
 
 def dataset_hash(*sources: str | os.PathLike[str]) -> str:
-    """SHA-256 over the bytes of all files of these datasets."""
+    """Returns the SHA-256 over the bytes of all files of these datasets."""
     digest = hashlib.sha256()
     for path in (path for source in sources for path in dataset_files(source)):
         with path.open("rb") as file:
@@ -131,10 +132,10 @@ def dataset_hash(*sources: str | os.PathLike[str]) -> str:
 
 
 def example_of(conversation: Conversation, tokenizer: Tokenizer, targets: Targets = "logprobs") -> list[Example]:
-    """An example for every answer: the ids that a server would be asked with, then the answer's own, and the targets.
+    """Makes an example of every answer: the ids with which a server is asked for it, then the answer's own ids.
 
-    What stands before an answer is rendered as if it were being asked for, so that it is what the teacher saw, earlier
-    answers included: a template may show those otherwise than it asked for them.
+    What stands before an answer is rendered as for a request, earlier answers included, so that the ids are those that
+    the teacher saw: a template may render an earlier answer otherwise than the one it asks for.
     """
     thinking = _thinking(conversation.metadata)
     turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
@@ -165,7 +166,10 @@ def example_of(conversation: Conversation, tokenizer: Tokenizer, targets: Target
 
 
 def thinking_of(source: str | os.PathLike[str]) -> bool | None:
-    """The thinking mode that all of a dataset's answers were given in; None if it was the template's, or differs."""
+    """Returns the thinking mode in which all answers of a dataset were given.
+
+    None means that they were given in different modes, or in the chat template's own.
+    """
     columns = (pq.read_table(file, columns=["metadata"])["metadata"] for file in dataset_files(source))
     modes = {
         _thinking(json.loads(one) if isinstance(one, str) else one or {}) for c in columns for one in c.to_pylist()
@@ -181,9 +185,13 @@ def _thinking(metadata: Mapping[str, Any]) -> bool | None:
 
 
 def pack(lengths: Sequence[int], seq_len: int, order: Sequence[int]) -> list[list[int]]:
-    """First-fit packing, in `order`: which examples share a row of `seq_len`. No example is split."""
+    """Distributes examples over rows of `seq_len` tokens, each into the first row that has room. None is split.
+
+    Returns:
+      The examples of each row, by their index.
+    """
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, list[int]]] = []  # room left and members
+    open_rows: list[tuple[int, list[int]]] = []  # the room that is left, and the examples
     for i in order:
         length = min(lengths[i], seq_len)
         for slot, (room, members) in enumerate(open_rows):
@@ -199,7 +207,7 @@ def pack(lengths: Sequence[int], seq_len: int, order: Sequence[int]) -> list[lis
 
 
 def _order(counts: Sequence[int], weights: Sequence[float], rng: np.random.Generator) -> list[int]:
-    """An epoch's examples: every one of the first dataset, and so many of the others that they have their weights."""
+    """Returns an epoch's examples in order: all of the first dataset, and so many of the others as weights say."""
     chosen, first = rng.permutation(counts[0]), counts[0]
     for count, weight in zip(counts[1:], weights, strict=True):
         wanted = max(1, round(counts[0] * weight / (1 - sum(weights))))
@@ -210,10 +218,11 @@ def _order(counts: Sequence[int], weights: Sequence[float], rng: np.random.Gener
 
 
 class PackedRows:
-    """Rows of a whole run, epoch after epoch, as a random-access source: row i is the same whenever it is asked for.
+    """The rows of a whole run, epoch after epoch. Row i is the same whenever it is asked for.
 
-    `mixed` are other datasets with their shares of every epoch's answers, of which `examples` fill the rest,
-    each of them once.
+    Args:
+      examples: the run's own dataset, each of whose examples stands once in an epoch.
+      mixed: other datasets, each with its share of an epoch's answers; `examples` are the rest.
     """
 
     def __init__(
@@ -242,6 +251,7 @@ class PackedRows:
         return len(self._rows)
 
     def num_tokens(self, row: int) -> int:
+        """Returns how many tokens of a row are not padding."""
         return sum(min(len(self._examples[i].tokens), self._seq_len) for i in self._rows[row])
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
@@ -274,7 +284,7 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """Of every `batch_size` rows, the `chosen` ones: a process reads what its devices hold."""
+    """The rows that one process reads, those that its devices hold: of every `batch_size` rows the `chosen` ones."""
 
     rows: PackedRows
     batch_size: int
@@ -289,7 +299,7 @@ class _Share:
 
 
 def batches(rows: PackedRows, batch_size: int, first_step: int, chosen: Sequence[int] | None = None) -> Iterator[Batch]:
-    """Batches from `first_step` on, prepared by threads ahead of the device; of each the `chosen` rows, or all."""
+    """Yields the batches from `first_step` on, of each the `chosen` rows or all. Threads prepare them ahead of time."""
     chosen = range(batch_size) if chosen is None else chosen
     dataset = grain.MapDataset.source(_Share(rows, batch_size, chosen))[first_step * len(chosen) :].batch(len(chosen))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -298,10 +308,13 @@ def batches(rows: PackedRows, batch_size: int, first_step: int, chosen: Sequence
 
 
 def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path, Path]:
-    """Sets `num_held_out` conversations apart, evenly over the dataset; returns the rest's file and theirs.
+    """Sets `num_held_out` conversations apart, evenly over the dataset, and writes both parts into `directory`.
+
+    Returns:
+      The file to train on, and the file of the conversations that are held out.
 
     Raises:
-      UserError: fewer than two conversations a side.
+      UserError: the dataset has less than twice as many conversations.
     """
     conversations = read(path)
     if not 1 <= num_held_out <= len(conversations) // 2:
@@ -316,10 +329,10 @@ def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path,
 
 
 def exchanges(path: str | Path) -> list[tuple[str, str]]:
-    """The first message of each conversation and the answer to it.
+    """Returns the first question of each conversation and the answer to it.
 
     Raises:
-      FileNotFoundError, UserError: no such file, a damaged one, or a conversation without a question and an answer.
+      FileNotFoundError, UserError: there is no such file, it is damaged, or a conversation does not begin with both.
     """
     found = []
     for row, conversation in enumerate(iterate(path)):

@@ -1,7 +1,7 @@
-"""Examples as they were laid out, kept beside a run: it goes on later without waiting for them, and with the same.
+"""A run's examples on disk, so that a run which is resumed need not lay its conversations out again.
 
-A file is named by what rendering depends on: the dataset's bytes, the tokenizer with its chat template, the day that
-the template is told, the targets, and the libraries. A file that is damaged is made again.
+A file is named by everything that the layout depends on: the dataset's bytes, the tokenizer with its chat template, the
+day that the template is told, the targets, and the versions of libraries. A damaged file is made again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.training.data import Example, Targets, dataset_hash, read_examples
 
-FORMAT = 1  # of the file, and of how `data.example_of` lays an answer out: another one makes the files again
+FORMAT = 1  # to be raised when the file's format or `data.example_of` changes: all files are made again then
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 FIELDS = {"tokens": np.int32, "target_index": np.int32, "target_ids": np.int32, "target_logprobs": np.float32}
 
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class ExampleCache:
-    """`read_examples`, from a folder where that is possible.
+    """Reads datasets as `read_examples` does, from files of an earlier call where there are any.
 
-    `keep` writes what was read: a run that refuses its inputs leaves nothing behind.
+    New files are written by `keep` and not before, so that a run which refuses its inputs leaves nothing behind.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, targets: Targets, vocab_size: int):
@@ -40,7 +40,7 @@ class ExampleCache:
         self._new: dict[Path, list[Example]] = {}
 
     def read(self, source: str) -> list[Example]:
-        """Raises: as `read_examples`."""
+        """Returns the examples of a dataset. It raises what `read_examples` raises."""
         path = self._folder / f"{self._key(source)}.npz"
         examples = _load(path) if path.is_file() else None
         if examples is None:
@@ -48,6 +48,7 @@ class ExampleCache:
         return examples
 
     def keep(self) -> None:
+        """Writes the files of all datasets that were laid out by this object."""
         for path, examples in self._new.items():
             _save(path, examples)
 
@@ -66,7 +67,7 @@ def _save(path: Path, examples: Sequence[Example]) -> None:
 
 
 def _load(path: Path) -> list[Example] | None:
-    """None, if the file is damaged."""
+    """Returns the examples of a file, or None if the file is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:

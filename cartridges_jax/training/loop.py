@@ -1,4 +1,4 @@
-"""The loop of a training run: steps, evaluations and checkpoints, and when it is over."""
+"""The loop of a training run: when it steps, evaluates and writes checkpoints, and when it ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.checkpoint import Checkpoints
 from cartridges_jax.training.data import PackedRows, batches
 from cartridges_jax.training.evals.during import Evals
-from cartridges_jax.training.metrics import BEFORE, Journal
+from cartridges_jax.training.metrics import BEFORE, MetricsWriter
 from cartridges_jax.training.optim import schedule
 from cartridges_jax.training.step import TrainState, train_step
 
@@ -32,21 +32,22 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class Best:
-    """The cartridge with the least watched loss so far, behind `step` steps, and how many evaluations ago that was."""
+    """The cartridge whose watched loss was the lowest so far: the copy that a run with early stopping keeps."""
 
     cartridge: Cartridge
-    step: jax.Array
+    step: jax.Array  # how many steps it had behind it
     loss: jax.Array
-    stale: jax.Array
+    stale: jax.Array  # evaluations since then, all of them no better
 
     @classmethod
     def of(cls, cartridge: Cartridge) -> Best:
-        copy = jax.tree.map(jnp.copy, cartridge)  # a step takes its own away
+        copy = jax.tree.map(jnp.copy, cartridge)  # a training step overwrites the arrays that it is given
         none = jnp.zeros((), jnp.int32)
         return cls(copy, none, jnp.asarray(np.inf, jnp.float32), none)
 
     def after(self, train: TrainState, loss: float, mesh: Mesh) -> Best:
-        if np.float32(loss) < float(self.loss):  # as it is kept: rounding makes nothing better
+        """Returns the best after one more evaluation, which found `loss` for the cartridge of `train`."""
+        if np.float32(loss) < float(self.loss):  # rounded as the best is kept, or an equal loss could look better
             numbers = (int(train.step), jnp.int32), (loss, jnp.float32), (0, jnp.int32)
             return Best(Best.of(train.cartridge).cartridge, *(_scalar(*number, mesh) for number in numbers))
         return dataclasses.replace(self, stale=_scalar(int(self.stale) + 1, jnp.int32, mesh))
@@ -54,15 +55,17 @@ class Best:
 
 @flax.struct.dataclass
 class RunState:
-    """All that a checkpoint holds. `best` is there if the run stops early."""
+    """Everything that a checkpoint holds."""
 
     train: TrainState
-    best: Best | None
+    best: Best | None  # None for a run without early stopping
     seconds: jax.Array  # of training, evaluations not counted
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class TrainingRun:
+    """What stays the same from the first step of a run to its last."""
+
     config: TrainConfig
     model: LanguageModel
     rows: PackedRows
@@ -72,93 +75,95 @@ class Job:
     evals: Evals
 
     def tokens(self, num_steps: int) -> int:
-        """Of the first so many steps."""
+        """Returns how many tokens the first `num_steps` steps read."""
         rows = num_steps * self.config.batch_size * self.config.accumulation
         return sum(self.rows.num_tokens(i) for i in range(rows))
 
 
-def run_loop(job: Job, run: RunState, journal: Journal, checkpoints: Checkpoints) -> RunState:
-    """Trains from where `run` is until it is over."""
-    config, step = job.config, int(run.train.step)
-    tokens, seconds_before = job.tokens(step), float(run.seconds)
-    learning_rate = schedule(config.optim, job.num_steps)
+def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoints: Checkpoints) -> RunState:
+    """Trains from `state` on until the run's steps, minutes or patience are used up; returns the last state."""
+    config, step = run.config, int(state.train.step)
+    tokens, seconds_before = run.tokens(step), float(state.seconds)
+    learning_rate = schedule(config.optim, run.num_steps)
     step_rows = config.batch_size * config.accumulation
-    if step == 0 and job.evals:
-        run = _evaluated(job, run, BEFORE, journal)
-    over = step >= job.num_steps or _out_of_time(config, seconds_before) or _out_of_patience(config, run)
-    upcoming = _stacked(job, step)
+    if step == 0 and run.evals:
+        state = _evaluated(run, state, BEFORE, writer)
+    over = step >= run.num_steps or _out_of_time(config, seconds_before) or _out_of_patience(config, state)
+    upcoming = _stacked(run, step)
     pending = None
     while not over:
-        state, metrics = train_step(
-            run.train,
-            job.model.params,
+        train_state, metrics = train_step(
+            state.train,
+            run.model.params,
             next(upcoming),
-            config=job.model.config,
-            tx=job.tx,
+            config=run.model.config,
+            tx=run.tx,
             tail=config.tail,
             reduction=config.reduction,
             remat=config.remat,
-            mesh=job.mesh,
+            mesh=run.mesh,
         )
-        tokens += sum(job.rows.num_tokens(i) for i in range(step * step_rows, (step + 1) * step_rows))
+        tokens += sum(run.rows.num_tokens(i) for i in range(step * step_rows, (step + 1) * step_rows))
         if pending:  # one step late, so that the host prepares the next batch while the device computes
-            journal.step(*pending)
-        seconds = seconds_before + journal.seconds
-        run = RunState(state, run.best, _scalar(seconds, jnp.float32, job.mesh))
+            writer.step(*pending)
+        seconds = seconds_before + writer.seconds
+        state = RunState(train_state, state.best, _scalar(seconds, jnp.float32, run.mesh))
         pending = (step, metrics, float(learning_rate(step)), tokens, seconds)
         step += 1
-        over = step >= job.num_steps or _out_of_time(config, seconds)
-        evaluates = bool(job.evals) and (over or (config.evals.every is not None and step % config.evals.every == 0))
+        over = step >= run.num_steps or _out_of_time(config, seconds)
+        evaluates = bool(run.evals) and (over or (config.evals.every is not None and step % config.evals.every == 0))
         saves = step % config.checkpoint_every == 0
         if over or evaluates or saves:
-            journal.step(*pending)  # before the checkpoint: a run killed between them would lack the line for ever
+            writer.step(*pending)  # before the checkpoint: a run killed between them would never write the line
             pending = None
         if evaluates:
-            run = _evaluated(job, run, step - 1, journal)
-            over = over or _out_of_patience(config, run)
+            state = _evaluated(run, state, step - 1, writer)
+            over = over or _out_of_patience(config, state)
         if over or saves:
-            checkpoints.save(step, run)
-    return run
+            checkpoints.save(step, state)
+    return state
 
 
 def _out_of_time(config: TrainConfig, seconds: float) -> bool:
     return config.max_minutes is not None and bool(processes.agreed(seconds >= 60 * config.max_minutes))
 
 
-def _out_of_patience(config: TrainConfig, run: RunState) -> bool:
-    return config.evals.patience is not None and run.best is not None and int(run.best.stale) >= config.evals.patience
+def _out_of_patience(config: TrainConfig, state: RunState) -> bool:
+    patience = config.evals.patience
+    return patience is not None and state.best is not None and int(state.best.stale) >= patience
 
 
-def _evaluated(job: Job, run: RunState, step: int, journal: Journal) -> RunState:
+def _evaluated(run: TrainingRun, state: RunState, step: int, writer: MetricsWriter) -> RunState:
+    """Evaluates the cartridge after update `step`, writes what is found, and returns the state with its best."""
     start = time.monotonic()
-    metrics, answers = job.evals.run(run.train.cartridge)
-    journal.evaluation(step, metrics, answers, time.monotonic() - start)
-    if run.best is None:
-        return run
-    watched = metrics[str(job.evals.watched)]
-    return dataclasses.replace(run, best=run.best.after(run.train, watched, job.mesh))
+    metrics, answers = run.evals.run(state.train.cartridge)
+    writer.evaluation(step, metrics, answers, time.monotonic() - start)
+    if state.best is None:
+        return state
+    watched = metrics[str(run.evals.watched)]
+    return dataclasses.replace(state, best=state.best.after(state.train, watched, run.mesh))
 
 
 def _scalar(value: float, dtype: Any, mesh: Mesh) -> jax.Array:
-    """One number of the state, on all devices."""
+    """Returns a number of the state as an array that lies on all devices."""
     return sharding.placed(jnp.asarray(value, dtype), P(), mesh)
 
 
-def _stacked(job: Job, first: int) -> Iterator[Batch]:
-    """The batches of a run, on the devices; each process reads the rows that its own devices hold."""
-    shape = (job.config.accumulation, job.config.batch_size)
-    placement = NamedSharding(job.mesh, sharding.BATCH)
+def _stacked(run: TrainingRun, first: int) -> Iterator[Batch]:
+    """Yields the batches from step `first` on, laid on the devices; a process reads only the rows that its own hold."""
+    shape = (run.config.accumulation, run.config.batch_size)
+    placement = NamedSharding(run.mesh, sharding.BATCH)
     held = np.zeros(shape, bool)
     for index in placement.addressable_devices_indices_map(shape).values():
         held[index] = True
-    place_in_share = np.cumsum(held[0]) - 1  # of a row of a micro-batch, among those that are read here
+    place_in_share = np.cumsum(held[0]) - 1  # where a row of a micro-batch stands among the rows that are read here
 
     def place(share: np.ndarray) -> Any:
         share = share.reshape(shape[0], -1, *share.shape[1:])
-        if job.mesh.size == 1:
+        if run.mesh.size == 1:
             return share
         whole = (*shape, *share.shape[2:])
         return jax.make_array_from_callback(whole, placement, lambda index: share[:, place_in_share[index[1]]])
 
-    for batch in batches(job.rows, held.size, first, np.flatnonzero(held).tolist()):
+    for batch in batches(run.rows, held.size, first, np.flatnonzero(held).tolist()):
         yield jax.tree.map(place, batch)

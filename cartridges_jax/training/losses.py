@@ -1,8 +1,9 @@
-"""Top-k distillation, chunked over the target positions: `[t, v]` never exists (design §6, arXiv 2506.06266 §4.2).
+"""The loss of distillation against a teacher's top-k log-probabilities (arXiv 2506.06266 §4.2).
 
-The head is frozen, so the gradient with respect to the hidden states is all that is needed; it is computed chunk by
-chunk in the forward pass, while a chunk's logits are at hand, and the backward pass only scales it. Positions without
-a target are sorted behind the others and their chunks are not visited.
+It is computed in chunks of target positions, so that logits of all positions never exist at one time. The model's head
+is frozen, so only the gradient with respect to the hidden states is needed. It is computed chunk by chunk in the
+forward pass, while a chunk's logits are at hand, and the backward pass only scales it. Positions without a target are
+sorted behind the others, and their chunks are not visited.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cartridges_jax.models.language_model import LanguageModel
 
 CHUNK = 128  # target positions whose logits exist at one time
-NOTHING = -1e30  # a logit of no weight; finite, so that a row of them gives no NaN
+NOTHING = -1e30  # a logit whose probability is zero; finite, so that a row of them gives no NaN
 
 Tail = Literal["drop", "bucket"]
 Reduction = Literal["token", "entry", "row"]
@@ -40,12 +41,15 @@ def distillation_loss(
     tail: Tail = "drop",
     reduction: Reduction = "token",
 ) -> Float[Array, ""]:
-    """Cross-entropy of the student's next token against the teacher's top-k, differentiable in the cartridge.
+    """Returns the cross-entropy of the student's next token against the teacher's top-k.
 
-    A target's loss is -sum_j p_j log q_j; with `tail="bucket"` plus the remaining teacher mass against the remaining
-    student mass. Averaged over target tokens; over entries (`reduction="entry"`); or, as upstream does, over the
-    entries of each row and then over rows ("row").
-    The model is frozen: no gradient flows to its parameters.
+    It is differentiable in the cartridge alone: the model is frozen, and no gradient flows to its parameters. The loss
+    of a target is -sum_j p_j log q_j, over the teacher's entries.
+
+    Args:
+      tail: "bucket" adds the rest of the teacher's mass against the rest of the student's; "drop" does not.
+      reduction: "token" averages over targets and "entry" over their entries; "row" averages over the entries of each
+        row and then over rows, as upstream does.
     """
     checked = cartridge.checked(model.config)
     total, count = loss_sum(checked, model.params, batch, config=model.config, tail=tail, reduction=reduction)
@@ -63,7 +67,10 @@ def loss_sum(
     reduction: Reduction,
     remat: Remat = "layers",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The summed loss of a batch and what to divide by: sums add up over micro-batches, means do not."""
+    """Returns the summed loss of a batch and the number to divide it by.
+
+    They are apart because sums add up over micro-batches, and means do not.
+    """
     if tail not in ("drop", "bucket") or reduction not in ("token", "entry", "row"):
         raise UserError(
             f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token, entry or row"
@@ -92,7 +99,7 @@ def top_k_cross_entropy(
     mask: Bool[Array, "t j"],
     tail: Tail,
 ) -> Float[Array, ""]:
-    """The loss summed over targets. No gradient flows to `head`: it is frozen."""
+    """Returns the loss summed over targets. No gradient flows to `head`, which is frozen."""
     return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=False)[0]
 
 
@@ -114,8 +121,8 @@ def _over_chunks(
     chunk = min(CHUNK, t)
     is_target_t = mask.any(-1)
     padded = -(-t // chunk) * chunk
-    # targets first, in their order; an index past the end names a row of zeros (mode="fill") and is dropped on the way
-    # back
+    # targets come first, in their order; an index past the end reads a row of zeros (mode="fill"), and what is written
+    # there is dropped
     order_t = jnp.concatenate([jnp.argsort(~is_target_t, stable=True), jnp.full(padded - t, t)])
 
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -145,11 +152,11 @@ def _chunk_loss(
     loss = -jnp.sum(teacher_cj * student_cj)
     if tail == "bucket":
         # the student's remaining mass from the remaining logits: 1 - sum(q) would cancel when q is close to one
-        own_cj, here_cj = collectives.local_token_ids(ids_cj, head_vd.shape[0])
-        outside_cj = jnp.where(mask_cj & here_cj, own_cj, head_vd.shape[0])  # out of range: dropped
-        rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], outside_cj].set(NOTHING, mode="drop")
-        entries_c = mask_cj.sum(-1)  # none: no target; the whole vocabulary: nothing remains
-        whole = collectives.vocab_size(head_vd.shape[0])
-        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * ((entries_c > 0) & (entries_c < whole))
+        local_cj, here_cj = collectives.local_token_ids(ids_cj, head_vd.shape[0])
+        listed_cj = jnp.where(mask_cj & here_cj, local_cj, head_vd.shape[0])  # an index out of range is dropped
+        rest_cv = logits_cv.at[jnp.arange(ids_cj.shape[0])[:, None], listed_cj].set(NOTHING, mode="drop")
+        entries_c = mask_cj.sum(-1)  # 0: the position has no target; the whole vocabulary: nothing remains
+        vocab_size = collectives.vocab_size(head_vd.shape[0])
+        rest_c = jnp.clip(1 - teacher_cj.sum(-1), 0, 1) * ((entries_c > 0) & (entries_c < vocab_size))
         loss -= jnp.sum(rest_c * (collectives.log_sum_exp(rest_cv) - normalizer_c))
     return loss

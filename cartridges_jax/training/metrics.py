@@ -1,7 +1,7 @@
-"""What a run says of itself: `metrics.jsonl`, `samples.jsonl`, a progress line, and dashboards that the config names.
+"""The numbers that a run writes: `metrics.jsonl`, `samples.jsonl`, a progress line, and dashboards.
 
-Files hold one JSON object a line and are cut back to the checkpoint on resume, so that no step stands there twice.
-`step` counts updates from 0; what was evaluated before the first stands at step -1.
+The files hold one JSON object a line. When a run is resumed they are cut back to its checkpoint, so that no step stands
+in them twice. `step` counts updates from 0; an evaluation before the first update has the step -1.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from cartridges_jax.training.config import TrainConfig
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-RATE_STEPS = 10  # the latest, of which rates are told
-BEFORE = -1  # the step of what is evaluated before the first
+RATE_STEPS = 10  # the latest steps, over which tokens per second are measured
+BEFORE = -1  # the step of an evaluation before the first update
 
 
 class MetricsLog:
+    """A file of JSON lines, each about one step."""
+
     def __init__(self, path: Path, first_step: int):
         """Opens the log for steps from `first_step` on; later lines of an interrupted run are dropped."""
         if path.exists():
@@ -49,8 +51,11 @@ class MetricsLog:
         self._file.close()
 
 
-class Journal:
-    """Of one run, from `first_step` on; of a job's processes only the first keeps one (`directory` is None)."""
+class MetricsWriter:
+    """Writes the metrics of one run, from `first_step` on, to files, dashboards and the terminal.
+
+    Only the first process of a job writes. In the others `directory` is None, and the writer just measures time.
+    """
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class Journal:
         self._logs: list[MetricsLog] = []
         if directory is None:
             return
-        # a run without a step behind it begins again, with what it evaluates before
+        # a run that has made no step evaluates again before its first one
         first = first_step if first_step > 0 else BEFORE
         self._trackers = trackers(config.track, directory, first, settings)
         self._logs = [MetricsLog(directory / METRICS, first)]
@@ -78,11 +83,14 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Since the journal began, evaluations not counted."""
+        """Seconds since the writer was made, without those of evaluations."""
         return time.monotonic() - self._start - self._idle
 
     def step(self, step: int, metrics: Mapping[str, Any], lr: float, tokens: int, seconds: float) -> None:
-        """One update: its metrics, all tokens so far and all seconds so far, also those of earlier sessions.
+        """Writes the metrics of one update.
+
+        Args:
+          tokens, seconds: those of the whole run so far, with what it did before it was resumed.
 
         Raises:
           UserError: the loss or the gradient is not finite.
@@ -119,7 +127,7 @@ class Journal:
     def evaluation(
         self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]], seconds: float
     ) -> None:
-        """What was evaluated after update `step`, and how long that took."""
+        """Writes what an evaluation after update `step` found; `seconds` is how long it took."""
         self._idle += seconds
         if not self._logs:
             return
@@ -139,7 +147,7 @@ class Journal:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; none if there is no such file.
+    """Returns the lines of a log, none of them if there is no such file.
 
     Raises:
       UserError: a line is damaged.
@@ -149,12 +157,12 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def evaluation_behind(num_steps: int, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of a log's lines, what was evaluated behind so many steps."""
+    """Returns the line of the evaluation after `num_steps` steps, or None if there was none."""
     return next((line for line in lines if "loss" not in line and line["step"] == num_steps - 1), None)
 
 
 def _lines(path: Path) -> list[bytes]:
-    """Without their ends, which are line feeds and nothing else; the last may be cut inside of a character."""
+    """Returns a file's lines, which end in line feeds alone. A crash may have cut the last one inside a character."""
     lines = path.read_bytes().split(b"\n")
     return lines if lines[-1] else lines[:-1]
 

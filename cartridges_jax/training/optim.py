@@ -1,4 +1,4 @@
-"""The optimizer: Adam in float32 with a warm-up that holds from the first step, and slots that must not move."""
+"""The optimizer: Adam in float32, its learning-rate schedule, and slots that it must not move."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from cartridges_jax.command_line.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 4e-3  # behind attention matching; other initial states carry 2e-2
+    """Settings of Adam and of its schedule."""
+
+    lr: float = 4e-3  # suits a start from attention matching; other initial states bear 2e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0  # step i of them runs at lr * (i + 1) / warmup_steps: never at zero
-    final_fraction: float = 0.1  # of lr, that cosine and linear reach with the end of the last step
+    warmup_steps: int = 0  # step i of them runs at lr * (i + 1) / warmup_steps, which is never zero
+    final_fraction: float = 0.1  # of lr, which cosine and linear schedules reach at the end of the last step
     b1: float = 0.9
     b2: float = 0.999
-    clip_norm: float | None = None  # longest gradient, over all slots that move; None: as it comes
+    clip_norm: float | None = None  # the largest norm of the gradient, over all slots that move; None: no limit
 
     def __post_init__(self) -> None:
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
@@ -33,7 +35,7 @@ class OptimConfig:
 
 
 def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, …, num_steps - 1."""
+    """Returns the function from a step, 0 to num_steps - 1, to its learning rate."""
     rest = max(num_steps - config.warmup_steps, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(config.lr, rest, config.final_fraction),
@@ -48,9 +50,9 @@ def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.GradientTransformation:
-    """Adam whose updates of the first `num_frozen` slots (axis 1 of every leaf) are zero.
+    """Returns Adam whose updates of the first `num_frozen` slots (axis 1 of every leaf) are zero.
 
-    The update is masked, not the gradient: moments or weight decay could otherwise move a frozen slot.
+    It is the update that is masked, not the gradient: Adam's moments could otherwise move a frozen slot.
     """
 
     def freeze(updates: Any, params: Any = None) -> Any:
@@ -59,6 +61,6 @@ def optimizer(config: OptimConfig, num_steps: int, num_frozen: int) -> optax.Gra
     adam = optax.adam(schedule(config, num_steps), b1=config.b1, b2=config.b2)
     if config.clip_norm is None:
         return optax.chain(adam, optax.stateless(freeze))
-    # what does not move must not shorten what does
+    # the gradient of frozen slots must not count in the norm, or it would shorten the steps of the others
     clip = optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(optax.stateless(freeze), clip, adam, optax.stateless(freeze))

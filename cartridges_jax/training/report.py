@@ -1,4 +1,4 @@
-"""Runs for people: `report.md` with tables and plots, of training and of evaluation; `report.json` for programs."""
+"""Reports of training and of evaluation: `report.md` with tables and plots for people, `report.json` for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cartridges_jax.training.metrics import METRICS, SAMPLES, evaluation_behind,
 from cartridges_jax.training.trackers import answers_table
 
 BLUE = "#1f5fa8"
-DRAWN = ("/loss", "/score")  # of the evaluations
+DRAWN = ("/loss", "/score")  # how the keys of evaluations that are drawn end
 SHOWN_ANSWERS = 20
 COLUMNS = (
     ("condition", "condition", "{}"),
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report's rows as a Markdown table."""
+    """Returns the report's rows, one for each condition, as a Markdown table."""
     lines = [[title for _, title, _ in COLUMNS], ["---"] * len(COLUMNS)]
     lines += [[_cell(row, key, style) for key, _, style in COLUMNS] for row in report["rows"]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
@@ -39,11 +39,10 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def samples(report: Mapping[str, Any], count: int) -> str:
-    """The first questions with the answer of every condition; questions are spread evenly over the set."""
+    """Returns `count` questions, spread evenly over all of them, with the answer of every condition."""
     total = report["num_questions"]
-    picked = [i * total // count for i in range(min(count, total))]
     blocks = []
-    for i in picked:
+    for i in (i * total // count for i in range(min(count, total))):
         first = report["rows"][0]["answers"][i]
         lines = [f"Q: {first['question']}", f"   reference: {first['reference']}"]
         for row in report["rows"]:
@@ -53,7 +52,10 @@ def samples(report: Mapping[str, Any], count: int) -> str:
 
 
 def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> None:
-    """Writes `report.png`, `report.md` and, last, `report.json`; training is drawn if `metrics` exists."""
+    """Writes the report of an evaluation: `report.png`, `report.md` and, last, `report.json`.
+
+    The plot shows the training too, if its log `metrics` exists.
+    """
     _plot(directory / "report.png", report, metrics)
     provenance = report["provenance"]
     gap = report["gap_closed"]
@@ -83,9 +85,9 @@ def _cell(row: Mapping[str, Any], key: str, style: str) -> str:
 
 
 def write_training_report(directory: Path, kept: int) -> None:
-    """Writes `report.png` and `report.md` of a training run from its logs; a run without a step has none.
+    """Writes `report.png` and `report.md` of a training run from its logs, unless the run has made no step.
 
-    The evaluations are those before the first step, and of the cartridge that the run `kept`, behind so many steps.
+    The evaluations in it are those before the first step and those after step `kept`, whose cartridge the run keeps.
     """
     lines = history(directory / METRICS)
     if not any("loss" in line for line in lines):
@@ -121,7 +123,7 @@ def _plot(path: Path, report: Mapping[str, Any], metrics: Path) -> None:
 
 @contextlib.contextmanager
 def _figure(path: Path, rows: int, columns: int) -> Iterator[list[Any]]:
-    """Axes to draw on; those that nothing was drawn on are left out."""
+    """Yields axes to draw on, and writes the figure afterwards, without the axes that nothing was drawn on."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -151,7 +153,7 @@ def _draw_conditions(axis: Any, report: Mapping[str, Any]) -> None:
 
 
 def _draw_training(axes: Sequence[Any], lines: Sequence[Mapping[str, Any]]) -> None:
-    """Loss, learning rate and throughput; and, on a fourth, the losses and scores that were evaluated."""
+    """Draws loss, learning rate and throughput on three axes, and what was evaluated on a fourth."""
     steps = [line for line in lines if "loss" in line]
     drawn = ("loss", "loss, nats per target"), ("lr", "learning rate"), ("tokens_per_second", "tokens/s")
     for axis, (key, label) in zip(axes, drawn, strict=False):

@@ -33,37 +33,31 @@ from cartridges_jax.parallel.device import matmul_peak
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.training.checkpoint import Checkpoints
 from cartridges_jax.training.config import TrainConfig
-from cartridges_jax.training.data import (
-    Example,
-    PackedRows,
-    check_lengths,
-    dataset_hash,
-    read_corpus,
-    thinking_of,
-)
+from cartridges_jax.training.data import Example, PackedRows, check_lengths, dataset_hash, read_corpus, thinking_of
 from cartridges_jax.training.evals.during import Evals
 from cartridges_jax.training.example_cache import ExampleCache
-from cartridges_jax.training.loop import Best, Job, RunState, run_loop
-from cartridges_jax.training.metrics import METRICS, Journal, evaluation_behind, history
+from cartridges_jax.training.loop import Best, RunState, TrainingRun, run_loop
+from cartridges_jax.training.metrics import METRICS, MetricsWriter, evaluation_behind, history
 from cartridges_jax.training.optim import OptimConfig, optimizer
 from cartridges_jax.training.report import write_training_report
 from cartridges_jax.training.step import TrainState
 from cartridges_jax.training.trackers import TrackConfig
 
-INITIAL = "initial.safetensors"  # the initial state, beside the run's config
-EXAMPLES = "examples"  # a folder of what was laid out
+INITIAL = "initial.safetensors"  # the cartridge before training, in the run's directory
+EXAMPLES = "examples"  # the folder of the example cache, in the run's directory
 
 
 def train(config: TrainConfig, model: LanguageModel | None = None) -> Path:
     """Runs or resumes a training run and returns the path of its `cartridge.safetensors`.
 
-    On several hosts `output_dir` has to be a folder that all of them see; the first process writes there.
+    On several hosts `output_dir` has to be a folder that all of them see. Only the first process writes there.
 
     Args:
-      model: by default `config.model`, laid on the devices as `config.mesh` says; a given one stays where it is.
+      model: the model to train for. By default `config.model` is loaded and laid on the devices as `config.mesh` says;
+        a model that is given stays on the devices on which it lies.
 
     Raises:
-      FileNotFoundError, UserError: a missing or unusable input, before anything is written.
+      FileNotFoundError, UserError: an input is missing or unusable. Nothing has been written then.
     """
     if config.init.kind == "summary" and jax.process_count() > 1:
         raise UserError(
@@ -81,9 +75,9 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     mesh = sharding.make_mesh(config.mesh) if model is None else sharding.mesh_of(model.params)
     sharding.check_rows(config.batch_size, mesh)
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
-    config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # what "auto" came to
+    config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # which may have been "auto"
     model = model if config.quantization == "none" else quantized(model, config.quantization)
-    if config.init.kind != "pretrained":  # of which the file decides
+    if config.init.kind != "pretrained":  # whose number of slots its file decides
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)
     day = _day(directory)
@@ -106,29 +100,30 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
     tx = _optimizer(config.optim, num_steps, cartridge.num_frozen)
     _begin(directory, settings, cartridge, cache)
-    state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    train_state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
     best = None if config.evals.patience is None else Best.of(cartridge)
-    run_state = sharding.placed(RunState(state, best, jnp.zeros((), jnp.float32)), sharding.CARTRIDGE, mesh)
-    job = Job(config, model, rows, tx, num_steps, mesh, evals)
+    state = sharding.placed(RunState(train_state, best, jnp.zeros((), jnp.float32)), sharding.CARTRIDGE, mesh)
+    run = TrainingRun(config, model, rows, tx, num_steps, mesh, evals)
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
-        restored = checkpoints.restore(run_state)
-        run_state = run_state if restored is None else restored
-        journal = _journal(job, run_state, directory, settings)
+        restored = checkpoints.restore(state)
+        state = state if restored is None else restored
+        writer = _metrics_writer(run, state, directory, settings)
         try:
-            run_state = run_loop(job, run_state, journal, checkpoints)
+            state = run_loop(run, state, writer, checkpoints)
         finally:
-            journal.close()
+            writer.close()
     finally:
         checkpoints.close()
-    return _finish(job, run_state, directory, settings)
+    return _finish(run, state, directory, settings)
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """The run's directory is this job's alone; its first process holds the lock for all.
+    """Keeps other runs out of the directory; the job's first process holds the lock for all of its processes.
 
-    Raises: UserError, on every process.
+    Raises:
+      UserError: another run holds it. Every process of the job raises this.
     """
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -142,25 +137,26 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _finish(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Path:
-    state, best = run_state.train, run_state.best
-    kept = int(state.step if best is None else best.step)
-    trained = sharding.gathered(state.cartridge if best is None else best.cartridge)
+def _finish(run: TrainingRun, state: RunState, directory: Path, settings: dict[str, Any]) -> Path:
+    """Writes the cartridge, the last or the best one, and the report; returns the cartridge's path."""
+    train_state, best = state.train, state.best
+    kept = int(train_state.step if best is None else best.step)
+    trained = sharding.gathered(train_state.cartridge if best is None else best.cartridge)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(trained)):
         raise UserError("the trained slots are not finite: training diverged, lower config.optim.lr")
     path = directory / "cartridge.safetensors"
     if processes.is_first():
-        _with_training(trained, job, kept, int(state.step), directory, settings["dataset_hash"]).save(path)
+        _with_training(trained, run, kept, int(train_state.step), directory, settings["dataset_hash"]).save(path)
         write_training_report(directory, kept)
     processes.wait_for_all("the cartridge is saved")
     return path
 
 
-def _journal(job: Job, run_state: RunState, directory: Path, settings: dict[str, Any]) -> Journal:
-    first = int(run_state.train.step)
-    peak = matmul_peak(job.config.dtype, job.mesh.size) / flops_per_token(job.model.config)
+def _metrics_writer(run: TrainingRun, state: RunState, directory: Path, settings: dict[str, Any]) -> MetricsWriter:
+    first = int(state.train.step)
+    peak = matmul_peak(run.config.dtype, run.mesh.size) / flops_per_token(run.model.config)
     where = directory if processes.is_first() else None
-    return Journal(where, first, job.num_steps, job.tokens(first), peak, job.config, settings)
+    return MetricsWriter(where, first, run.num_steps, run.tokens(first), peak, run.config, settings)
 
 
 @functools.cache  # one object for one set of arguments: it is a static argument of the jitted step
@@ -177,7 +173,7 @@ def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> 
 
 
 def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: list[Example]) -> Cartridge:
-    """The initial state, which a resumed run finds in its directory."""
+    """Makes the cartridge before training, or reads it from the directory of a run that is resumed."""
     saved = Path(config.output_dir) / INITIAL
     if processes.agreed(saved.is_file()):
         return Cartridge.load(saved, model=model)
@@ -186,20 +182,27 @@ def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: l
 
 
 def _datasets(config: TrainConfig) -> list[str]:
-    """What is trained on."""
+    """Returns the names of all datasets whose conversations train the cartridge."""
     own = [] if config.dataset is None else [config.dataset]
     return own + [mixed.dataset for mixed in config.mix]
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What a run is made of, as JSON has it: it may be moved, to another folder, other devices or other dashboards."""
+    """Returns what makes a run that run, as JSON has it.
+
+    Its folder, its devices and its dashboards are left out: a run may be moved to others.
+    """
     moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False, track=TrackConfig())
     settings = dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}
     return json.loads(without_credentials(json.dumps(settings)))
 
 
 def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
-    """Keeps another config from mixing into a run that has begun."""
+    """Refuses to continue a run of this directory that was begun with other settings.
+
+    Raises:
+      UserError: says which settings differ.
+    """
     theirs = _recorded(directory)
     if theirs is None:
         return
@@ -212,14 +215,18 @@ def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
 
 
 def _day(directory: Path) -> datetime.date:
-    """The day that chat templates are told: the one on which the run began, as its record has it."""
+    """Returns the day that chat templates are told: the one on which the run began, which its config.json records."""
     recorded = (_recorded(directory) or {}).get("day")
     day = datetime.date.today() if recorded is None else datetime.date.fromisoformat(recorded)
     return datetime.date.fromordinal(processes.agreed(day.toordinal()))
 
 
 def _recorded(directory: Path) -> dict[str, Any] | None:
-    """The settings of the run that the folder holds, if it holds one. Raises: UserError, if they are damaged."""
+    """Returns the settings of the run that the folder holds, or None if it holds none.
+
+    Raises:
+      UserError: they are damaged.
+    """
     path = directory / "config.json"
     if not path.is_file():
         return None
@@ -235,7 +242,7 @@ def _recorded(directory: Path) -> dict[str, Any] | None:
 
 
 def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cache: ExampleCache) -> None:
-    """Records what the run starts from: its config, its initial state and what was laid out."""
+    """Writes what the run starts from: its config, its initial cartridge and its laid-out conversations."""
     whole = sharding.gathered(cartridge)
     if processes.is_first():
         files.write_text(directory / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -246,16 +253,19 @@ def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cach
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """A forward pass and the gradient of the activations through the layers' matrices; weights are frozen."""
+    """Returns the FLOPs that the layers' matrices take for one token of training.
+
+    They are those of a forward pass and of the gradient of the activations; the weights are frozen and have none.
+    """
     return 4.0 * config.matrix_weights
 
 
 def _with_training(
-    cartridge: Cartridge, job: Job, kept: int, num_steps: int, directory: Path, dataset_hash: str
+    cartridge: Cartridge, run: TrainingRun, kept: int, num_steps: int, directory: Path, dataset_hash: str
 ) -> Cartridge:
-    """The cartridge of step `kept` with what happened to it, beside what had happened to it before."""
-    config, before = job.config, cartridge.provenance
-    tokens = job.tokens(kept)
+    """Returns the cartridge, of step `kept`, with this run added to what its provenance says of earlier ones."""
+    config, before = run.config, cartridge.provenance
+    tokens = run.tokens(kept)
     objective = "distillation" if config.targets == "logprobs" else "next-token prediction"
     steps = f"{num_steps} steps" if config.evals.patience is None else f"{kept} steps, the best of {num_steps},"
     recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}, reduction {config.reduction}"
@@ -266,7 +276,7 @@ def _with_training(
         before,
         recipe=f"{before.recipe}; {recipe}",
         training_tokens=before.training_tokens + tokens,
-        training_flops=before.training_flops + flops_per_token(job.model.config) * tokens,
+        training_flops=before.training_flops + flops_per_token(run.model.config) * tokens,
         dataset_hash=dataset_hash if config.dataset else before.dataset_hash,
         thinking=thinking_of(config.dataset) if config.dataset else before.thinking,
         evaluation=json.dumps(evaluated, sort_keys=True) if evaluated else evaluation,

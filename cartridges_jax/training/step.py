@@ -1,6 +1,7 @@
-"""One step of training, on one device or a mesh of them.
+"""One step of training, on one device or on a mesh of devices.
 
-The base model is frozen: what trains is the first argument of the loss, everything else is an argument beside it.
+The model is frozen. The cartridge, which trains, is the first argument of the loss, and the gradient is taken with
+respect to that argument alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from cartridges_jax.training.losses import Reduction, Tail, loss_sum
 
 @flax.struct.dataclass
 class TrainState:
+    """What a step of training takes and returns."""
+
     cartridge: Cartridge
     opt_state: Any
     step: jax.Array
@@ -44,10 +47,13 @@ def train_step(
     remat: Remat,
     mesh: Mesh | None = None,  # None: one device
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Sums are accumulated and divided once, so that accumulation equals one large batch."""
+    """Makes one update, and returns the new state and the step's metrics.
+
+    Losses and gradients are summed over micro-batches and divided once, so that accumulating equals one large batch.
+    """
 
     def sums(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, Cartridge]:
-        """Of loss, what it is divided by, targets and gradients, over every row of the batch."""
+        """Returns the sums over all rows of the batch: of loss, its divisor, targets and gradients."""
 
         def loss(cartridge: Cartridge, micro: Batch) -> tuple[jax.Array, jax.Array]:
             return loss_sum(cartridge, params, micro, config=config, tail=tail, reduction=reduction, remat=remat)

@@ -1,4 +1,4 @@
-"""Dashboards of a run, under the key names that upstream uses: TensorBoard's files and Weights & Biases."""
+"""Dashboards that show a run: TensorBoard and Weights & Biases, with the key names that upstream uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from cartridges_jax.command_line.errors import MissingPackage
 
-# of metrics.jsonl -> upstream's
+# from the keys of metrics.jsonl to upstream's
 NAMES = {
     "loss": "train/loss",
     "targets": "train/step_num_target_tokens",
@@ -23,11 +23,14 @@ NAMES = {
     "target_tokens_per_second": "train/target_tokens_per_second",
     "lr": "optimizer/lr_group0",
 }
+# of the table of answers
 COLUMNS = ("eval", "index", "sample_idx", "prompt", "answer", "pred", "score")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackConfig:
+    """Which dashboards a run writes to."""
+
     tensorboard: bool = False
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "cartridges"  # of Weights & Biases
@@ -35,6 +38,8 @@ class TrackConfig:
 
 
 class Tracker(Protocol):
+    """A dashboard. Its steps count updates that are done, so the first update is step 1."""
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def evaluation(self, step: int, metrics: Mapping[str, float], answers: Sequence[Mapping[str, Any]]) -> None: ...
@@ -43,10 +48,13 @@ class Tracker(Protocol):
 
 
 def trackers(config: TrackConfig, directory: Path, first: int, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Those that the config names; what they had of the steps from `first` on, as logs count them, is written anew.
+    """Opens the dashboards that the config names.
+
+    Args:
+      first: the first step that will be written, as the logs count; what a dashboard has of later ones is replaced.
 
     Raises:
-      MissingPackage: one of them is not installed.
+      MissingPackage: the package of a dashboard is not installed.
     """
     made: list[Tracker] = []
     if config.tensorboard:
@@ -57,11 +65,14 @@ def trackers(config: TrackConfig, directory: Path, first: int, settings: Mapping
 
 
 def upstream_names(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns a step's metrics under upstream's key names, with the two that upstream derives from them."""
     named = {NAMES[name]: value for name, value in metrics.items() if name in NAMES}
     return named | {"train/perplexity": math.exp(min(metrics["loss"], 700.0)), "train/optimizer_step": step}
 
 
 class TensorBoard:
+    """Writes TensorBoard's files into the run's directory."""
+
     def __init__(self, directory: Path, first: int):
         try:
             from tensorboardX import SummaryWriter
@@ -69,7 +80,7 @@ class TensorBoard:
             raise MissingPackage(
                 "track.tensorboard is True and tensorboardX is not installed: pip install 'cartridges-jax[track]'"
             ) from error
-        # a file is named by seconds: another session of the same one would be written over
+        # files are named by the second: a session that starts in the same second would overwrite this one's
         own = f".{time.time_ns()}"
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1, filename_suffix=own)
 
@@ -89,6 +100,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
+    """Writes to a run of Weights & Biases, which a resumed run continues."""
+
     def __init__(self, config: TrackConfig, directory: Path, settings: Mapping[str, Any]):
         try:
             import wandb
@@ -97,7 +110,7 @@ class WeightsAndBiases:
                 f"track.wandb is {config.wandb!r} and wandb is not installed: pip install 'cartridges-jax[track]'"
             ) from error
         self._wandb = wandb
-        # the same directory and settings are the same run, which goes on
+        # a run with the same directory and settings is the same run, and is continued
         identity = json.dumps([str(directory.absolute()), settings], sort_keys=True)
         self._run = wandb.init(
             project=config.project,
@@ -124,7 +137,7 @@ class WeightsAndBiases:
 
 
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:
-    """Answers as a Markdown table."""
+    """Returns answers as a Markdown table."""
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     for answer in answers:
         lines.append(" | ".join(" ".join(str(answer[c]).replace("|", "\\|").split()) for c in COLUMNS))

@@ -3,7 +3,7 @@
 MODEL=meta-llama/Llama-3.2-3B-Instruct CARTRIDGES="manual=hf:org/manual" modal deploy configs/deploy/modal_server.py
 
 Hardware: one GPU (`GPU`). A key is required of clients, from the Modal secret `cartridges-api-key` (variable API_KEY);
-a gated model needs the secret `huggingface` (variable HF_TOKEN). Scales to nothing when idle.
+a gated model needs the secret `huggingface` (variable HF_TOKEN). An idle server scales down to nothing.
 """
 
 import os

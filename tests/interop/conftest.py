@@ -1,7 +1,7 @@
 """A cartridge of the tiny model, with slots of every sign and size, as the formats of others have to carry it.
 
-A test marked `readme("row", column="cell")` shows what a cell of the README's table of formats says; it fails where
-the README says something else, or names another version of a partner than the one that is here.
+A test marked `readme("row", column="cell")` shows what a cell of the table in docs/formats.md says; it fails where the
+table says something else, or names another version of a partner than the one that is here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's table of formats, and what marked tests say of it: `@pytest.mark.readme("row", column="cell")`."""
+"""The table of formats in docs/formats.md, and what tests say of it: `@pytest.mark.readme("row", column="cell")`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 COLUMNS = ("read", "write", "parity", "tolerance")
 CLAIMS = pytest.StashKey[dict[tuple[str, str], set[str]]]()  # (row, column) -> what marked tests say it holds
 FILES = pytest.StashKey[set[str]]()
 
 
 def readme_table() -> dict[str, dict[str, str]]:
-    """The README's table of formats: row -> column -> cell."""
-    text = README.read_text(encoding="utf-8").partition("| format | read |")[2]
+    """The table of formats: row -> column -> cell."""
+    text = PAGE.read_text(encoding="utf-8").partition("| format | read |")[2]
     lines = text.partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row: dict(zip(COLUMNS, rest, strict=True)) for row, *rest in cells}

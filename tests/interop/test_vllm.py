@@ -156,7 +156,7 @@ def ask_vllm(model: LanguageModel, url: str, folder: Path, name: str, question: 
 @pytest.mark.readme("vLLM server (`interop.vllm`)", write="✓", parity="vLLM 0.32 CPU", tolerance="same greedy answers")
 def test_sixteen_requests_with_two_cartridges_answer_alike(model: LanguageModel, folder: Path, ours: str, vllm: str):
     with urllib.request.urlopen(f"{vllm}/version") as response:
-        assert json.loads(response.read())["version"].startswith("0.32.")  # the one that the README names
+        assert json.loads(response.read())["version"].startswith("0.32.")  # the one that docs/formats.md names
     questions = [q.question for q in questions_of(ROOT / "examples" / "questions.jsonl")[:8]]
     calls = [(name, question) for question in questions for name in ("trained", "end")]
     with ThreadPoolExecutor(16) as pool:

@@ -1,1 +1,1 @@
-"""What a cartridge is asked while it trains: losses, answers, and what it does to everything else."""
+"""Evaluation of cartridges, during a training run and after it: losses, answers, and damage to general knowledge."""

@@ -34,18 +34,20 @@ from cartridges_jax.training.run import INITIAL
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
+    """The settings of an evaluation. A field's name is its key in a config file and its flag, `--config.NAME`."""
+
     cartridge: str  # a file or folder in any format, hf:… or wandb:…
     corpus: str
     output_dir: str
     questions: str | None = None  # JSON lines of {"question", "answer"}
-    held_out: str | None = None  # conversations kept out of training, used when there are no questions
+    held_out: str | None = None  # instead of questions: conversations that were kept out of training
     model: str = "smollm2-135m"
     dtype: str = "float32"
     max_answer_tokens: int = 32
-    instruction: str = "{question}"  # how a question is put to the model, alike in every condition
+    instruction: str = "{question}"  # how a question is put to the model, the same in every condition
     document_prompt: str = "{document}"  # the system message of the full-document condition
     num_samples: int = 3  # answers shown in the report
-    thinking: bool | None = None  # whether the model is asked to think first; None: as the cartridge was trained
+    thinking: bool | None = None  # whether the model is asked to think first; None: as in the cartridge's training
 
     def __post_init__(self) -> None:
         if (self.questions is None) == (self.held_out is None):
@@ -56,18 +58,18 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A way to ask: a prefix, and the chat's messages before the question."""
+    """A way to ask: behind a prefix of slots, or with a system message."""
 
     name: str
     prefix: Cartridge | None
-    system: str | None = None
+    system: str | None = None  # the system message
 
 
 def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str, Any]:
-    """Runs every condition, writes `report.json`, `report.md` and `report.png`, and returns the report.
+    """Asks under every condition, writes `report.json`, `report.md` and `report.png`, and returns the report.
 
     Raises:
-      FileNotFoundError, UserError: a missing or unusable input, or a cartridge of another model.
+      FileNotFoundError, UserError: an input is missing or unusable, or the cartridge was made for another model.
     """
     questions = read_questions(config)
     corpus = read_corpus(config.corpus)
@@ -88,7 +90,7 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
 
 
 def _record(config: EvalConfig, report: Mapping[str, Any]) -> None:
-    """Writes what was found into the cartridge's header, if it is a file of our own here."""
+    """Writes the report's numbers into the header of the cartridge's file, if it is a local file of our own format."""
     path = Path(config.cartridge)
     if not path.is_file() or formats.locate(path)[0] != "safetensors":
         return
@@ -102,7 +104,7 @@ def _record(config: EvalConfig, report: Mapping[str, Any]) -> None:
 
 
 def read_questions(config: EvalConfig) -> list[Question]:
-    """The questions of `config.questions`, or the first exchange of each held-out conversation."""
+    """Returns the questions of `config.questions`, or the first exchange of each held-out conversation."""
     if config.held_out is not None:
         return [Question(question, answer) for question, answer in exchanges(config.held_out)]
     assert config.questions is not None
@@ -110,6 +112,7 @@ def read_questions(config: EvalConfig) -> list[Question]:
 
 
 def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge: Cartridge) -> list[Condition]:
+    """Returns the conditions that can be measured: the full document only if the model's window holds it."""
     p = cartridge.num_slots
     conditions = [
         Condition("nothing", None),
@@ -134,6 +137,7 @@ def _measure(
     model: LanguageModel,
     progress: Progress,
 ) -> dict[str, Any]:
+    """Asks all questions under one condition, and returns its row of the report."""
     asked = [_asked(condition, question, config, model) for question in questions]
     prompts, references = ([pair[i] for pair in asked] for i in range(2))
     prefix, tails = condition.prefix, prompts
@@ -170,7 +174,7 @@ def _measure(
 
 
 def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts have in common, short of the whole of any of them."""
+    """Returns how many leading tokens all prompts have in common; at least one token of each is left."""
     first, shortest = prompts[0], min(map(len, prompts))
     same = (all(prompt[i] == first[i] for prompt in prompts) for i in range(shortest - 1))
     return next((i for i, is_same in enumerate(same) if not is_same), shortest - 1)
@@ -179,7 +183,7 @@ def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
 def _asked(
     condition: Condition, question: Question, config: EvalConfig, model: LanguageModel
 ) -> tuple[list[int], list[int]]:
-    """The ids of a question as it is put to the model, and those of its reference."""
+    """Returns the ids of a question as it is put to the model, and the ids of the answer that is expected."""
     messages = [{"role": "user", "content": config.instruction.replace("{question}", question.question)}]
     if condition.system is not None:
         messages.insert(0, {"role": "system", "content": condition.system})
@@ -190,7 +194,12 @@ def _asked(
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]], condition: str) -> float | None:
-    """(NLL nothing - NLL condition) / (NLL nothing - NLL full document); None without a full document that helps."""
+    """Returns which part of the way from knowing nothing to reading the full document a condition comes.
+
+    It is measured by the negative log-likelihood (NLL) of the answers:
+    (NLL nothing - NLL condition) / (NLL nothing - NLL full document). It is None if the full document was not measured,
+    or does not help.
+    """
     nll = {row["condition"]: row["nll"] for row in rows}
     if "full document" not in nll or nll["nothing"] <= nll["full document"]:
         return None

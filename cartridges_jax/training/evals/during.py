@@ -1,4 +1,4 @@
-"""The evaluations of a training run, under upstream's key names."""
+"""The evaluations of a training run, before its first step, between steps and after the last; upstream's key names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from cartridges_jax.training.losses import Tail
 
 @dataclasses.dataclass(frozen=True)
 class LossEval:
+    """The loss of answers: of a dataset's with the run's targets, or of questions' with their tokens as targets."""
+
     name: str
-    dataset: str | None = None  # conversations kept out of training, with the run's targets
-    questions: str | None = None  # or JSON lines of {"question", "answer"}, whose answers' tokens are the targets
+    dataset: str | None = None  # conversations that were kept out of training
+    questions: str | None = None  # JSON lines of {"question", "answer"}
     instruction: str = "{question}"
 
     def __post_init__(self) -> None:
@@ -36,7 +38,11 @@ class LossEval:
             )
 
     def examples(self, model: LanguageModel, targets: Targets, thinking: bool | None) -> dict[str, list[Example]]:
-        """By type of seed prompt; questions have none, and are asked in the given mode of thinking."""
+        """Reads the examples, grouped by the type of their seed prompt; those of questions have the type "".
+
+        Args:
+          thinking: the mode of thinking in which questions are asked.
+        """
         if self.dataset is not None:
             groups = defaultdict(list)
             found = typed_examples(self.dataset, model.tokenizer, targets, model.config.vocab_size)
@@ -50,13 +56,15 @@ class LossEval:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationEval:
+    """Questions that the model answers behind the cartridge, and how the answers are scored."""
+
     name: str
     questions: str  # JSON lines of {"question", "answer"}, with "choices" for the scorer `choice`
     scorer: Scorer = "contained"
     instruction: str = "{question}"
     max_tokens: int = 32
     temperature: float = 0.0
-    num_samples: int = 1  # answers to each question, which above temperature 0 differ
+    num_samples: int = 1  # answers to each question, which differ if the temperature is above 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.num_samples < 1 or self.temperature < 0 or "{question}" not in self.instruction:
@@ -69,13 +77,13 @@ class GenerationEval:
 
 @dataclasses.dataclass(frozen=True)
 class EvalsConfig:
-    """All are run before the first step and after the last."""
+    """The evaluations of a run. All are made before the first step and after the last."""
 
-    every: int | None = None  # steps; None: only then
+    every: int | None = None  # steps between evaluations; None: none but those two
     loss: tuple[LossEval, ...] = ()
     generation: tuple[GenerationEval, ...] = ()
     off_topic: bool = False  # what the cartridge does to the loss of general questions
-    patience: int | None = None  # evaluations in a row without a better first loss, after which training stops
+    patience: int | None = None  # training stops after so many evaluations in a row in which loss[0] was no better
 
     def __post_init__(self) -> None:
         for kind in (self.loss, self.generation):
@@ -93,10 +101,10 @@ class EvalsConfig:
 
 
 class Evals:
-    """The configured evaluations with their inputs, which are read once.
+    """The evaluations that a config names, with their inputs, which are read once.
 
     Args:
-      thinking: the mode in which questions are asked, which is that of the conversations that are trained on.
+      thinking: the mode of thinking in which questions are asked: that of the conversations of training.
 
     Raises:
       FileNotFoundError, UserError: an input is missing or unusable.
@@ -114,12 +122,14 @@ class Evals:
             if one.scorer == "choice" and not all(q.choices for q in self._questions[one.name]):
                 raise UserError(f"{one.questions} has a question without choices, which the scorer 'choice' needs")
             if one.scorer == "chrf":
-                score("chrf", "a", "a")  # says now that sacrebleu is missing
+                score("chrf", "a", "a")  # raises before training begins if sacrebleu is missing
         self._without = general_nll(model, None, thinking) if config.off_topic else None
 
     def check_window(self, num_slots: int) -> None:
-        """Raises:
-        UserError: behind so many slots, an evaluation exceeds the model's window.
+        """Refuses a cartridge of `num_slots` behind which an evaluation has no room.
+
+        Raises:
+          UserError: an evaluation exceeds the model's window.
         """
         examples = {name: [e for members in groups.values() for e in members] for name, groups in self._losses.items()}
         if self._without is not None:
@@ -144,7 +154,7 @@ class Evals:
         return f"eval_{self._config.loss[0].name}/loss" if self._config.loss else None
 
     def run(self, cartridge: Cartridge) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics by upstream's keys, and every answer that was generated, for tables."""
+        """Evaluates a cartridge: returns the metrics by upstream's keys, and every answer that was generated."""
         metrics: dict[str, float] = {}
         for name, groups in self._losses.items():
             metrics |= self._loss(name, groups, cartridge)
@@ -200,7 +210,11 @@ class Evals:
 
 
 def general_nll(model: LanguageModel, prefix: Cartridge | None, thinking: bool | None = None) -> float:
-    """Nats per token of the answers to general questions, asked behind a cartridge, or of the model alone."""
+    """Returns the loss of the answers to general questions, in nats per token.
+
+    Args:
+      prefix: the cartridge behind which they are asked; None asks the model alone.
+    """
     total, count = answer_loss(model, prefix, _general_examples(model, prefix is not None, thinking))
     return total / count
 

@@ -1,4 +1,4 @@
-"""The loss of examples behind a prefix: each target counts once, whatever row it lies in."""
+"""The loss of examples behind a prefix. Each target counts once, whatever row it lies in."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from cartridges_jax.training.data import Example, PackedRows
 from cartridges_jax.training.evals.questions import answer_examples
 from cartridges_jax.training.losses import Tail, loss_sum
 
-ROW = 512  # tokens of a packed row, or as many as the longest example has
+ROW = 512  # tokens of a packed row; a longer example makes the rows longer
 
 
 def answer_loss(
     model: LanguageModel, prefix: Cartridge | None, examples: Sequence[Example], tail: Tail = "drop"
 ) -> tuple[float, int]:
-    """The loss summed over the targets, in nats, and their number.
+    """Returns the loss summed over the targets, in nats, and the number of targets.
 
     Raises:
-      UserError: an example does not fit the window behind the prefix.
+      UserError: an example does not fit into the model's window behind the prefix.
     """
-    # without its history, which would compile the same program again for each cartridge
+    # the cartridge without its provenance, which would compile the same program again for each cartridge
     cartridge = Cartridge(*(no_prefix(model.config) if prefix is None else prefix.prefix), num_frozen=0)
     length = max(ROW, *(len(example.tokens) for example in examples))
     if cartridge.num_slots + length > model.config.max_position_embeddings:
@@ -43,7 +43,7 @@ def answer_loss(
             f"{model.config.max_position_embeddings}: evaluate on shorter conversations"
         )
     mesh = sharding.mesh_of(model.params)
-    share = mesh.shape["data"] * mesh.shape["fsdp"]  # rows at a time: one for each of those devices
+    share = mesh.shape["data"] * mesh.shape["fsdp"]  # rows at a time: one for each device of these axes
     packed = PackedRows(examples, length, batch_size=1, num_epochs=1, seed=0)
     rows = [packed[i] for i in range(len(packed))]
     rows += [{name: np.zeros_like(array) for name, array in rows[0].items()}] * (-len(rows) % share)

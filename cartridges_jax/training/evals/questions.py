@@ -1,4 +1,4 @@
-"""Questions with their answers, in a file of JSON lines, and as what a model continues."""
+"""Questions with their answers: read from files of JSON lines, and laid out as examples."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ EXPECTED = '{"question": "…", "answer": "…"}'
 
 @dataclasses.dataclass(frozen=True)
 class Question:
+    """A question with the answer that is expected."""
+
     question: str
     answer: str
     choices: tuple[str, ...] = ()  # of a multiple-choice question; the answer is one of them
 
     def asked(self, instruction: str) -> str:
-        """What the model is told: the instruction with its {question} and {choices}."""
+        """Returns what the model is asked: the instruction with {question} and {choices} filled in."""
         listed = "\n".join(f"- {choice}" for choice in self.choices)
         return instruction.replace("{choices}", listed).replace("{question}", self.question)
 
 
 def questions_of(path: str | os.PathLike[str]) -> list[Question]:
-    """Reads JSON lines of {"question", "answer"} and, for a multiple choice, "choices".
+    """Reads JSON lines of {"question", "answer"}, for a multiple choice with "choices".
 
     Raises:
-      FileNotFoundError, UserError: no such file, no question in it, or a line that is something else.
+      FileNotFoundError, UserError: there is no such file, it holds no question, or a line is something else.
     """
     return _parsed(files.read_json_lines(path, 'one {"question", "answer"} a line'), str(path))
 
 
 def general_questions() -> list[Question]:
-    """A fixed set about the world at large, which no cartridge should make a model forget."""
+    """Returns a fixed set of questions about the world at large, which no cartridge should make a model forget."""
     name = "general.jsonl"
     text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
     return _parsed(files.json_lines(text), name)
@@ -71,7 +73,7 @@ def answered_examples(
     behind_cartridge: bool = True,
     thinking: bool | None = None,
 ) -> list[Example]:
-    """Questions, each put to the model as a chat's first turn, and their answers, whose tokens are the targets."""
+    """Makes examples of questions and answers: the question is a chat's first turn, the answer's tokens the targets."""
     laid_out = [
         model.tokenizer.answered_ids(
             [{"role": "user", "content": question}], answer, behind_cartridge=behind_cartridge, thinking=thinking
@@ -82,7 +84,7 @@ def answered_examples(
 
 
 def answer_examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Example]:
-    """Prompts followed by their answers, whose tokens are the targets."""
+    """Makes examples of prompts, each followed by its answer, whose tokens are the targets."""
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         index = np.arange(len(answer), dtype=np.int32) + len(prompt) - 1

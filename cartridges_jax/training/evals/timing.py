@@ -17,7 +17,10 @@ TIMED_TOKENS = 16  # an answer's tokens, over whose decoding the rate is measure
 def time_answers(
     model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], length: int
 ) -> dict[str, float]:
-    """At batch size one, medians over prompts: seconds to the first token, context included, and the decoding rate."""
+    """Returns the seconds to an answer's first token and the tokens per second behind it, medians over the prompts.
+
+    The seconds include those in which the prefix is loaded. `length` is that of the cache, in tokens.
+    """
     held = None if prefix is None else Prefix("timed", prefix.num_slots, prefix)
     p = 0 if held is None else held.length
     engine = Engine(model, 1, length, max_top_logprobs=1)
