@@ -19,8 +19,10 @@ from accelerator_parts import sizes
 from accelerator_parts.measuring import Line, Options, attempts, rounded, seconds
 from cartridges_jax import kernels
 from cartridges_jax.kernels.prefix_attention import KERNELS, gpu_kernels, prefix_attention, tpu_kernels
-from cartridges_jax.kernels.prefix_attention.gpu import default_plans, gpu_attention
-from cartridges_jax.kernels.prefix_attention.tpu import default_plan, tpu_attention
+from cartridges_jax.kernels.prefix_attention.gpu import default_block_sizes as gpu_block_sizes
+from cartridges_jax.kernels.prefix_attention.gpu import gpu_attention
+from cartridges_jax.kernels.prefix_attention.tpu import default_block_sizes as tpu_block_sizes
+from cartridges_jax.kernels.prefix_attention.tpu import tpu_attention
 
 Attend = Callable[..., Any]  # of q, k, v, slots and segment ids
 
@@ -91,21 +93,21 @@ def _block_sizes(shape: sizes.Attention, tiny: bool) -> Iterator[tuple[Line, Att
     interpret = platform not in KERNELS
     if platform == "gpu" or interpret:
         candidates = [(16, 16, 4)] if tiny else list(itertools.product((64, 128), (32, 64, 128), (4, 8)))
-        defaults = default_plans(shape.h, jnp.bfloat16)
+        defaults = gpu_block_sizes(shape.h, jnp.bfloat16)
         for candidate in candidates:
-            block = gpu_kernels.Plan(*candidate, interpret)
+            block = gpu_kernels.BlockSizes(*candidate, interpret)
             words = ["forward"] * (block == defaults[0]) + ["backward"] * (block == defaults[1])
             name = {"block of": "gpu", "queries, keys, warps": str(candidate), "default": " and ".join(words)}
-            yield name, functools.partial(_with, gpu_attention, plans=(block, block)), shape
+            yield name, functools.partial(_with, gpu_attention, block_sizes=(block, block)), shape
     if platform == "tpu" or interpret:
         candidates = [(16, 16, 16)] if tiny else list(itertools.product((128, 256), (256, 512, 1024), (256, 512, 1024)))
         g = shape.n // shape.k
-        default = default_plan(shape.t, g, shape.p)
+        default = tpu_block_sizes(shape.t, g, shape.p)
         for candidate in candidates:
-            block = tpu_kernels.Plan(g, *candidate, interpret)
+            block = tpu_kernels.BlockSizes(g, *candidate, interpret)
             words = "both" if block == default else ""
             name = {"block of": "tpu", "queries, keys, slots": str(candidate), "default": words}
-            yield name, functools.partial(_with, tpu_attention, plan=block), shape
+            yield name, functools.partial(_with, tpu_attention, block_sizes=block), shape
 
 
 def _with(kernel: Attend, *arrays: Any, **blocks: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Attention's kernels, and a product's, each with a reference beside it."""
+"""The kernels: attention over a cartridge and rows, attention over pages, and the CPU's matrix products.
+
+Each stands beside a reference implementation that says what it computes and to which tests hold it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import jax
 
 
 def platform() -> str:
-    """The platform that is compiled for: "cpu", "gpu" or "tpu"."""
+    """Names the platform that is compiled for: "cpu", "gpu" or "tpu"."""
     # a mesh knows the devices that are compiled for, which may be elsewhere
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()

@@ -16,7 +16,7 @@ from cartridges_jax.kernels.prefix_attention.tpu import tpu_attention
 
 BLOCK = {"xla": 256, "tpu": 16, "gpu": 16}  # of keys, as the tests run them
 # blocks of unequal sizes in each pass, so that a mix-up shows
-GPU_PLANS = gpu_kernels.Plan(8, 16, interpret=True), gpu_kernels.Plan(16, 8, interpret=True)
+GPU_BLOCK_SIZES = gpu_kernels.BlockSizes(8, 16, interpret=True), gpu_kernels.BlockSizes(16, 8, interpret=True)
 
 
 def is_interpreted(implementation: str | None) -> bool:
@@ -30,9 +30,9 @@ def attend(implementation: str | None, interpret: Any = True, **arguments: Any) 
         return prefix_attention(implementation=implementation, **arguments)
     arguments = {"bias": None, "window": None} | arguments
     if implementation == "gpu":
-        return gpu_attention(plans=GPU_PLANS, **arguments)
+        return gpu_attention(block_sizes=GPU_BLOCK_SIZES, **arguments)
     g = arguments["q"].shape[2] // arguments["k"].shape[2]
-    return tpu_attention(plan=tpu_kernels.Plan(g, 8, 16, 16, interpret), **arguments)
+    return tpu_attention(block_sizes=tpu_kernels.BlockSizes(g, 8, 16, 16, interpret), **arguments)
 
 
 def outputs(

@@ -1,6 +1,6 @@
-"""`prefix_attention`: one softmax over a cartridge's slots and the causal segment (design §5).
+"""`prefix_attention` is attention with one softmax over a cartridge's slots and the keys of the query's own segment.
 
-One file per implementation; `None` picks the fastest that supports the call, a name that cannot run here raises.
+Each implementation is a file of its name. Tests hold all of them to `reference`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
-KERNELS = ("tpu", "gpu")  # in Pallas, each for the platform of its name
-HEAD_SIZES = (64, 128, 256)  # of the kernels
+KERNELS = ("tpu", "gpu")  # written in Pallas, each for the platform of its name
+HEAD_SIZES = (64, 128, 256)  # those that the kernels take
 
 
 def prefix_attention(
@@ -35,12 +35,16 @@ def prefix_attention(
     precisely as the platform's own products do (`jax.default_matmul_precision`).
 
     Args:
-      q, k, v: of the rows, already rotated; n is a multiple of k (grouped queries).
-      prefix_k, prefix_v: the cartridge's slots in this layer, shared by the whole batch; p may be 0.
-      segment_ids: which packed conversation a position belongs to, those of one side by side; 0 is padding.
-      bias: a log-weight added to each slot's score (arXiv 2602.16284); none means zero.
+      q, k, v: queries, keys and values of the rows, already rotated; n is a multiple of k (grouped queries).
+      prefix_k, prefix_v: keys and values of the cartridge's slots in this layer, which all rows share; p may be 0.
+      segment_ids: which of the conversations packed into a row a position belongs to; each conversation's positions
+        stand side by side, and 0 is padding.
+      bias: a log-weight added to each slot's score (arXiv 2602.16284); None means zero.
       implementation: "reference", "xla", "tpu", "gpu", or None for the fastest that supports the call here.
-      window: how many keys of its segment a query sees, its own included; none means all. Slots are always seen.
+      window: how many keys of its segment a query sees, its own included; None means all. Slots are always seen.
+
+    Returns:
+      The weighted values of each query, in the dtype of q.
 
     Raises:
       UserError: an unknown implementation or one that cannot run here, a window below 1, or shapes that do not belong
@@ -66,7 +70,7 @@ def prefix_attention(
 
 
 def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype]) -> str:
-    """The implementation's name: the one asked for if it can run here, or the fastest that can."""
+    """Gives the name of the implementation that was asked for, if it can run here, or of the fastest that can."""
     platform = kernels.platform()
     supported = h in HEAD_SIZES and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
     if implementation is None:

@@ -1,4 +1,4 @@
-"""The definition, dense and in the inputs' own precision (float64 in tests): the others are held to it."""
+"""This is the definition of `prefix_attention`, dense and in the inputs' own precision; tests hold the rest to it."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def reference_attention(
     if window is not None:
         causal_bts &= jnp.triu(jnp.ones((t, t), bool), 1 - window)
     mask_bts = jnp.concatenate([jnp.ones((b, t, p), bool), causal_bts], axis=-1)
-    weights_bkgts = jax.nn.softmax(jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgts,bskh->btkgh", weights_bkgts, values_bskh).reshape(b, t, n, h)
+    probs_bkgts = jax.nn.softmax(jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bskh->btkgh", probs_bkgts, values_bskh).reshape(b, t, n, h)

@@ -1,4 +1,4 @@
-"""The shapes that every implementation is held to, and those it is timed at: tests and benchmarks share this table."""
+"""Tests and benchmarks share this table of shapes at which every implementation is checked or timed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
+    """The sizes of one call of `prefix_attention`, by the usual axis letters."""
+
     b: int
     t: int
     n: int
@@ -26,7 +28,10 @@ class Shape:
         return "-".join(parts) + (f"-w{self.window}" if self.window else "")
 
     def draw(self, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        """Normal float32 arguments (no bias: None), segment ids, and a cotangent; each row is cut in other places."""
+        """Draws float32 arguments (the bias may be None), segment ids, and a cotangent.
+
+        The segments stand in another order in each row.
+        """
         rng = np.random.default_rng(seed)
 
         def normal(*shape: int) -> np.ndarray:
@@ -43,7 +48,7 @@ class Shape:
         return arrays, segment_ids, normal(self.b, self.t, self.n, self.h)
 
 
-# one block or a few of a kernel interpreted in small blocks
+# one block or a few for a kernel that is interpreted with small blocks
 SMALL = (
     Shape(b=2, t=7, n=2, k=2, h=8, p=0),
     Shape(b=1, t=1, n=6, k=2, h=16, p=13, window=1),
@@ -51,7 +56,7 @@ SMALL = (
     Shape(b=2, t=64, n=4, k=2, h=8, p=16, segments=(64,), bias=True, window=9),
     Shape(b=2, t=50, n=4, k=1, h=64, p=37, segments=(11, 30), bias=True, window=40),
 )
-# around the blocks of `xla.py`
+# just below, at and above the block sizes of `xla.py`
 LARGE = (
     Shape(b=2, t=64, n=8, k=1, h=8, p=1, segments=(64,)),
     Shape(b=1, t=256, n=3, k=1, h=8, p=37, bias=True),
@@ -60,7 +65,7 @@ LARGE = (
     Shape(b=2, t=543, n=6, k=2, h=8, p=70, segments=(200, 255, 60), bias=True, window=100),
     Shape(b=1, t=5, n=2, k=1, h=8, p=600, bias=True),
 )
-# a few blocks of every kernel as it runs on an accelerator, none of them full
+# a few blocks for every kernel as it runs on an accelerator; the last block is not full
 ON_DEVICE = (
     Shape(b=1, t=130, n=4, k=2, h=64, p=0),
     Shape(b=3, t=257, n=8, k=1, h=128, p=1, segments=(250, 7)),

@@ -1,9 +1,10 @@
-"""Pallas for TPU (Mosaic): online softmax over the slots, then over the keys that a block of queries sees.
+"""`prefix_attention` in Pallas for TPUs (Mosaic): one online softmax over the slots and over the keys that are visible.
 
-Here are the layout, the ranges of blocks that are visited, and the gradient as a whole; `tpu_kernels.py` does the work.
-As in `xla.py`, maximum and sum are saved instead of their log-sum-exp, whose rounding would shift a query's weights.
+This file owns the layout and the ranges of blocks that are visited, and puts the gradient together; `tpu_kernels.py`
+does the work. As in `xla.py`, the softmax's maximum and denominator are saved instead of their log-sum-exp, whose
+rounding would shift a query's probabilities.
 
-Axis letters beyond the README's: m the queries of a row times the g heads that share their keys, c blocks.
+Axis letters beyond the usual ones: m the queries of a row times the g heads that share their keys, c blocks.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, as_read, first_seen, last_seer, padded
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, cast_slots, first_key, last_query, pad_to_multiple
 from cartridges_jax.kernels.prefix_attention.tpu_kernels import (
+    BlockSizes,
     Inputs,
-    Plan,
     Range,
     attend,
     own_gradients,
@@ -28,14 +29,14 @@ from cartridges_jax.kernels.prefix_attention.tpu_kernels import (
 )
 
 
-def default_plan(t: int, g: int, p: int) -> Plan:
-    """About 1,024 lanes of queries by 512 keys: 2 MB for each float32 array of scores."""
+def default_block_sizes(t: int, g: int, p: int) -> BlockSizes:
+    """Gives blocks of about 1,024 lanes of queries by 512 keys, whose float32 scores take 2 MB."""
     queries, slot_blocks = max(1024 // g // 128, 1) * 128, max(-(-p // 512), 1)
-    return Plan(g, min(_aligned(t), queries), min(_aligned(t), 512), _aligned(-(-p // slot_blocks)))
+    return BlockSizes(g, min(_aligned(t), queries), min(_aligned(t), 512), _aligned(-(-p // slot_blocks)))
 
 
 def _aligned(size: int) -> int:
-    """The next multiple of a register's 128 lanes, at least one."""
+    """Rounds up to a multiple of a register's 128 lanes, and to at least one."""
     return max(-(-size // 128), 1) * 128
 
 
@@ -48,59 +49,68 @@ def tpu_attention(
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
     window: int | None,
-    plan: Plan | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "b t n h"]:
+    """Does what `prefix_attention` says, on a TPU or interpreted. `block_sizes` are chosen if they are not given."""
     b, t, n, h = q.shape
     p, kv_heads, _ = prefix_k.shape
     g = n // kv_heads
-    plan = plan or default_plan(t, g, p)
-    first_bt, last_bt = first_seen(segment_ids, window), last_seer(segment_ids, window)
+    block_sizes = block_sizes or default_block_sizes(t, g, p)
+    first_bt, last_bt = first_key(segment_ids, window), last_query(segment_ids, window)
     bounds_b2t = jnp.stack([first_bt, jnp.broadcast_to(jnp.arange(t), (b, t))], axis=1)
-    bounds_b2m = jnp.repeat(padded(bounds_b2t, 2, plan.queries, mode="edge"), g, axis=2)
-    q_btkgh = padded(q * h**-0.5, 1, plan.queries).reshape(b, -1, kv_heads, g, h)
+    bounds_b2m = jnp.repeat(pad_to_multiple(bounds_b2t, 2, block_sizes.queries, mode="edge"), g, axis=2)
+    q_btkgh = pad_to_multiple(q * h**-0.5, 1, block_sizes.queries).reshape(b, -1, kv_heads, g, h)
     q_bkmh = q_btkgh.transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, -1, h)
-    k_bkth, v_bkth = (padded(a, 1, plan.keys).transpose(0, 2, 1, 3) for a in (k, v))
-    slot_k_kph, slot_v_kph = (padded(a, 0, plan.slots).transpose(1, 0, 2) for a in (prefix_k, prefix_v))
+    k_bkth, v_bkth = (pad_to_multiple(a, 1, block_sizes.keys).transpose(0, 2, 1, 3) for a in (k, v))
+    slot_k_kph, slot_v_kph = (pad_to_multiple(a, 0, block_sizes.slots).transpose(1, 0, 2) for a in (prefix_k, prefix_v))
     bias_pk = jnp.zeros((p, kv_heads)) if bias is None else bias.astype(jnp.float32)
-    bias_k1p = padded(bias_pk, 0, plan.slots, constant_values=MASKED).T[:, None]
+    bias_k1p = pad_to_multiple(bias_pk, 0, block_sizes.slots, constant_values=MASKED).T[:, None]
     inputs = Inputs(q_bkmh, k_bkth, v_bkth, slot_k_kph, slot_v_kph, bias_k1p, bounds_b2m)
-    o_bkmh = _attention(plan, inputs, *_ranges(first_bt, last_bt, plan))
+    o_bkmh = _attention(block_sizes, inputs, *_ranges(first_bt, last_bt, block_sizes))
     o_btkgh = o_bkmh.reshape(b, kv_heads, -1, g, h).transpose(0, 2, 1, 3, 4)
     return o_btkgh.reshape(b, -1, n, h)[:, :t]
 
 
-def _ranges(first: Int[Array, "b t"], last: Int[Array, "b t"], plan: Plan) -> tuple[Range, Range]:
-    """The first and last own block that each block of queries visits, and the same the other way round."""
+def _ranges(first: Int[Array, "b t"], last: Int[Array, "b t"], block_sizes: BlockSizes) -> tuple[Range, Range]:
+    """Gives the own key blocks that each block of queries visits, and the query blocks that each block of keys does."""
     b, t = first.shape
-    queries, keys = jnp.arange(0, t, plan.queries), jnp.arange(0, t, plan.keys)
-    last_query, last_key = (jnp.minimum(s + n, t) - 1 for s, n in ((queries, plan.queries), (keys, plan.keys)))
-    own = first[:, queries] // plan.keys, last_query // plan.keys
-    seers = keys // plan.queries, last[:, last_key] // plan.queries
-    own_first, own_last, seers_first, seers_last = (jnp.broadcast_to(a, (b, a.shape[-1])) for a in own + seers)
-    return (own_first, own_last), (seers_first, seers_last)
+    queries, keys = jnp.arange(0, t, block_sizes.queries), jnp.arange(0, t, block_sizes.keys)
+    query_ends = jnp.minimum(queries + block_sizes.queries, t) - 1
+    key_ends = jnp.minimum(keys + block_sizes.keys, t) - 1
+    key_blocks = (
+        first[:, queries] // block_sizes.keys,
+        jnp.broadcast_to(query_ends // block_sizes.keys, (b, len(queries))),
+    )
+    query_blocks = (
+        jnp.broadcast_to(keys // block_sizes.queries, (b, len(keys))),
+        last[:, key_ends] // block_sizes.queries,
+    )
+    return key_blocks, query_blocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, inputs: Inputs, own: Range, seers: Range) -> Float[Array, "b k m h"]:
-    return _forward(plan, inputs, own, seers)[0]
+def _attention(block_sizes: BlockSizes, inputs: Inputs, *ranges: Range) -> Float[Array, "b k m h"]:
+    return _forward(block_sizes, inputs, *ranges)[0]
 
 
-def _forward(plan: Plan, inputs: Inputs, own: Range, seers: Range) -> tuple[Float[Array, "b k m h"], Any]:
-    o, stats = (checkpoint_name(a, "attention") for a in attend(plan, own, as_read(inputs)))
-    return o, (inputs, own, seers, o, stats)
+def _forward(
+    block_sizes: BlockSizes, inputs: Inputs, key_blocks: Range, query_blocks: Range
+) -> tuple[Float[Array, "b k m h"], Any]:
+    o, stats = (checkpoint_name(a, "attention") for a in attend(block_sizes, key_blocks, cast_slots(inputs)))
+    return o, (inputs, key_blocks, query_blocks, o, stats)
 
 
-def _backward(plan: Plan, saved: Any, do: Float[Array, "b k m h"]) -> tuple[Inputs, None, None]:
-    inputs, own, seers, o, stats = saved
-    # the weights' common divisor is taken out of their sums, and put into what they are multiplied with
-    top_bkm, total_bkm = stats[:, :, 0], stats[:, :, 1]
-    do = do.astype(jnp.float32) / total_bkm[..., None]
-    stats = jnp.stack([top_bkm, (o.astype(jnp.float32) * do).sum(-1)], axis=2)
-    given = as_read(inputs), do.astype(o.dtype), stats
-    dk, dv = own_gradients(plan, seers, *given)
-    d_slot_k, d_slot_v, d_bias = slot_gradients(plan, *given)
+def _backward(block_sizes: BlockSizes, saved: Any, do: Float[Array, "b k m h"]) -> tuple[Inputs, None, None]:
+    inputs, key_blocks, query_blocks, o, stats = saved
+    # the kernels' probabilities lack their denominator: dividing the gradient of o once makes up for it
+    running_max_bkm, denominator_bkm = stats[:, :, 0], stats[:, :, 1]
+    do = do.astype(jnp.float32) / denominator_bkm[..., None]
+    stats = jnp.stack([running_max_bkm, (o.astype(jnp.float32) * do).sum(-1)], axis=2)
+    arguments = cast_slots(inputs), do.astype(o.dtype), stats
+    dk, dv = own_gradients(block_sizes, query_blocks, *arguments)
+    d_slot_k, d_slot_v, d_bias = slot_gradients(block_sizes, *arguments)
     d_slots = d_slot_k.astype(inputs.slot_k.dtype), d_slot_v.astype(inputs.slot_v.dtype), d_bias
-    return Inputs(query_gradient(plan, own, *given), dk, dv, *d_slots, None), None, None
+    return Inputs(query_gradient(block_sizes, key_blocks, *arguments), dk, dv, *d_slots, None), None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,9 +1,10 @@
-"""The four kernels of `tpu.py`: output, and the gradients of queries, of own keys and values, and of slots.
+"""The four kernels of `tpu.py` compute the output and the gradients of queries, of own keys and values, and of slots.
 
-For a block of queries the grid walks the slots' blocks, then the own ones from the first that it sees; for a block of
-own keys, the queries' blocks that see it; for one of slots, all queries of all rows. The ranges are prefetched as
-scalars, and the grid is only as long as the widest of them, so that a packed row costs what its conversations cost.
-Every sum stays in VMEM, in float32, from the first step of the last grid axis to its last, hence in a fixed order.
+Own keys are those of the rows themselves. For a block of queries the grid walks the slots' blocks, then the blocks of
+own keys from the first that it sees; for a block of own keys, the blocks of queries that see it; for a block of slots,
+all queries of all rows. The ranges are prefetched as scalars, and the grid is only as long as the widest of them, so
+that a packed row costs what its conversations cost. Every sum stays in VMEM, in float32, from the first step of the
+last grid axis to its last, hence in a fixed order.
 
 Scores lie as [s, m], keys down and queries across: what belongs to a query (maximum, sum, range of keys) is then a row,
 which takes one lane for it and not a tile, and both gradients of the keys' side are plain matrix products.
@@ -29,8 +30,11 @@ Index = Callable[..., tuple[Any, ...]]  # from the grid's indices and the prefet
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """How many queries (each of g heads), own keys and slots a block holds. Interpreted, the kernels run anywhere."""
+class BlockSizes:
+    """How many queries (each of g heads), own keys and slots a block has.
+
+    Interpreted, the kernels run on every platform.
+    """
 
     g: int
     queries: int
@@ -44,6 +48,8 @@ class Plan:
 
 
 class Inputs(NamedTuple):
+    """The arguments of attention, padded to whole blocks; the queries are scaled."""
+
     q: Float[Array, "b k m h"]
     k: Float[Array, "b k t h"]
     v: Float[Array, "b k t h"]
@@ -53,25 +59,32 @@ class Inputs(NamedTuple):
     bounds: Int[Array, "b 2 m"]  # the first and the last own key that a query sees
 
 
-def attend(plan: Plan, own: Range, inputs: Inputs) -> tuple[Float[Array, "b k m h"], Float[Array, "b k 2 m"]]:
-    """The output and, of each query, the maximum of its scores and the sum of its weights relative to that."""
+def attend(
+    sizes: BlockSizes, key_blocks: Range, inputs: Inputs
+) -> tuple[Float[Array, "b k m h"], Float[Array, "b k 2 m"]]:
+    """Computes the output and `stats`: each query's softmax maximum and its denominator relative to that."""
     b, kv_heads, m, h = inputs.q.shape
     shapes = [inputs.q, jax.ShapeDtypeStruct((b, kv_heads, 2, m), jnp.float32)]
-    scratch = [(1, plan.m), (1, plan.m), (h, plan.m)]
-    o, stats = _over_keys(_attend_kernel, plan, own, inputs, (), shapes, scratch)
+    scratch = [(1, sizes.m), (1, sizes.m), (h, sizes.m)]
+    o, stats = _over_keys(_attend_kernel, sizes, key_blocks, inputs, (), shapes, scratch)
     return o, stats
 
 
 def query_gradient(
-    plan: Plan, own: Range, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
+    sizes: BlockSizes, key_blocks: Range, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
 ) -> Float[Array, "b k m h"]:
-    """From here on `do` is divided by the sums of weights; `stats` are the maxima and the products of o and do."""
-    scratch = [(inputs.q.shape[3], plan.m)]
-    return _over_keys(_query_gradient_kernel, plan, own, inputs, (do, stats), [inputs.q], scratch)[0]
+    """Computes the gradient of q.
+
+    Args:
+      do: the output's gradient divided by the denominators, here and in the functions below.
+      stats: the maximum of each query's scores, and the product of its o and do.
+    """
+    scratch = [(inputs.q.shape[3], sizes.m)]
+    return _over_keys(_query_gradient_kernel, sizes, key_blocks, inputs, (do, stats), [inputs.q], scratch)[0]
 
 
 def own_gradients(
-    plan: Plan, seers: Range, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
+    sizes: BlockSizes, query_blocks: Range, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
 ) -> tuple[Float[Array, "b k t h"], Float[Array, "b k t h"]]:
     q, k, v, bounds = inputs.q, inputs.k, inputs.v, inputs.bounds
     b, kv_heads, t, h = k.shape
@@ -82,27 +95,27 @@ def own_gradients(
     def key(row: Any, head: Any, j: Any, *_: Any) -> tuple[Any, ...]:
         return row, head, j, 0
 
-    keys = pl.BlockSpec((None, None, plan.keys, h), key)
-    queries, of_bounds, of_stats = _query_specs(plan, h, query)
+    keys = pl.BlockSpec((None, None, sizes.keys, h), key)
+    queries, of_bounds, of_stats = _query_specs(sizes, h, query)
     return _call(
-        functools.partial(_own_gradients_kernel, plan),
-        plan,
-        (b, kv_heads, t // plan.keys, _widest(seers)),
-        seers,
+        functools.partial(_own_gradients_kernel, sizes),
+        sizes,
+        (b, kv_heads, t // sizes.keys, _widest(query_blocks)),
+        query_blocks,
         [(q, queries), (k, keys), (v, keys), (bounds, of_bounds), (do, queries), (stats, of_stats)],
         [(k, keys), (v, keys)],
-        [(plan.keys, h)] * 2,
+        [(sizes.keys, h)] * 2,
     )
 
 
 def slot_gradients(
-    plan: Plan, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
+    sizes: BlockSizes, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
 ) -> tuple[Float[Array, "k p h"], Float[Array, "k p h"], Float[Array, "k 1 p"]]:
-    """Summed over the rows too, in float32."""
+    """Computes the gradients of the slots' keys, values and bias in float32, summed over the rows of the batch."""
     q, slot_k, slot_v, bias = inputs.q, inputs.slot_k, inputs.slot_v, inputs.bias
     b, _, m, _ = q.shape
     kv_heads, p, h = slot_k.shape
-    blocks = m // plan.m
+    blocks = m // sizes.m
 
     def query(head: Any, j: Any, step: Any) -> tuple[Any, ...]:
         return jax.lax.div(step, blocks), head, jax.lax.rem(step, blocks)
@@ -110,36 +123,36 @@ def slot_gradients(
     sums = jax.ShapeDtypeStruct(slot_k.shape, jnp.float32)
     if not p:
         return jnp.zeros_like(sums), jnp.zeros_like(sums), jnp.zeros_like(bias)
-    queries, _, of_stats = _query_specs(plan, h, query)
-    slots = pl.BlockSpec((None, plan.slots, h), lambda head, j, _: (head, j, 0))
-    of_bias = pl.BlockSpec((None, 1, plan.slots), lambda head, j, _: (head, 0, j))
+    queries, _, of_stats = _query_specs(sizes, h, query)
+    slots = pl.BlockSpec((None, sizes.slots, h), lambda head, j, _: (head, j, 0))
+    of_bias = pl.BlockSpec((None, 1, sizes.slots), lambda head, j, _: (head, 0, j))
     return _call(
         _slot_gradients_kernel,
-        plan,
-        (kv_heads, p // plan.slots, b * blocks),
+        sizes,
+        (kv_heads, p // sizes.slots, b * blocks),
         (),
         [(q, queries), (slot_k, slots), (slot_v, slots), (bias, of_bias), (do, queries), (stats, of_stats)],
         [(sums, slots), (sums, slots), (bias, of_bias)],
-        [(plan.slots, h), (plan.slots, h), (plan.slots, 1)],
+        [(sizes.slots, h), (sizes.slots, h), (sizes.slots, 1)],
     )
 
 
 def _over_keys(
     kernel: Callable[..., None],
-    plan: Plan,
-    own: Range,
+    sizes: BlockSizes,
+    key_blocks: Range,
     inputs: Inputs,
     of_queries: Sequence[Array],
     outputs: Sequence[Any],
     scratch: Sequence[tuple[int, int]],
 ) -> Sequence[Array]:
-    """Runs a kernel that walks the slots and the own keys of a block of queries."""
+    """Runs a kernel that walks the slots and own keys for each block of queries."""
     q, k, v, slot_k, slot_v, bias, bounds = inputs
     b, kv_heads, m, h = q.shape
-    slot_blocks = slot_k.shape[1] // plan.slots
+    slot_blocks = slot_k.shape[1] // sizes.slots
     if not slot_blocks:  # no step visits them, but a block must be there
-        slot_k = slot_v = jnp.zeros((kv_heads, plan.slots, h), k.dtype)
-        bias = jnp.zeros((kv_heads, 1, plan.slots))
+        slot_k = slot_v = jnp.zeros((kv_heads, sizes.slots, h), k.dtype)
+        bias = jnp.zeros((kv_heads, 1, sizes.slots))
 
     def key(row: Any, head: Any, i: Any, step: Any, first: Any, last: Any) -> tuple[Any, ...]:
         # during the slots' steps the first block waits; past the last one nothing more is fetched
@@ -148,25 +161,25 @@ def _over_keys(
     def slot(step: Any) -> Any:
         return jnp.minimum(step, max(slot_blocks, 1) - 1)
 
-    queries, of_bounds, of_stats = _query_specs(plan, h, lambda row, head, i, *_: (row, head, i))
-    keys = pl.BlockSpec((None, None, plan.keys, h), key)
-    slots = pl.BlockSpec((None, plan.slots, h), lambda row, head, i, step, *_: (head, slot(step), 0))
-    of_bias = pl.BlockSpec((None, 1, plan.slots), lambda row, head, i, step, *_: (head, 0, slot(step)))
+    queries, of_bounds, of_stats = _query_specs(sizes, h, lambda row, head, i, *_: (row, head, i))
+    keys = pl.BlockSpec((None, None, sizes.keys, h), key)
+    slots = pl.BlockSpec((None, sizes.slots, h), lambda row, head, i, step, *_: (head, slot(step), 0))
+    of_bias = pl.BlockSpec((None, 1, sizes.slots), lambda row, head, i, step, *_: (head, 0, slot(step)))
     given = [(q, queries), (k, keys), (v, keys)]
     given += [(slot_k, slots), (slot_v, slots), (bias, of_bias), (bounds, of_bounds)]
     return _call(
-        functools.partial(kernel, plan, slot_blocks),
-        plan,
-        (b, kv_heads, m // plan.m, slot_blocks + _widest(own)),
-        own,
+        functools.partial(kernel, sizes, slot_blocks),
+        sizes,
+        (b, kv_heads, m // sizes.m, slot_blocks + _widest(key_blocks)),
+        key_blocks,
         given + list(zip(of_queries, (queries, of_stats), strict=False)),
         list(zip(outputs, (queries, of_stats), strict=False)),
         scratch,
     )
 
 
-def _query_specs(plan: Plan, h: int, index: Index) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Blocks of [b,k,m,h], of the bounds [b,2,m] and of statistics [b,k,2,m], at `index`'s (row, kv head, block)."""
+def _query_specs(sizes: BlockSizes, h: int, index: Index) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+    """Gives the specs of [b,k,m,h], of the bounds [b,2,m] and of stats [b,k,2,m]; `index` gives row, head and block."""
 
     def bounds(*grid: Any) -> tuple[Any, ...]:
         row, _, i = index(*grid)
@@ -176,8 +189,8 @@ def _query_specs(plan: Plan, h: int, index: Index) -> tuple[pl.BlockSpec, pl.Blo
         row, head, i = index(*grid)
         return row, head, 0, i
 
-    queries = pl.BlockSpec((None, None, plan.m, h), lambda *grid: (*index(*grid), 0))
-    return queries, pl.BlockSpec((None, 2, plan.m), bounds), pl.BlockSpec((None, None, 2, plan.m), stats)
+    queries = pl.BlockSpec((None, None, sizes.m, h), lambda *grid: (*index(*grid), 0))
+    return queries, pl.BlockSpec((None, 2, sizes.m), bounds), pl.BlockSpec((None, None, 2, sizes.m), stats)
 
 
 def _widest(blocks: Range) -> Int[Array, ""]:
@@ -186,7 +199,7 @@ def _widest(blocks: Range) -> Int[Array, ""]:
 
 def _call(
     kernel: Callable[..., None],
-    plan: Plan,
+    sizes: BlockSizes,
     grid: tuple[Any, ...],
     scalars: Sequence[Array],
     inputs: Sequence[tuple[Array, pl.BlockSpec]],
@@ -206,68 +219,68 @@ def _call(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",)),
-        interpret=plan.interpret,
+        interpret=sizes.interpret,
     )(*scalars, *arrays)
 
 
-def _attend_kernel(plan: Plan, slot_blocks: int, first_ref: Any, last_ref: Any, *refs: Any) -> None:
-    *inputs, o_ref, stats_ref, top_ref, total_ref, sums_ref = refs
+def _attend_kernel(sizes: BlockSizes, slot_blocks: int, first_ref: Any, last_ref: Any, *refs: Any) -> None:
+    *inputs, o_ref, stats_ref, running_max_ref, denominator_ref, sums_ref = refs
     step = pl.program_id(3)
 
     @pl.when(step == 0)
     def _() -> None:
-        top_ref[...] = jnp.full_like(top_ref, MASKED)
-        _clear(total_ref, sums_ref)
+        running_max_ref[...] = jnp.full_like(running_max_ref, MASKED)
+        _zero(denominator_ref, sums_ref)
 
     def visit(scores_sm: Array, k_sh: Array, v_sh: Array) -> None:
-        top_1m = jnp.maximum(top_ref[...], scores_sm.max(0, keepdims=True))
-        weights_sm = jnp.exp(scores_sm - top_1m)
-        old_1m = jnp.exp(top_ref[...] - top_1m)
-        top_ref[...] = top_1m
-        total_ref[...] = total_ref[...] * old_1m + weights_sm.sum(0, keepdims=True)
-        sums_ref[...] = sums_ref[...] * old_1m + _dot(v_sh, weights_sm.astype(v_sh.dtype), (0, 0))
+        running_max_1m = jnp.maximum(running_max_ref[...], scores_sm.max(0, keepdims=True))
+        probs_sm = jnp.exp(scores_sm - running_max_1m)
+        rescale_1m = jnp.exp(running_max_ref[...] - running_max_1m)
+        running_max_ref[...] = running_max_1m
+        denominator_ref[...] = denominator_ref[...] * rescale_1m + probs_sm.sum(0, keepdims=True)
+        sums_ref[...] = sums_ref[...] * rescale_1m + _dot(v_sh, probs_sm.astype(v_sh.dtype), (0, 0))
 
-    _visit_keys(plan, slot_blocks, first_ref, last_ref, Inputs(*inputs), visit)
+    _visit_keys(sizes, slot_blocks, first_ref, last_ref, Inputs(*inputs), visit)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
-        o_ref[...] = (sums_ref[...] / total_ref[...]).T.astype(o_ref.dtype)
-        stats_ref[:1], stats_ref[1:] = top_ref[...], total_ref[...]
+        o_ref[...] = (sums_ref[...] / denominator_ref[...]).T.astype(o_ref.dtype)
+        stats_ref[:1], stats_ref[1:] = running_max_ref[...], denominator_ref[...]
 
 
-def _query_gradient_kernel(plan: Plan, slot_blocks: int, first_ref: Any, last_ref: Any, *refs: Any) -> None:
+def _query_gradient_kernel(sizes: BlockSizes, slot_blocks: int, first_ref: Any, last_ref: Any, *refs: Any) -> None:
     *inputs, do_ref, stats_ref, dq_ref, sums_ref = refs
     step = pl.program_id(3)
 
     @pl.when(step == 0)
     def _() -> None:
-        _clear(sums_ref)
+        _zero(sums_ref)
 
     def visit(scores_sm: Array, k_sh: Array, v_sh: Array) -> None:
-        _, d_scores_sm = _weights(scores_sm, v_sh, do_ref, stats_ref)
+        _, d_scores_sm = _probs_and_gradient(scores_sm, v_sh, do_ref, stats_ref)
         sums_ref[...] += _dot(k_sh, d_scores_sm.astype(k_sh.dtype), (0, 0))
 
-    _visit_keys(plan, slot_blocks, first_ref, last_ref, Inputs(*inputs), visit)
+    _visit_keys(sizes, slot_blocks, first_ref, last_ref, Inputs(*inputs), visit)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
         dq_ref[...] = sums_ref[...].T.astype(dq_ref.dtype)
 
 
-def _own_gradients_kernel(plan: Plan, first_ref: Any, last_ref: Any, *refs: Any) -> None:
+def _own_gradients_kernel(sizes: BlockSizes, first_ref: Any, last_ref: Any, *refs: Any) -> None:
     q_ref, k_ref, v_ref, bounds_ref, do_ref, stats_ref, dk_ref, dv_ref, dk_sums_ref, dv_sums_ref = refs
     row, j, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(step == 0)
     def _() -> None:
-        _clear(dk_sums_ref, dv_sums_ref)
+        _zero(dk_sums_ref, dv_sums_ref)
 
     @pl.when(first_ref[row, j] + step <= last_ref[row, j])
     def _() -> None:
-        scores_sm = _own_scores(plan, q_ref, k_ref, bounds_ref, j)
-        weights_sm, d_scores_sm = _weights(scores_sm, v_ref[...], do_ref, stats_ref)
+        scores_sm = _own_scores(sizes, q_ref, k_ref, bounds_ref, j)
+        probs_sm, d_scores_sm = _probs_and_gradient(scores_sm, v_ref[...], do_ref, stats_ref)
         dk_sums_ref[...] += _dot(d_scores_sm.astype(q_ref.dtype), q_ref[...], (1, 0))
-        dv_sums_ref[...] += _dot(weights_sm.astype(do_ref.dtype), do_ref[...], (1, 0))
+        dv_sums_ref[...] += _dot(probs_sm.astype(do_ref.dtype), do_ref[...], (1, 0))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
@@ -282,11 +295,11 @@ def _slot_gradients_kernel(*refs: Any) -> None:
 
     @pl.when(step == 0)
     def _() -> None:
-        _clear(*sums_refs)
+        _zero(*sums_refs)
 
-    weights_sm, d_scores_sm = _weights(_slot_scores(q_ref, k_ref, bias_ref), v_ref[...], do_ref, stats_ref)
+    probs_sm, d_scores_sm = _probs_and_gradient(_slot_scores(q_ref, k_ref, bias_ref), v_ref[...], do_ref, stats_ref)
     dk_sums_ref[...] += _dot(d_scores_sm.astype(q_ref.dtype), q_ref[...], (1, 0))
-    dv_sums_ref[...] += _dot(weights_sm.astype(do_ref.dtype), do_ref[...], (1, 0))
+    dv_sums_ref[...] += _dot(probs_sm.astype(do_ref.dtype), do_ref[...], (1, 0))
     bias_sums_ref[...] += d_scores_sm.sum(1, keepdims=True)
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -295,14 +308,14 @@ def _slot_gradients_kernel(*refs: Any) -> None:
 
 
 def _visit_keys(
-    plan: Plan,
+    sizes: BlockSizes,
     slot_blocks: int,
     first_ref: Any,
     last_ref: Any,
     refs: Inputs,
     visit: Callable[[Array, Array, Array], None],
 ) -> None:
-    """This step's block of slots or own keys, if there is one: `visit` gets scores, keys and values."""
+    """Calls `visit(scores, keys, values)` for this step's block of slots or of own keys, if it has one."""
     row, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     j = first_ref[row, i] + step - slot_blocks
 
@@ -312,32 +325,32 @@ def _visit_keys(
 
     @pl.when((step >= slot_blocks) & (j <= last_ref[row, i]))
     def _() -> None:
-        visit(_own_scores(plan, refs.q, refs.k, refs.bounds, j), refs.k[...], refs.v[...])
+        visit(_own_scores(sizes, refs.q, refs.k, refs.bounds, j), refs.k[...], refs.v[...])
 
 
 def _slot_scores(q_ref: Any, k_ref: Any, bias_ref: Any) -> Float[Array, "s m"]:
     return _dot(k_ref[...], q_ref[...], (1, 1)) + bias_ref[...].T
 
 
-def _own_scores(plan: Plan, q_ref: Any, k_ref: Any, bounds_ref: Any, j: Any) -> Float[Array, "s m"]:
+def _own_scores(sizes: BlockSizes, q_ref: Any, k_ref: Any, bounds_ref: Any, j: Any) -> Float[Array, "s m"]:
     scores_sm = _dot(k_ref[...], q_ref[...], (1, 1))
-    key_sm = j * plan.keys + jax.lax.broadcasted_iota(jnp.int32, scores_sm.shape, 0)
+    key_sm = j * sizes.keys + jax.lax.broadcasted_iota(jnp.int32, scores_sm.shape, 0)
     return jnp.where((key_sm >= bounds_ref[:1]) & (key_sm <= bounds_ref[1:]), scores_sm, MASKED)
 
 
-def _weights(
+def _probs_and_gradient(
     scores_sm: Float[Array, "s m"], v_sh: Float[Array, "s h"], do_ref: Any, stats_ref: Any
 ) -> tuple[Float[Array, "s m"], Float[Array, "s m"]]:
-    """The weights, relative to the queries' maxima, and the gradient of the scores."""
-    weights_sm = jnp.exp(scores_sm - stats_ref[:1])
-    return weights_sm, weights_sm * (_dot(v_sh, do_ref[...], (1, 1)) - stats_ref[1:])
+    """Computes the probabilities, without their denominator, and the gradient of the scores."""
+    probs_sm = jnp.exp(scores_sm - stats_ref[:1])
+    return probs_sm, probs_sm * (_dot(v_sh, do_ref[...], (1, 1)) - stats_ref[1:])
 
 
 def _dot(a: Array, b: Array, over: tuple[int, int]) -> Float[Array, "x y"]:
-    """The product of two matrices over one axis of each."""
+    """Multiplies two matrices over one axis of each."""
     return jax.lax.dot_general(a, b, (([over[0]], [over[1]]), ([], [])), preferred_element_type=jnp.float32)
 
 
-def _clear(*refs: Any) -> None:
+def _zero(*refs: Any) -> None:
     for ref in refs:
         ref[...] = jnp.zeros_like(ref)

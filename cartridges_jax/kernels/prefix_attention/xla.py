@@ -1,11 +1,11 @@
-"""Online softmax over blocks in plain XLA: a good CPU citizen and the fallback everywhere.
+"""`prefix_attention` in plain XLA: an online softmax over blocks. CPUs use it, and every platform falls back on it.
 
-A block of queries visits the slots, then the blocks of keys that hold its own segments; nothing larger than a block of
-scores exists. The backward pass computes a block's weights again from the saved maximum and sum (FlashAttention-2,
-arXiv 2307.08691, saves their log-sum-exp, whose rounding in float32 shifts all weights of a query). The slots are held
-once, in float32; so is their gradient, added up block after block in a fixed order.
+A block of queries visits the slots, then the blocks of keys that hold its own segments; no array is larger than the
+scores of one block. The backward pass computes a block's probabilities again from the saved maximum and denominator
+(FlashAttention-2, arXiv 2307.08691, saves their log-sum-exp, whose rounding in float32 shifts all probabilities of a
+query). The slots are held once, in float32; so is their gradient, added up block after block in a fixed order.
 
-Axis letters beyond the README's: m the queries of a block times the g heads that share their keys, c blocks.
+Axis letters beyond the usual ones: m the queries of a block times the g heads that share their keys, c blocks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_seen
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_key
 
-BLOCK = 256  # queries, and own keys, of a block
-SLOT_BLOCK = 512  # slots: the float32 scores of a block are 256 x 3 x 512 for each kv head of SmolLM2, 1.5 MB
+BLOCK = 256  # how many queries a block has, and how many keys of their rows
+SLOT_BLOCK = 512  # how many slots: SmolLM2's float32 scores of a block are then 256 x 3 x 512, 1.5 MB, for each kv head
 
 
 def xla_attention(
@@ -40,7 +40,7 @@ def xla_attention(
     size = -(-t // c)
     padding = c * size - t
     q, k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0), (0, 0))) for a in (q, k, v))
-    first_bt = first_seen(jnp.pad(segment_ids, ((0, 0), (0, padding))), window)
+    first_bt = first_key(jnp.pad(segment_ids, ((0, 0), (0, padding))), window)
     g = n // kv_heads
     q_bckmh = (q * h**-0.5).reshape(b, c, size, kv_heads, g, h).transpose(0, 1, 3, 2, 4, 5)
     q_bckmh = q_bckmh.reshape(b, c, kv_heads, size * g, h)
@@ -54,7 +54,7 @@ def xla_attention(
 def _slot_blocks(
     prefix_k: Float[Array, "p k h"], prefix_v: Float[Array, "p k h"], bias: Float[Array, "p k"] | None
 ) -> tuple[Float[Array, "c k s h"], Float[Array, "c k s h"], Float[Array, "c k s"]]:
-    """The slots in equal blocks; those that fill up the last one get a bias that hides them."""
+    """Cuts the slots into equal blocks; those that fill up the last one get a bias that hides them."""
     p, kv_heads, h = prefix_k.shape
     blocks = -(-p // SLOT_BLOCK)
     size = -(-p // max(blocks, 1))
@@ -81,7 +81,7 @@ def _forward(
     first: Int[Array, "b t"],
 ) -> tuple[Float[Array, "b c k m h"], Any]:
     size = k.shape[2] // q.shape[1]
-    as_read = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
+    slot_blocks = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
 
     def row(_: None, inputs: Any) -> tuple[None, Any]:
         q_ckmh, k_kth, v_kth, first_t = inputs
@@ -90,62 +90,62 @@ def _forward(
             q_kmh, i = inputs
 
             def visit(carry: Any, k_ksh: Array, v_ksh: Array, mask: Any) -> Any:
-                """One block of keys: `mask` puts the bias, or what is hidden, into the scores."""
-                top_km, total_km, o_kmh = carry
-                scores_kms = mask(_multiply("kmh,ksh->kms", q_kmh, k_ksh))
-                new_top_km = jnp.maximum(top_km, scores_kms.max(-1, initial=MASKED))
-                weights_kms = jnp.exp(scores_kms - new_top_km[..., None])
-                old_km = jnp.exp(top_km - new_top_km)
-                o_kmh = o_kmh * old_km[..., None] + _multiply("kms,ksh->kmh", weights_kms.astype(v.dtype), v_ksh)
-                return new_top_km, total_km * old_km + weights_kms.sum(-1), o_kmh
+                """Adds one block of keys to the softmax; `mask` adds a bias to its scores or hides some of them."""
+                running_max_km, denominator_km, o_kmh = carry
+                scores_kms = mask(_einsum("kmh,ksh->kms", q_kmh, k_ksh))
+                new_max_km = jnp.maximum(running_max_km, scores_kms.max(-1, initial=MASKED))
+                probs_kms = jnp.exp(scores_kms - new_max_km[..., None])
+                rescale_km = jnp.exp(running_max_km - new_max_km)
+                o_kmh = o_kmh * rescale_km[..., None] + _einsum("kms,ksh->kmh", probs_kms.astype(v.dtype), v_ksh)
+                return new_max_km, denominator_km * rescale_km + probs_kms.sum(-1), o_kmh
 
             def slots(carry: Any, block: Any) -> tuple[Any, None]:
                 slot_k_ksh, slot_v_ksh, bias_ks = block
                 return visit(carry, slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[:, None]), None
 
             def own(j: Array, carry: Any) -> Any:
-                hidden_ms = _hidden(first_t, i, j, size, q_kmh.shape[1])
-                k_ksh, v_ksh = _slice(k_kth, j, size), _slice(v_kth, j, size)
+                hidden_ms = _hidden_keys(first_t, i, j, size, q_kmh.shape[1])
+                k_ksh, v_ksh = _block(k_kth, j, size), _block(v_kth, j, size)
                 return visit(carry, k_ksh, v_ksh, lambda scores: jnp.where(hidden_ms, MASKED, scores))
 
             zeros_km = jnp.zeros(q_kmh.shape[:2])
             carry = (zeros_km + MASKED, zeros_km, jnp.zeros(q_kmh.shape))
-            carry, _ = jax.lax.scan(slots, carry, as_read)
-            top_km, total_km, o_kmh = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, carry)
-            return None, ((o_kmh / total_km[..., None]).astype(q.dtype), top_km, total_km)
+            carry, _ = jax.lax.scan(slots, carry, slot_blocks)
+            running_max_km, denominator_km, o_kmh = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, carry)
+            return None, ((o_kmh / denominator_km[..., None]).astype(q.dtype), running_max_km, denominator_km)
 
         return None, jax.lax.scan(block, None, (q_ckmh, jnp.arange(q.shape[1])))[1]
 
     results = jax.lax.scan(row, None, (q, k, v, first))[1]
-    o, top, total = (checkpoint_name(a, "attention") for a in results)
-    return o, (q, k, v, slot_k, slot_v, bias, first, o, top, total)
+    o, running_max, denominator = (checkpoint_name(a, "attention") for a in results)
+    return o, (q, k, v, slot_k, slot_v, bias, first, o, running_max, denominator)
 
 
 def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, ...]:
-    q, k, v, slot_k, slot_v, bias, first, o, top, total = saved
+    q, k, v, slot_k, slot_v, bias, first, o, running_max, denominator = saved
     size = k.shape[2] // q.shape[1]
-    as_read = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
+    slot_blocks = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
 
     def row(d_slots: Any, inputs: Any) -> tuple[Any, Any]:
         q_ckmh, k_kth, v_kth, first_t, *saved_c = inputs
 
         def block(carry: Any, inputs: Any) -> tuple[Any, Array]:
-            q_kmh, i, o_kmh, do_kmh, top_km, total_km = inputs
-            # the weights' common divisor is taken out of their sums, and put into what they are multiplied with
-            do_kmh = do_kmh.astype(jnp.float32) / total_km[..., None]
+            q_kmh, i, o_kmh, do_kmh, running_max_km, denominator_km = inputs
+            # the probabilities below lack their denominator: dividing the gradient of o once makes up for it
+            do_kmh = do_kmh.astype(jnp.float32) / denominator_km[..., None]
             delta_km = (o_kmh.astype(jnp.float32) * do_kmh).sum(-1)
             do_kmh = do_kmh.astype(do.dtype)
 
             def visit(k_ksh: Array, v_ksh: Array, mask: Any) -> tuple[Array, Array, Array, Array]:
-                """Gradients of one block's keys and values, its part of the queries' and of the scores'."""
+                """Computes the gradients of a block's keys and values, its part of the queries', and the scores'."""
                 # scores lie as [s, m]: both gradients of the keys' side are then plain matrix products
-                scores_ksm = mask(_multiply("ksh,kmh->ksm", k_ksh, q_kmh))
-                weights_ksm = jnp.exp(scores_ksm - top_km[:, None])
-                d_scores_ksm = weights_ksm * (_multiply("ksh,kmh->ksm", v_ksh, do_kmh) - delta_km[:, None])
-                dv_ksh = _multiply("ksm,kmh->ksh", weights_ksm.astype(do.dtype), do_kmh)
-                dk_ksh = _multiply("ksm,kmh->ksh", d_scores_ksm.astype(q.dtype), q_kmh)
-                dq_khm = _multiply("khs,ksm->khm", k_ksh.transpose(0, 2, 1), d_scores_ksm.astype(k.dtype))
+                scores_ksm = mask(_einsum("ksh,kmh->ksm", k_ksh, q_kmh))
+                probs_ksm = jnp.exp(scores_ksm - running_max_km[:, None])
+                d_scores_ksm = probs_ksm * (_einsum("ksh,kmh->ksm", v_ksh, do_kmh) - delta_km[:, None])
+                dv_ksh = _einsum("ksm,kmh->ksh", probs_ksm.astype(do.dtype), do_kmh)
+                dk_ksh = _einsum("ksm,kmh->ksh", d_scores_ksm.astype(q.dtype), q_kmh)
+                dq_khm = _einsum("khs,ksm->khm", k_ksh.transpose(0, 2, 1), d_scores_ksm.astype(k.dtype))
                 return dk_ksh, dv_ksh, dq_khm, d_scores_ksm
 
             def slots(dq_khm: Array, block: Any) -> tuple[Array, Any]:
@@ -155,14 +155,14 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
 
             def own(j: Array, carry: Any) -> Any:
                 dq_khm, dk_kth, dv_kth = carry
-                hidden_sm = _hidden(first_t, i, j, size, q_kmh.shape[1]).T
-                k_ksh, v_ksh = _slice(k_kth, j, size), _slice(v_kth, j, size)
+                hidden_sm = _hidden_keys(first_t, i, j, size, q_kmh.shape[1]).T
+                k_ksh, v_ksh = _block(k_kth, j, size), _block(v_kth, j, size)
                 dk, dv, dq, _ = visit(k_ksh, v_ksh, lambda scores: jnp.where(hidden_sm, MASKED, scores))
-                return dq_khm + dq, _add(dk_kth, dk, j, size), _add(dv_kth, dv, j, size)
+                return dq_khm + dq, _add_to_block(dk_kth, dk, j, size), _add_to_block(dv_kth, dv, j, size)
 
             dk_kth, dv_kth, *d_slots = carry
             dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
-            dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (*as_read, *d_slots))
+            dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (*slot_blocks, *d_slots))
             dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, (dq_khm, dk_kth, dv_kth))
             return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
 
@@ -172,27 +172,27 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
         return tuple(d_slots), (dq_ckmh, dk_kth.astype(k.dtype), dv_kth.astype(v.dtype))
 
     d_slots = zeros(slot_k.shape), zeros(slot_v.shape), zeros(bias.shape)
-    d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, first, o, do, top, total))
+    d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, first, o, do, running_max, denominator))
     return dq, dk, dv, d_slots[0].astype(slot_k.dtype), d_slots[1].astype(slot_v.dtype), d_slots[2], None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _multiply(spec: str, a: Array, b: Array) -> Array:
+def _einsum(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _hidden(first: Int[Array, " t"], i: Array, j: Array, size: int, m: int) -> Array:
-    """Which keys of block j the queries of block i do not see, as [m, s]."""
+def _hidden_keys(first: Int[Array, " t"], i: Array, j: Array, size: int, m: int) -> Array:
+    """Gives as [m, s] which keys of block j the queries of block i do not see."""
     within = jnp.arange(size)
     query_m, key_s = jnp.repeat(i * size + within, m // size), j * size + within
     return (key_s > query_m[:, None]) | (key_s < first[query_m][:, None])
 
 
-def _slice(a_kth: Array, j: Array, size: int) -> Array:
+def _block(a_kth: Array, j: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(a_kth, j * size, size, axis=1)
 
 
-def _add(a_kth: Array, b_ksh: Array, j: Array, size: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(a_kth, _slice(a_kth, j, size) + b_ksh, j * size, axis=1)
+def _add_to_block(a_kth: Array, b_ksh: Array, j: Array, size: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(a_kth, _block(a_kth, j, size) + b_ksh, j * size, axis=1)
