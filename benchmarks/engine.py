@@ -65,10 +65,11 @@ def ours() -> Iterator[Measures]:
     from cartridges_jax.serving.engine import Engine
     from cartridges_jax.serving.generate import run
     from cartridges_jax.serving.scheduler import BlockTable, Request, Scheduler, SequenceInput, Token
+    from cartridges_jax.serving.warmup import Warmup
 
     model = cj.load_model("smollm2-135m", dtype="float32")
     engine = Engine(model, max(BATCHES), 512)
-    engine.warmup()
+    Warmup(engine.programs()).run()
 
     def decode(n: int) -> float:
         """Steps, from the one that has all requests to the last."""

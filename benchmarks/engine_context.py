@@ -21,6 +21,7 @@ import cartridges_jax as cj
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import run
 from cartridges_jax.serving.scheduler import Prefix, Request, Scheduler, Token
+from cartridges_jax.serving.warmup import Warmup
 
 PROMPT, ANSWER = 200, 48
 QUESTION, CARTRIDGE_SLOTS = 32, 512
@@ -71,7 +72,7 @@ def first_token(model: cj.LanguageModel, rounds: int) -> None:
     print("\n| document, tokens | as prompt, s | cartridge, s | ratio | cartridge that is loaded first, s | ratio |")
     print("|---|---|---|---|---|---|", flush=True)
     engine = Engine(model, 1, DOCUMENTS[-1] + QUESTION + 8)
-    engine.warmup()
+    Warmup(engine.programs()).run()
     prefix = cartridge(model, CARTRIDGE_SLOTS)
     scheduler = Scheduler(engine, 1)
 

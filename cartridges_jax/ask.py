@@ -1,7 +1,9 @@
-"""Asks a cartridge on an engine that is not ours: `python -m cartridges_jax.ask --engine=tokasaurus --name=… QUESTION`.
+"""Asks a question behind a cartridge, of a server that is not ours (Tokasaurus or vLLM).
 
-Tokasaurus and vLLM look for cartridges in a folder of theirs: with `--folder` the cartridge is put there first, in the
-engine's format.
+    python -m cartridges_jax.ask --engine=tokasaurus --name=NAME QUESTION
+
+Such a server looks for cartridges in a folder. With `--folder` and `--cartridge` the cartridge is put there first, in
+the server's format.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import printable
 from cartridges_jax.interop.engines import answer_text, post, tokasaurus_request, vllm_request
 
-# Tokasaurus rewrites an id that holds anything else, and then looks for a folder of another name.
+# Tokasaurus changes other characters of an id, and then looks for a folder of another name.
 NAME = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 DEFAULT_URLS = {"tokasaurus": "http://127.0.0.1:10210", "vllm": "http://127.0.0.1:8000"}
 

@@ -1,7 +1,7 @@
 """Rewrites a cartridge in another format: `python -m cartridges_jax.convert SRC DST`.
 
-SRC is a file or folder in any format that is known (it is recognised by what it holds), `hf:org/name` or
-`wandb:entity/project/run`; DST is a file, a folder, or `hf:org/name`, which is pushed to.
+SRC is a file or folder in any known format, which is recognised by its content, or `hf:org/name` or
+`wandb:entity/project/run`. DST is a file, a folder, or `hf:org/name`, to which the cartridge is pushed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cartridges_jax.cartridge.arrays import Cartridge
     from cartridges_jax.models.language_model import LanguageModel
 
-# the keys of `interop.formats.FORMATS`, told here so that --help starts no JAX
+# the keys of `interop.formats.FORMATS`, which are repeated here so that --help does not import JAX
 FORMATS = ("safetensors", "upstream", "peft", "prefix-tuning", "tokasaurus")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 

@@ -1,11 +1,11 @@
-"""What a run would need and take on devices that are not here: memory, FLOPs, communication, time, and when it pays.
+"""Plans a run on devices that are not here: its memory, FLOPs, communication and time, and when it pays for itself.
 
     python -m cartridges_jax.plan --config=configs/large.py:train --topology=v5p-64
     python -m cartridges_jax.plan --config=configs/large.py:train --topology=h100:8 --what=decode
     python -m cartridges_jax.plan --config=configs/large.py:train --topology=v6e-16 --what=sweep
 
-The step is compiled for those devices by their own compilers (`pip install '.[aot]'`), which need none of them; the
-model is known by its shape, no weights are read. Time is a roofline's (`planning/costs.py`).
+The step is compiled by the compilers for those devices (`pip install '.[aot]'`), which do not need the devices. Of the
+model only the shapes are needed, not the weights. Times are those of a roofline (`planning/costs.py`).
 """
 
 from __future__ import annotations
@@ -119,12 +119,12 @@ def _print_run(
 def _print_sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]) -> None:
     found = sweep.sweep(config, model, chip, devices)
     print("mesh (data x fsdp x tensor) | rows at once | accumulation | peak GiB | step, ms | MFU")
-    for plan in found:
-        mesh = " x ".join(map(str, plan.mesh))
-        size = plan.program.peak / chips.GIB
+    for candidate in found:
+        mesh = " x ".join(map(str, candidate.mesh))
+        size = candidate.program.peak / chips.GIB
         print(
-            f"{mesh} | {plan.config.batch_size} | {plan.config.accumulation} | {size:.2f} | {plan.seconds * 1e3:,.1f} "
-            f"| {plan.mfu:.0%}"
+            f"{mesh} | {candidate.config.batch_size} | {candidate.config.accumulation} | {size:.2f} "
+            f"| {candidate.seconds * 1e3:,.1f} | {candidate.mfu:.0%}"
         )
     best = found[0]
     flags = [f"--config.mesh.{axis}={n}" for axis, n in zip(sharding.AXES[1:], best.mesh[1:], strict=True)]

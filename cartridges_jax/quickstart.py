@@ -1,7 +1,7 @@
-"""From a document to a trained, evaluated cartridge with one command: what `make quickstart` runs.
+"""Makes a document into a trained and evaluated cartridge with one command, which `make quickstart` runs.
 
-Every stage is one of the project's own commands, with the settings of one config file, and leaves its result in the
-run's directory; a second run reuses what is there.
+The stages are those of the project's other commands, with settings from one config file. Each leaves its result in the
+run's directory, and a second run takes what is there.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """The document and the questions, checked before anything is installed or started."""
+    """Returns the document and the questions, which are checked before anything is fetched or started."""
     document = files.find(args.document or DOCUMENT)
     questions = args.questions or (QUESTIONS if args.document is None else None)
-    if document.suffix.lower() in ("", ".txt"):  # others are for `synth` to read
+    if document.suffix.lower() in ("", ".txt"):  # `synth` reads the other formats
         read_corpus(document)
     elif not document.is_file():
         raise FileNotFoundError(f"{document} does not exist: expected the document, such as {DOCUMENT}")
@@ -94,7 +94,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Path | None) -> Path:
-    """One directory for one document, questions and config, so that a second run finds the first one's results."""
+    """Makes the directory of this document, these questions and this config, which a second run finds again."""
     digest = hashlib.sha256(config.to_json(sort_keys=True).encode() + document.read_bytes())
     digest.update(b"" if questions is None else questions.read_bytes())
     directory = runs / f"{document.stem}-{digest.hexdigest()[:8]}"
@@ -153,7 +153,7 @@ def _evaluate(
         "questions": None if questions is None else str(questions),
         "held_out": None if held_out is None else str(held_out),
     }
-    if held_out is not None:  # what was asked then is asked again, word for word
+    if held_out is not None:  # the questions of self-study are asked again, word for word
         settings |= {"instruction": "{question}", "max_answer_tokens": config.synth.answer.max_tokens}
     evaluate(command_config.build(EvalConfig, settings, "config.evaluate"), _load(config, config.evaluate.dtype))
 

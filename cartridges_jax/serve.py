@@ -43,9 +43,7 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
     folder = _folder(args.cartridges)
     api_key = _read_key(args.api_key_file)
-    document = (
-        None if args.document is None else files.read_text(args.document, "a text for the chat page to compare with")
-    )
+    document = None if args.document is None else files.read_text(args.document, "a text for the chat page")
     # Taken before the model is loaded, which may take a minute: a port in use is better known at once.
     with bind(args.host, args.port) as sock:
         if api_key is None and not is_loopback(sock):
@@ -101,9 +99,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=16, help="requests that are answered at the same time")
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge, prompt and answer of one request")
     parser.add_argument(
-        "--cache-tokens",
-        type=int,
-        help="positions in memory (default: enough for --max-num-seqs requests of --max-length)",
+        "--cache-tokens", type=int, help="positions in memory (default: enough for all requests at --max-length)"
     )
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for their turn")
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request")
@@ -120,8 +116,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         default=True,
         help="compile every program before the first answer, or each when it is first needed",
     )
-    if any(argument.partition("=")[0] == "--slots" for argument in argv):
-        raise UserError("--slots is called --max-num-seqs now: write that instead")
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
@@ -174,7 +168,7 @@ def _load(
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
         bytes_per_token = model.kv_bytes_per_token
-        engine = device.Engine(model, args.max_num_seqs, args.max_length, 20, args.cache_tokens)
+        engine = device.Engine(model, args.max_num_seqs, args.max_length, cache_tokens=args.cache_tokens)
         model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 
@@ -270,4 +264,4 @@ async def _announce(server: Server, ready: str) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(main, {"--slots": "--max-num-seqs"})

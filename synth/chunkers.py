@@ -1,8 +1,8 @@
-"""Which stretch of the corpus a batch of conversations is about: by tokens, by structure, or by characters.
+"""Chunkers choose the stretch of the corpus that a batch of conversations is about, by tokens, structure or characters.
 
-By tokens, a window of random length slides over the document, hanging over both ends so that the first and the last
-token are seen as often as any other, and is cut where it hangs over (but never below `min_tokens`). The other kinds cut
-the document once, and the place on the way over it chooses among the pieces.
+By tokens, a window of random length slides over the document. It hangs over both ends, so that the first and the last
+token are seen as often as any other, and is cut off where it does (but never below `min_tokens`). The other kinds cut
+the document into pieces once, and a position in the document chooses among them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 class LocalTokenizer:
-    """A tokenizer.json, a folder that holds one, or a Hub id."""
+    """The tokenizer of a tokenizer.json, of a folder that holds one, or of a Hub id."""
 
     def __init__(self, source: str):
         path = Path(source)
@@ -59,19 +59,19 @@ class LocalTokenizer:
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     text: str
-    start: int  # in tokens of its resource, to within one character; or in characters, if it was cut by them
+    start: int  # in tokens of its resource, to within a character's; or in characters, if it was cut by characters
     end: int
     resource: str = ""  # the name of it
 
 
 class Chunker(Protocol):
     async def chunk(self, rng: random.Random, position: float) -> Chunk:
-        """The chunk at `position`, in [0, 1), on the way over the corpus."""
+        """The chunk at `position`, which goes over the corpus from 0 to 1, 1 excluded."""
         ...
 
 
 async def create(config: ChunkerConfig, tokenizer: Tokenizer, corpus: Corpus) -> Chunker:
-    """Of several resources, each has a share of the way that goes by its weight."""
+    """The chunker of a corpus. Of several resources, each gets a share of the positions by its weight."""
     chunkers = [await _create(config, tokenizer, resource) for resource in corpus.resources]
     return chunkers[0] if len(chunkers) == 1 else Mixture(chunkers, [r.weight for r in corpus.resources])
 
@@ -94,7 +94,7 @@ class TokenChunker:
         return cls(config, tokenizer, text, await tokenizer.tokenize(text), name)
 
     def span(self, rng: random.Random, position: float) -> tuple[int, int]:
-        """Tokens [start, end) of the window whose place on its way over the document is `position`, in [0, 1)."""
+        """The tokens from start to before end of the window that is at `position` of its way over the document."""
         shortest, total = self._config.min_tokens, len(self._token_ids)
         length = rng.randint(shortest, self._config.max_tokens)
         if total <= length:
@@ -120,7 +120,7 @@ class TokenChunker:
 
 
 class Pieces:
-    """Chunks that were cut beforehand."""
+    """A chunker whose chunks were cut beforehand."""
 
     def __init__(self, chunks: Sequence[Chunk]):
         self._chunks = chunks
@@ -135,7 +135,7 @@ class Mixture:
         self._ends = [end / sum(weights) for end in itertools.accumulate(weights)]
 
     async def chunk(self, rng: random.Random, position: float) -> Chunk:
-        """Stretches a chunker's share of the way to the whole way over its resource."""
+        """Asks the chunker in whose share the position lies, for the position inside of that share."""
         which = min(bisect.bisect_right(self._ends, position), len(self._chunkers) - 1)
         start = self._ends[which - 1] if which else 0.0
         inside = (position - start) / (self._ends[which] - start)
@@ -143,7 +143,7 @@ class Mixture:
 
 
 def _by_characters(config: ChunkerConfig, resource: Resource) -> list[Chunk]:
-    """Windows of one length; the last one is moved back to end with the text."""
+    """Cuts a text into windows of one length; the last one is moved back so that it ends with the text."""
     text, size = resource.to_string(), config.characters
     last = max(0, len(text) - size)
     starts = [*range(0, last, size - config.overlap), last]
@@ -160,10 +160,10 @@ class _Unit:
 
 
 async def _by_structure(config: ChunkerConfig, tokenizer: Tokenizer, resource: Resource) -> list[Chunk]:
-    """Whole sections, as many as fit, led by the name of the first; of a section that does not fit, whole paragraphs.
+    """Makes chunks of as many whole sections as fit, under the name of the first; long sections are cut at paragraphs.
 
-    A chunk repeats the last `overlap` tokens of the one before it, from a word on, and as if all tokens of a unit were
-    equally long.
+    A chunk repeats about the last `overlap` tokens of the one before it, from the beginning of a word: all tokens of a
+    unit are taken to be equally long.
     """
     room = config.max_tokens - config.overlap
     units = await _units([(section.name, section.text) for section in resource.sections], tokenizer, room)
@@ -205,7 +205,7 @@ async def _units(sections: Sequence[tuple[str, str]], tokenizer: Tokenizer, room
 
 
 def _halves(text: str) -> tuple[str, str] | None:
-    """Cut near the middle: between paragraphs if there are any, else between lines, sentences, words, characters."""
+    """Cuts a text near its middle, between paragraphs if it can, else between lines, sentences, words or characters."""
     for border in _BORDERS:
         places = [found.end() for found in border.finditer(text) if 0 < found.end() < len(text)]
         if places:

@@ -1,7 +1,7 @@
-"""The numbers of a batch of conversations as flat arrays, and whether they can be true.
+"""Reads the numbers of a batch of conversations as flat arrays, and checks whether they can be true.
 
-What cannot be (an id below 0, a log-probability above 0) would not end training, but bend it, so it is refused by file
-and row. All of a batch is looked at together: message by message, a large dataset would take minutes.
+Numbers that cannot be true (an id below 0, a log-probability above 0) would not stop training but spoil it, so they are
+refused with their file and row. A batch is checked as a whole: message by message, a large dataset would take minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROUNDING = 1e-5  # what a log-probability of 0 may have become in float32
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """`values[bounds[i]:bounds[i + 1]]` is list i; `raw` are the values as the file has them."""
+    """Many lists in one array: list i is `values[bounds[i]:bounds[i + 1]]`. `raw` are the values as in the file."""
 
     bounds: np.ndarray  # [n + 1] int64
     is_there: np.ndarray  # [n] bool
@@ -39,12 +39,12 @@ class Lists:
 
     @property
     def owners(self) -> np.ndarray:
-        """Which list each value is of."""
+        """For each value, the number of its list."""
         return np.repeat(np.arange(len(self.is_there)), self.lengths)
 
 
 class Columns:
-    """Of a batch's messages, one behind the other; message m is of row `owners[m]`."""
+    """The messages of a batch's conversations, one behind the other. Message m belongs to row `owners[m]`."""
 
     def __init__(self, messages: pa.Array | pa.ChunkedArray):
         flat = pa.concat_arrays(messages.chunks) if isinstance(messages, pa.ChunkedArray) else messages
@@ -62,14 +62,14 @@ class Columns:
         self.has_top = np.logical_and.reduce(list(self.parts.values()))
 
     def check(self, source: str | os.PathLike[str], first: int = 0, vocab_size: int | None = None) -> None:
-        """Refuses what cannot be true; `first` is the number of the first row, `vocab_size` the model's, if known.
+        """Refuses what cannot be true. `first` is the number of the first row, `vocab_size` the model's, if known.
 
         Raises:
           UserError: with the file, the row and the message.
         """
 
         def refuse(bad_m: np.ndarray, say: Callable[[int], str]) -> None:
-            """`bad_m`: the messages that are wrong, in order."""
+            """Raises the sentence for the first of the wrong messages, `bad_m`."""
             if len(bad_m):
                 m = int(bad_m[0])
                 row = int(self.owners[m])
@@ -123,7 +123,7 @@ class Columns:
 
 
 def _unnested(lists: pa.Array) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Bounds, which of the lists are there, and what they hold, one behind the other."""
+    """The bounds of lists, which of the lists are there (not null), and all their values in one array."""
     if pa.types.is_null(lists.type):
         return np.zeros(len(lists) + 1, np.int64), np.zeros(len(lists), bool), pa.nulls(0)
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
@@ -132,7 +132,7 @@ def _unnested(lists: pa.Array) -> tuple[np.ndarray, np.ndarray, Any]:
 
 
 def _field(structs: Any, name: str) -> pa.Array:
-    """A field of structs, null where they are."""
+    """A field of structs. It is null where the struct is."""
     if pa.types.is_null(structs.type):
         return structs
     if not pa.types.is_struct(structs.type):
@@ -154,7 +154,7 @@ def _lists(found: pa.Array, numbers: Callable[[pa.Array], np.ndarray]) -> Lists:
 
 
 def _integers(raw: pa.Array) -> np.ndarray:
-    """As int64; -1 for what is none."""
+    """The values as int64, with -1 for each that is no integer."""
     if pa.types.is_null(raw.type):
         return np.full(len(raw), -1, np.int64)
     if not (pa.types.is_integer(raw.type) or pa.types.is_floating(raw.type)):
@@ -167,7 +167,7 @@ def _integers(raw: pa.Array) -> np.ndarray:
 
 
 def _floats(raw: pa.Array) -> np.ndarray:
-    """As float32; NaN for what is none."""
+    """The values as float32, with NaN for each that is no number."""
     if pa.types.is_null(raw.type):
         return np.full(len(raw), np.nan, np.float32)
     if not (pa.types.is_integer(raw.type) or pa.types.is_floating(raw.type)):

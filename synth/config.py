@@ -1,4 +1,4 @@
-"""Every setting of a synthesis run, checked before any work starts."""
+"""Every setting of a synthesis run. Each is checked before any work starts."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def _at_least(name: str, value: float, low: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ClientConfig:
-    """Which server, or which several equal ones, and how it is spoken to.
+    """The server, or several equal ones, that a model is asked at, and how they are called.
 
-    Kinds: `openai`, any OpenAI-compatible server that gives token ids (vLLM, llama-server, cartridges_jax.serve);
-    `sglang`, its native /generate; `tokasaurus`; `openai_api` and `together`, hosts that give texts only and can ask
-    questions, but not be the teacher.
+    The kind `openai` is any OpenAI-compatible server that gives token ids (vLLM, llama-server, cartridges_jax.serve);
+    `sglang` is its native /generate; `tokasaurus` is itself; `openai_api` and `together` are hosts that give texts
+    only, so they can ask questions, but not be the teacher.
     """
 
     base_url: str | tuple[str, ...] = dataclasses.field(repr=False)  # ends in /v1; may hold user:password@
@@ -48,8 +48,8 @@ class ClientConfig:
     api_key: str | None = dataclasses.field(default=None, repr=False)
     timeout_seconds: float = 120.0  # for a whole request and its reply
     max_retries: int = 5
-    tokenizer: str | None = None  # folder or Hub id: sglang needs it, others check their texts by it
-    raw_logprobs: bool | None = None  # whether they are those before temperature; None: as the kind has it by default
+    tokenizer: str | None = None  # the model's, a folder or Hub id: sglang needs it, others check their texts by it
+    raw_logprobs: bool | None = None  # whether the server gives those before temperature; None: what its kind does
     batch_size: int = 1  # tokasaurus: calls that go into one synchronous batch
     deadline_seconds: float = 1800.0  # for a call, all its attempts together
 
@@ -97,7 +97,7 @@ class ClientConfig:
                 "config.question_client and let another server answer"
             )
         is_raw = self.kind not in AFTER_TEMPERATURE if self.raw_logprobs is None else self.raw_logprobs
-        # both that divide by a temperature take 0, the best token, for 1
+        # servers that divide by the temperature first take 0, which means the best token, for 1
         if not is_raw and answer.temperature not in (0.0, 1.0):
             raise UserError(
                 f"config.answer.temperature is {answer.temperature}, but this server's log-probabilities are those "
@@ -111,10 +111,10 @@ class ChunkerConfig:
     min_tokens: int = 512
     max_tokens: int = 1024
     tokenizer: str | None = None  # None asks the server; else a tokenizer.json, a folder that holds one, or a Hub id
-    # Windows at random places; or cut where sections, functions, messages begin; or windows of so many characters.
+    # Windows at random places; or pieces from one heading, function or message to the next; or so many characters.
     kind: Literal["tokens", "structure", "characters"] = "tokens"
     characters: int = 4000  # of a chunk of that kind
-    overlap: int = 0  # tokens, or characters, that a chunk repeats of the one before; windows at random places overlap
+    overlap: int = 0  # tokens or characters that a chunk repeats of the one before; not for windows at random places
 
     def __post_init__(self):
         _at_least("chunker.min_tokens", self.min_tokens, 1)
@@ -139,8 +139,8 @@ class SamplingConfig:
     top_p: float = 1.0
     max_tokens: int = 512
     stop: tuple[str, ...] = ()  # the message ends before any of these
-    # How likely a conversation's messages are thought over first, drawn once for all of them; None: as the template has
-    # it. The instruction is added to what such a message answers, if the template has no switch.
+    # How likely a side thinks before it writes, drawn once for a conversation; None leaves that to the chat template.
+    # The instruction is added to the message that a thinking side answers, for templates that have no switch.
     thinking: float | None = None
     thinking_instruction: str = ""
 
@@ -199,10 +199,10 @@ class ExistingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GivenConfig:
-    """Questions that exist already, each about a chunk that is given with it, so that nobody cuts and nobody asks.
+    """Questions that exist already, each about a chunk that is given with it.
 
-    With a `share` of 1 all conversations begin with them; with less they are mixed into self-study. An answer that is
-    given, too, is scored and not sampled, as those of `distill_existing` are.
+    With a `share` of 1 all conversations begin with them; with less they are mixed into self-study. Where an answer is
+    given, too, the teacher scores it, as in `distill_existing`, and does not answer itself.
     """
 
     path: str  # a folder: chunks/*.md, and questions/*.jsonl of {"question", "chunk": "NAME.md"}, maybe with "answer"
@@ -215,7 +215,7 @@ class GivenConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
-    """What leaves the dataset. All of it stays in the run's parts and is counted, so any switch may change later."""
+    """Which conversations are dropped from the dataset. They stay in the run's parts, so a switch may change later."""
 
     empty: bool = True  # a message without words
     truncated: bool = False  # a message that reached its token limit

@@ -60,7 +60,7 @@ SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopLogprobs:
-    """Entry i: for position `token_idx[i]` of its message's `token_ids`, `token_id[i]` had `logprobs[i]`."""
+    """The teacher's likeliest tokens: at place `token_idx[i]` of the message's ids, `token_id[i]` had `logprobs[i]`."""
 
     token_idx: np.ndarray  # int64, 0-based inside the message
     token_id: np.ndarray  # int32
@@ -100,7 +100,7 @@ class Conversation:
 
 
 def flatten(rows: Sequence[Sequence[tuple[int, float]]], min_prob_mass: float = 0.99) -> TopLogprobs:
-    """Keeps each row's most likely (token id, logprob) pairs until their mass reaches `min_prob_mass`.
+    """Keeps the likeliest (token id, log-probability) pairs of each row until their mass reaches `min_prob_mass`.
 
     A row that never reaches it keeps all its pairs: the flattest distributions need the most of them.
     """
@@ -119,7 +119,7 @@ def flatten(rows: Sequence[Sequence[tuple[int, float]]], min_prob_mass: float = 
 def write(
     path: str | os.PathLike[str], conversations: Iterable[Conversation], notes: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one file, whole or not at all; `notes` are key-value pairs in its footer, see `read_notes`."""
+    """Writes one file, whole or not at all. `notes` are pairs of texts in its footer, which `read_notes` reads."""
     table = to_table(conversations).replace_schema_metadata(dict(notes or {}))
     try:
         with files.atomic(path) as temporary:
@@ -129,13 +129,14 @@ def write(
 
 
 def to_table(conversations: Iterable[Conversation]) -> pa.Table:
+    """The conversations as a table of `SCHEMA`."""
     return pa.Table.from_pylist([_to_row(conversation) for conversation in conversations], schema=SCHEMA)
 
 
 def write_tables(
     path: str | os.PathLike[str], tables: Iterable[pa.Table], notes: Callable[[], Mapping[str, str]]
 ) -> None:
-    """Like `write`, from tables of the schema, with the memory of one row group; `notes` are asked for at the end."""
+    """Writes a file from tables of `SCHEMA`, a row group at a time. `notes` is called when all of them are written."""
     try:
         with files.atomic(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
             for tables_of_group in _groups(tables):
@@ -147,7 +148,7 @@ def write_tables(
 
 
 def _groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
-    """Small tables together, up to a row group of a useful size."""
+    """Gathers small tables until they make a row group of a useful size."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table.replace_schema_metadata(None))
@@ -186,12 +187,12 @@ def iterate(path: str | os.PathLike[str], vocab_size: int | None = None) -> Iter
 
 
 def check(table: pa.Table, source: str | os.PathLike[str], first: int = 0) -> None:
-    """Raises: UserError, a row of the table cannot be true; `first` is the number of the first."""
+    """Checks a table, whose first row is number `first`. Raises: UserError, if a row cannot be true."""
     Columns(table.column("messages")).check(source, first)
 
 
 def outlines(table: pa.Table) -> Iterator[Conversation]:
-    """The conversations of a table without token ids and log-probabilities, and so quickly."""
+    """The conversations of a table without their token ids and log-probabilities, which makes it quick."""
     messages = table["messages"].combine_chunks()
     fields = messages.flatten()
     contents, roles = (fields.field(name).to_pylist() for name in ("content", "role"))
@@ -204,20 +205,20 @@ def outlines(table: pa.Table) -> Iterator[Conversation]:
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> Iterator[Conversation]:
-    """Conversations as they are, whether they can be true or not."""
+    """The conversations of a batch, unchecked: `check` tells whether they can be true."""
     if batch.num_rows:
         yield from _conversations(Columns(batch.column("messages")), batch, "the dataset", 0)
 
 
 def read_notes(path: str | os.PathLike[str]) -> tuple[int, dict[str, str]]:
-    """The number of conversations and the notes, from the footer alone."""
+    """The number of conversations in a file, and its notes. Only its footer is read."""
     with open_file(path) as file:
         notes = file.metadata.metadata or {}
         return file.metadata.num_rows, {k.decode(): v.decode() for k, v in notes.items()}
 
 
 def open_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
-    """A Parquet file whose columns are those of conversations.
+    """Opens a Parquet file that has the columns of conversations.
 
     Raises:
       FileNotFoundError, UserError: there is none, or it is cut short, damaged, or holds something else.
@@ -237,7 +238,7 @@ def open_file(path: str | os.PathLike[str]) -> pq.ParquetFile:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Raises: UserError as `iterate` does."""
+    """The whole file as a table. Raises: FileNotFoundError, UserError, as `open_file` does."""
     with open_file(path) as file:
         try:
             return file.read(use_threads=False)  # each would keep memory of its own
@@ -281,7 +282,7 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
 def _conversations(
     columns: Columns, batch: pa.RecordBatch | pa.Table, source: str | os.PathLike[str], first: int
 ) -> Iterator[Conversation]:
-    """Keeps the arrays as arrays: through Python lists a large dataset would take minutes to read."""
+    """The rows of a batch. Arrays stay arrays: through Python lists a large dataset would take minutes to read."""
     others = zip(*(batch.column(name).to_pylist() for name in COLUMNS[1:]), strict=True)
     for row, (system_prompt, metadata, type_) in enumerate(others):
         messages = tuple(_message(columns, m) for m in range(columns.bounds[row], columns.bounds[row + 1]))
@@ -305,7 +306,7 @@ def _message(columns: Columns, m: int) -> Message:
 
 
 def _as(dtype: type, value: Any, name: str) -> np.ndarray:
-    """Raises: UserError, an integer would become another."""
+    """The value as an array of `dtype`. Raises: UserError, if an integer would become another."""
     found = np.asarray(value)
     made = found.astype(dtype, copy=False)
     if made is not found and issubclass(dtype, np.integer) and (made != found).any():

@@ -1,4 +1,4 @@
-"""A dataset as a whole, a file or a run's folder: its conversations without their probabilities, and as a table."""
+"""Reads a dataset, which is a file or a run's folder, without its log-probabilities: row by row, or as a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What of a conversation is quick to read."""
+    """The parts of a conversation that are quick to read: all but token ids and log-probabilities."""
 
     roles: tuple[str, ...]
     contents: tuple[str, ...]
@@ -41,7 +41,7 @@ class Head:
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The Parquet files of a dataset: one file; a run's dataset.parquet, or its parts while it has none; or data/*.
+    """The Parquet files of a dataset: `path` itself, or in that folder dataset.parquet, else parts/*, else data/*.
 
     Raises:
       FileNotFoundError: there is nothing of the kind at `path`.
@@ -59,7 +59,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def heads(files: Sequence[Path]) -> Iterator[Head]:
-    """Every conversation of `files`, without reading the columns that are large.
+    """Yields the head of every conversation in `files`. The large columns are not read.
 
     Raises:
       FileNotFoundError, UserError: a file that is not there, damaged, or no conversation dataset.
@@ -75,14 +75,16 @@ def heads(files: Sequence[Path]) -> Iterator[Head]:
 
 
 def light_columns(file: pq.ParquetFile) -> list[str]:
-    """All but the top log-probabilities, under the names that this file gives to what is inside of lists."""
+    """The paths of all columns but the log-probabilities'. Files differ in how they name the items of a list."""
     paths = (file.schema.column(i).path for i in range(len(file.schema)))
     return [path for path in paths if path.split(".")[0] in conversation.COLUMNS and "top_logprobs" not in path]
 
 
 def load(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """One row a conversation: `messages` (a list of {role, content}), `seed_prompt_type`, `resource`, `question_tokens`
-    and `answer_tokens` (of all rounds), `system_prompt` and `metadata`.
+    """The dataset as a table with one row a conversation.
+
+    Its columns are `messages` (a list of {role, content}), `seed_prompt_type`, `resource`, `question_tokens` and
+    `answer_tokens` (of all rounds), `system_prompt` and `metadata`.
 
     Raises:
       FileNotFoundError, UserError: `path` holds no dataset, or a damaged one.
@@ -108,6 +110,7 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def head_of(row: dict[str, Any]) -> Head:
+    """The head of a conversation, from a row of a file."""
     messages = row["messages"] or ()
     found = row["metadata"]
     metadata = json.loads(found) if isinstance(found, str) else found or {}

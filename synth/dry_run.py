@@ -1,4 +1,4 @@
-"""What a run would ask and what it would cost, without asking anybody."""
+"""Tells what a run would ask its servers and what that would cost, without a call to any of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from synth.chunkers import LocalTokenizer, Tokenizer
 from synth.config import SynthConfig
 from synth.fleet import Fleet
 from synth.resources import reading
-from synth.self_study import Talk, study
+from synth.self_study import PlannedConversation, plan_batch
 
 SHOWN, LOOKED_AT = 3, 32  # sample prompts, and chunks to estimate from
 CHARACTERS_PER_TOKEN = 4  # of English, and most tokenizers
@@ -20,10 +20,10 @@ _LONGEST_PROMPT = 1500  # characters shown
 
 
 async def describe(config: SynthConfig) -> str:
-    """Sample prompts, and an estimate of calls and tokens.
+    """A few of the prompts, and an estimate of calls and tokens.
 
     Raises:
-      UserError: the texts cannot be read, or only over a network.
+      UserError: a text cannot be read, or only over a network.
     """
     for resource in config.resource.every():
         if resource.is_remote and not (Path(config.output_dir) / reading.SNAPSHOT).is_file():
@@ -34,12 +34,12 @@ async def describe(config: SynthConfig) -> str:
     nobody = Fleet(config.client).route()
     size, total = config.conversations_per_chunk, config.num_conversations
     chunks = -(-total // size)
-    talks: list[Talk] = []
+    planned: list[PlannedConversation] = []
     for index in range(0, chunks, max(1, chunks // LOOKED_AT)):
         count = min(size, total - index * size)
-        talks += await study(index, count, nobody, nobody, chunker, config)
-    samples = [_sample(talk) for talk in talks[:: max(1, len(talks) // SHOWN)][:SHOWN]]
-    return "\n\n".join([*samples, await _estimate(talks, chunks, tokenizer, how, config)])
+        planned += await plan_batch(index, count, nobody, nobody, chunker, config)
+    samples = [_sample(plan) for plan in planned[:: max(1, len(planned) // SHOWN)][:SHOWN]]
+    return "\n\n".join([*samples, await _estimate(planned, chunks, tokenizer, how, config)])
 
 
 def _tokenizer(source: str | None) -> tuple[Tokenizer, str]:
@@ -49,7 +49,7 @@ def _tokenizer(source: str | None) -> tuple[Tokenizer, str]:
 
 
 class _Characters:
-    """Tokens of so many characters, which are their own ids."""
+    """A tokenizer whose tokens are a few characters each. A token's id is made of its characters."""
 
     async def tokenize(self, text: str) -> list[int]:
         pieces = (text[i : i + CHARACTERS_PER_TOKEN] for i in range(0, len(text), CHARACTERS_PER_TOKEN))
@@ -60,17 +60,19 @@ class _Characters:
         return "".join(i.to_bytes(width, "little").decode("utf-32-le").rstrip("\0") for i in token_ids)
 
 
-def _sample(talk: Talk) -> str:
-    cut = talk.system_prompt[_LONGEST_PROMPT:]
-    system = talk.system_prompt[:_LONGEST_PROMPT] + (f" … ({len(cut)} characters more)" if cut else "")
-    who = "the first question" if talk.prompt.is_question else "what side A is told"
-    return f"--- conversation {talk.index}, {talk.prompt.kind}\n{system}\n--- {who}\n{talk.prompt.text}"
+def _sample(plan: PlannedConversation) -> str:
+    cut = plan.system_prompt[_LONGEST_PROMPT:]
+    system = plan.system_prompt[:_LONGEST_PROMPT] + (f" … ({len(cut)} characters more)" if cut else "")
+    who = "the first question" if plan.prompt.is_question else "what side A is told"
+    return f"--- conversation {plan.index}, {plan.prompt.kind}\n{system}\n--- {who}\n{plan.prompt.text}"
 
 
-async def _estimate(talks: list[Talk], chunks: int, tokenizer: Tokenizer, how: str, config: SynthConfig) -> str:
-    system = statistics.fmean([len(await tokenizer.tokenize(talk.system_prompt)) for talk in talks])
-    task = statistics.fmean([len(await tokenizer.tokenize(talk.prompt.text)) for talk in talks])
-    given = statistics.fmean(talk.prompt.is_question for talk in talks)  # share that no question is asked for
+async def _estimate(
+    planned: list[PlannedConversation], chunks: int, tokenizer: Tokenizer, how: str, config: SynthConfig
+) -> str:
+    system = statistics.fmean([len(await tokenizer.tokenize(plan.system_prompt)) for plan in planned])
+    task = statistics.fmean([len(await tokenizer.tokenize(plan.prompt.text)) for plan in planned])
+    given = statistics.fmean(plan.prompt.is_question for plan in planned)  # share of conversations that need no side A
     turn = config.question.max_tokens + config.answer.max_tokens
     calls = tokens_in = tokens_out = 0.0
     for number in range(config.rounds):
@@ -84,7 +86,7 @@ async def _estimate(talks: list[Talk], chunks: int, tokenizer: Tokenizer, how: s
         f"tokens in: at most {_short(tokens_in * total)}, of them {_short(system * chunks)} in chunks that a server "
         f"reads once if it keeps their prefix\n"
         f"tokens out: at most {_short(tokens_out * total)}\n"
-        f"(from {len(talks)} conversations; tokens are {how})"
+        f"(from {len(planned)} conversations; tokens are {how})"
     )
 
 

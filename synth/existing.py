@@ -1,7 +1,8 @@
-"""Conversations that exist already (logs, or a better model's): the teacher does not speak, it only scores the answers.
+"""Conversations that exist already (logs, or a better model's): the teacher writes nothing, it only scores the answers.
 
-Seeing the context, it teaches what self-study would, at other people's questions. Not seeing it, it teaches the model
-to stay as it was: a few per cent of general instructions of this kind keep a cartridge from doing harm off its topic.
+A teacher that sees the context teaches what self-study would, with other people's questions. One that does not see it
+teaches the model to stay as it was: a few per cent of general instructions of this kind keep a cartridge from doing
+harm when a question is about something else.
 """
 
 from __future__ import annotations
@@ -21,40 +22,29 @@ from synth.conversation import Conversation, Message, flatten
 
 @dataclasses.dataclass(frozen=True)
 class Existing:
+    """A line of the file."""
+
     messages: tuple[dict[str, str], ...]
     context: str | None  # the line's own, in place of the chunk
 
 
-def check(config: SynthConfig) -> None:
-    """Raises a sentence unless the file is there, is what it should be, and holds enough conversations."""
-    given = config.distill_existing
-    if given is None:
-        return
-    held, wanted = len(_read(given.path)), math.floor(config.num_conversations * given.share)
-    if wanted > held:
-        raise UserError(
-            f"config.distill_existing.path: {given.path} holds {held} conversations, but {wanted} of "
-            f"{config.num_conversations} are to come from there: lower config.num_conversations or its share"
-        )
-
-
 def conversation_of(number: int, config: SynthConfig) -> Existing | None:
-    """The one that the dataset's conversation `number` is, spread evenly at the configured share."""
+    """The existing conversation that number `number` of the dataset is, or None: they are spread evenly over it."""
     given = config.distill_existing
     if given is None:
         return None
     found = place(number, given.share)
-    return None if found is None else _read(given.path)[found]
+    return None if found is None else read(given.path)[found]
 
 
 def place(number: int, share: float) -> int | None:
-    """Which of a share of all conversations, spread evenly, number `number` is; None: it is another kind."""
+    """Spreads a share of all conversations evenly: which of these number `number` is, or None if it is another."""
     before, after = math.floor(number * share), math.floor((number + 1) * share)
     return before if after > before else None
 
 
 def system_prompt(given: Existing, chunk: str, config: SynthConfig) -> str:
-    """What the teacher sees before the messages; nothing without a context."""
+    """What the teacher sees before the messages: nothing, if the config withholds the context from it."""
     assert config.distill_existing is not None
     if not config.distill_existing.context:
         return ""
@@ -85,7 +75,8 @@ async def score(
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: str) -> tuple[Existing, ...]:
+def read(path: str) -> tuple[Existing, ...]:
+    """The conversations of a file. Raises: FileNotFoundError, UserError: it is not there, or holds something else."""
     lines = files.read_json_lines(path, "a JSONL file of conversations, as config.distill_existing.path")
     return tuple(_parse(line, f"{path}:{number}") for number, line in lines)
 

@@ -1,7 +1,7 @@
-"""What is wrong with a conversation, as far as its words tell: each finding has a name, and a switch in the config.
+"""Finds what is wrong with a conversation, as far as words tell. Each finding has a name and a switch in the config.
 
-They are looked for when all conversations are there, in the order of their indices, so that the same are kept whatever
-the order in which they ended. And since nothing is thrown away before, a run's filters may change after it.
+The filters run when all conversations are there, in the order of their indices, so that the same are kept whatever the
+order in which they ended. Nothing is thrown away before, so a run's filters may be changed afterwards.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REFUSAL = re.compile(
 
 
 def findings(conversation: Conversation) -> set[str]:
-    """The names of `FilterConfig` that fit the conversation, `near_duplicate` left out."""
+    """The fields of `FilterConfig` that apply to the conversation, except `near_duplicate`."""
     answers = [message.content for message in conversation.messages if message.role == "assistant"]
     if not answers or not all(message.content.strip() for message in conversation.messages):
         return {"empty"}
@@ -51,7 +51,7 @@ def findings(conversation: Conversation) -> set[str]:
 
 
 def _repeats(text: str) -> bool:
-    """Whether most runs of four words were there before, in an answer of any length: a loop, not a list."""
+    """Whether most runs of four words occurred before in the answer, as in a loop, but not in a list."""
     words: Sequence[str] = text.split()
     if len(text) > LONGEST_WORD * len(words):
         words = text
@@ -60,7 +60,7 @@ def _repeats(text: str) -> bool:
 
 
 def _is_unsupported(conversation: Conversation) -> bool:
-    """Whether an answer claims what neither the teacher's context nor a question says; without a context, it may."""
+    """Whether an answer claims what neither the teacher's context nor a question says, if there is a context at all."""
     context = conversation.system_prompt
     answers = [m.content.rpartition("</think>")[2] for m in conversation.messages if m.role == "assistant"]
     if not context or not any(map(support.may_claim, answers)):
@@ -72,18 +72,19 @@ def _is_unsupported(conversation: Conversation) -> bool:
     return any(map(source.with_words_of(support.Source(asked)).lacks, answers))
 
 
-class Judge:
-    """Says of one conversation after another, in the order of their indices, what is wrong with it and if it stays."""
+class Filter:
+    """Applies the config's filters to one conversation after another, in the order of their indices."""
 
     def __init__(self, config: FilterConfig):
         self._config = config
         self._questions = _Questions()
 
-    def look(self, conversation: Conversation) -> tuple[set[str], bool]:
+    def check(self, conversation: Conversation) -> tuple[set[str], bool]:
+        """What is wrong with the conversation, and whether it is kept."""
         found = findings(conversation)
         drop = any(getattr(self._config, name) for name in found)
         question = next((message.content for message in conversation.messages if message.role == "user"), "")
-        # one that leaves takes no other along
+        # a conversation that is dropped makes no later one a duplicate
         if not drop and self._questions.add(question):
             found.add("near_duplicate")
             drop = self._config.near_duplicate
@@ -91,10 +92,10 @@ class Judge:
 
 
 class _Questions:
-    """Those asked so far, 24 bytes each: signs whose distance tells how alike two are.
+    """The questions asked so far, 24 bytes each, as signatures whose distance tells how alike two of them are.
 
-    A sign is 128 one-bit minwise hashes (arXiv 0910.3349): of two sets, each bit agrees with probability (1 + J) / 2
-    for a Jaccard similarity J. Questions that differ in a number are never alike.
+    A signature is 128 one-bit minwise hashes (arXiv 0910.3349): for two sets, each bit agrees with probability
+    (1 + J) / 2 for a Jaccard similarity J. Questions that differ in a number are never alike.
     """
 
     def __init__(self):
@@ -103,7 +104,7 @@ class _Questions:
         self._numbers = np.zeros(1024, np.uint32)
 
     def add(self, question: str) -> bool:
-        """Whether there was one like it; else it is added."""
+        """Whether a question like it was asked before. If none was, it is added."""
         words = " ".join(re.findall(r"\w+", question.lower()))
         sign = _sign(words)
         numbers = zlib.crc32(" ".join(re.findall(r"\d+", words)).encode())

@@ -1,6 +1,7 @@
-"""Many servers of one model, seen as one that does not fail: each call goes where there is room, and is tried again.
+"""Makes many servers of one model look like a single one that does not fail.
 
-What comes back depends on the call alone, never on the server or the attempt that answered it.
+Each call goes where there is room, and is tried again when it fails. A reply depends on the call alone, never on which
+server or which attempt gave it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from cartridges_jax.command_line.addresses import without_credentials
 from synth.clients.base import Busy, ChatMessages, Client, Completion, Rejected, Unavailable, Unsuited
 from synth.clients.factory import connect
 from synth.config import ClientConfig, SamplingConfig
-from synth.endpoint import Endpoint, Ticket
+from synth.endpoint import Endpoint, Permit
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 30.0
-SECONDS_BETWEEN_LINES = 10.0  # of one server and one kind: a fleet in trouble fails thousands of times
+SECONDS_BETWEEN_LINES = 10.0  # of the log about one server and one kind of failure, of which there may be thousands
 
 T = TypeVar("T")
 
@@ -29,13 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class Fleet:
-    """An async context manager. Counts the tokens that pass, and the failures by their kind."""
+    """An async context manager that holds a client for each server, and counts their tokens, and failures by kind."""
 
     def __init__(self, config: ClientConfig, seed: int = 0):
         self._config = config
-        self._rng = random.Random(f"{seed}/fleet")  # of waits, not of results
+        self._rng = random.Random(f"{seed}/fleet")  # for the length of waits: no result depends on it
         self._clients = {Endpoint(without_credentials(url), self._rng): connect(config, url) for url in config.urls}
-        self._suited: dict[tuple[Endpoint, str], bool] = {}  # by kind of call: whether its last reply was whole
+        self._suited: dict[tuple[Endpoint, str], bool] = {}  # whether its last reply of a kind was whole
         self._quiet_until: dict[tuple[str, str], float] = {}
         self.prompt_tokens = self.completion_tokens = 0
         self.errors: Counter[str] = Counter()
@@ -61,19 +62,22 @@ class Fleet:
         for endpoint, result in zip(self._clients, results, strict=True):
             if result is not None:
                 log.warning("%s", result)
-                endpoint.shut(_now())
+                endpoint.open(_now())
 
     def route(self) -> Route:
         """One client for calls that begin alike: they go to the same server, for its prefix cache, while it lasts."""
         return Route(self)
 
     async def call(self, route: Route, what: str, ask: Callable[[Client], Awaitable[T]]) -> T:
-        """Raises: Refused, if a server is not what `what` needs; Unavailable, when retries or time are used up."""
+        """What a server answers to `ask`; `what` names the kind of call.
+
+        Raises: Refused, if a server cannot serve such calls; Unavailable, when retries or time are used up.
+        """
         deadline: float | None = None
         for attempt in itertools.count(1):
-            endpoint, ticket, deadline = await self._turn(route, deadline)
+            endpoint, permit, deadline = await self._acquire(route, deadline)
             try:
-                reply = await self._attempt(endpoint, ticket, deadline, what, ask)
+                reply = await self._attempt(endpoint, permit, deadline, what, ask)
             except Unavailable as error:
                 wait = min(FIRST_BACKOFF_SECONDS * 2 ** (attempt - 1), LONGEST_BACKOFF_SECONDS)
                 wait *= self._rng.uniform(0.5, 1.0)
@@ -89,7 +93,7 @@ class Fleet:
         raise AssertionError("unreachable")
 
     async def _attempt(
-        self, endpoint: Endpoint, ticket: Ticket, deadline: float, what: str, ask: Callable[[Client], Awaitable[T]]
+        self, endpoint: Endpoint, permit: Permit, deadline: float, what: str, ask: Callable[[Client], Awaitable[T]]
     ) -> T:
         try:
             try:
@@ -99,47 +103,51 @@ class Fleet:
                 text = f"{endpoint.name} gave no answer in {self._config.deadline_seconds:g} s, all attempts together"
                 raise Unavailable(text, "timeout") from error
             except Rejected as error:
-                raise self._judged(endpoint, what, error) from error
+                raise self._classified(endpoint, what, error) from error
         except Unavailable as error:
             self.errors[error.kind] += 1
             if isinstance(error, Busy):
-                endpoint.failed(ticket, _now(), "busy", error.retry_after)
+                endpoint.failed(permit, _now(), "busy", error.retry_after)
             else:
-                endpoint.failed(ticket, _now(), "silence" if error.kind == "timeout" else "fault")
+                endpoint.failed(permit, _now(), "silence" if error.kind == "timeout" else "fault")
             raise
         except BaseException:
-            endpoint.left(ticket)
+            endpoint.release(permit)
             raise
         self._suited[endpoint, what] = True
-        endpoint.succeeded(ticket, _now(), reply.completion_tokens if isinstance(reply, Completion) else 0)
+        endpoint.succeeded(permit, _now(), reply.completion_tokens if isinstance(reply, Completion) else 0)
         return reply
 
-    def _judged(self, endpoint: Endpoint, what: str, error: Rejected) -> Exception:
-        """The error itself where it tells how the server is, which another call would not change.
+    def _classified(self, endpoint: Endpoint, what: str, error: Rejected) -> Exception:
+        """The error itself if it is about the server, so that no other attempt would end better; else `Unavailable`.
 
-        From a server that has answered before it is about one call; and of a reply that lacks something, it takes two.
+        A server that has answered such a call before rejects this one call. A reply that lacks something may be an
+        accident, so it takes two of them.
         """
         key = endpoint, what
         is_odd = self._suited.get(key, False) or (isinstance(error, Unsuited) and key not in self._suited)
         self._suited.setdefault(key, False)
         return Unavailable(str(error), "odd reply" if isinstance(error, Unsuited) else "rejected") if is_odd else error
 
-    async def _turn(self, route: Route, deadline: float | None) -> tuple[Endpoint, Ticket, float]:
-        """Where and when to call. The time of a call runs from its first attempt, or while no server is there."""
+    async def _acquire(self, route: Route, deadline: float | None) -> tuple[Endpoint, Permit, float]:
+        """Waits for a server with room, and returns it with the permit and the time by which the call has to end.
+
+        A call's time runs from its first attempt, or from when no server is there to attempt it.
+        """
         called = False
         while True:
             now = _now()
             endpoint = self._choose(route, now)
             if endpoint and endpoint.has_room(now, called):
-                return endpoint, endpoint.begin(now), deadline or now + self._config.deadline_seconds
-            if not endpoint or endpoint.is_probed:
+                return endpoint, endpoint.acquire(now), deadline or now + self._config.deadline_seconds
+            if not endpoint or endpoint.is_trying:
                 deadline = deadline or now + self._config.deadline_seconds
             try:
                 async with asyncio.timeout_at(deadline):
                     if endpoint:
                         await endpoint.wait()
                     else:
-                        await asyncio.sleep(min(e.opens_at for e in self._clients) - now)
+                        await asyncio.sleep(min(e.half_open_at for e in self._clients) - now)
             except TimeoutError as error:
                 seconds = f"{self._config.deadline_seconds:g} s"
                 names = ", ".join(known.name for known in self._clients)
@@ -147,14 +155,14 @@ class Fleet:
             called = endpoint is not None
 
     def _choose(self, route: Route, now: float) -> Endpoint | None:
-        """The server to call or to wait for; none if all are shut."""
+        """The server to call or to wait for, or None if the circuits of all are open."""
         for endpoint in self._clients:
-            if endpoint.is_due(now):
+            if endpoint.is_half_open(now):
                 return endpoint
         if route.home is None or not route.home.is_ready(now):
             ready = [endpoint for endpoint in self._clients if endpoint.is_ready(now)]
             if not ready:
-                return next((endpoint for endpoint in self._clients if endpoint.is_probed), None)
+                return next((endpoint for endpoint in self._clients if endpoint.is_trying), None)
             route.home = min(ready, key=lambda endpoint: endpoint.load)
         return route.home
 
@@ -167,7 +175,7 @@ class Fleet:
 
 
 class Route:
-    """A `Client` over a fleet; see `Fleet.route`."""
+    """A `Client` that passes its calls to a fleet, to one server of it while that is there: see `Fleet.route`."""
 
     def __init__(self, fleet: Fleet):
         self._fleet = fleet

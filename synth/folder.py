@@ -1,4 +1,4 @@
-"""The folder of a run belongs to one config."""
+"""Ties the folder of a run to the config that it was begun with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cartridges_jax.command_line.errors import UserError
 from synth import given
 from synth.config import SynthConfig
 
-# What may change between a run and its continuation: where things are, how fast they go, and which of them are shown.
+# What may change when a run is resumed: where things are, how fast it goes, and what the filters drop.
 _CLIENT_KEYS = ("base_url", "timeout_seconds", "max_retries", "deadline_seconds")
 FREE_KEYS = (
     "output_dir",
@@ -30,7 +30,7 @@ FREE_KEYS = (
 
 
 def claim(output: Path, config: SynthConfig, text: str) -> None:
-    """Ties the folder to its config once it holds data, and refuses any other config then: parts of two would mix."""
+    """Writes the config into the folder; once that holds data, refuses another config, whose data would be mixed in."""
     ours = dataclasses.asdict(config) | {"document_sha256": hashlib.sha256(text.encode()).hexdigest()}
     if questions := given.digest(config):
         ours["given_questions_sha256"] = questions

@@ -1,6 +1,7 @@
 """Chunks and questions that exist already: a folder of `chunks/*.md`, and beside them `questions/*.jsonl`.
 
-Nobody cuts and nobody asks: the teacher sees the chunk that a question names, and answers or has its answer scored.
+No text is cut and no question is asked for: the teacher sees the chunk that a question names, and answers it. Where an
+answer is given too, the teacher only scores it.
 """
 
 from __future__ import annotations
@@ -21,36 +22,41 @@ EXPECTED = 'expected {"question": ..., "chunk": "NAME.md"}, and "answer" where t
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class GivenQuestion:
+    """A line of a questions file, with the chunk that it names."""
+
     question: str
     answer: str | None
     chunk: str  # its file's name
-    text: str  # and what that holds
+    text: str  # of the chunk
 
 
 def check(config: SynthConfig) -> None:
-    """Raises a sentence unless the folder is there, is what it should be, and holds enough questions."""
-    given = config.given_questions
-    if given is None:
-        return
-    held, wanted = len(_read(given.path)), math.floor(config.num_conversations * given.share)
-    if wanted > held:
-        raise UserError(
-            f"config.given_questions.path: {given.path} holds {held} questions, but {wanted} of "
-            f"{config.num_conversations} conversations are to begin with them: lower config.num_conversations or "
-            "their share"
-        )
+    """Raises a sentence unless the given questions, and the conversations that exist already, are there and suffice."""
+    sources = (
+        ("distill_existing", config.distill_existing, existing.read, "conversations"),
+        ("given_questions", config.given_questions, _read, "questions"),
+    )
+    for name, source, read, what in sources:
+        if source is None:
+            continue
+        found, wanted = len(read(source.path)), math.floor(config.num_conversations * source.share)
+        if wanted > found:
+            raise UserError(
+                f"config.{name}.path: {source.path} holds {found} {what}, but {wanted} of {config.num_conversations} "
+                f"conversations are to come from there: lower config.num_conversations or config.{name}.share"
+            )
 
 
-def question_of(number: int, config: SynthConfig) -> Given | None:
-    """The one that the dataset's conversation `number` begins with, spread evenly at the configured share."""
+def question_of(number: int, config: SynthConfig) -> GivenQuestion | None:
+    """The given question that conversation `number` begins with, or None: they are spread evenly over the dataset."""
     given = config.given_questions
     place = None if given is None else existing.place(number, given.share)
     return None if given is None or place is None else _read(given.path)[place]
 
 
 def digest(config: SynthConfig) -> str | None:
-    """What a run's folder remembers of the questions and their chunks."""
+    """A hash of the questions and their chunks, by which a run's folder knows them again."""
     if config.given_questions is None:
         return None
     everything = [dataclasses.astuple(one) for one in _read(config.given_questions.path)]
@@ -58,7 +64,7 @@ def digest(config: SynthConfig) -> str | None:
 
 
 def told(config: SynthConfig) -> str:
-    """One sentence, as for a resource."""
+    """One sentence about what was read and what was left out, as there is one for every resource."""
     assert config.given_questions is not None
     read = _read(config.given_questions.path)
     chunks, named = _chunks(Path(config.given_questions.path)), {one.chunk for one in read}
@@ -70,7 +76,7 @@ def told(config: SynthConfig) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: str) -> tuple[Given, ...]:
+def _read(path: str) -> tuple[GivenQuestion, ...]:
     chunks = _chunks(Path(path))
     read = [
         _parse(line, f"{file}, line {number}", chunks)
@@ -100,7 +106,7 @@ def _inside(root: Path, name: str, suffix: str) -> list[Path]:
     return found
 
 
-def _parse(line: str, where: str, chunks: dict[str, str]) -> Given:
+def _parse(line: str, where: str, chunks: dict[str, str]) -> GivenQuestion:
     record = files.parse_json(line, f"{where},")
     if not isinstance(record, dict):
         raise UserError(f"{where} is no question: {EXPECTED}")
@@ -111,4 +117,4 @@ def _parse(line: str, where: str, chunks: dict[str, str]) -> Given:
         raise UserError(f"{where} names the chunk {name!r}, and there is no such file in chunks/: {EXPECTED}")
     if answer is not None and (not isinstance(answer, str) or not answer.strip()):
         raise UserError(f"{where} has an answer that is no text: leave it away, and the teacher answers")
-    return Given(question, answer, name, chunks[name])
+    return GivenQuestion(question, answer, name, chunks[name])

@@ -1,6 +1,6 @@
-"""Datasets to and from the Hugging Face Hub: `python -m synth.hub push RUN USER/NAME`, `… pull USER/NAME FOLDER`.
+"""Moves datasets to and from the Hugging Face Hub: `python -m synth.hub push RUN USER/NAME`, `… pull USER/NAME FOLDER`.
 
-A repository holds data/train-*.parquet, as upstream's do, the config that made them without addresses, and a card.
+A repository holds data/train-*.parquet, as upstream's do, the config that made them without its addresses, and a card.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def push(path: str | os.PathLike[str], repo: str, *, private: bool = True, endpo
 
 
 def pull(repo: str, folder: str | os.PathLike[str], *, endpoint: str | None = None) -> list[Path]:
-    """Downloads a dataset into `folder`, and returns its Parquet files, each looked at.
+    """Downloads a dataset into `folder`, and returns its Parquet files, after a look at each.
 
     Raises:
       UserError: what the repository holds is no dataset of conversations.

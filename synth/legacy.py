@@ -1,8 +1,8 @@
-"""Upstream's older datasets, which are pickles, as Parquet: `python -m synth.legacy OLD.pkl NEW.parquet`.
+"""Converts upstream's older datasets, which are pickles, to Parquet: `python -m synth.legacy OLD.pkl NEW.parquet`.
 
-Formats (HazyResearch/cartridges, structs.py): a dict of `rows` and the `context` or `resources` they were made from,
-where a row's token ids and teacher top-k cover all its turns together; and, later, a list of conversations where each
-message has its own. The pickle is read, not run: see `synth.inert_pickle`.
+There are two formats (HazyResearch/cartridges, structs.py). The older one is a dict of `rows` and of the `context` or
+`resources` that they were made from, where a row's token ids and teacher top-k cover all its turns together. The later
+one is a list of conversations in which each message has its own. The pickle is never run: see `synth.inert_pickle`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from synth.conversation import Conversation, Message, TopLogprobs
 from synth.inert_pickle import Record
 
 PACKAGES = ("cartridges", "capsules")  # upstream, under its present and its former name
-MOST_EXPANSION = 200  # how much more the conversations may hold than the file, which writes what they share once
-SMALLEST_ROOM = 2**20
+MOST_EXPANSION = 200  # times the file's size that conversations may hold: a pickle writes once what they share
+SMALLEST_BUDGET = 2**20
 # The ids of a turn's header, by role, and of its end, for the two tokenizers that upstream's rows were made with.
 LLAMA = {
     "system": (128006, 9125, 128007, 271),
@@ -59,10 +59,10 @@ def read(path: Path) -> Iterator[Conversation]:
 
 
 def _conversations(rows: Sequence[Record], path: Path) -> Iterator[Conversation]:
-    room = _Room(path, max(SMALLEST_ROOM, MOST_EXPANSION * path.stat().st_size))
+    budget = _Budget(path, max(SMALLEST_BUDGET, MOST_EXPANSION * path.stat().st_size))
     for number, row in enumerate(rows):
         try:
-            yield _conversation(row.fields, room)
+            yield _conversation(row.fields, budget)
         except _TooLarge:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -89,8 +89,8 @@ class _TooLarge(UserError):
 
 
 @dataclasses.dataclass
-class _Room:
-    """What is left of what a pickle may unfold to: a short one may name the same list a million times."""
+class _Budget:
+    """How much more a pickle may unfold to: a short one may name the same list a million times."""
 
     path: Path
     left: int
@@ -101,17 +101,20 @@ class _Room:
             raise _TooLarge(f"{self.path} unfolds to more than {MOST_EXPANSION} times its size: refused")
 
 
-def _conversation(row: dict[str, Any], room: _Room) -> Conversation:
+def _conversation(row: dict[str, Any], budget: _Budget) -> Conversation:
     messages = [_fields(message) for message in row["messages"]]
-    room.take(len(messages) + len(row.get("system_prompt") or ""))
-    metadata = _json(row.get("metadata") or {}, room)
+    system_prompt, kind = row.get("system_prompt") or "", row.get("type")
+    if not isinstance(system_prompt, str) or not isinstance(kind, str | None):
+        raise TypeError("system_prompt and type should be texts")
+    budget.take(len(messages) + len(system_prompt))
+    metadata = _json(row.get("metadata") or {}, budget)
     if not isinstance(metadata, dict):
         raise TypeError("its metadata is no dict")
     if row.get("token_ids") is not None:
-        made = _cut(messages, row, room)
+        made = _cut(messages, row, budget)
     else:
-        made = [_message(m, m.get("token_ids"), _flat(m.get("top_logprobs")), room) for m in messages]
-    return Conversation(tuple(made), str(row.get("system_prompt") or ""), metadata, row.get("type"))
+        made = [_message(m, m.get("token_ids"), _flat(m.get("top_logprobs"), budget), budget) for m in messages]
+    return Conversation(tuple(made), system_prompt, metadata, kind)
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -121,43 +124,59 @@ def _fields(value: Any) -> dict[str, Any]:
     return fields
 
 
-def _message(message: dict[str, Any], ids: Any, top: TopLogprobs | None, room: _Room) -> Message:
+def _message(message: dict[str, Any], ids: Any, top: TopLogprobs | None, budget: _Budget) -> Message:
     content, role = message["content"], message["role"]
     if not isinstance(content, str) or not isinstance(role, str):
         raise TypeError("content and role should be texts")
-    room.take(len(content) + (0 if ids is None else len(ids)) + (0 if top is None else len(top.token_id)))
-    return Message(content, role, None if ids is None else _ids(ids), top)
+    budget.take(len(content) + (0 if ids is None else len(ids)) + (0 if top is None else len(top.token_id)))
+    return Message(content, role, None if ids is None else _ids(ids, budget), top)
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    found = np.asarray(value)
+def _numbers(value: Any, budget: _Budget) -> np.ndarray:
+    """A list of numbers, or of lists of them, as an array. What nests deeper may have no end, and is refused."""
+    if isinstance(value, np.ndarray):
+        return value
+    for row in value if any(isinstance(row, list | tuple | np.ndarray) for row in value) else [value]:
+        budget.take(len(row))
+        if not isinstance(row, np.ndarray) and not all(isinstance(number, int | float) for number in row):
+            raise TypeError("ids and log-probabilities should be numbers")
+    return np.asarray(value)
+
+
+def _ids(value: Any, budget: _Budget) -> tuple[int, ...]:
+    found = _numbers(value, budget)
     if found.size and (found.ndim != 1 or found.dtype.kind not in "iu" or not (abs(found) < 2**62).all()):
         raise TypeError("token_ids should be integers")
     return tuple(found.tolist())
 
 
-def _flat(value: Any) -> TopLogprobs | None:
+def _flat(value: Any, budget: _Budget) -> TopLogprobs | None:
     if value is None:
         return None
     fields = _fields(value)
     rows, width = fields["shape"]
-    return TopLogprobs(fields["token_idx"], fields["token_id"], fields["logprobs"], (rows, width))
+    return TopLogprobs(
+        _numbers(fields["token_idx"], budget),
+        _numbers(fields["token_id"], budget),
+        _numbers(fields["logprobs"], budget),
+        (rows, width),
+    )
 
 
-def _cut(messages: Sequence[dict[str, Any]], row: dict[str, Any], room: _Room) -> list[Message]:
-    """The ids of a whole conversation, by its turns; row t of the teacher's top-k is about token t + 1."""
-    ids = np.asarray(row["token_ids"], np.int64)
+def _cut(messages: Sequence[dict[str, Any]], row: dict[str, Any], budget: _Budget) -> list[Message]:
+    """Cuts a whole conversation's ids into its turns. Row t of the teacher's top-k is about token t + 1."""
+    ids = _numbers(row["token_ids"], budget).astype(np.int64)
     turns = _turns(ids.tolist(), [message["role"] for message in messages])
     if turns is None:
-        return [_message(message, None, None, room) for message in messages]
+        return [_message(message, None, None, budget) for message in messages]
     top_ids, logprobs = row.get("top_logprob_ids"), row.get("top_logprob_logprobs")
     made = []
     for message, (start, end) in zip(messages, turns, strict=True):
         top = None
         if top_ids is not None and logprobs is not None and message["role"] == "assistant":
             first, last = start - 1, min(end - 1, len(top_ids))
-            top = _dense(np.asarray(top_ids)[first:last], np.asarray(logprobs)[first:last])
-        made.append(_message(message, ids[start:end].tolist(), top, room))
+            top = _dense(_numbers(top_ids, budget)[first:last], _numbers(logprobs, budget)[first:last])
+        made.append(_message(message, ids[start:end].tolist(), top, budget))
     return made
 
 
@@ -168,7 +187,7 @@ def _dense(ids_tj: np.ndarray, logprobs_tj: np.ndarray) -> TopLogprobs:
 
 
 def _turns(ids: list[int], roles: list[str]) -> list[tuple[int, int]] | None:
-    """From behind each header to the end of its turn, that included; None if the headers are not those of `roles`."""
+    """Where each turn stands in the ids, without its header, with its end; None if the headers do not fit `roles`."""
     for headers, end_of_turn in TURNS:
         spans, found, place = [], [], 0
         while place < len(ids):
@@ -188,24 +207,24 @@ def _turns(ids: list[int], roles: list[str]) -> list[tuple[int, int]] | None:
     return None
 
 
-def _json(value: Any, room: _Room) -> Any:
-    """What JSON can say of a value."""
-    room.take(1)
+def _json(value: Any, budget: _Budget) -> Any:
+    """The value in types that JSON has."""
+    budget.take(1)
     match value:
         case dict():
-            return {str(key): _json(item, room) for key, item in value.items()}
+            return {str(key): _json(item, budget) for key, item in value.items()}
         case list() | tuple() | set() | frozenset():
-            return [_json(item, room) for item in value]
+            return [_json(item, budget) for item in value]
         case Record():
-            return _json(value.fields, room)
+            return _json(value.fields, budget)
         case np.ndarray():
-            room.take(value.size)
+            budget.take(value.size)
             return value.tolist()
         case bool() | int() | float() | None:
             return value
         case _:
             text = str(value)
-            room.take(len(text))
+            budget.take(len(text))
             return text
 
 

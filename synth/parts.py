@@ -1,7 +1,8 @@
-"""What a run has so far: finished conversations in numbered Parquet files, each whole or absent.
+"""The finished conversations of a run, in numbered Parquet files (parts) that are each whole or absent.
 
-Nothing else has to survive a kill. A part holds what ended within two seconds, in the order in which it ended; where
-that is little, parts are joined once there are many of them. The order of conversations is made when all are there.
+They are all that has to survive when a run is killed. A part holds the conversations that ended within two seconds, in
+the order in which they ended. Small parts are joined once there are many of them. The conversations are put in order
+when all are there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Parts:
-    """`place[i]` says where conversation i is: the number of its part, and its row; -1 where it is not there yet."""
+    """The parts in a folder. `place[i]` is the number of conversation i's part and its row there, or -1, -1."""
 
     def __init__(self, folder: Path, count: int):
         self._folder, self.count = folder, count
@@ -37,7 +38,7 @@ class Parts:
         self._small: dict[int, list[int]] = {}  # part -> indices of its rows
         self._next = 0
         names = [_NAME.fullmatch(path.name) for path in folder.glob("part-*.parquet")]
-        # From the newest: a part whose rows are all in a later one was joined, and its file left behind by a kill.
+        # From the newest: a part whose rows are all in a later one was joined into it just before the run was killed.
         for number in sorted((int(name[1]) for name in names if name), reverse=True):
             self._next = max(self._next, number + 1)
             self._find(number)
@@ -100,7 +101,7 @@ class Parts:
         for start in range(0, self.count, ROWS_PER_GROUP):
             numbers, rows = self.place[start : start + ROWS_PER_GROUP].T
             pieces = [read(int(number)).take(rows[numbers == number]) for number in np.unique(numbers)]
-            # a stable sort by part is how the pieces lie one behind the other
+            # the pieces lie one behind the other as a stable sort by part would put their rows
             order = np.argsort(np.argsort(numbers, kind="stable"), kind="stable")
             yield pa.concat_tables(pieces).take(order)
 

@@ -1,8 +1,8 @@
-"""From a config to `dataset.parquet`: bounded, and resumable at any moment.
+"""Makes `dataset.parquet` from a config, with bounded memory, in a run that may be stopped and resumed at any moment.
 
-chunk → question → answer → record: one task cuts chunks and lays out the conversations about them, a fixed number of
-others hold them, each from its first question to its last answer, and what they finish is on disk within seconds. A
-conversation depends on the config and on its index alone, so a run may end and go on anywhere.
+One task cuts chunks and plans the conversations about them. A fixed number of workers run these, each from its first
+question to its last answer, and what they finish is on disk within seconds. A conversation depends on the config and on
+its index alone, so a later run makes just those that are missing.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from synth.chunkers import Chunker, LocalTokenizer
 from synth.clients.base import Unavailable
 from synth.config import SynthConfig
 from synth.conversation import Conversation
-from synth.filters import Judge
+from synth.filters import Filter
 from synth.fleet import Fleet
 from synth.folder import claim
 from synth.parts import Parts
 from synth.resources import reading
 from synth.resources.reading import Corpus
-from synth.self_study import Talk, all_or_none, study
+from synth.self_study import PlannedConversation, all_or_none, plan_batch
 from synth.summary import Summary
 from synth.tools import toolbox
 from synth.tools.base import Tool
 
 GIVE_UP_AFTER = 8  # conversations that failed in a row
-SECONDS_TO_DISK, ROWS_PER_PART = 2.0, 256  # a part is written after the one or with the other
+SECONDS_TO_DISK, ROWS_PER_PART = 2.0, 256  # a part is written after so long, or as soon as it has so many rows
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class _Run:
     ):
         self._parts, self._answers, self._questions = parts, answers, questions
         self._chunker, self._config, self._tools = chunker, config, tools
-        self._talks: asyncio.Queue[Talk | None] = asyncio.Queue(config.conversations_per_chunk)
+        self._planned: asyncio.Queue[PlannedConversation | None] = asyncio.Queue(config.conversations_per_chunk)
         self._finished: list[tuple[int, Conversation]] = []
         self._failures, self._failed_in_a_row, self._last_failure = 0, 0, ""
         self._is_over = asyncio.Event()
@@ -108,9 +108,9 @@ class _Run:
         self._progress = Progress("synth", parts.count, "conversations", done=parts.finished)
 
     async def run(self) -> None:
-        """Raises: Unavailable, with what is missing."""
+        """Makes what is missing. Raises: Unavailable, if some is still missing then; the sentence says how much."""
         try:
-            await all_or_none([self._talk(), self._record_regularly()])
+            await all_or_none([self._converse(), self._record_regularly()])
         except _GivenUp:
             pass
         finally:
@@ -124,12 +124,12 @@ class _Run:
                 f"(last failure: {self._last_failure})"
             )
 
-    async def _talk(self) -> None:
+    async def _converse(self) -> None:
         number = self._config.max_chunks_in_flight * self._config.conversations_per_chunk
-        await all_or_none([self._plan(number), *(self._hold() for _ in range(number))])
+        await all_or_none([self._plan(number), *(self._work() for _ in range(number))])
         self._is_over.set()
 
-    async def _plan(self, holders: int) -> None:
+    async def _plan(self, workers: int) -> None:
         size = self._config.conversations_per_chunk
         for first in range(0, self._parts.count, size):
             missing = {i for i in range(first, min(first + size, self._parts.count)) if not self._parts.has(i)}
@@ -138,7 +138,7 @@ class _Run:
             answers = self._answers.route()
             questions = answers if self._questions is self._answers else self._questions.route()
             try:
-                talks = await study(
+                planned = await plan_batch(
                     first // size,
                     max(missing) - first + 1,
                     answers,
@@ -150,21 +150,21 @@ class _Run:
             except Unavailable as error:
                 self._fail(error, len(missing), f"the chunk of conversations {first} to {max(missing)}")
                 continue
-            for talk in talks:
-                if talk.index in missing:
-                    await self._talks.put(talk)
-        for _ in range(holders):
-            await self._talks.put(None)
+            for plan in planned:
+                if plan.index in missing:
+                    await self._planned.put(plan)
+        for _ in range(workers):
+            await self._planned.put(None)
 
-    async def _hold(self) -> None:
-        while talk := await self._talks.get():
+    async def _work(self) -> None:
+        while plan := await self._planned.get():
             try:
-                held = await talk.hold()
+                made = await plan.run()
             except Unavailable as error:
-                self._fail(error, 1, f"conversation {talk.index}")
+                self._fail(error, 1, f"conversation {plan.index}")
                 continue
             self._failed_in_a_row = 0
-            self._finished.append((talk.index, held))
+            self._finished.append((plan.index, made))
             if len(self._finished) >= ROWS_PER_PART:
                 self._record()
             self._progress.advance(1, self._note())
@@ -202,18 +202,18 @@ class _GivenUp(Exception):
 
 
 def _finish(parts: Parts, dataset: Path, config: SynthConfig) -> Summary:
-    """Writes what the filters leave, in the order of indices.
+    """Writes the conversations that the filters keep, in the order of their indices.
 
     Raises:
-      UserError: they leave nothing.
+      UserError: the filters keep none.
     """
-    judge, summary = Judge(config.filters), Summary(config.filters)
+    filters, summary = Filter(config.filters), Summary(config.filters)
 
     def kept() -> Iterator[pa.Table]:
         for table in parts.tables():
             stay = []
             for outline in conversation.outlines(table):
-                found, stays = judge.look(outline)
+                found, stays = filters.check(outline)
                 summary.add(outline, found, stays)
                 stay.append(stays)
             yield table.filter(pa.array(stay))

@@ -1,4 +1,4 @@
-"""What sets a conversation going: instructions to the side that asks, short enough for a model of 135M parameters.
+"""Seed prompts: instructions to the side that asks first, short enough for a model of 135M parameters.
 
 Five types are the paper's. Every prompt asks for one message only, and for names, so that the question can be
 understood by a reader who never saw the text.
@@ -70,7 +70,7 @@ SEED_PROMPTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Not drawn unless named.
+# These two are drawn only if the config names them.
 MORE_PROMPTS: dict[str, tuple[str, ...]] = {
     "generic": (
         "Write the first message of a conversation with an assistant about something in the text. Ask for something, "
@@ -124,7 +124,7 @@ def check(kinds: Sequence[str], weights: Sequence[float]) -> None:
 
 
 def draw(kinds: Sequence[str], chunk: str, rng: random.Random, weights: Sequence[float] = ()) -> SeedPrompt:
-    """A type (by its weight, and one that is named twice comes twice as often), and one of its prompts."""
+    """Draws a type by its weight (one that is named twice comes twice as often), and one of its prompts."""
     kind = rng.choices(kinds, weights)[0] if weights else rng.choice(kinds)
     if kind == "cloze":
         template = rng.choice(CLOZE_PROMPTS)
@@ -140,7 +140,7 @@ def draw(kinds: Sequence[str], chunk: str, rng: random.Random, weights: Sequence
 
 @functools.cache
 def _own(kind: str) -> Callable[[str, random.Random], SeedPrompt | str]:
-    """The user's prompts: a function's, or those of a file."""
+    """A function that draws one of the user's own prompts: one that `kind` names, or one for the file at `kind`."""
     module, colon, name = kind.partition(":")
     if colon and all(part.isidentifier() for part in (*module.split("."), name)):
         try:
@@ -157,7 +157,7 @@ def _own(kind: str) -> Callable[[str, random.Random], SeedPrompt | str]:
 
 
 def _sentence(chunk: str, rng: random.Random) -> list[str]:
-    """The words of a sentence that is long enough to ask about; of the whole chunk if there is none."""
+    """The words of a sentence that is long enough to ask about, or of the whole chunk if there is none."""
     sentences = [s.split() for s in _SENTENCE_END.split(chunk)]
     return rng.choice([s for s in sentences if len(s) >= _FEWEST_WORDS] or [chunk.split()])
 

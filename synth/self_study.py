@@ -1,7 +1,9 @@
-"""Two sides talk about a chunk: A asks as a seed prompt says, B answers, and B's log-probabilities are the lesson.
+"""Self-study: conversations of two sides about a chunk of text, planned first and run later.
 
-The chunk stands in the system prompt that both see, and never in the messages: what is distilled is how the model
-answers *because* it sees the chunk. The recipe is the paper's (arXiv 2506.06266). A and B may be two models.
+Side A asks as a seed prompt tells it, side B answers, and the log-probabilities of B's answers are what a student
+learns from. The chunk stands in the system prompt that both sides see, and never in the messages, so that the student
+learns how the model answers *because* it sees the chunk. The recipe is the paper's (arXiv 2506.06266). A and B may be
+two models.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from synth.config import SamplingConfig, Side, SynthConfig
 from synth.conversation import Conversation, Message, flatten
 from synth.seed_prompts import SeedPrompt
 from synth.tools.base import Tool
-from synth.tools.use import consult, shown
+from synth.tools.use import as_context, call_tools
 
-ATTEMPTS = 3  # at a question or an answer that is not empty
+ATTEMPTS = 3  # to get a question or an answer that is not empty
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 T = TypeVar("T")
@@ -32,16 +34,16 @@ ChatMessage = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Talk:
-    """One conversation that may be held: how it begins, and what holds it."""
+class PlannedConversation:
+    """A conversation that is not begun yet: what it begins with, and a function that runs it to its end."""
 
     index: int
     system_prompt: str
     prompt: SeedPrompt
-    hold: Callable[[], Coroutine[Any, Any, Conversation]]
+    run: Callable[[], Coroutine[Any, Any, Conversation]]
 
 
-async def study(
+async def plan_batch(
     index: int,
     count: int,
     answer_client: Client,
@@ -49,19 +51,18 @@ async def study(
     chunker: Chunker,
     config: SynthConfig,
     tools: Sequence[Tool] = (),
-) -> list[Talk]:
-    """Batch `index`: `count` conversations about one chunk, none of them begun.
+) -> list[PlannedConversation]:
+    """Plans batch `index`: `count` conversations about one chunk.
 
-    Each depends on its own index alone, so any of them may be held, in any order.
+    Each of them depends on the config and on its own index alone, so any of them may be run, in any order.
     """
-    existing.check(config)
     given.check(config)
     rng = random.Random(f"{config.seed}/{index}")
     chunks = await _chunks(index, rng, chunker, config)
     text = "\n\n".join(chunk.text for chunk in chunks)
     context = "\n\n".join(_described(chunk.text, config) for chunk in chunks)
     sides = _Sides(answer_client, question_client, tools, config)
-    talks: list[Talk] = []
+    planned: list[PlannedConversation] = []
     asked: _FirstQuestions | None = None
     first = index * config.conversations_per_chunk
     for number in range(first, first + count):
@@ -69,8 +70,8 @@ async def study(
             prompt = seed_prompts.draw(config.seed_prompts, text, rng, config.seed_prompt_weights)
             asked = _FirstQuestions(prompt, 1 if prompt.is_question else config.questions_per_call, number)
         instruction = rng.choice(config.instructions)
-        if talk := _existing(number, context, sides) or _given(number, sides):
-            talks.append(talk)
+        if plan := _existing(number, context, sides) or _given(number, sides):
+            planned.append(plan)
             continue
         metadata = _metadata(number, asked.prompt, config) | {
             "chunk_span": [chunks[0].start, chunks[0].end],
@@ -81,25 +82,25 @@ async def study(
         if config.question_client:
             metadata["question_model"] = config.question_client.model
         system_prompt = config.system_prompt.replace("{chunk}", context)
-        hold = functools.partial(_converse, sides, system_prompt, asked, asked.join(), instruction, metadata)
-        talks.append(Talk(number, system_prompt, asked.prompt, hold))
-    return talks
+        run = functools.partial(_converse, sides, system_prompt, asked, asked.join(), instruction, metadata)
+        planned.append(PlannedConversation(number, system_prompt, asked.prompt, run))
+    return planned
 
 
-def _existing(number: int, context: str, sides: _Sides) -> Talk | None:
-    """Conversation `number`, if it exists already."""
+def _existing(number: int, context: str, sides: _Sides) -> PlannedConversation | None:
+    """Plans conversation `number` if it exists already, so that only its answers are scored."""
     found = existing.conversation_of(number, sides.config)
     if found is None:
         return None
     opening = SeedPrompt("existing", found.messages[0]["content"], is_question=True)
     system_prompt = existing.system_prompt(found, context, sides.config)
     metadata = _metadata(number, opening, sides.config)
-    hold = functools.partial(existing.score, sides.answer_client, found.messages, system_prompt, sides.config, metadata)
-    return Talk(number, system_prompt, opening, hold)
+    run = functools.partial(existing.score, sides.answer_client, found.messages, system_prompt, sides.config, metadata)
+    return PlannedConversation(number, system_prompt, opening, run)
 
 
-def _given(number: int, sides: _Sides) -> Talk | None:
-    """Conversation `number`, if its question is given: about the chunk that the question names."""
+def _given(number: int, sides: _Sides) -> PlannedConversation | None:
+    """Plans conversation `number` if its question is given. It is about the chunk that the question names."""
     config = sides.config
     found = given.question_of(number, config)
     if found is None:
@@ -109,11 +110,11 @@ def _given(number: int, sides: _Sides) -> Talk | None:
     metadata = _metadata(number, opening, config) | {"chunk": found.chunk}
     if found.answer is None:
         asked = _FirstQuestions(opening, 1, number)
-        hold = functools.partial(_converse, sides, system_prompt, asked, asked.join(), "{question}", metadata)
+        run = functools.partial(_converse, sides, system_prompt, asked, asked.join(), "{question}", metadata)
     else:
         messages = ({"role": "user", "content": found.question}, {"role": "assistant", "content": found.answer})
-        hold = functools.partial(existing.score, sides.answer_client, messages, system_prompt, config, metadata)
-    return Talk(number, system_prompt, opening, hold)
+        run = functools.partial(existing.score, sides.answer_client, messages, system_prompt, config, metadata)
+    return PlannedConversation(number, system_prompt, opening, run)
 
 
 def _metadata(number: int, prompt: SeedPrompt, config: SynthConfig) -> dict[str, Any]:
@@ -144,12 +145,12 @@ class _Sides:
     config: SynthConfig
 
     def thinks(self, side: Side, where: str) -> bool | None:
-        """Whether the side thinks its messages over, in the conversation that `where` names; None if nobody says so."""
+        """Whether a side thinks before it writes, in the conversation named `where`; None leaves it to the template."""
         likely = self._of(side)[1].thinking
         return None if likely is None else random.Random(f"{where}/{side}/thinking").random() < likely
 
     def instructed(self, side: Side, text: str, thinks: bool | None) -> str:
-        """What the side answers, with what tells it to think."""
+        """The text that a side is to answer, with the instruction to think if it has one and is to think."""
         instruction = self._of(side)[1].thinking_instruction
         return f"{text}\n\n{instruction}" if thinks and instruction else text
 
@@ -162,7 +163,7 @@ class _Sides:
         top_logprobs: int = 0,
         scale: int = 1,
     ) -> Completion:
-        """A message, asked for again while it is empty; `scale` times as long as the config allows one to be."""
+        """A side's next message, asked for again while it is empty; it may be `scale` times as long as usual."""
         client, sampling = self._of(side)
         mode = None if thinks is None else float(thinks)
         sampling = dataclasses.replace(sampling, thinking=mode, max_tokens=sampling.max_tokens * scale)
@@ -173,12 +174,12 @@ class _Sides:
             completion = await client.complete(seen, sampling, _seed(f"{where}/{attempt}"), top_logprobs)
         return completion
 
-    async def consult(self, side: Side, seen: list[ChatMessage], where: str) -> list[dict[str, Any]]:
-        """What the side's calls of tools gave."""
+    async def call_tools(self, side: Side, seen: list[ChatMessage], where: str) -> list[dict[str, Any]]:
+        """Lets a side call tools before it writes, and returns a record of each call."""
         if not self.tools or side not in self.config.tools.sides:
             return []
         client, sampling = self._of(side)
-        return await consult(client, self.tools, seen, self.config.tools, sampling, _seed(f"{where}/tools"))
+        return await call_tools(client, self.tools, seen, self.config.tools, sampling, _seed(f"{where}/tools"))
 
     def _of(self, side: Side) -> tuple[Client, SamplingConfig]:
         if side == "question":
@@ -187,7 +188,7 @@ class _Sides:
 
 
 class _FirstQuestions:
-    """The first questions of `size` conversations, written by side A as one list; of one, as a message of its own."""
+    """The first questions of `size` conversations. Side A writes several as one list, and a single one as a message."""
 
     def __init__(self, prompt: SeedPrompt, size: int, first: int):
         self.prompt, self._size, self._first = prompt, size, first
@@ -204,12 +205,12 @@ class _FirstQuestions:
         return self._size > 1
 
     def join(self) -> int:
-        """The caller's place in the list."""
+        """Reserves a question of the list for the caller, and returns its place."""
         self._joined += 1
         return self._joined - 1
 
     async def question(self, place: int, sides: _Sides, system: ChatMessage) -> str:
-        """Whoever comes first asks for all, and the list is the same whoever that is; empty past its end."""
+        """The question at a place, or nothing if the list is too short. The first caller has side A write the list."""
         async with self._lock:
             if self._questions is None:
                 self._questions = await self._ask(sides, system)
@@ -224,7 +225,7 @@ class _FirstQuestions:
         for attempt in range(ATTEMPTS):
             where = f"{sides.config.seed}/questions/{self._first}/{attempt}"
             said = await sides.say("question", seen, where, thinks, scale=self._size)
-            best = max(best, _listed(spoken(said.text)), key=len)
+            best = max(best, _listed(strip_thinking(said.text)), key=len)
             if len(best) >= self._size:
                 break
         return best
@@ -238,10 +239,11 @@ async def _converse(
     instruction: str,
     metadata: dict[str, Any],
 ) -> Conversation:
-    """One that ends early, with an empty message, is one for the filters.
+    """Runs a conversation. It ends early with an empty message, and is left to the filters then.
 
-    The messages are kept as the answering side is shown them, since a student is asked with them: what tells it to
-    think is part of a question, and earlier answers reach the chat template whole, which shows or hides their thoughts.
+    The messages are kept as the answering side sees them, because the student will be asked the same: an instruction to
+    think is part of a question, and earlier answers are given to the chat template with their thoughts, which it shows
+    or hides.
     """
     config = sides.config
     name = f"{config.seed}/conversation/{metadata['conversation_index']}"
@@ -252,15 +254,15 @@ async def _converse(
     system = {"role": "system", "content": system_prompt}
     task = {"role": "user", "content": asked.prompt.text}
     messages: list[Message] = []
-    turns: list[tuple[str, int]] = []  # of every message: why it ended and how many tokens were written
+    turns: list[tuple[str, int]] = []  # for every message, why it ended and how many tokens were written
     calls: list[dict[str, Any]] = []
 
-    async def look_up(side: Side, seen: list[ChatMessage], where: str) -> list[ChatMessage]:
-        """Puts what the side's tools say into the context that both see from here on."""
+    async def call_tools_of(side: Side, seen: list[ChatMessage], where: str) -> list[ChatMessage]:
+        """Lets a side call tools, and puts what they say into the context that both sides see from here on."""
         nonlocal system
-        made = await sides.consult(side, seen, where)
+        made = await sides.call_tools(side, seen, where)
         calls.extend(made)
-        if text := shown(made):
+        if text := as_context(made):
             system = {"role": "system", "content": f"{system['content']}\n\n{text}"}
         return [system, *seen[1:]]
 
@@ -278,11 +280,11 @@ async def _converse(
             seen = [system, task]
             for plain, answered in zip(asked_plainly, messages[1::2], strict=True):
                 seen.append({"role": "assistant", "content": plain})
-                seen.append({"role": "user", "content": spoken(answered.content)})
-            seen = await look_up("question", seen, f"{where}/question")
+                seen.append({"role": "user", "content": strip_thinking(answered.content)})
+            seen = await call_tools_of("question", seen, f"{where}/question")
             seen[-1] = seen[-1] | {"content": sides.instructed("question", seen[-1]["content"], asker_thinks)}
             question = await sides.say("question", seen, f"{where}/question", asker_thinks)
-            text = spoken(question.text)
+            text = strip_thinking(question.text)
             if text.strip() and not messages and instruction != "{question}":
                 text = instruction.replace("{question}", text.strip())
             # the ids that were sampled are the text's only if nothing was added and nothing cut off
@@ -298,7 +300,7 @@ async def _converse(
             messages[-1] = Message(told, "user")
 
         seen = [system, *({"role": m.role, "content": m.content} for m in messages)]
-        seen = await look_up("answer", seen, f"{where}/answer")
+        seen = await call_tools_of("answer", seen, f"{where}/answer")
         answer = await sides.say("answer", seen, f"{where}/answer", answerer_thinks, config.top_logprobs)
         top_logprobs = flatten(answer.top_logprobs or (), config.min_prob_mass)
         messages.append(Message(answer.text, "assistant", answer.token_ids, top_logprobs))
@@ -314,8 +316,8 @@ async def _converse(
     return Conversation(tuple(messages), system["content"], metadata, type="self_study")
 
 
-def spoken(text: str) -> str:
-    """A message without the thinking before it; nothing, if it was cut before an end of that."""
+def strip_thinking(text: str) -> str:
+    """A message without the thoughts before it; nothing, if it was cut off while the model was still thinking."""
     _, end, said = text.rpartition("</think>")
     if end:
         return said.lstrip("\n")
@@ -331,7 +333,7 @@ def _seed(where: str) -> int:
 
 
 async def all_or_none(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Like `asyncio.gather`, but the first error stops the others, and leaves bare (a TaskGroup would wrap it)."""
+    """Like `asyncio.gather`, but the first error stops the others. Unlike a TaskGroup, it raises that error itself."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

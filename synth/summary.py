@@ -1,4 +1,4 @@
-"""What a dataset holds, and what the filters made of it, in a few lines."""
+"""Sums up in a few lines what a dataset holds and what the filters found and dropped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from synth.conversation import Conversation
 
 
 class Summary:
+    """Counts of conversations, filled one by one; its text is the summary."""
+
     def __init__(self, filters: FilterConfig):
         self._filters = filters
         self.total = self.kept = 0
@@ -34,7 +36,7 @@ class Summary:
 
     @property
     def findings(self) -> str:
-        """Each filter with what it found, and whether that left."""
+        """Each filter with the number of conversations it found, and whether they were dropped."""
         names = [field.name for field in dataclasses.fields(self._filters)]
         counts = [(name, self._findings[name], getattr(self._filters, name)) for name in names]
         return ", ".join(

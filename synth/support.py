@@ -1,8 +1,8 @@
-"""Numbers, dates and names that an answer says, and the text it was made from does not.
+"""Finds numbers, dates and names that an answer says and the text that it was made from does not.
 
-Both are read the same way: 1,200 and "twelve hundred", 3 May 1921 and 1921-05-03, 10:05 pm and 22:05 are the same. What
-may be said in more than one way, or may be no claim, is let pass: a word at the beginning of a sentence, "two reasons",
-the number of a list's item. So a finding is seldom wrong, and not everything is found.
+Answer and text are read the same way: 1,200 and "twelve hundred", 3 May 1921 and 1921-05-03, 10:05 pm and 22:05 are the
+same. What could be said in another way, or may be no claim at all, passes: a word at the beginning of a sentence, "two
+reasons", the number of a list's item. So a finding is seldom wrong, and not everything is found.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _SMALL |= _ORDINAL
 _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "k": 1e3, "m": 1e6}
 _SCALES |= {"mn": 1e6, "bn": 1e9, "b": 1e9}
 _ALSO = {"half": (0.5, 50), "quarter": (0.25, 25), "dozen": (12,), "twice": (2,), "decade": (10,), "century": (100,)}
-_COUNTED = re.compile(  # behind a number that counts what the answer itself lists
+_COUNTED = re.compile(  # what follows a number that counts what the answer itself lists
     r"\W+(?:\w+\W+)?(?:aspects?|categories|examples?|factors?|features?|items?|kinds?|main|key|options?|parts?|points?"
     r"|questions?|reasons?|sentences?|steps?|things?|types?|ways?)\b"
 )
 
-# with a capital, as always in English: every other letter is passed over at once
+# A month begins with a capital, as always in English, so that the search passes over every other letter at once.
 _NAMED_MONTH = rf"(?P<month>(?=[ADFJMNOS])(?i:{'|'.join(sorted(_MONTH, key=len, reverse=True))}))\b\.?"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?(?!\d)"
 _YEAR = r"(?P<year>\d{4})(?!\d)"
@@ -55,7 +55,7 @@ _WORD = re.compile(r"[^\W\d_][\w']*")
 _ROMAN = re.compile(r"(?=.)(X{0,3})(IX|IV|V?I{0,3})")
 
 _CLAIM = re.compile(rf"(?<!\w)\d|[^\W\d_a-z]|\b(?:{'|'.join(_SMALL)})\b")
-# Of an answer: no claims. Addresses, programs, and what numbers a list.
+# Parts of an answer that claim nothing: addresses, programs, and the numbers of a list's items.
 _NO_CLAIM = re.compile(
     r"```.*?(?:```|\Z)|https?://\S+|^[ \t#>*_|-]*\d{1,3}[.):](?=\s)|\([1-9]\)|\b(?:step|point|reason|option) \d+\b",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
@@ -70,7 +70,7 @@ _ADJECTIVE = re.compile(r"(?:egian|ian|ean|an|ish|ese|ic|i)$")
 _COUNTRY = re.compile(r"(?:land|any|ain|ium|ay|ey|en|ia|ce|y|a|e|o)$")
 _PEOPLES = {"french": "france", "dutch": "netherlands", "swiss": "switzerland", "danish": "denmark"}
 _PEOPLES |= {"welsh": "wales", "spanish": "spain", "spaniard": "spain"}
-_NOUNS_ARE_CAPITALS = 0.3  # of the words inside of sentences, as in German or in a list of names
+_NOUNS_ARE_CAPITALS = 0.3  # share of words with a capital inside of sentences, as in German or in a list of names
 
 
 _Day = tuple[int | None, int]  # of a month; None: no day is said
@@ -78,7 +78,7 @@ _Day = tuple[int | None, int]  # of a month; None: no day is said
 
 @dataclasses.dataclass(frozen=True)
 class _Date:
-    """As it may be meant: (day, month) either way round where both are numbers, and None for what is not said."""
+    """A date in all the ways it may be meant: where day and month are numbers, both orders; None for what is unsaid."""
 
     written: str
     days: tuple[_Day, ...]
@@ -86,7 +86,7 @@ class _Date:
 
 
 class Source:
-    """What a text says."""
+    """The numbers, dates, times and names that a text says."""
 
     def __init__(self, text: str):
         text = _plain(text)
@@ -116,7 +116,7 @@ class Source:
         self._is_english = "the" in self._words
 
     def with_words_of(self, other: Source) -> Source:
-        """What both say, in the language of this one."""
+        """A source that says what either of two says; it is taken to be in the language of this one."""
         both = copy.copy(self)
         both._words, both._times, both._months = (
             self._words | other._words,
@@ -132,7 +132,7 @@ class Source:
         return both
 
     def lacks(self, answer: str) -> list[str]:
-        """The claims of an answer that the text does not support, as they stand there."""
+        """The claims of an answer that the text does not support, as the answer writes them."""
         answer = _NO_CLAIM.sub(lambda found: " " * len(found[0]), _plain(answer))
         dates, answer = _dates(answer)
         found = [date.written for date in dates if not any(self._has_day(day, date.year) for day in date.days)]
@@ -183,7 +183,7 @@ class Source:
         return any(self._is_kin(word, other) for other in self._words if other.startswith(word[:3]))
 
     def _is_kin(self, word: str, other: str) -> bool:
-        """Another form of the same name: Keplerian of Kepler, Norwegian of Norway, and cases of other languages."""
+        """Whether two words are forms of one name: Kepler and Keplerian, Norway and Norwegian, or other cases of it."""
         short, long = sorted((word, other), key=len)
         if len(short) >= 4 and long.startswith(short) and len(long) - len(short) <= 4:
             return True
@@ -202,13 +202,13 @@ def _bare(word: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """One way of writing for dashes, apostrophes, digits and letters: accents are left out as often as not."""
+    """The text with one form of dash, apostrophe, digit and letter: people write or omit accents as they like."""
     text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
     return re.sub("[\u2018\u2019]", "'", re.sub("[\u2010-\u2015\u2212]", "-", text))
 
 
 def _dates(text: str) -> tuple[list[_Date], str]:
-    """The dates of a text, and what it is without them."""
+    """The dates of a text, and the text with blanks in their place."""
     dates: list[_Date] = []
 
     def take(found: re.Match[str]) -> str:
@@ -229,7 +229,7 @@ def _dates(text: str) -> tuple[list[_Date], str]:
 
 
 def _times(text: str) -> tuple[list[tuple[str, int, int]], str]:
-    """The times of a text as they are written, as hours of twelve and as minutes; and what it is without them."""
+    """The times of a text (as written, hour of twelve, minute), and the text with blanks in their place."""
     times: list[tuple[str, int, int]] = []
 
     def take(found: re.Match[str]) -> str:
@@ -244,7 +244,7 @@ def _times(text: str) -> tuple[list[tuple[str, int, int]], str]:
 
 
 def _numbers(text: str) -> Iterator[tuple[tuple[int, int], list[tuple[float, ...]]]]:
-    """(span, readings) of what is written in digits; a reading is one number, or several that stand side by side."""
+    """Yields the span and the readings of all written in digits. A reading is one number, or several side by side."""
     for found in _NUMBER.finditer(text):
         written, (start, end) = found[0], found.span()
         parts = tuple(map(float, re.split(r"[.,' ]", written)))
@@ -263,7 +263,7 @@ def _numbers(text: str) -> Iterator[tuple[tuple[int, int], list[tuple[float, ...
 
 
 def _worded(text: str) -> Iterator[tuple[tuple[int, int], float, bool]]:
-    """(span, value, whether it may only count or order) of numbers in words, such as twenty-one or two thousand."""
+    """Yields span, value and whether it may merely count or order, for numbers in words such as two thousand."""
     words = list(_WORD.finditer(text))
     i = 0
     while i < len(words):
@@ -289,13 +289,13 @@ def _worded(text: str) -> Iterator[tuple[tuple[int, int], float, bool]]:
 
 
 def _adds(current: float, small: int) -> bool:
-    """Whether a number goes on with this one: two hundred (and) five, twenty-one, but not one two."""
+    """Whether a number in words goes on with a small one: two hundred (and) five, twenty-one, but not one two."""
     last = current % 100
     return not last or (last >= 20 and not last % 10 and small < 10)
 
 
 def _capitals(text: str) -> Iterator[tuple[str, bool]]:
-    """Words that begin with a capital, and whether they stand where any word would; those of capitals only never do."""
+    """Yields words with a capital, and whether beginning a sentence may be why; for words all in capitals it is not."""
     for found in _WORD.finditer(text):
         word = found[0]
         if len(word) > 1 and word[0].isupper():
@@ -320,11 +320,11 @@ def _roman(name: str) -> float | None:
 
 
 def may_claim(answer: str) -> bool:
-    """Whether there is anything in it to look for, quickly."""
+    """Whether an answer may hold a claim at all. This is quick, and says yes too often."""
     return _CLAIM.search(answer) is not None
 
 
 @functools.lru_cache(maxsize=64)
 def source_of(text: str) -> Source:
-    """Kept: conversations about one chunk come one after another."""
+    """The source of a text. The last ones are kept, as conversations about one chunk follow each other."""
     return Source(text)

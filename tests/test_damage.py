@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from tiny_runs import bytes_of, config_of, interrupted, metrics_of, settings_in
+from tiny_runs import inputs as inputs
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line import files
@@ -30,14 +31,6 @@ from cartridges_jax.training.run import train
 # Orbax leaves coroutines behind where it cannot read
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 STEPS = 8  # with a checkpoint behind every third, and the last
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_dataset(folder / "dataset.parquet", tiny.model())
-    (folder / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from tiny_runs import bytes_of, config_of, interrupted, metrics_of, settings_in
+from tiny_runs import bytes_of, config_of, interrupted, metrics_of, settings_in, write_inputs
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
@@ -34,11 +34,9 @@ OWL = {"question": "Where does the owl number 5 sleep?", "answer": "box 5"}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_dataset(folder / "dataset.parquet", tiny.model())
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
     tiny.write_dataset(folder / "held_out.parquet", tiny.model(), count=4, seed=1)
     tiny.write_dataset(folder / "general.parquet", tiny.model(), count=6, seed=2)
-    (folder / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
     (folder / "questions.jsonl").write_text(json.dumps(OWL) + "\n", encoding="utf-8")
     Cartridge.from_text(tiny.model(), tiny.TEXT, 16, num_frozen=2).save(folder / "start.safetensors")
     return folder

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file
+from tiny_runs import write_inputs
 
 from cartridges_jax.training.metrics import history
 
@@ -26,10 +27,7 @@ STEPS, LEARNING_RATE = 6, 5e-2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("jobs")
-    tiny.write_dataset(folder / "dataset.parquet", tiny.model())
-    (folder / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("jobs"))
 
 
 def start(folder: Path, name: str, count: int, devices: int = 1, **changes: Any) -> list[subprocess.Popen[str]]:

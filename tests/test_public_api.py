@@ -36,6 +36,11 @@ def test_dir_lists_the_public_api():
         cj.no_such_name  # noqa: B018
 
 
+def test_example_of_is_still_found_at_its_earlier_address():
+    earlier, home = (importlib.import_module(f"cartridges_jax.{name}") for name in ("data", "training.data"))
+    assert earlier.example_of is home.example_of
+
+
 def test_the_code_of_the_design_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     text = tiny.TEXT

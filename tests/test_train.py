@@ -24,6 +24,7 @@ import optax
 import pytest
 import tiny
 from tiny_runs import STEPS, TIMING, bytes_of, config_of, metrics_of, settings_in
+from tiny_runs import inputs as inputs
 
 from cartridges_jax import train as train_module
 from cartridges_jax.cartridge.arrays import Cartridge
@@ -51,14 +52,6 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict({values!r})
 """
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.write_dataset(folder / "dataset.parquet", tiny.model())
-    (folder / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture

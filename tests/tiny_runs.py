@@ -1,4 +1,4 @@
-"""Training runs of the tiny model: their settings, and what they leave behind."""
+"""Training runs of the tiny model: their inputs, their settings, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ from cartridges_jax.training.run import train
 
 STEPS = 24
 TIMING = {"tokens_per_second", "target_tokens_per_second", "seconds"}
+
+
+def write_inputs(folder: Path) -> Path:
+    """Writes a dataset and the text that it is about."""
+    tiny.write_dataset(folder / "dataset.parquet", tiny.model())
+    (folder / "corpus.txt").write_text(tiny.TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run's inputs."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def settings_in(folder: Path, inputs: Path) -> dict[str, Any]:

@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class Cartridge:
-    """The slots of all layers, l layers of p slots with k heads of size h, and where they come from.
-
-    It is a pytree, so that `jax.grad` and `jax.jit` take it.
-    """
+    """The slots of l layers, p in each, with k heads of size h. It is a pytree that `jax.grad` and `jax.jit` take."""
 
     keys: Float[Array, "l p k h"]
     values: Float[Array, "l p k h"]
@@ -44,12 +41,12 @@ class Cartridge:
 
     @property
     def num_slots(self) -> int:
-        """The number of slots in a layer, p."""
+        """The number of slots in each layer, p."""
         return self.keys.shape[1]
 
     @property
     def thinking(self) -> bool | None:
-        """The mode of thinking in which it was trained to answer, and is asked to answer unless told otherwise."""
+        """The mode of thinking in which the cartridge was trained to answer; requests may say another."""
         return self.provenance.thinking
 
     @property

@@ -73,11 +73,7 @@ class Provenance:
         return cls(**found)
 
     def check(self, model: LanguageModel, source: str) -> None:
-        """Refuses a cartridge, read from `source`, that was made for another model.
-
-        Raises:
-          UserError: it was, and the sentence names both models.
-        """
+        """Raises a UserError that names both models if the cartridge in `source` was made for another than `model`."""
         expected = Provenance.of(model, "", "")
         for field, meaning in (("weights_hash", "weights"), ("tokenizer_hash", "tokenizer")):
             theirs, ours = getattr(self, field), getattr(expected, field)

@@ -46,11 +46,7 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
 
 
 def arrays(data: bytes) -> dict[str, np.ndarray]:
-    """Returns the tensors that a file's bytes hold.
-
-    Raises:
-      SafetensorError, KeyError: the file is not whole, or has a dtype that no cartridge has.
-    """
+    """Returns a file's tensors, or raises SafetensorError or KeyError: it is not whole, or has an unknown dtype."""
     return {
         name: np.frombuffer(told["data"], DTYPES[told["dtype"]]).reshape(told["shape"])
         for name, told in deserialize(data)

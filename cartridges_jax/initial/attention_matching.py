@@ -37,7 +37,7 @@ from cartridges_jax.parallel import sharding
 from cartridges_jax.training.data import Example, PackedRows
 
 ROW = 256  # tokens of a packed row of reference conversations
-QUERY_TOKENS = 1024  # tokens of conversations that are queries, beside the document's; p slots need several times p
+QUERY_TOKENS = 1024  # tokens of conversations whose queries are used; p slots need several times p queries
 NNLS_STEPS = 200
 LARGEST_BIAS = 5.0  # in nats
 RIDGE = 1e-3  # of the mean squared probability: how strongly a slot keeps its token's value where no query asks for it
@@ -45,8 +45,6 @@ RIDGE = 1e-3  # of the mean squared probability: how strongly a slot keeps its t
 
 @dataclasses.dataclass(frozen=True)
 class MatchingConfig:
-    """Which queries the slots are fitted to, and how much text at a time."""
-
     queries: Literal["both", "conversations", "repeat"] = "both"
     chunk_tokens: int = 4096  # tokens that are compacted at once; memory grows with their square
 
@@ -108,15 +106,10 @@ def attention_matching(
 
 
 def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
-    """Cuts the document's tokens into chunks of one length.
+    """Returns the document's tokens in chunks, and what stands before and after each in a system message.
 
-    The last chunk begins early enough to be as long as the others, so that one compiled program compacts them all.
-
-    Args:
-      size: the largest number of tokens that a chunk may have inside its system message.
-
-    Returns:
-      The chunks, and the tokens that stand before and after each of them in a system message.
+    With that, no chunk has more than `size` tokens. The last chunk begins early enough to be as long as the others, so
+    that one compiled program compacts them all.
     """
 
     def message(text: str) -> list[int]:

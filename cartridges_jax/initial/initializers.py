@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """What a cartridge holds before it is trained."""
-
     kind: Kind = "attention_matching"
     num_slots: int = 512  # p; a `pretrained` file has its own number, and a short `summary` as many as it has tokens
     num_frozen: int = 1

@@ -1,7 +1,6 @@
-"""Cartridges from elsewhere and for elsewhere; imported lazily, as `cartridges_jax` itself.
+"""Cartridges of other programs and for other programs. The names are imported when they are first used.
 
-What is not here needs no function: `Cartridge.load` reads every format and source, `python -m cartridges_jax.convert`
-writes them.
+`Cartridge.load` reads every format and source too, and `python -m cartridges_jax.convert` writes every format.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ LARGEST_REPLY = 2**26  # bytes
 
 
 def tokasaurus_request(name: str, question: str, model: str, max_tokens: int) -> dict[str, Any]:
-    """The body of a chat completion behind a cartridge of the server's own folder; it knows no other fields."""
+    """Returns the body of a chat completion behind a cartridge in Tokasaurus' own folder; it takes no other fields."""
     return {
         "model": model,
         "messages": [{"role": "user", "content": question}],
@@ -28,7 +28,7 @@ def tokasaurus_request(name: str, question: str, model: str, max_tokens: int) ->
 
 
 def vllm_request(name: str, num_slots: int, prompt: Sequence[int], model: str, max_tokens: int) -> dict[str, Any]:
-    """The body of a completion behind a cartridge of `interop.vllm`: a placeholder for every slot, then the prompt."""
+    """Returns the body of a completion by `interop.vllm`, whose prompt begins with a placeholder for every slot."""
     return {
         "model": model,
         "prompt": [0] * num_slots + list(prompt),
@@ -41,11 +41,11 @@ def vllm_request(name: str, num_slots: int, prompt: Sequence[int], model: str, m
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The JSON answer of a server.
+    """Posts JSON to a server, and returns the JSON object that it answers.
 
     Raises:
-      UserError: it refuses the request; the sentence is its own.
-      ConnectionError: it cannot be reached, or answers something else than JSON.
+      UserError: the server refuses the request; the sentence is its own.
+      ConnectionError: it cannot be reached, or answers something else than a JSON object.
     """
     login, url = basic_login(url), without_credentials(url)
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -70,11 +70,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer_text(reply: dict[str, Any], url: str) -> str:
-    """Returns the text of a reply to a request for a completion, of a chat or of a text.
-
-    Raises:
-      ConnectionError: the reply of the server at `url` has no text.
-    """
+    """Returns the text of a completion, or raises a ConnectionError if the reply of the server at `url` has none."""
     try:
         choice = reply["choices"][0]
         found = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -86,7 +82,7 @@ def answer_text(reply: dict[str, Any], url: str) -> str:
 
 
 class _Nowhere(urllib.request.HTTPRedirectHandler):
-    """What is sent is for the server that was named alone."""
+    """Follows no redirect, since the request is meant for the server that was named alone."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # pyrefly: ignore
         return None

@@ -1,4 +1,4 @@
-"""Which format a file or folder is in, and who reads and writes it."""
+"""The formats of cartridges: how each is recognised, and which functions read and write it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def read(source: str | os.PathLike[str]) -> Cartridge:
     """Reads a cartridge of any format, from a path, `hf:…` or `wandb:…`.
 
     Raises:
-      FileNotFoundError: nothing there that looks like a cartridge.
-      UserError: it is broken, hostile, or holds values that are not finite.
+      FileNotFoundError: nothing there looks like a cartridge.
+      UserError: it is broken or hostile, or holds values that are not finite.
       ConnectionError, PermissionError: it has to be fetched and cannot be.
     """
     path = sources.fetch(source)
@@ -79,10 +79,10 @@ def write(cartridge: Cartridge, path: Path, format: str, dtype: str = "float32")
 
 
 def locate(path: Path) -> tuple[str, Path]:
-    """The format of what lies at `path`, and the file in it that says so.
+    """Returns the format of the cartridge at `path`, and the file that its reader takes.
 
     Raises:
-      FileNotFoundError: nothing, or a folder without a cartridge.
+      FileNotFoundError: nothing is there, or a folder without a cartridge.
     """
     if path.is_dir():
         if (path / OWN).is_file():

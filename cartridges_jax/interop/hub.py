@@ -12,10 +12,10 @@ from cartridges_jax.models.hub import HUB_ID, hub_errors
 
 
 def download(name: str, patterns: Sequence[str], kind: Literal["model", "dataset"], most: int) -> Path:
-    """The local folder of a repository's files that match; `name` is `org/name[@revision]`.
+    """Fetches the files of the repository `org/name[@revision]` that match, and returns the folder that holds them.
 
     Raises:
-      UserError: no such form of a name, or the files have more than `most` bytes.
+      UserError: the name has another form, or the files have more than `most` bytes.
       FileNotFoundError, PermissionError, ConnectionError: see `hub_errors`.
     """
     repo, _, revision = name.partition("@")
@@ -33,7 +33,7 @@ def download(name: str, patterns: Sequence[str], kind: Literal["model", "dataset
 
 
 def _size(wanted: Any, patterns: Sequence[str]) -> int | None:
-    """Bytes of the files that match; None if the Hub cannot be asked, so that only what is here already can be had."""
+    """Returns the bytes of the files that match, or None if the Hub cannot be asked and only its cache is left."""
     from huggingface_hub import HfApi, RepoFile, errors
     from huggingface_hub.utils import filter_repo_objects
 

@@ -1,4 +1,4 @@
-"""A cartridge as plain arrays, in the layouts of engines: Hugging Face's `past_key_values` and vLLM's pages."""
+"""Cartridges as plain arrays in the layouts of engines: Hugging Face's `past_key_values` and vLLM's pages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Layer = tuple[np.ndarray, np.ndarray]
 
 
 def to_past_key_values(cartridge: Cartridge) -> list[Layer]:
-    """Per layer the keys and values [1, kv heads, slots, head size]; a `DynamicCache` takes each by `update`.
+    """Returns for each layer its keys and values, [1, kv heads, slots, head size], which `DynamicCache.update` takes.
 
-    Queries then stand at positions p and later, as `generate` and `forward` of transformers place them behind a cache.
+    Queries then stand at position p and later, where `generate` and `forward` of transformers put them.
 
     Raises:
-      UserError: a bias, which that cache has no place for.
+      UserError: the cartridge has a bias, for which that cache has no place.
     """
     refuse_bias(cartridge, "past_key_values")
     keys, values = (np.asarray(a).transpose(0, 2, 1, 3)[:, None] for a in (cartridge.keys, cartridge.values))
@@ -29,13 +29,13 @@ def to_past_key_values(cartridge: Cartridge) -> list[Layer]:
 
 
 def from_past_key_values(layers: Sequence[tuple[Any, Any]], num_frozen: int = 1) -> Cartridge:
-    """A cartridge of what a model has cached for one sequence that began at position 0.
+    """Makes a cartridge of what a model has cached for one sequence that began at position 0.
 
     Args:
-      layers: per layer keys (after RoPE) and values, each [1, kv heads, slots, head size], as anything numpy reads.
+      layers: for each layer keys (after RoPE) and values, [1, kv heads, slots, head size], in any type numpy reads.
 
     Raises:
-      UserError: another shape, or more than one sequence.
+      UserError: they have another shape, or hold more than one sequence.
     """
     found = [[np.asarray(array, np.float32) for array in layer[:2]] for layer in layers]
     shapes = {array.shape for layer in found for array in layer}
@@ -50,12 +50,12 @@ def from_past_key_values(layers: Sequence[tuple[Any, Any]], num_frozen: int = 1)
 
 
 def to_pages(cartridge: Cartridge, page: int) -> np.ndarray:
-    """vLLM's layout of a paged cache, [layers, 2, pages, page, kv heads, head size]: keys, then values.
+    """Returns vLLM's layout of a paged cache, [layers, 2, pages, page, kv heads, head size]: keys, then values.
 
-    The last page is filled up with zeros, which the number of slots keeps from being seen.
+    The last page is filled up with zeros, which an engine that knows the number of slots does not read.
 
     Raises:
-      UserError: a bias, which the engine has no place for.
+      UserError: the cartridge has a bias, for which the engine has no place.
     """
     refuse_bias(cartridge, "a paged cache")
     both = np.stack([np.asarray(cartridge.keys), np.asarray(cartridge.values)], axis=1)
@@ -65,10 +65,10 @@ def to_pages(cartridge: Cartridge, page: int) -> np.ndarray:
 
 
 def from_pages(pages: np.ndarray, num_slots: int, num_frozen: int = 1) -> Cartridge:
-    """The first `num_slots` positions of a paged cache whose pages lie in order.
+    """Makes a cartridge of the first `num_slots` positions of a paged cache whose pages lie in order.
 
     Raises:
-      UserError: another layout, or fewer positions.
+      UserError: the cache has another layout, or fewer positions.
     """
     if pages.ndim != 6 or pages.shape[1] != 2 or pages.shape[2] * pages.shape[3] < num_slots:
         raise UserError(
@@ -82,10 +82,10 @@ def from_pages(pages: np.ndarray, num_slots: int, num_frozen: int = 1) -> Cartri
 
 
 def refuse_bias(cartridge: Cartridge, target: str) -> None:
-    """Refuses a cartridge whose slots have weights of their own, unless all of them are zero.
+    """Raises a UserError if the cartridge has a bias that is not zero, for which `target` has no place.
 
-    A bias adds to a slot's score whatever the query is; a key adds what the query makes of it. No key says "always",
-    so a bias other than zero cannot be expressed by keys and values alone. `fold_bias` comes near it.
+    A bias adds to a slot's score whatever the query is, while a key adds what depends on the query. So keys and values
+    alone cannot express a bias. `fold_bias` comes near it.
     """
     if cartridge.bias is not None and bool(jnp.any(cartridge.bias != 0)):
         raise UserError(

@@ -1,4 +1,4 @@
-"""How much is fetched from elsewhere: a wrong name shall fill no disk."""
+"""A limit on what is fetched, so that a wrong name does not fill the disk."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from cartridges_jax.command_line.errors import UserError
 
 
 def check_size(source: str, size: int, most: int) -> None:
-    """Refuses to fetch the files of `source`, `size` bytes in all, if that is more than `most`.
-
-    Raises:
-      UserError: it is.
-    """
+    """Raises a UserError if the files of `source`, which have `size` bytes, have more than `most`."""
     if size > most:
         raise UserError(
             f"the files of {source} have {size / 1e9:,.1f} GB, and at most {most / 1e9:,.1f} GB are fetched: is it the "

@@ -1,7 +1,7 @@
 """Adapter folders of Hugging Face PEFT: CARTRIDGE, and PREFIX_TUNING without a projection.
 
 `adapter_model.safetensors` holds one tensor `prompt_embeddings` [p, layers * 2 * kv heads * head size]: for every slot
-and layer its key, then its value. PEFT reads nothing else of that file, so our header rides along in its metadata.
+and layer its key, then its value. PEFT reads nothing else in that file, so its metadata has room for our header.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read(path: Path) -> Cartridge:
 
     Raises:
       FileNotFoundError: a file is missing.
-      UserError: another kind of adapter, or a tensor that does not fit its config.
+      UserError: it is another kind of adapter, or its tensor does not fit its config.
     """
     folder, config = path.parent, _read_config(path)
     tensor, header = _read_tensor(folder)
@@ -59,10 +59,10 @@ def read(path: Path) -> Cartridge:
 
 
 def write(cartridge: Cartridge, folder: Path, dtype: str = "float32", kind: str = "CARTRIDGE") -> None:
-    """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads, its config last.
+    """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
 
     Raises:
-      UserError: values that the dtype cannot hold.
+      UserError: the dtype cannot hold the values.
     """
     l, p, k, h = cartridge.keys.shape
     both = np.stack([np.asarray(cartridge.keys), np.asarray(cartridge.values)], axis=1)  # [l, 2, p, k, h]

@@ -59,11 +59,11 @@ def push_to_hub(
     """Uploads `cartridge.safetensors` and a card, and returns the repository's address.
 
     Args:
-      repo: `org/name`; made if it does not exist.
+      repo: `org/name`, which is made if it does not exist.
       report: Markdown that says how good the cartridge is, such as the `report.md` of `evaluate`.
 
     Raises:
-      UserError: no valid Hub id.
+      UserError: `repo` is no valid Hub id.
       PermissionError, FileNotFoundError, ConnectionError: no login, no such organisation, no network.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def push_dataset(dataset: str | os.PathLike[str], repo: str, *, private: bool = 
     """Uploads a dataset's Parquet file in the Hub's layout, and the `config.json` beside it; returns the address.
 
     Raises:
-      FileNotFoundError, UserError: no such file, or not a dataset.
+      FileNotFoundError, UserError: there is no such file, or it is no dataset.
       PermissionError, ConnectionError: no login, or no network.
     """
     paths = dataset_files(dataset)
@@ -92,7 +92,7 @@ def push_dataset(dataset: str | os.PathLike[str], repo: str, *, private: bool = 
 
 
 def card(cartridge: Cartridge, repo: str, report: str = "") -> str:
-    """README.md of a cartridge's repository, with the Hub's metadata on top."""
+    """Returns the README.md of a cartridge's repository, with the Hub's metadata on top."""
     p = cartridge.provenance
     metadata: dict[str, Any] = {"library_name": "cartridges_jax", "tags": ["cartridge", "kv-cache"]}
     if HUB_ID.fullmatch(p.model):

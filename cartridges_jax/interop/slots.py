@@ -1,6 +1,6 @@
-"""Changes that another engine may ask of a cartridge's slots, and what they cost.
+"""Changes of a cartridge's slots that other engines need: a bias folded into the keys, slots added to fill pages.
 
-`fold_bias` is approximate, `pad_slots` too: benchmarks/formats.py measures both.
+Both are approximate. benchmarks/formats.py measures what they cost.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.transformer import run_layers, shift_keys
 
-FOLD_TOKENS = 1024  # of the text, whose queries tell what is common to all
+FOLD_TOKENS = 1024  # of the text, whose queries say what all queries have in common
 RIDGE = 1e-3  # of the mean squared query
 
 
 def fold_bias(cartridge: Cartridge, model: LanguageModel, text: str) -> Cartridge:
     """Moves the bias into the keys, for engines that know keys and values only.
 
-    Per layer and kv head one direction u is found whose score q·u is near 1 for the queries q of `text` behind the
-    cartridge (least squares); a slot with the bias b gets b·u added to its key. It is exact as far as all queries have
-    something in common, which those of a trained model do; a query that differs sees b·(q·u), not b.
+    For each layer and kv head it finds a direction u whose score q·u is near 1 for all queries q of `text` behind the
+    cartridge (least squares), and adds b·u to the key of a slot with the bias b. A query sees b·(q·u) instead of b,
+    which is the same as far as queries have something in common; those of a trained model do.
 
     Raises:
       UserError: the cartridge does not fit the model, or the text has no token.
@@ -53,8 +53,8 @@ def fold_bias(cartridge: Cartridge, model: LanguageModel, text: str) -> Cartridg
 def pad_slots(cartridge: Cartridge, multiple: int, config: ModelConfig) -> Cartridge:
     """Adds slots at the end until their number is a multiple, for engines that hold whole pages only.
 
-    No slot is without effect where there is no bias. These have the mean key and the mean value of the others; all keys
-    are rotated on, as queries now begin at a later position.
+    The new slots have the mean key and the mean value of the others, since without a bias no slot can be without
+    effect. All keys are rotated on, as queries begin at a later position now.
 
     Raises:
       UserError: the cartridge does not fit the model's config.
@@ -85,6 +85,7 @@ def _common_directions(
     *,
     config: ModelConfig,
 ) -> Float[Array, "l k h"]:
+    """Returns for each layer and kv head the direction whose score is near 1 for all queries of the tokens."""
     segment_ids = jnp.ones_like(tokens)
     positions = keys.shape[1] + jnp.arange(tokens.shape[1])[None]
 
@@ -101,7 +102,7 @@ def _common_directions(
 
 
 def _direction(q: Float[Array, "m h"]) -> Float[Array, " h"]:
-    """The u with q @ u nearest to 1."""
+    """Returns the u for which q @ u is nearest to 1."""
     gram_hh = q.T @ q / len(q)
     ridge = RIDGE * jnp.trace(gram_hh) / len(gram_hh)
     return jax.scipy.linalg.solve(gram_hh + ridge * jnp.eye(len(gram_hh)), q.mean(0), assume_a="pos")

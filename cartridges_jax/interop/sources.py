@@ -1,6 +1,6 @@
-"""Where a cartridge or dataset is taken from: a path, `hf:org/name[@revision]`, or `wandb:entity/project/run`.
+"""The sources of cartridges and datasets: a path, `hf:org/name[@revision]`, or `wandb:entity/project/run`.
 
-What is fetched lands in a cache folder and is then read like any other file: nothing in it is run.
+Files that are fetched are put into a cache folder and are then read like any others: nothing in them is run.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from cartridges_jax.interop import hub, wandb
 HF, WANDB = "hf:", "wandb:"
 CARTRIDGE_FILES = ("cartridge.safetensors", "*.pt", "adapter_config.json", "adapter_model.*", "config.yaml")
 DATASET_FILES = ("*.parquet", "data/*.parquet", "config.yaml")
-CARTRIDGE_BYTES, DATASET_BYTES = 20 * 10**9, 200 * 10**9  # that are fetched at most: a wrong name fills no disk
+CARTRIDGE_BYTES, DATASET_BYTES = 20 * 10**9, 200 * 10**9  # that are fetched at most
 
 
 def fetch(source: str | os.PathLike[str]) -> Path:
-    """The local file or folder of a cartridge.
+    """Returns the local file or folder of a cartridge, fetching it if need be.
 
     Raises:
-      UserError: no such form of a source, or files that are too large.
+      UserError: the source has another form, or its files are too large.
       FileNotFoundError, PermissionError, ConnectionError: it is not there, asks for a login, or cannot be reached.
     """
     text = os.fspath(source)
@@ -32,7 +32,7 @@ def fetch(source: str | os.PathLike[str]) -> Path:
 
 
 def fetch_dataset(source: str | os.PathLike[str]) -> Path:
-    """The local file or folder of a dataset; errors as `fetch`."""
+    """Returns the local file or folder of a dataset; it raises what `fetch` raises."""
     text = os.fspath(source)
     if text.startswith(HF):
         return hub.download(text.removeprefix(HF), DATASET_FILES, "dataset", DATASET_BYTES)
@@ -42,10 +42,10 @@ def fetch_dataset(source: str | os.PathLike[str]) -> Path:
 
 
 def dataset_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The Parquet files of a dataset: one file, a folder of shards (upstream's `data/*.parquet`), `hf:…` or `wandb:…`.
+    """Returns the Parquet files of a dataset: a file, a folder (upstream's has `data/*.parquet`), `hf:…` or `wandb:…`.
 
     Raises:
-      FileNotFoundError: no such file, or a folder without a Parquet file.
+      FileNotFoundError: there is no such file, or the folder has no Parquet file.
       UserError, PermissionError, ConnectionError: it has to be fetched and cannot be.
     """
     path = fetch_dataset(source)

@@ -1,6 +1,7 @@
 """Folders that a Tokasaurus server loads (its branch geoff/cartridges): `cartridge.pt` and `config.yaml`.
 
-The server gives a cartridge whole pages of `PAGE` slots. Of the config it reads the number of slots and the model.
+The server loads cartridges that fill whole pages of `PAGE` slots. It reads the number of slots and the model's name
+from the config.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `frozen_keys` and `frozen_values` (`fixed_*` before August 2025) come before `trainable_keys` and `trainable_values`.
 Upstream writes ParameterLists; here they are plain lists, which upstream and Tokasaurus read as well, and which
-`torch.load(weights_only=True)` opens. What our header knows rides along as an extra file, which torch ignores.
+`torch.load(weights_only=True)` opens. Our header is an extra file in the archive, which torch ignores.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def read(path: Path) -> Cartridge:
     """Reads `cache-step*.pt` or `cartridge.pt`, and the model's name from the `config.yaml` beside it, if there is one.
 
     Raises:
-      FileNotFoundError: no such file.
-      UserError: not a whole file, or one that holds something else.
+      FileNotFoundError: there is no such file.
+      UserError: the file is not whole, or holds something else.
     """
     tree, extra = torch_zip.load(path)
     if not isinstance(tree, dict) or "trainable_keys" not in tree or "trainable_values" not in tree:
@@ -56,7 +56,7 @@ def write(cartridge: Cartridge, path: Path, dtype: str = "float32") -> None:
     """Writes the file, whole or not at all. Upstream's training expects bfloat16, its model's dtype.
 
     Raises:
-      UserError: values that the dtype cannot hold.
+      UserError: the dtype cannot hold the values.
     """
     lists = {}
     for name, array_lpkh in (("keys", cartridge.keys), ("values", cartridge.values)):
@@ -68,7 +68,7 @@ def write(cartridge: Cartridge, path: Path, dtype: str = "float32") -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The `cache-step*.pt` (or `cache-epoch*.pt`) with the highest number."""
+    """Returns the `cache-step*.pt` (or `cache-epoch*.pt`) with the highest number, or None if there is none."""
     numbered = {}
     for path in folder.glob("cache-*.pt"):
         digits = "".join(filter(str.isdecimal, path.stem))
@@ -77,10 +77,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.yaml; Python objects in it are left out, not made.
+    """Reads a run's config.yaml. Python objects in it are left out, and none is made.
 
     Raises:
-      UserError: not YAML, not a group of keys, or too large.
+      UserError: it is no YAML, holds something else than keys, or is too large.
     """
     if path.stat().st_size > LARGEST_CONFIG:
         raise UserError(f"{path} has {path.stat().st_size} bytes, expected a training run's config.yaml")
@@ -94,7 +94,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def model_of(config: Mapping[str, Any]) -> str:
-    """`model.pretrained_model_name_or_path`, plain or as Weights & Biases writes it, or nothing."""
+    """Returns the `pretrained_model_name_or_path` of a config, as upstream or Weights & Biases writes it, or ""."""
     model = config.get("model")
     model = model.get("value", model) if isinstance(model, dict) else {}
     name = model.get("pretrained_model_name_or_path") if isinstance(model, dict) else None
@@ -103,7 +103,7 @@ def model_of(config: Mapping[str, Any]) -> str:
 
 class _ConfigLoader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merges (`<<`), which no run writes, double what is merged at every level."""
+        """Refuses merges (`<<`), which no run writes, and which can double the size of the config at every level."""
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.constructor.ConstructorError(None, None, "it merges groups by <<", node.start_mark)
 
@@ -112,7 +112,7 @@ _ConfigLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None
 
 
 def _stacked(tensors: Any, path: Path) -> np.ndarray:
-    """One of the four lists as [l, p, k, h] in float32; an empty list has no layers."""
+    """Returns one of the four lists as an array [l, p, k, h] of float32; an empty list gives no layers."""
     if not isinstance(tensors, list) or not all(isinstance(tensor, np.ndarray) for tensor in tensors):
         raise UserError(f"{path} is no cartridge of upstream's: expected lists of tensors, one a layer")
     if len({tensor.shape for tensor in tensors}) > 1 or any(t.ndim != 4 or len(t) != 1 for t in tensors):

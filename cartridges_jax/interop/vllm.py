@@ -1,4 +1,4 @@
-"""vLLM serves cartridges: a KV connector for its plugin interface, no fork. It runs inside vLLM, which brings torch.
+"""A KV connector, vLLM's kind of plugin, with which vLLM serves cartridges. It runs inside vLLM, which brings torch.
 
     vllm serve MODEL --kv-transfer-config '{"kv_connector": "CartridgeConnector", "kv_role": "kv_both",
       "kv_connector_module_path": "cartridges_jax.interop.vllm", "kv_connector_extra_config": {"cartridges": "FOLDER"}}'
@@ -33,7 +33,7 @@ logger = init_logger("vllm.cartridges")
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """A cartridge's file; `tensors` are torch's, [l, p, k, h]."""
+    """The slots of a cartridge's file. `tensors` are torch's, [l, p, k, h]."""
 
     num_slots: int
     tensors: dict[str, Any]
@@ -41,7 +41,7 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What the worker shall write: slots from `first` on, into these blocks; or, without a name, that it failed."""
+    """What the worker has to do: write slots from `first` on into these blocks, or without a name report a failure."""
 
     name: str
     first: int

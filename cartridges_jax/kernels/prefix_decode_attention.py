@@ -33,7 +33,7 @@ from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 SHARED_AT_ONCE = 4  # pages that the whole batch reads in one turn of the loop
 MANY_QUERIES = 64  # with so many queries, a single page is work enough for a turn of the loop
-Partial = tuple[Array, Array, Array]  # a softmax so far: running maximum, denominator, sum of the weighted values
+State = tuple[Array, Array, Array]  # a softmax so far: running maximum, denominator, sum of the weighted values
 
 
 class Pages(NamedTuple):
@@ -84,10 +84,10 @@ def prefix_decode_attention(
     k = pages.bias.shape[1]
     g = n // k
     q_rkmh = (q * h**-0.5).reshape(r, t, k, g, h).transpose(0, 2, 1, 3, 4).reshape(r, k, t * g, h)
-    partial = _attend_to_shared(q_rkmh, positions, pages, metadata)
+    state = _attend_shared(q_rkmh, positions, pages, metadata)
     if r > 1:  # all pages of a request that is alone stand in the list of shared ones
-        partial = _attend_to_own(q_rkmh, positions, pages, metadata, partial)
-    _, denominator_rkm, o_rkmh = partial
+        state = _attend_own(q_rkmh, positions, pages, metadata, state)
+    _, denominator_rkm, o_rkmh = state
     o_rkmh = o_rkmh / jnp.maximum(denominator_rkm, 1e-30)[..., None]  # rows that pad a batch see nothing
     return o_rkmh.reshape(r, k, t, g, h).transpose(0, 2, 1, 3, 4).reshape(r, t, n, h).astype(q.dtype)
 
@@ -106,22 +106,21 @@ def _own_at_once(r: int) -> int:
     return min(max(r, 4), 64)
 
 
-def _attend_to_shared(q_rkmh: Array, positions_rt: Array, pages: Pages, metadata: AttentionMetadata) -> Partial:
+def _attend_shared(q_rkmh: Array, positions_rt: Array, pages: Pages, metadata: AttentionMetadata) -> State:
     r, k, m, h = q_rkmh.shape
     t = positions_rt.shape[1]
     q_kxh = q_rkmh.transpose(1, 0, 2, 3).reshape(k, r * m, h)
     positions_rm = jnp.repeat(positions_rt, m // t, axis=1)
+    listed = (*metadata.shared[:3], metadata.shared_mask)
 
-    def turn(i: Array, partial: Partial) -> Partial:
-        page_c, kv_len_c, start_c, mask_cr = (
-            _at(a, i * at_once, at_once) for a in (*metadata.shared[:3], metadata.shared_mask)
-        )
+    def turn(i: Array, state: State) -> State:
+        page_c, kv_len_c, start_c, mask_cr = (_at(a, i * at_once, at_once) for a in listed)
         limit_crm = _limit(positions_rm, kv_len_c[:, None, None], start_c[:, None, None])
         limit_cx = jnp.where(mask_cr[:, :, None], limit_crm, 0).reshape(at_once, r * m)
         seen_c1xz = (jnp.arange(pages.bias.shape[2]) < limit_cx[:, :, None])[:, None]
         scores_ckxz = _by_pages(q_kxh, np.zeros(at_once, np.int32), pages.keys, page_c)
         scores_ckxz = jnp.where(seen_c1xz, scores_ckxz + pages.bias[page_c][:, :, None], MASKED)
-        running_max_kx, denominator_kx, o_kxh = partial
+        running_max_kx, denominator_kx, o_kxh = state
         new_max_kx = jnp.maximum(running_max_kx, scores_ckxz.max((0, 3)))
         probs_ckxz = jnp.where(seen_c1xz, jnp.exp(scores_ckxz - new_max_kx[..., None]), 0)
         rescale_kx = jnp.exp(running_max_kx - new_max_kx)
@@ -132,24 +131,22 @@ def _attend_to_shared(q_rkmh: Array, positions_rt: Array, pages: Pages, metadata
 
     at_once = 1 if r * m >= MANY_QUERIES and has_kernel(kernels.platform()) else SHARED_AT_ONCE
     turns = (metadata.shared.num_pages + at_once - 1) // at_once
-    partial = jax.lax.fori_loop(0, turns, turn, _empty(k, r * m, h))
-    running_max_rkm, denominator_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in partial[:2])
-    return running_max_rkm, denominator_rkm, partial[2].reshape(k, r, m, h).swapaxes(0, 1)
+    state = jax.lax.fori_loop(0, turns, turn, _empty(k, r * m, h))
+    running_max_rkm, denominator_rkm = (a.reshape(k, r, m).swapaxes(0, 1) for a in state[:2])
+    return running_max_rkm, denominator_rkm, state[2].reshape(k, r, m, h).swapaxes(0, 1)
 
 
-def _attend_to_own(
-    q_rkmh: Array, positions_rt: Array, pages: Pages, metadata: AttentionMetadata, partial: Partial
-) -> Partial:
+def _attend_own(q_rkmh: Array, positions_rt: Array, pages: Pages, metadata: AttentionMetadata, state: State) -> State:
     r, _, m, _ = q_rkmh.shape
     t, at_once = positions_rt.shape[1], _own_at_once(r)
 
-    def turn(i: Array, partial: Partial) -> Partial:
+    def turn(i: Array, state: State) -> State:
         page_w, kv_len_w, start_w, seq_w = (_at(a, i * at_once, at_once) for a in (*metadata.own[:3], metadata.seq_ids))
         scores_wkmz = _by_pages(q_rkmh, seq_w, pages.keys, page_w)
         limit_wt = _limit(positions_rt[seq_w], kv_len_w[:, None], start_w[:, None])
         seen_w1mz = (jnp.arange(pages.bias.shape[2]) < jnp.repeat(limit_wt, m // t, axis=1)[..., None])[:, None]
         scores_wkmz = jnp.where(seen_w1mz, scores_wkmz + pages.bias[page_w][:, :, None], MASKED)
-        running_max_rkm, denominator_rkm, o_rkmh = partial
+        running_max_rkm, denominator_rkm, o_rkmh = state
         new_max_rkm = running_max_rkm.at[seq_w].max(scores_wkmz.max(3))
         probs_wkmz = jnp.where(seen_w1mz, jnp.exp(scores_wkmz - new_max_rkm[seq_w][..., None]), 0)
         weighed_wkmh = _by_pages(probs_wkmz, np.arange(at_once, dtype=np.int32), pages.values, page_w)
@@ -160,10 +157,10 @@ def _attend_to_own(
             (o_rkmh * rescale_rkm[..., None]).at[seq_w].add(weighed_wkmh),
         )
 
-    return jax.lax.fori_loop(0, (metadata.own.num_pages + at_once - 1) // at_once, turn, partial)
+    return jax.lax.fori_loop(0, (metadata.own.num_pages + at_once - 1) // at_once, turn, state)
 
 
-def _empty(*shape_kxh: int) -> Partial:
+def _empty(*shape_kxh: int) -> State:
     none_kx = jnp.zeros(shape_kxh[:-1])
     return none_kx + MASKED, none_kx, jnp.zeros(shape_kxh)
 

@@ -77,10 +77,7 @@ def sum_gradient_over_rows(gradient: Any, config: ModelConfig) -> Any:
 
 
 def local_kv_heads(tree: Any, config: ModelConfig, axis: int) -> Any:
-    """Takes from arrays of all kv heads, which lie along `axis`, those that this device's query heads read.
-
-    Each of the heads taken is read by an equal number of the device's query heads.
-    """
+    """Takes the kv heads that this device's query heads read, an equal number of those each, from arrays of all."""
     parts = _size("tensor")
     if config.num_kv_heads % parts == 0:
         return tree  # `tensor` splits them, and queries lie with their keys
@@ -97,7 +94,7 @@ def num_local_kv_heads(config: ModelConfig) -> int:
     if config.num_kv_heads % parts == 0:
         return config.num_kv_heads // parts
     queries = config.num_heads // parts
-    # as many neighbours read one kv head, wherever a device's queries begin
+    # so many neighbouring query heads share a kv head, wherever a device's first one stands
     return queries // math.gcd(queries, config.num_heads // config.num_kv_heads)
 
 

@@ -86,11 +86,7 @@ def mesh_of(params: Any) -> Mesh:
 
 
 def check(config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses a mesh whose axes do not divide the sizes of the model.
-
-    Raises:
-      UserError: says which axis and which size.
-    """
+    """Raises a UserError unless the axes of the mesh divide the sizes of the model."""
     needs = [("fsdp", "width", config.embed_dim), ("tensor", "number of query heads", config.num_heads)]
     needs += [("tensor", "MLP width", config.mlp_dim), ("tensor", "vocabulary", config.vocab_size)]
     for axis, what, size in needs:
@@ -102,11 +98,7 @@ def check(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def check_rows(batch_size: int, mesh: Mesh) -> None:
-    """Refuses a batch whose rows the devices cannot share evenly.
-
-    Raises:
-      UserError: they cannot.
-    """
+    """Raises a UserError unless the devices can share the rows of a batch evenly."""
     shares = math.prod(mesh.shape[axis] for axis in ROWS)
     if batch_size % shares:
         raise UserError(
@@ -116,9 +108,9 @@ def check_rows(batch_size: int, mesh: Mesh) -> None:
 
 
 def fitted(shapes: Any, table: Specs, mesh: Mesh) -> Specs:
-    """Returns the specs of a tree of arrays, or of their shapes: those of `table`, without axes that do not divide.
+    """Returns the specs of a tree of arrays or shapes: those of `table`, which all trees of a list share.
 
-    A list of trees has one table for all of them.
+    Axes that do not divide a dimension are left out.
     """
     if isinstance(table, dict) and isinstance(shapes, list):
         return [fitted(shape, table, mesh) for shape in shapes]
@@ -163,10 +155,7 @@ def gathered(tree: Any) -> Any:
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Makes `function` a program that every device runs on its own parts of the arguments.
-
-    On one device that is the function itself.
-    """
+    """Makes `function` a program that each device runs on its own parts of the arguments; one device just calls it."""
     if mesh is None or mesh.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

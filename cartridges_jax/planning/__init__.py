@@ -1,1 +1,1 @@
-"""What a run would need on devices that are not here: `python -m cartridges_jax.plan`."""
+"""Planning: what a run would need on devices that are not here, for `python -m cartridges_jax.plan`."""

@@ -1,4 +1,4 @@
-"""The peaks of chips, and the devices of a topology that this machine does not have."""
+"""Chips that can be planned for: what they can do at best, and devices to compile for that are not here."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cartridges_jax.command_line.errors import MissingPackage, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of JAX can do at best, as its maker states it."""
+    """What one device, as JAX counts them, can do at best, as its maker states it."""
 
     platform: str
     flops: float  # per second, of bfloat16
     memory: float  # bytes
     bandwidth: float  # bytes per second, of that memory
-    ring: float  # bytes per second that a device receives of its neighbours on one axis of the mesh
+    ring: float  # bytes per second that a device receives from its neighbours on one axis of the mesh
     source: str
     dimensions: int = 0  # of a TPU's torus
-    cores: int = 1  # that a slice's name counts for each chip ("v5p-64")
-    target: str = ""  # what differs between GPUs in a GpuTargetConfigProto
+    cores: int = 1  # how often a slice's name counts each chip ("v5p-64")
+    target: str = ""  # the fields of a GpuTargetConfigProto in which GPUs differ
 
 
 GIB = 2**30
@@ -40,12 +40,12 @@ AMPERE = "core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 l2_cache_size: 
 AMPERE += "shared_memory_per_block_optin: 166912 shared_memory_per_core: 167936 "
 AMPERE += "cuda_compute_capability { major: 8 minor: 0 }"
 
-# Memory and bandwidths as their makers' pages state them, FLOPs without sparsity. A TPU's `ring` is its interconnect in
-# both directions over its ports (four in a plane, six in a cube): an axis has two ports, and each receives half of the
-# time's sum; v4's is the stated all-reduce bandwidth of a pod, by chip and axis, which of v5e and v6e is the same. It
-# takes an axis that closes to a ring: slices below 16 a side (v5e, v6e) or 4 (others) have ends, which one port feeds.
-# A GPU's is half of NVLink's two directions. The two cores of a tpu7x chip are two devices, with half of the chip each;
-# those of v4 and v5p are one.
+# Memory and bandwidths are those on the makers' pages, FLOPs those without sparsity. A TPU's interconnect is stated for
+# both directions of all its ports (four in a plane, six in a cube). An axis of the mesh uses two ports, and each
+# receives half of its share: `ring` is what is stated over the number of ports. For v4 it is a pod's all-reduce
+# bandwidth by chip and axis, which for v5e and v6e comes to the same. It takes an axis that closes to a ring: slices
+# below 16 a side (v5e, v6e) or 4 (others) have ends, which one port feeds. A GPU's is half of NVLink's two directions.
+# The two cores of a tpu7x chip are two devices, with half of the chip each; those of v4 and v5p are one.
 CHIPS = {
     "v4": Chip("tpu", 275e12, 32 * GIB, 1200e9, 90e9, f"{CLOUD}/v4", 3, 2),
     "v5e": Chip("tpu", 197e12, 16 * GIB, 819e9, 100e9, f"{CLOUD}/v5e", 2),
@@ -55,13 +55,13 @@ CHIPS = {
     "a100": Chip("gpu", 312e12, 80e9, 2039e9, 300e9, f"{NVIDIA}/a100/", target=AMPERE),
     "h100": Chip("gpu", 989e12, 80e9, 3350e9, 450e9, f"{NVIDIA}/h100/", target=HOPPER),
     "h200": Chip("gpu", 989e12, 141e9, 4800e9, 450e9, f"{NVIDIA}/h200/", target=HOPPER),
-    # virtual devices of this machine, to try a plan on; two cores of a laptop, roughly
+    # virtual devices of this machine, to try a plan on, with roughly the speed of two cores of a laptop
     "cpu": Chip("cpu", 2e11, 8 * GIB, 2e10, 1e10, "nominal"),
 }
 ALIASES = {"v5litepod": "v5e", "tpu7": "tpu7x"}
 GPUS_PER_HOST = 8
 PACKAGES = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
-# XLA asks for no more of a GPU than this; numbers that an H100 and an A100 share are here, the others in the table
+# What XLA has to know of a GPU. Numbers that an H100 and an A100 share stand here, the others in the table.
 GPU_TARGET = """
 platform_name: "CUDA" device_description_str: "NVIDIA {name}" runtime_version {{ major: 13 }}
 dnn_version_info {{ major: 9 minor: 12 }}
@@ -78,10 +78,10 @@ KNOWN = "v5p-64 or another slice's name, v5p:2x4x4 or another torus of chips, h1
 
 
 def parse(topology: str) -> tuple[str, tuple[int, ...]]:
-    """The chip's name and the sides of its torus, or the number of GPUs or virtual devices.
+    """Returns a topology's chip and the sides of its torus, or the number of its GPUs or virtual devices.
 
     Raises:
-      UserError: no such topology.
+      UserError: there is no such topology.
     """
     found = re.fullmatch(r"(\w+?)([:-])(\d+(?:x\d+)*)", topology.lower())
     name = ALIASES.get(found[1], found[1]) if found else ""
@@ -98,9 +98,9 @@ def parse(topology: str) -> tuple[str, tuple[int, ...]]:
 
 
 def compile_here(virtual_devices: int = 1) -> None:
-    """Readies this process to compile for others: its own devices are its CPU's, whatever it has.
+    """Prepares this process to compile for devices that are not here; JAX uses its CPU alone from then on.
 
-    To be called before JAX has a backend, which is why nothing at import does it.
+    It has to be called before JAX has a backend, and so by a command, not at an import.
     """
     for variable, value in LIBTPU.items():
         os.environ.setdefault(variable, value)
@@ -109,11 +109,11 @@ def compile_here(virtual_devices: int = 1) -> None:
 
 
 def devices_of(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip, and devices to compile for.
+    """Returns a topology's chip, and its devices to compile for.
 
     Raises:
-      UserError: no such topology, or its compiler does not know it.
-      MissingPackage: its compiler is not installed.
+      UserError: there is no such topology, or the compiler does not know it.
+      MissingPackage: the compiler is not installed.
     """
     name, sides = parse(topology)
     chip = CHIPS[name]
@@ -131,7 +131,7 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
         if chip.platform == "tpu":
             options: dict[str, Any] = {} if math.prod(sides) >= 4 else {"chips_per_host_bounds": (*sides, 1)}
             if chip.cores == 2:
-                options["chip_config_name"] = "megacore"  # two cores as one device, which of a v4 has to be said
+                options["chip_config_name"] = "megacore"  # two cores as one device, which has to be said of a v4
             found = topologies.get_topology_desc(f"{name}:{'x'.join(map(str, sides))}", platform="tpu", **options)
         else:
             found = topologies.get_topology_desc(
@@ -144,12 +144,13 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
 
 
 def gpu_target(name: str) -> str:
+    """Returns the GpuTargetConfigProto, as text, that XLA compiles for."""
     chip = CHIPS[name]
     return GPU_TARGET.format(name=name.upper(), bandwidth=chip.bandwidth, memory=chip.memory, target=chip.target)
 
 
 def _torus(topology: str, chips: int, dimensions: int) -> tuple[int, ...]:
-    """Of a slice that is named by its size: as near to a cube as a power of two comes."""
+    """Returns the torus of a slice that is named by its size: the one nearest to a cube, by powers of two."""
     sides = [1, 1] if dimensions == 2 else [2, 2, 1]
     while math.prod(sides) < chips:
         smallest = max(i for i, side in enumerate(sides) if side == min(sides))

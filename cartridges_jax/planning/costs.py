@@ -1,8 +1,8 @@
-"""FLOPs, bytes and seconds by hand: XLA's own analysis counts the body of a loop once, and a kernel not at all.
+"""FLOPs, bytes and seconds of a step by formulas: XLA's analysis counts a loop's body once, and a kernel not at all.
 
-The roofline: a part of the step takes as long as its FLOPs at the chip's peak or its bytes at the memory's bandwidth,
-whichever is longer; parts follow each other; communication is not hidden behind them. No program is that fast on the
-first count or that clumsy on the last: a prediction says which plan is better, and what to measure a run against.
+The seconds are those of a roofline. A part of the step takes as long as its FLOPs at the chip's peak or its bytes at
+the memory's bandwidth, whichever is longer. Parts follow each other, and communication is not hidden behind them. No
+program reaches those peaks, and few hide nothing: a prediction says which plan is better, and what to measure against.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cartridges_jax.training.losses import CHUNK
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Of a step, on one device."""
+    """A part of a step, on one device."""
 
     flops: float
     num_bytes: float  # from and to its memory
@@ -32,9 +32,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of a step, on one device."""
+    """What a step costs on one device."""
 
-    needed: float  # FLOPs, whatever else is computed
+    needed: float  # FLOPs that any program needs; what is computed twice counts once
     parts: tuple[Part, ...]
 
     @property
@@ -42,30 +42,32 @@ class Costs:
         return sum(part.flops for part in self.parts)
 
     def seconds(self, chip: Chip, communicated: float) -> float:
-        """Args: communicated: bytes that a device receives (`received`)."""
+        """Returns the seconds that the step takes; `communicated` are the bytes that a device receives (`received`)."""
         return sum(part.seconds(chip) for part in self.parts) + communicated / chip.ring
 
     def mfu(self, chip: Chip, seconds: float) -> float:
+        """Returns the share of the chip's peak that a step of so many seconds uses for needed FLOPs."""
         return self.needed / (seconds * chip.flops)
 
 
 def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> Costs:
-    """Of a step of training. Rows count as one conversation each, the most that attention can cost.
+    """Returns the costs of a step of training.
 
-    Needed are a forward pass and the gradients of activations and slots: weights are frozen.
+    Every row counts as one conversation, which is the most that attention can cost. The FLOPs that are needed are those
+    of a forward pass and of the gradients of activations and slots, since the weights are frozen.
     """
     data, fsdp, tensor = mesh
     rows = config.batch_size // (data * fsdp)
     tokens = config.accumulation * rows * config.seq_len
     layers, width = model.num_layers, jnp.dtype(config.dtype).itemsize
     matrices = model.matrix_weights / tensor
-    # what the backward pass multiplies again; of a layer, the product that gives only its output is not needed
+    # what the backward pass multiplies again: all but a layer's last product, which gives nothing but its output
     again = matrices - layers * model.embed_dim * model.mlp_dim / tensor if config.remat == "layers" else 0.0
     seen = config.init.num_slots + (config.seq_len + 1) / 2
     attention = model.attention_flops(seen) / tensor * tokens
     head = model.head_weights / tensor
     targets = TARGETS * tokens
-    # of a flash kernel, whose backward pass has five products to the forward pass's two, scores among them again
+    # a flash kernel's backward pass has five products to the forward pass's two, since it computes the scores again
     layer_flops = (4 * matrices + 2 * again) * tokens + 3.5 * attention
     passes = 4 if config.remat == "layers" else 3
     weight_bytes = config.accumulation * (3 if config.remat == "layers" else 2) * matrices * width
@@ -80,7 +82,7 @@ def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, i
 
 
 def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], requests: Requests) -> Costs:
-    """Of one token for every request; requests of one cartridge read it together."""
+    """Returns the costs of decoding one token for every request; requests of one cartridge read it together."""
     data, fsdp, tensor = mesh
     count = requests.count / (data * fsdp)
     width = jnp.dtype(config.dtype).itemsize
@@ -94,11 +96,12 @@ def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
 
 
 def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> dict[str, float]:
-    """Bytes that a step's collectives put out on a device, but for a few numbers (loss, norm, how many chunks).
+    """Returns the bytes that a step's collectives write on a device, by kind of collective.
 
-    By `collectives.py`: a layer's matrices in the forward and in the backward pass, embedding and head once for each
-    micro-batch (a CPU's compiler, which nobody waits for, moves them out of that loop); over `tensor`, two sums of a
-    layer's forward pass, one of them again in its backward pass, and two of gradients; the cartridge's gradient.
+    They are: a layer's matrices, gathered in the forward and the backward pass; embedding and head, gathered for each
+    micro-batch (the compiler for CPUs moves them out of that loop); over `tensor`, two sums of a layer's forward pass,
+    one of them again in its backward pass, and two of gradients; and the cartridge's gradient. A few single numbers
+    (loss, norm, how many chunks) are left out.
     """
     data, fsdp, tensor = mesh
     width = jnp.dtype(config.dtype).itemsize
@@ -118,13 +121,13 @@ def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, i
 
 
 def received(traffic: dict[str, Traffic] | dict[str, float]) -> float:
-    """Bytes that a device receives, of what collectives put out on it: a sum comes in two rounds."""
+    """Returns the bytes that a device receives for what collectives write on it: a sum takes two rounds."""
     sizes = {kind: t.num_bytes if isinstance(t, Traffic) else t for kind, t in traffic.items()}
     return sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sizes.items())
 
 
 def least_memory(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> float:
-    """Bytes that no program of the step does without: weights, cartridge and optimizer, layers' inputs."""
+    """Returns the bytes that every program of the step holds: weights, cartridge, optimizer and layers' inputs."""
     data, fsdp, tensor = mesh
     width = jnp.dtype(config.dtype).itemsize
     weights = (model.matrix_weights + model.end_weights) * width / (fsdp * tensor)
@@ -135,11 +138,11 @@ def least_memory(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
 
 
 def _cartridge_numbers(config: TrainConfig, model: ModelConfig) -> int:
-    of_a_slot = 2 * model.head_dim + (config.init.kind == "attention_matching")  # which has a bias
+    of_a_slot = 2 * model.head_dim + (config.init.kind == "attention_matching")  # whose slots have a bias
     return model.num_layers * config.init.num_slots * model.num_kv_heads * of_a_slot
 
 
 def _states(model: ModelConfig, tensor: int) -> float:
-    """Numbers that one pass of a layer reads and writes for a token, beside its weights."""
+    """Returns how many numbers one pass of a layer reads and writes for a token, beside its weights."""
     heads = 2 * (model.num_heads + 2 * model.num_kv_heads) + 2 * model.num_heads
     return 8 * model.embed_dim + (heads * model.head_dim + 6 * model.mlp_dim) / tensor

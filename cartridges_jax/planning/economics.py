@@ -1,7 +1,7 @@
-"""When a cartridge has paid for itself: device-seconds to make it, and those it saves with every query.
+"""When a cartridge pays for itself: the device-seconds that making it takes, and those that every query saves.
 
-Everything is counted by the roofline of `costs.py`, on one device whose memory were large enough: no plan's
-communication and no idle device is in it, on either side.
+Both are computed by the roofline of `costs.py`, as if one device had memory enough: communication and idle devices are
+left out on either side.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.planning.chips import Chip
 
-CONTEXT_TOKENS = 2048  # that self-study has before it
-CONVERSATION_TOKENS = 512  # question and answer, of which training reads all
+CONTEXT_TOKENS = 2048  # of the text, in the prompt of a conversation of self-study
+CONVERSATION_TOKENS = 512  # of a conversation's question and answer, all of which training reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Economics:
 
     self_study: float
     with_cartridge: float  # one query
-    cached: float  # one query, behind the document's cache
+    cached: float  # one query behind the document's cache
     uncached: float  # one query that reads the document
     queries_cached: float
     queries_uncached: float
@@ -50,10 +50,12 @@ class Economics:
 def economics(
     model: ModelConfig, chip: Chip, dtype: str, slots: int, query: Query, trained: float, tokens: int, together: int
 ) -> Economics:
-    """Args:
-    trained: device-seconds of training.
-    tokens: of self-study, each of which is generated once.
-    together: requests that are decoded at once, and read the weights together.
+    """Weighs a cartridge of `slots` slots against its document in every prompt.
+
+    Args:
+      trained: device-seconds of training.
+      tokens: how many tokens self-study generates.
+      together: how many requests are decoded at once, and so read the weights together.
     """
     width = jnp.dtype(dtype).itemsize
 
@@ -62,7 +64,7 @@ def economics(
         return flops * count / chip.flops
 
     def decode(count: int, before: int) -> float:
-        """Each request reads its own context, a document's or a cartridge's included: the fewest are of one text."""
+        """Each request reads its whole context, the document or the cartridge too: few requests share a text."""
         weights = model.matrix_weights + model.head_weights
         context = before + count / 2
         position = model.kv_numbers * width
@@ -77,7 +79,7 @@ def economics(
     study = conversations * (prefill(CONTEXT_TOKENS, 0) + decode(CONVERSATION_TOKENS, CONTEXT_TOKENS))
     ours, cached = ask(slots), ask(query.document)
     uncached = prefill(query.document, 0) + cached
-    once = prefill(query.document, 0)  # that whoever caches has paid, too
+    once = prefill(query.document, 0)  # who caches the document has paid for reading it, too
 
     def after(cost: float, saved: float) -> float:
         return max(cost, 0.0) / saved if saved > 0 else math.inf

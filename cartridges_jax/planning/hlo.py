@@ -1,4 +1,4 @@
-"""What a compiled program communicates, read from its text: XLA's own analysis counts the body of a loop once."""
+"""The communication of a compiled program, read from its text, since XLA's own analysis counts a loop's body once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-LONG = ("custom-call", "dot", "while")  # products and kernels, in fusions too, and loops of them
+LONG = ("custom-call", "dot", "while")  # instructions that take long: kernels, products, and loops of them
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 WIDTHS |= {"s64": 8, "u64": 8, "f64": 8}
 
@@ -26,17 +26,18 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one kind of collective, in one run of the program and on one device."""
+    """All collectives of one kind, in one run of the program and on one device."""
 
     count: int
-    num_bytes: int  # of what the collectives put out
+    num_bytes: int  # that the collectives write
 
 
 def traffic(text: str, unknown_trips: int = 1) -> dict[str, Traffic]:
-    """Collectives by kind, in a program's text (`compiled.as_text()`).
+    """Returns the collectives of a program, by kind.
 
     Args:
-      unknown_trips: how often a loop turns whose number of turns depends on the data.
+      text: the program (`compiled.as_text()`).
+      unknown_trips: how often a loop runs if that depends on the data.
     """
     totals: collections.Counter[tuple[str, str]] = collections.Counter()
     programs, entry = _programs(text)
@@ -51,9 +52,9 @@ def traffic(text: str, unknown_trips: int = 1) -> dict[str, Traffic]:
 
 
 def exposed(text: str, unknown_trips: int = 1) -> dict[str, int]:
-    """Bytes by kind, as in `traffic`, of the collectives that a GPU's schedule leaves alone.
+    """Returns the bytes of the collectives that a GPU's schedule hides behind nothing, by kind, as `traffic` does.
 
-    Those are they between whose start and end stands no product, no kernel and no loop.
+    Between their start and their end stands no product, no kernel and no loop.
     """
     totals: collections.Counter[str] = collections.Counter()
     programs, entry = _programs(text)
@@ -79,7 +80,7 @@ def exposed(text: str, unknown_trips: int = 1) -> dict[str, int]:
 
 
 def _programs(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation, and which of them is the program's entry."""
+    """Returns the lines of every computation of a program, and the name of its entry."""
     programs = dict(_computations(text))
     return programs, next(name for name in programs if name.startswith("ENTRY "))
 
@@ -97,7 +98,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _run(programs: dict[str, list[str]], name: str, times: int, unknown: int) -> Iterator[tuple[str, int]]:
-    """A computation and those that it calls, each with how often it runs for that."""
+    """Yields a computation and those that it calls, each with the number of times that it runs."""
     if name not in programs:
         return
     yield name, times
@@ -122,7 +123,7 @@ def _is_long(programs: dict[str, list[str]], line: str, operation: str) -> bool:
 
 
 def _trips(programs: dict[str, list[str]], loop: str, unknown: int) -> int:
-    """XLA writes down what it knows, or (on TPU) leaves a scan's length as the one number in the loop's condition."""
+    """Returns how often a loop runs, which XLA writes beside it or (on TPU) as the only number in its condition."""
     if known := _TRIPS.search(loop):
         return int(known[1])
     condition = _CONDITION.search(loop)
@@ -137,6 +138,6 @@ def _bytes(shape: str, kind: str, started: bool) -> int:
         for dtype, dims in _ARRAY.findall(shape)
     ]
     if started and kind != "all-reduce":
-        # the pair of what goes in and what comes out; a permutation has two numbers of context behind them
+        # inputs come first and then outputs; a permutation has two more numbers behind them
         return arrays[1] if kind == "collective-permute" else sum(arrays[len(arrays) // 2 :])
     return sum(arrays)

@@ -1,4 +1,4 @@
-"""The programs of training and of decoding, compiled for devices that need not be here, and what they hold."""
+"""The programs of training and of decoding, compiled for devices that need not be here, and the memory they need."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from cartridges_jax.training.losses import CHUNK
 from cartridges_jax.training.optim import optimizer
 from cartridges_jax.training.step import TrainState, train_step
 
-STEPS = 1000  # of a run whose config leaves them to its dataset
-TOP_K = 20  # teacher entries of a position
-TARGETS = 0.5  # of positions that carry a target: a conversation's answers
-# A lower effort compiles several times as fast and came to 1 % more memory where both were measured.
-# On a CPU nothing of it will run: sizes and collectives are settled before machine code is.
+STEPS = 1000  # assumed of a run whose config leaves their number to its dataset
+TOP_K = 20  # the teacher's entries for a position
+TARGETS = 0.5  # the share of positions that have a target: the answers of conversations
+# A lower effort compiles several times as fast, and came to 1 % more memory where both were measured. On a CPU the
+# program is never run, and its sizes and collectives do not depend on the machine code.
 OPTIONS: dict[str, dict[str, Any]] = {
     "tpu": {"exec_time_optimization_effort": -1.0},
     "cpu": {"xla_backend_optimization_level": 0},
@@ -49,7 +49,7 @@ class DoesNotFit(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """What is decoded at once, over all devices; each request has read `length` tokens of its own."""
+    """The requests that are decoded at once, on all devices; each has `length` tokens behind its cartridge."""
 
     count: int = 64
     cartridges: int = 1
@@ -64,29 +64,29 @@ class Requests:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One device's part of a compiled program."""
+    """A compiled program, as one device runs it."""
 
-    arguments: dict[str, int]  # bytes of what goes in, by name
-    activations: int  # bytes of what exists only while it runs
+    arguments: dict[str, int]  # bytes of its arguments, by name
+    activations: int  # bytes of the arrays that exist only while it runs
     peak: int  # bytes
     collectives: dict[str, Traffic]
     seconds: float  # that compiling took
     text: str
-    xla_flops: float  # by XLA's own count, of every loop one turn
+    xla_flops: float  # by XLA's own analysis, which counts a loop's body once
 
 
 def with_dtype(config: TrainConfig, chip: Chip) -> TrainConfig:
-    """What "auto" comes to there."""
+    """Returns the config with the dtype that "auto" would be on this chip."""
     fastest = "float32" if chip.platform == "cpu" else "bfloat16"
     return dataclasses.replace(config, dtype=fastest) if config.dtype == "auto" else config
 
 
 def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps: int) -> Program:
-    """The step of `train`.
+    """Compiles a step of training.
 
     Raises:
-      UserError: the mesh does not suit the model or the rows.
-      DoesNotFit: the compiler says so.
+      UserError: the mesh does not divide the sizes of the model or of the batch.
+      DoesNotFit: the compiler finds too little memory.
     """
     sharding.check(model, mesh)
     sharding.check_rows(config.batch_size, mesh)
@@ -113,15 +113,15 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
 
 
 def target_chunks(positions: int) -> int:
-    """How often the loss's loop turns for as many positions: the one loop whose length depends on the data."""
+    """Returns how many chunks the loss visits for so many positions; no other loop's length depends on the data."""
     return math.ceil(TARGETS * positions / CHUNK)
 
 
 def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests: Requests) -> Program:
-    """A step of a server's engine: a token of every request, which reads its cartridge's pages and its own.
+    """Compiles a step of a server's engine, which decodes one token of every request.
 
-    The devices of `tensor` are one engine, and there are `data` times `fsdp` of them, which share the requests. On a
-    CPU, an engine may hold weights in half of what is said here (`serving.decoder.to_decode_layout`).
+    The devices of `tensor` are one engine, and there are `data` times `fsdp` engines, which share the requests. On a
+    CPU an engine may hold its weights in half of the bytes that are given here (`serving.decoder.to_decode_layout`).
 
     Raises:
       UserError, DoesNotFit: as `train_program`.
@@ -153,7 +153,7 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
 
 
 def _decode_inputs(b: int, shared: int, own: int) -> tuple[Any, ...]:
-    """The shapes of a decoding step's arguments: last tokens, whose they are, the step, sampling parameters."""
+    """Returns the shapes of a step's other arguments: last tokens, whose they are, the step, sampling parameters."""
 
     def of(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -184,7 +184,7 @@ def _compiled(lowered: Any, held: dict[str, Any], mesh: Mesh, unknown_trips: int
     seconds = time.monotonic() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     peak = memory.peak_memory_in_bytes
-    if platform == "cpu":  # where it leaves out what exists only while the program runs
+    if platform == "cpu":  # whose peak leaves out the arrays that exist only while the program runs
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes
     arguments = {name: _bytes_here(tree) for name, tree in held.items()}
@@ -193,7 +193,7 @@ def _compiled(lowered: Any, held: dict[str, Any], mesh: Mesh, unknown_trips: int
 
 
 def _bytes_here(tree: Any) -> int:
-    """Of one device's parts."""
+    """Returns the bytes of one device's parts of these arrays."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 

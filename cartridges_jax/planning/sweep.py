@@ -1,4 +1,4 @@
-"""Which mesh and which micro-batch: all that go together by hand, then the fastest of them by their compiler."""
+"""The search for a mesh and a micro-batch: formulas rank all that are possible, and the best ones are compiled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cartridges_jax.planning.costs import expected_traffic, least_memory, receiv
 from cartridges_jax.planning.programs import STEPS, DoesNotFit, Program, train_program
 from cartridges_jax.training.config import TrainConfig
 
-KEPT = 3  # plans that are shown
-TRIED = 9  # compilations at most
-SPARE = 1 / 16  # of a device's memory, that the runtime keeps for itself
+KEPT = 3  # candidates that are returned
+TRIED = 9  # candidates that are compiled at most
+SPARE = 1 / 16  # of a device's memory, which the runtime keeps for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,26 +28,26 @@ class Candidate:
     """A mesh and a micro-batch that fit, with the program that was compiled for them and how long it should take."""
 
     mesh: tuple[int, int, int]
-    config: TrainConfig  # batch_size and accumulation are the plan's
+    config: TrainConfig  # with the candidate's batch_size and accumulation
     program: Program
     seconds: float
     mfu: float
 
 
 def fits(program: Program, chip: Chip) -> bool:
+    """Says whether a chip has the memory for a program."""
     return program.peak <= (1 - SPARE) * chip.memory
 
 
 def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]) -> list[Candidate]:
-    """The plans that fit, fastest first, for the rows that a step of `config` has in all.
+    """Returns the candidates that fit, fastest first. Each has as many rows in a step as `config` has.
 
     Raises:
-      UserError: none fits, of the fastest that might.
+      UserError: none of those that were compiled fits.
     """
-    candidates = sorted(_candidates(config, model, chip, len(devices)), key=lambda c: c[0])
+    tried = sorted(_possible(config, model, chip, len(devices)), key=lambda predicted: predicted[0])[:TRIED]
     found: list[Candidate] = []
-    tried = candidates[:TRIED]
-    progress = Progress("compiling", len(tried), "plans")
+    progress = Progress("compiling", len(tried), "candidates")
     for _, mesh, changed in tried:
         try:
             on = sharding.make_mesh(MeshConfig(*mesh), devices)
@@ -70,13 +70,13 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
             f"no mesh of {len(devices)} devices fits {config.model} with {rows} rows of {config.seq_len} tokens "
             f"({len(tried)} were compiled): take more devices, shorter rows or fewer slots"
         )
-    return sorted(found, key=lambda plan: plan.seconds)
+    return sorted(found, key=lambda candidate: candidate.seconds)
 
 
-def _candidates(
+def _possible(
     config: TrainConfig, model: ModelConfig, chip: Chip, count: int
 ) -> Iterator[tuple[float, tuple[int, int, int], TrainConfig]]:
-    """Predicted seconds, mesh and config of whatever the sizes allow and the memory might hold."""
+    """Yields predicted seconds, mesh and config of all that the sizes allow and that the memory might hold."""
     total = config.batch_size * config.accumulation
     for tensor in _divisors(count):
         for fsdp in _divisors(count // tensor):

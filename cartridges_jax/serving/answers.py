@@ -25,11 +25,8 @@ class Answer:
         self, pending: PendingRequest, accepted: Accepted, tokenizer: Tokenizer, token_text: Callable[[int], str]
     ):
         generation = self.generation = pending.generation
-        self.choices = [
-            Choice(generation, request, tokenizer, token_text)
-            for request in generation.requests
-            for _ in range(generation.n)
-        ]
+        requests = [request for request in generation.requests for _ in range(generation.n)]
+        self.choices = [Choice(generation, request, tokenizer, token_text) for request in requests]
         self.cartridge_tokens = pending.prefix.length if pending.prefix else 0
         self.began: float | None = None  # time.monotonic() of its first token
         self._pending, self._accepted, self._token_text = pending, accepted, token_text
@@ -120,9 +117,8 @@ class Answer:
     def _details(self, index: int, delta: Delta) -> dict[str, Any]:
         logprobs = None
         if delta.logprobs and not self.generation.packed:
-            logprobs = (
-                {"content": delta.logprobs} if self.generation.kind == "chat" else self._text_logprobs(index, delta)
-            )
+            is_chat = self.generation.kind == "chat"
+            logprobs = {"content": delta.logprobs} if is_chat else self._text_logprobs(index, delta)
         details: dict[str, Any] = {"logprobs": logprobs, "finish_reason": delta.finish_reason}
         if self.generation.return_token_ids:
             details["token_ids"] = delta.token_ids
@@ -150,20 +146,16 @@ class Answer:
 
     def _fingerprint(self, deltas: Sequence[Delta]) -> str:
         """JSON with every choice's token ids; packed, also base64 of raw little-endian arrays, rows [token][best]."""
-        fingerprint: dict[str, Any] = {"completion_ids": [delta.token_ids for delta in deltas]}
+        fields: dict[str, Any] = {"completion_ids": [delta.token_ids for delta in deltas]}
         if self.generation.packed and self.generation.logprobs:
             best = [[best for entry in delta.logprobs for best in entry["top_logprobs"]] for delta in deltas]
-            fingerprint["packed_chosen_logprobs"] = [
+            fields["packed_chosen_logprobs"] = [
                 _packed("f", [entry["logprob"] for entry in delta.logprobs]) for delta in deltas
             ]
             if self.generation.requests[0].top_logprobs:
-                fingerprint["packed_topk_indices"] = [
-                    _packed("i", [entry["token_id"] for entry in row]) for row in best
-                ]
-                fingerprint["packed_topk_logprobs"] = [
-                    _packed("f", [entry["logprob"] for entry in row]) for row in best
-                ]
-        return json.dumps(fingerprint)
+                fields["packed_topk_indices"] = [_packed("i", [entry["token_id"] for entry in row]) for row in best]
+                fields["packed_topk_logprobs"] = [_packed("f", [entry["logprob"] for entry in row]) for row in best]
+        return json.dumps(fields)
 
     def _prompt_ids(self) -> dict[str, Any]:
         ids = [list(request.prompt) for request in self.generation.requests]

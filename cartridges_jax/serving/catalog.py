@@ -22,7 +22,7 @@ from cartridges_jax.serving.store import CartridgeStore, Reference, TooMany, Unk
 
 logger = logging.getLogger(__name__)
 
-MAX_FETCHES = 8  # that may wait for one another
+MAX_FETCHES = 8  # downloads that may wait for one another
 
 
 class Catalog:
@@ -106,7 +106,7 @@ class Catalog:
         self._store.pin(reference, False)
 
     def managing(self, act: Callable[[Reference], Awaitable[None]]) -> Callable[[web.Request], Awaitable[web.Response]]:
-        """The handler of a POST with `{"id", "source", "force_redownload"}`, which tells how the cartridge is then."""
+        """The handler of a POST with `{"id", "source", "force_redownload"}`; it replies with the cartridge's state."""
 
         async def handler(request: web.Request) -> web.Response:
             reference = read_reference("cartridge", (await read_body(request)).values)
@@ -159,7 +159,3 @@ class Catalog:
 
     async def _in(self, executor: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
-
-
-def no_description(_: object) -> dict[str, Any]:
-    return {}

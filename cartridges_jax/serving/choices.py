@@ -28,7 +28,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Text that is certain, and whether a stop string follows it."""
+        """Takes a piece of text; gives the text that is certain now, and whether a stop string follows it."""
         begins = [at for i in range(len(self._stops)) if (at := self._find(i, piece)) is not None]
         self._held += piece
         if begins:
@@ -40,7 +40,7 @@ class StopStrings:
         return certain, False
 
     def _find(self, i: int, piece: str) -> int | None:
-        """Where stop string i begins in what is held and the piece behind it."""
+        """Where stop string i begins in the text that is held back and the piece behind it, if it does."""
         (stop, borders), matched = self._stops[i], self._matched[i]
         for end, character in enumerate(piece, start=len(self._held) + 1):
             while matched and stop[matched] != character:
@@ -76,10 +76,6 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
-
-    @property
-    def empty(self) -> bool:
-        return not (self.text or self.token_ids or self.logprobs or self.finish_reason)
 
     def add(self, other: Delta) -> None:
         self.text += other.text

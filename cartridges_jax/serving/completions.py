@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -47,19 +48,8 @@ class Completions:
         self._reader, self._catalog, self._metrics = reader, catalog, metrics
         self._tokenizer, self._token_text = tokenizer, token_text
         self._batch_width, self._max_seconds = batch_width, max_seconds
+        self._tokasaurus_chat = functools.partial(reader.chat, fingerprint=True)
         self.thread: EngineThread | None = None
-
-    def chat(self, fields: Fields) -> GenerationRequest:
-        return self._reader.chat(fields)
-
-    def completion(self, fields: Fields) -> GenerationRequest:
-        return self._reader.completion(fields)
-
-    def tokasaurus_chat(self, fields: Fields) -> GenerationRequest:
-        return self._reader.chat(fields, fingerprint=True)
-
-    def tokasaurus_completion(self, fields: Fields) -> GenerationRequest:
-        return self._reader.completion(fields, fingerprint=True)
 
     def single(self, read: Callable[[Fields], GenerationRequest]) -> Handler:
         """The handler of a POST whose body asks for one generation."""
@@ -76,7 +66,7 @@ class Completions:
         """
         fields = await read_body(request)
         if fields.get("requests") is None:
-            return await self._one(request, await self._read(self.tokasaurus_chat, fields))
+            return await self._one(request, await self._read(self._tokasaurus_chat, fields))
         generations = await self._read(self._read_batch, fields)
         turns = asyncio.Semaphore(self._batch_width)
         tasks = [asyncio.create_task(self._in_turn(generation, turns)) for generation in generations]
@@ -147,7 +137,7 @@ class Completions:
 
     def _read_one_of_many(self, where: str, body: object) -> GenerationRequest:
         try:
-            generation = self.tokasaurus_chat(Fields(body, where))
+            generation = self._tokasaurus_chat(Fields(body, where))
         except ApiError as error:
             param = where + (f".{error.param}" if error.param else "")
             raise ApiError(error.status, f"{where}: {error.message}", param, error.code) from error

@@ -1,4 +1,4 @@
-"""How many connections a server holds, and for how long one that asks nothing: an open one costs a client nothing."""
+"""How many connections a server keeps open, and idle ones for how long: keeping one open costs a client nothing."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from cartridges_jax.serving.protocol import RETRY_AFTER_SECONDS, ApiError
 
-IDLE_SECONDS = 75.0  # until a whole request head is there; longer than proxies keep a connection, 60 s as a rule
+IDLE_SECONDS = 75.0  # in which a whole request head must come; proxies keep a connection for less, 60 s as a rule
 UNREAD_SECONDS = 60.0  # for a client that reads nothing of what it is sent
 LEAST = 512  # connections, below the 1,024 files that a process may have open on many a system
 
 
-class _Unread(logging.Filter):
-    """Leaves out what is no HTTP: its sender is told, and would fill the log with tracebacks."""
+class _WithoutBadRequests(logging.Filter):
+    """Leaves out errors about bytes that are no HTTP: the sender gets them, and could fill the log with tracebacks."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 logger = logging.getLogger(__name__)
-logger.addFilter(_Unread())
+logger.addFilter(_WithoutBadRequests())
 
 
 class Connections:
-    """Those that ask nothing make room for others: first who has never asked, then who was answered longest ago."""
+    """The open connections. Idle ones make room: first those that never asked, then those answered longest ago."""
 
     def __init__(self, most: int):
         self._most = most
-        self._busy: dict[web.RequestHandler, bool] = {}  # of those that have asked; the one answered longest ago first
+        self._busy: dict[web.RequestHandler, bool] = {}  # those that have asked; the one answered longest ago first
 
     @contextmanager
     def asking(self, request: web.Request) -> Iterator[None]:
-        """A request is under way: its connection makes room for nobody."""
+        """Keeps the connection of a request from making room while the request is under way."""
         self._busy[request.protocol] = True
         try:
             yield
@@ -48,7 +48,7 @@ class Connections:
             self._busy[request.protocol] = False
 
     def protocol(self, server: web.Server) -> asyncio.Protocol:
-        """What speaks with a client that has just come."""
+        """The protocol that speaks with a client that has just connected: the server's, or one that turns it away."""
         held = dict.fromkeys(one for one in server.connections if one.transport and not one.transport.is_closing())
         self._busy = {one: busy for one, busy in self._busy.items() if one in held}
         over = len(held) + 1 - self._most
@@ -59,12 +59,12 @@ class Connections:
                 return _Full()
             for one in idle[:over]:
                 assert one.transport is not None
-                one.transport.abort()  # what it has not read yet would keep it
+                one.transport.abort()  # closing it politely would wait until the client has read everything
         return server()
 
 
 class Site(web.SockSite):
-    """A bound socket, on which so many connections are held."""
+    """A bound socket whose number of connections is limited."""
 
     def __init__(self, runner: web.AppRunner, sock: socket.socket, connections: Connections):
         super().__init__(runner, sock)
@@ -74,7 +74,7 @@ class Site(web.SockSite):
         await web.BaseSite.start(self)
         server = self._runner.server
         assert server is not None
-        # The system's own, since a connection that is closed lasts until everything is read, and nobody sees it then.
+        # The system does it: a connection that was closed here lasts until its client has read everything.
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections have it from the socket that listens
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * UNREAD_SECONDS))
         self._server = await asyncio.get_running_loop().create_server(

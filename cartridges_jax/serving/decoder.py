@@ -119,11 +119,11 @@ def _block(
 ) -> tuple[Array, Pages]:
     q, k, v = _queries_keys_values(layer, x_md, (*step.positions.shape, pages.bias.shape[1]), config)
     q, k = rotate(q, rope), rotate(k, rope)
-    page, offset = jnp.divmod(step.slot_mapping, pages.bias.shape[2])
+    page_bt, offset_bt = jnp.divmod(step.slot_mapping, pages.bias.shape[2])
     pages = pages._replace(
-        keys=pages.keys.at[page, :, :, offset].set(k.astype(pages.keys.dtype), mode="drop"),
-        values=pages.values.at[page, :, offset].set(v.astype(pages.values.dtype), mode="drop"),
-        bias=pages.bias.at[page, :, offset].set(0, mode="drop"),
+        keys=pages.keys.at[page_bt, :, :, offset_bt].set(k.astype(pages.keys.dtype), mode="drop"),
+        values=pages.values.at[page_bt, :, offset_bt].set(v.astype(pages.values.dtype), mode="drop"),
+        bias=pages.bias.at[page_bt, :, offset_bt].set(0, mode="drop"),
     )
     o_btnh = prefix_decode_attention(q, step.positions, pages, step.metadata)
     x_md = x_md + collectives.reduce_from_tp(layer["o"].matmul(o_btnh.reshape(x_md.shape[0], -1), PRODUCT))

@@ -71,6 +71,7 @@ class Engine:
         self.page_size = PAGE_SIZE
         self._batch_sizes = batch_sizes or [*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
+        self._options = {"config": self._config, "mesh": self._mesh, "num_top": max_top_logprobs}
         sharding.check(model.config, self._mesh)
         self._weights = decoder.to_decode_layout(model.params, model.config, self._mesh)
         all_pages = self.num_pages + self.pages_each  # scoring has pages of its own
@@ -120,17 +121,8 @@ class Engine:
         return indices, step, _sampling_params(inputs, padding)
 
     def _run(self, indices: np.ndarray, step: decoder.Step, sampling_params: SamplingParams) -> Any:
-        self._cache, self._last, sampled = steps.decode_step(
-            self._weights,
-            self._cache,
-            self._last,
-            indices,
-            step,
-            sampling_params,
-            config=self._config,
-            mesh=self._mesh,
-            num_top=self.max_top_logprobs,
-        )
+        arguments = self._cache, self._last, indices, step, sampling_params
+        self._cache, self._last, sampled = steps.decode_step(self._weights, *arguments, **self._options)
         return sampled
 
     def harvest(self, decoded: Any) -> list[Sampled]:
@@ -154,8 +146,7 @@ class Engine:
             step = self._chunk(part, SCORE_SIZE, p + start, BlockTable(pages, p))
             following = np.zeros(SCORE_SIZE, np.int32)
             following[: len(tokens) - 1 - start] = tokens[start + 1 : start + SCORE_SIZE + 1]
-            options = {"config": self._config, "mesh": self._mesh, "num_top": self.max_top_logprobs}
-            self._cache, found = steps.score_step(self._weights, self._cache, step, following, **options)
+            self._cache, found = steps.score_step(self._weights, self._cache, step, following, **self._options)
             rows = zip(following.tolist(), *(a.tolist() for a in jax.device_get(found)), strict=True)
             scored += [
                 Scored(Sampled(token, logprob, tuple(ids[:num_top]), tuple(logprobs[:num_top])), rank)
@@ -187,12 +178,6 @@ class Engine:
             functools.partial(self._clear_begun, first_pages, 0, 1),
             functools.partial(self.score, [0, 0], None, 1),
         ]
-
-    def warmup(self) -> None:
-        """Compiles every program."""
-        for compiled in self.programs():
-            compiled()
-        jax.block_until_ready(self._cache)
 
     def _clear_begun(self, block_table: BlockTable, position: int, count: int) -> None:
         """Clears the pages that begin with one of the `count` positions from this one on, which are written next."""

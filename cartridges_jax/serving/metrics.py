@@ -47,11 +47,11 @@ class Metrics:
         }
         counters = [name for name, (kind, _) in HELP.items() if kind == "counter" and name != "requests_total"]
         values |= {name: self._counts[name] for name in counters} | dict(gauges)
-        lines, told = [], set()
+        lines, described = [], set()
         for labelled, value in values.items():
             name = labelled.partition("{")[0]
-            if name not in told:
-                told.add(name)
+            if name not in described:
+                described.add(name)
                 kind, help = HELP[name]
                 lines += [f"# HELP cartridges_jax_{name} {help}", f"# TYPE cartridges_jax_{name} {kind}"]
             lines.append(f"cartridges_jax_{labelled} {value}")

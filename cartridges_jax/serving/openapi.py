@@ -115,14 +115,8 @@ def _schemas(model: str, max_top_logprobs: int) -> Schema:
     text = {"prompt": prompts, "logprobs": integer(0, max_top_logprobs), "add_special_tokens": FLAG}
     count = {"type": "integer", "minimum": 0}
     details = _object({"cached_tokens": count, "cartridge_tokens": count})
-    usage = _object(
-        {
-            "prompt_tokens": count,
-            "completion_tokens": count,
-            "total_tokens": count,
-            "prompt_tokens_details": details,
-        }
-    )
+    counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), count)
+    usage = _object(counts | {"prompt_tokens_details": details})
     envelope = {"id": TEXT, "object": TEXT, "created": count, "model": TEXT, "usage": usage}
     ending = {"index": count, "finish_reason": {"enum": ["stop", "length"]}}
     answers = [ending | {"message": _object({"role": TEXT, "content": TEXT})}, ending | {"text": TEXT}]

@@ -40,7 +40,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 def to_json_in_pieces(value: Any) -> str:
-    """As `to_json`, of a reply or its parts: no other thread gets a turn while `json` encodes one piece."""
+    """Encodes a reply as `to_json` does, but in pieces: no other thread gets a turn while `json` encodes one."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{to_json(name)}: {to_json_in_pieces(part)}' for name, part in value.items())}}}"
     if isinstance(value, list):
@@ -58,13 +58,8 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = (
-            "rate_limit_error"
-            if self.status == 429
-            else "invalid_request_error"
-            if self.status < 500
-            else "server_error"
-        )
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> web.Response:
@@ -122,7 +117,7 @@ async def read_body(request: web.Request) -> Fields:
 
 
 def _unpacked(raw: bytes, encoding: str, most: int) -> bytes:
-    """The body as it was before it was packed, of which no more is made than a body may have."""
+    """The unpacked body. Unpacking ends when it has more than the `most` bytes that a body may have."""
     if encoding in ("", "identity"):
         return raw
     if encoding not in WINDOW_BITS:
@@ -145,7 +140,7 @@ def refuse(name: str, value: object, expected: str) -> NoReturn:
 
 
 def shorten(value: object) -> str:
-    """Its beginning, however long or deep it is."""
+    """The beginning of a value's text, however long or deep the value is."""
     shown = _SHORT.repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-NEVER = -1e30  # a logit
-SORTED = 256  # best tokens among which the last one kept is looked for first
+NEVER = -1e30  # the logit of a token that is never drawn
+SORTED = 256  # so many best tokens are sorted first, in the hope that top-p or top-k ends among them
 
 
 @flax.struct.dataclass
@@ -20,11 +20,11 @@ class SamplingParams:
     top_k: Int[Array, " b"]
     seed: Int[Array, " b"]
     step: Int[Array, " b"]  # counts a request's tokens: the same seed gives the same answer whatever shares the batch
-    num_top: Int[Array, " b"]  # alternatives that are wanted: looked for if any row wants some
+    num_top: Int[Array, " b"]  # how many alternatives the row wants; they are found if any row wants some
 
 
 def sample(
-    logits: Float[Array, "b v"], sampling_params: SamplingParams, num_top: int
+    logits: Float[Array, "b v"], params: SamplingParams, num_top: int
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Int[Array, "b j"], Float[Array, "b j"]]:
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
 
@@ -33,17 +33,17 @@ def sample(
     token's log-probability, and changes nothing about the others.
     """
     normalizer_b1 = normalizer(logits)
-    # a row without is taken to be certain of its first token, so that the others need not look any longer for its sake
+    # a row without one is taken to be certain of its first token, so that it costs the others no further search
     logits = jnp.where(jnp.isnan(normalizer_b1), jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER), logits)
     top_logits_bj, top_ids_bj = jax.lax.cond(
-        (sampling_params.num_top > 0).any(),
+        (params.num_top > 0).any(),
         lambda: tuple(jax.lax.top_k(logits, num_top)),
         lambda: (jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)),
     )
     best_b = _best(logits)
-    is_random_b = sampling_params.temperature > 0
+    is_random_b = params.temperature > 0
     token_b = jax.lax.cond(
-        is_random_b.any(), lambda: jnp.where(is_random_b, _draw(logits, sampling_params), best_b), lambda: best_b
+        is_random_b.any(), lambda: jnp.where(is_random_b, _draw(logits, params), best_b), lambda: best_b
     )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1
@@ -64,18 +64,18 @@ def _best(logits_bv: Array) -> Array:
     return jnp.where(logits_bv == logits_bv.max(-1, keepdims=True), ids_v, logits_bv.shape[1]).min(-1)
 
 
-def _draw(logits_bv: Array, sampling_params: SamplingParams) -> Array:
-    temperature_b1 = jnp.where(sampling_params.temperature > 0, sampling_params.temperature, 1.0)[:, None]
+def _draw(logits_bv: Array, params: SamplingParams) -> Array:
+    temperature_b1 = jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
     # the best logit becomes 0 first, so that a temperature near zero cannot overflow
     probs_bv = jax.nn.softmax((logits_bv - logits_bv.max(-1, keepdims=True)) / temperature_b1, axis=-1)
     probs_bv = jax.lax.cond(
-        ((sampling_params.top_p < 1) | (sampling_params.top_k > 0)).any(),
-        lambda: jnp.where(probs_bv >= _threshold(probs_bv, sampling_params), probs_bv, 0.0),
+        ((params.top_p < 1) | (params.top_k > 0)).any(),
+        lambda: jnp.where(probs_bv >= _threshold(probs_bv, params), probs_bv, 0.0),
         lambda: probs_bv,
     )
     cumulative_bv = jnp.cumsum(probs_bv, axis=-1)
     uniform_b = jax.vmap(lambda seed, step: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step)))(
-        sampling_params.seed, sampling_params.step
+        params.seed, params.step
     )
     # the first id whose cumulative mass exceeds the draw: one random number a row instead of one a vocabulary entry;
     # a parallel sum wobbles by a rounding also where nothing is added, so ids that are left out are asked for as well
@@ -85,35 +85,32 @@ def _draw(logits_bv: Array, sampling_params: SamplingParams) -> Array:
     return jnp.minimum(first_b, jnp.where(possible_bv, ids_v, 0).max(-1))
 
 
-def _threshold(probs_bv: Array, sampling_params: SamplingParams) -> Array:
+def _threshold(probs_bv: Array, params: SamplingParams) -> Array:
     """The largest probability such that the tokens at or above it are enough for top-p and for top-k.
 
     Read off the best `SORTED`, if they are enough for every row, as they nearly always are. Equal ones stay together.
     """
     best_bj = jax.lax.top_k(probs_bv, min(SORTED, probs_bv.shape[1]))[0]
-    enough_bj = (
-        jnp.cumsum(best_bj, axis=-1) >= jnp.where(sampling_params.top_p < 1, sampling_params.top_p, 2.0)[:, None]
-    ) | (
-        jnp.arange(1, best_bj.shape[1] + 1)
-        >= jnp.where(sampling_params.top_k > 0, sampling_params.top_k, probs_bv.shape[1] + 1)[:, None]
+    enough_bj = (jnp.cumsum(best_bj, axis=-1) >= jnp.where(params.top_p < 1, params.top_p, 2.0)[:, None]) | (
+        jnp.arange(1, best_bj.shape[1] + 1) >= jnp.where(params.top_k > 0, params.top_k, probs_bv.shape[1] + 1)[:, None]
     )
-    keeps_all_b = (sampling_params.top_p >= 1) & (sampling_params.top_k <= 0)
+    keeps_all_b = (params.top_p >= 1) & (params.top_k <= 0)
     last_b1 = jnp.take_along_axis(best_bj, jnp.argmax(enough_bj, axis=-1, keepdims=True), axis=-1)
     return jax.lax.cond(
         (enough_bj.any(-1) | keeps_all_b).all(),
         lambda: jnp.where(keeps_all_b[:, None], 0.0, last_b1),
-        lambda: _bisected(probs_bv, sampling_params),
+        lambda: _bisected(probs_bv, params),
     )
 
 
-def _bisected(probs_bv: Array, sampling_params: SamplingParams) -> Array:
+def _bisected(probs_bv: Array, params: SamplingParams) -> Array:
     """The threshold by bisection: sorting a vocabulary costs a CPU twenty times more.
 
     Positive floats are ordered as their bits are, and halving those ends at the exact value.
     """
     bits_bv = jax.lax.bitcast_convert_type(probs_bv, jnp.int32)
-    top_p_b1 = jnp.where(sampling_params.top_p < 1, sampling_params.top_p, 2.0)[:, None]  # 2 is never reached: no limit
-    top_k_b1 = jnp.where(sampling_params.top_k > 0, sampling_params.top_k, probs_bv.shape[1] + 1)[:, None]
+    top_p_b1 = jnp.where(params.top_p < 1, params.top_p, 2.0)[:, None]  # 2 is never reached: no limit
+    top_k_b1 = jnp.where(params.top_k > 0, params.top_k, probs_bv.shape[1] + 1)[:, None]
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low_b1, high_b1 = bounds

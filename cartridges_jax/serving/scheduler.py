@@ -68,16 +68,11 @@ class Engine(Protocol):
     `max_length` positions.
     """
 
-    @property
-    def max_num_seqs(self) -> int: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def max_top_logprobs(self) -> int: ...
-    @property
-    def num_pages(self) -> int: ...
-    @property
-    def page_size(self) -> int: ...
+    max_num_seqs: int
+    max_length: int
+    max_top_logprobs: int
+    num_pages: int
+    page_size: int
 
     def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
         """Writes a cartridge to these pages."""

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import chat_page, connections
-from cartridges_jax.serving.catalog import Catalog, no_description
+from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.completions import Completions, Handler
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
@@ -63,7 +63,7 @@ class Server:
         max_body: int = 1 << 20,
         max_seconds: float = 600.0,
         api_key: str | None = None,
-        describe: Callable[[Any], dict[str, Any]] = no_description,
+        describe: Callable[[Any], dict[str, Any]] = lambda _: {},
         kv_bytes_per_token: int = 0,
         document: str | None = None,
         programs: Sequence[Callable[[], object]] = (),
@@ -114,7 +114,7 @@ class Server:
 
     def _app(self) -> web.Application:
         app = web.Application(client_max_size=self._max_body, middlewares=[self._counted, _errors, self._authorize])
-        completions, catalog = self._completions, self._catalog
+        reader, completions, catalog = self._reader, self._completions, self._catalog
         app.add_routes(
             [
                 *chat_page.routes(self._document),
@@ -124,8 +124,8 @@ class Server:
                 web.get("/metrics", self._metrics_text),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id}", self._one_model),
-                web.post("/v1/chat/completions", completions.single(completions.chat)),
-                web.post("/v1/completions", completions.single(completions.completion)),
+                web.post("/v1/chat/completions", completions.single(reader.chat)),
+                web.post("/v1/completions", completions.single(reader.completion)),
                 web.get("/v1/cartridges", catalog.listing),
                 web.get("/v1/cartridges/{id}", catalog.one),
                 web.post("/v1/cartridges/load", catalog.managing(catalog.load)),
@@ -138,10 +138,11 @@ class Server:
             ]
         )
         for start in ("/custom/cartridge", "/v1/cartridge", "/batch/cartridge"):
-            chat = completions.single(completions.tokasaurus_chat)
+            chat = completions.single(functools.partial(reader.chat, fingerprint=True))
+            completion = completions.single(functools.partial(reader.completion, fingerprint=True))
             # the older client sends its batches there
             app.router.add_post(f"{start}/chat/completions", completions.batch if "batch" in start else chat)
-            app.router.add_post(f"{start}/completions", completions.single(completions.tokasaurus_completion))
+            app.router.add_post(f"{start}/completions", completion)
             app.router.add_post(f"{start}/synchronous-batch-completions", completions.batch)
         app.on_startup.append(self._start_thread)
         app.on_shutdown.append(self._stop_thread)
@@ -199,12 +200,8 @@ class Server:
         return _reply({"status": "starting", **programs}, status=503, headers=headers)
 
     async def _metrics_text(self, _: web.Request) -> web.Response:
-        live = self._running().num_live
-        gauges = {
-            "answers_live": live,
-            "max_num_seqs": self._engine.max_num_seqs,
-            "cartridges_loaded": self._store.num_held,
-        }
+        gauges = {"answers_live": self._running().num_live, "max_num_seqs": self._engine.max_num_seqs}
+        gauges["cartridges_loaded"] = self._store.num_held
         return web.Response(text=self._metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def _models(self, _: web.Request) -> web.Response:

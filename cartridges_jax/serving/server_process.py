@@ -19,13 +19,10 @@ STOP_SECONDS = 10.0  # after which it is killed
 
 @contextlib.contextmanager
 def server_process(flags: Sequence[str], log: Path) -> Iterator[str]:
-    """Runs `python -m cartridges_jax.serve` with these flags, and yields the server's URL.
-
-    Args:
-      log: the file that takes what the server writes to standard error.
+    """Runs `python -m cartridges_jax.serve` with these flags, its standard error going to `log`; yields its URL.
 
     Raises:
-      ChildProcessError: the server does not start; the sentence ends with its last words.
+      ChildProcessError: the server does not start; the sentence holds its last words.
     """
     command = [sys.executable, "-m", "cartridges_jax.serve", *flags]
     with log.open("w", encoding="utf-8") as stderr:

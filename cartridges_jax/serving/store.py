@@ -84,7 +84,7 @@ class CartridgeStore:
         self._capacity = capacity
         self._fetched: dict[str, Path] = {}
         self._reloads: dict[str, int] = {}
-        self._held: dict[tuple[str, ...], _Held] = {}  # by the names it is made of; the one used longest ago first
+        self._held: dict[tuple[str, ...], _Held] = {}  # by their parts' names; the one used longest ago first
         self._lock = threading.Lock()  # for moments, never while a file is read
 
     def list(self) -> list[str]:
@@ -108,7 +108,7 @@ class CartridgeStore:
         return path
 
     def check(self, references: Sequence[Reference]) -> None:
-        """Refuses what cannot be got, as far as that is known without reading or fetching anything.
+        """Refuses what cannot be loaded, as far as that is known without reading or fetching anything.
 
         Raises:
           UserError, UnknownCartridge: as `find`, or a remote source or a composition that this store has not.
@@ -167,7 +167,7 @@ class CartridgeStore:
         if composed is None:
             assert self._compose is not None
             cartridge = self._compose([part.cartridge for part in parts])
-            composed = self._hold(_names(references), _prefix(key, cartridge))
+            composed = self._insert(_names(references), _prefix(key, cartridge))
         return composed
 
     def pin(self, reference: Reference, pinned: bool) -> None:
@@ -198,7 +198,7 @@ class CartridgeStore:
                 del self._held[names]
 
     def state(self, reference: Reference) -> tuple[Prefix | None, bool]:
-        """What is loaded under a name, and whether it is pinned."""
+        """The cartridge that is loaded under a name, if any, and whether it is pinned."""
         with self._lock:
             held = self._held.get((reference.name,))
             return (held.prefix, held.pinned) if held else (None, False)
@@ -230,7 +230,7 @@ class CartridgeStore:
         # Read before loading: a file replaced meanwhile then looks changed at the next use, and is loaded again.
         key = self._key(reference)
         cartridge = self._load(self.path(reference))
-        return self._hold((reference.name,), _prefix(key, cartridge))
+        return self._insert((reference.name,), _prefix(key, cartridge))
 
     def _current(self, reference: Reference) -> Prefix | None:
         try:
@@ -251,7 +251,7 @@ class CartridgeStore:
             self._held[names] = self._held.pop(names)
             return held.prefix
 
-    def _hold(self, names: tuple[str, ...], prefix: Prefix) -> Prefix:
+    def _insert(self, names: tuple[str, ...], prefix: Prefix) -> Prefix:
         with self._lock:
             before = self._held.pop(names, None)
             self._held[names] = _Held(prefix, before is not None and before.pinned)

@@ -137,10 +137,7 @@ class Checkpoints:
             raise OSError(f"cannot write a checkpoint in {self._directory}: {reason}") from error
 
     def _remove_unfinished(self) -> None:
-        """Removes checkpoints that were not finished.
-
-        Several times: TensorStore's threads may still be writing other files of them, and make their folders anew.
-        """
+        """Removes unfinished checkpoints, several times: TensorStore's threads may still make their folders anew."""
         for _ in range(10):
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -149,10 +146,7 @@ class Checkpoints:
 
 @jax.jit
 def checksum(state: Any) -> jax.Array:
-    """Returns a checksum over the bits of all elements, each times an odd number that depends on its place.
-
-    One bit that changes always changes it.
-    """
+    """Sums the bits of all elements, each times an odd number by its place: one bit that changes always shows."""
     total = jnp.zeros((), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(state)):
         unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")

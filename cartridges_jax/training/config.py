@@ -18,8 +18,6 @@ from cartridges_jax.training.trackers import TrackConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A training run's settings. A field's name is its key in a config file and its flag, `--config.NAME`."""
-
     corpus: str  # the text file the cartridge stands in for
     output_dir: str
     dataset: str | None = None  # dataset.parquet of `synth`, a folder of such files, hf:…, wandb:…; num_steps=0: none

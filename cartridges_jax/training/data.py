@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class MixConfig:
-    """Another dataset that is trained on beside the run's own."""
-
     dataset: str
     weight: float  # its share of the answers of an epoch; it has at least one of them
 
@@ -166,10 +164,7 @@ def example_of(conversation: Conversation, tokenizer: Tokenizer, targets: Target
 
 
 def thinking_of(source: str | os.PathLike[str]) -> bool | None:
-    """Returns the thinking mode in which all answers of a dataset were given.
-
-    None means that they were given in different modes, or in the chat template's own.
-    """
+    """Returns the thinking mode of all answers of a dataset, or None if it differs or is the chat template's own."""
     columns = (pq.read_table(file, columns=["metadata"])["metadata"] for file in dataset_files(source))
     modes = {
         _thinking(json.loads(one) if isinstance(one, str) else one or {}) for c in columns for one in c.to_pylist()
@@ -185,11 +180,7 @@ def _thinking(metadata: Mapping[str, Any]) -> bool | None:
 
 
 def pack(lengths: Sequence[int], seq_len: int, order: Sequence[int]) -> list[list[int]]:
-    """Distributes examples over rows of `seq_len` tokens, each into the first row that has room. None is split.
-
-    Returns:
-      The examples of each row, by their index.
-    """
+    """Puts each example whole into the first row of `seq_len` tokens that has room; returns the rows' examples."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, list[int]]] = []  # the room that is left, and the examples
     for i in order:
@@ -284,7 +275,7 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """The rows that one process reads, those that its devices hold: of every `batch_size` rows the `chosen` ones."""
+    """The rows that one process reads, since its devices hold them: of every `batch_size` rows the `chosen` ones."""
 
     rows: PackedRows
     batch_size: int
@@ -308,10 +299,9 @@ def batches(rows: PackedRows, batch_size: int, first_step: int, chosen: Sequence
 
 
 def split_dataset(path: Path, num_held_out: int, directory: Path) -> tuple[Path, Path]:
-    """Sets `num_held_out` conversations apart, evenly over the dataset, and writes both parts into `directory`.
+    """Writes a dataset's two parts, to train on and held out, into `directory`, and returns their files.
 
-    Returns:
-      The file to train on, and the file of the conversations that are held out.
+    The conversations that are held out are spread evenly over the dataset.
 
     Raises:
       UserError: the dataset has less than twice as many conversations.

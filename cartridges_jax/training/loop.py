@@ -37,7 +37,7 @@ class Best:
     cartridge: Cartridge
     step: jax.Array  # how many steps it had behind it
     loss: jax.Array
-    stale: jax.Array  # evaluations since then, all of them no better
+    stale: jax.Array  # how many evaluations there were since, none of them better
 
     @classmethod
     def of(cls, cartridge: Cartridge) -> Best:
@@ -64,7 +64,7 @@ class RunState:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What stays the same from the first step of a run to its last."""
+    """What stays the same from a run's first step to its last."""
 
     config: TrainConfig
     model: LanguageModel

@@ -67,10 +67,7 @@ def loss_sum(
     reduction: Reduction,
     remat: Remat = "layers",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the summed loss of a batch and the number to divide it by.
-
-    They are apart because sums add up over micro-batches, and means do not.
-    """
+    """Returns the summed loss of a batch and its divisor, apart because means do not add up over micro-batches."""
     if tail not in ("drop", "bucket") or reduction not in ("token", "entry", "row"):
         raise UserError(
             f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token, entry or row"

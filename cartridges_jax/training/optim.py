@@ -14,8 +14,6 @@ from cartridges_jax.command_line.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Settings of Adam and of its schedule."""
-
     lr: float = 4e-3  # suits a start from attention matching; other initial states bear 2e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # step i of them runs at lr * (i + 1) / warmup_steps, which is never zero

@@ -52,10 +52,7 @@ def samples(report: Mapping[str, Any], count: int) -> str:
 
 
 def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> None:
-    """Writes the report of an evaluation: `report.png`, `report.md` and, last, `report.json`.
-
-    The plot shows the training too, if its log `metrics` exists.
-    """
+    """Writes `report.png` (with the training, if its log `metrics` exists), `report.md` and, last, `report.json`."""
     _plot(directory / "report.png", report, metrics)
     provenance = report["provenance"]
     gap = report["gap_closed"]

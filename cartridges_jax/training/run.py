@@ -77,7 +77,7 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
     config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # which may have been "auto"
     model = model if config.quantization == "none" else quantized(model, config.quantization)
-    if config.init.kind != "pretrained":  # whose number of slots its file decides
+    if config.init.kind != "pretrained":  # a pretrained file has its own number of slots, which is checked below
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)
     day = _day(directory)
@@ -120,11 +120,7 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of the directory; the job's first process holds the lock for all of its processes.
-
-    Raises:
-      UserError: another run holds it. Every process of the job raises this.
-    """
+    """Locks the directory, by the job's first process. If another run has it, every process raises a UserError."""
     with contextlib.ExitStack() as stack:
         refusal = None
         if processes.is_first():
@@ -188,21 +184,14 @@ def _datasets(config: TrainConfig) -> list[str]:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns what makes a run that run, as JSON has it.
-
-    Its folder, its devices and its dashboards are left out: a run may be moved to others.
-    """
+    """Returns a run's settings, as JSON has them, without its folder, devices and dashboards, which may change."""
     moved = dataclasses.replace(config, output_dir="", mesh=MeshConfig(), distributed=False, track=TrackConfig())
     settings = dataclasses.asdict(moved) | {"dataset_hash": dataset_hash(*_datasets(config))}
     return json.loads(without_credentials(json.dumps(settings)))
 
 
 def _refuse_other_config(directory: Path, mine: dict[str, Any]) -> None:
-    """Refuses to continue a run of this directory that was begun with other settings.
-
-    Raises:
-      UserError: says which settings differ.
-    """
+    """Raises a UserError if the directory holds a run that was begun with other settings, and says which."""
     theirs = _recorded(directory)
     if theirs is None:
         return
@@ -222,11 +211,7 @@ def _day(directory: Path) -> datetime.date:
 
 
 def _recorded(directory: Path) -> dict[str, Any] | None:
-    """Returns the settings of the run that the folder holds, or None if it holds none.
-
-    Raises:
-      UserError: they are damaged.
-    """
+    """Returns the settings of the run that the folder holds, or None without a run. Damaged ones are a UserError."""
     path = directory / "config.json"
     if not path.is_file():
         return None
@@ -253,10 +238,7 @@ def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cach
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """Returns the FLOPs that the layers' matrices take for one token of training.
-
-    They are those of a forward pass and of the gradient of the activations; the weights are frozen and have none.
-    """
+    """Returns a token's FLOPs in the layers' matrices: of the forward pass and of the activations' gradient."""
     return 4.0 * config.matrix_weights
 
 

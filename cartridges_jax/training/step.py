@@ -27,8 +27,6 @@ from cartridges_jax.training.losses import Reduction, Tail, loss_sum
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step of training takes and returns."""
-
     cartridge: Cartridge
     opt_state: Any
     step: jax.Array

@@ -29,8 +29,6 @@ COLUMNS = ("eval", "index", "sample_idx", "prompt", "answer", "pred", "score")
 
 @dataclasses.dataclass(frozen=True)
 class TrackConfig:
-    """Which dashboards a run writes to."""
-
     tensorboard: bool = False
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "cartridges"  # of Weights & Biases
@@ -48,10 +46,7 @@ class Tracker(Protocol):
 
 
 def trackers(config: TrackConfig, directory: Path, first: int, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Opens the dashboards that the config names.
-
-    Args:
-      first: the first step that will be written, as the logs count; what a dashboard has of later ones is replaced.
+    """Opens the dashboards that the config names. What they have of steps from `first` on, as logs count, is replaced.
 
     Raises:
       MissingPackage: the package of a dashboard is not installed.
@@ -71,8 +66,6 @@ def upstream_names(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Writes TensorBoard's files into the run's directory."""
-
     def __init__(self, directory: Path, first: int):
         try:
             from tensorboardX import SummaryWriter
@@ -100,8 +93,6 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Writes to a run of Weights & Biases, which a resumed run continues."""
-
     def __init__(self, config: TrackConfig, directory: Path, settings: Mapping[str, Any]):
         try:
             import wandb

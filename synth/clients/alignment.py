@@ -1,8 +1,8 @@
-"""Whether the ids of an answer spell its text.
+"""Checks that the token ids of an answer spell its text.
 
-They must, or the teacher's log-probabilities would be learnt at the wrong tokens; they do not when a server decodes
+If they did not, the teacher's log-probabilities would be learnt at the wrong tokens. It happens when a server decodes
 with another tokenizer, filters its text, or loses tokens on the way. A tokenizer of our own checks every answer. Asking
-the server costs a request, so after the first answers it is asked about some only: what makes texts and ids disagree is
+the server costs a request, so after the first answers only some are checked: what makes texts and ids disagree is
 seldom an accident of one answer.
 """
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 
 class Alignment:
+    """Checks the first answers and then one in `one_in`, by a function that decodes ids."""
+
     def __init__(self, decode: Callable[[Sequence[int]], Awaitable[str]], one_in: int = 1):
         self._decode, self._one_in = decode, one_in
         self._seen = 0
@@ -31,8 +33,8 @@ class Alignment:
     async def check(self, completion: Completion, stops: Sequence[str] = ()) -> None:
         """Raises: Unavailable, if the ids spell another text."""
         self._seen += 1
-        due = self._seen <= ALWAYS or self._seen % self._one_in == 0
-        if not completion.token_ids or not due or not self._possible:
+        is_asked = self._seen <= ALWAYS or self._seen % self._one_in == 0
+        if not completion.token_ids or not is_asked or not self._possible:
             return
         try:
             spelt = await self._decode(completion.token_ids)
@@ -48,7 +50,7 @@ class Alignment:
 
 
 def is_spelt(text: str, spelt: str, *, stopped: bool) -> bool:
-    """`stopped`: a stop string may have cut the text, but not the ids."""
+    """Whether ids that spell `spelt` may have the text `text`. If `stopped`, a stop string may have cut that short."""
     text, spelt = _plain(text), _plain(spelt)
     return spelt == text or (stopped and spelt.startswith(text))
 

@@ -1,6 +1,6 @@
-"""What synthesis needs of an inference server, and the three ways in which a call can fail.
+"""What synthesis needs of an inference server, and the ways in which a call can fail.
 
-A client makes one attempt per call, at one server. Whoever holds several servers decides what is tried again and where.
+A client makes one attempt per call, at one server. What is tried again, and at which server, is up to the fleet.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ TopRows = tuple[tuple[tuple[int, float], ...], ...]  # per token: (token id, log
 
 
 class Refused(UserError):
-    """The server will not serve this request, now or later; the sentence holds its own words."""
+    """The server will not serve this request, now or later. The sentence quotes what the server says."""
 
 
 class Rejected(Refused):
-    """The server will not serve this request; whoever was answered by it before knows that it serves others."""
+    """The server will not serve this request. If it has served others of the kind, it may serve others again."""
 
 
 class Unsuited(Rejected):
-    """A reply lacks what is asked for: the server is set up so, unless it is the only one of its replies."""
+    """A reply lacks what was asked for. Unless it is the only one that does, the server is set up that way."""
 
 
 class Unavailable(OSError):
-    """No usable answer this time; the same call may succeed later."""
+    """There was no usable answer this time. The same call may succeed later."""
 
     def __init__(self, message: str, kind: str = "connection"):
         super().__init__(message)
@@ -51,6 +51,8 @@ class Busy(Unavailable):
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
+    """A message that a model wrote, or one that it scored."""
+
     text: str
     token_ids: tuple[int, ...] | None
     top_logprobs: TopRows | None  # before temperature; one row a token, or none for a last end-of-turn token
@@ -60,7 +62,7 @@ class Completion:
     cached_tokens: int
 
     def __post_init__(self):
-        """Raises: Unavailable, a part is of another type, or is no token id or log-probability."""
+        """Raises: Unavailable, if a part is of a wrong type, or no token id or log-probability."""
         texts, counts = (self.text, self.finish_reason), (self.prompt_tokens, self.completion_tokens)
         if not all(isinstance(text, str) for text in texts):
             raise broken("a text that is none")
@@ -84,13 +86,14 @@ def _is_count(value: Any) -> bool:
 
 
 def broken(what: str) -> Unavailable:
+    """The error for a reply that holds something impossible."""
     return Unavailable(f"the server gave {what}", "broken reply")
 
 
 def enough(rows: Iterable[Iterable[tuple[int, float]]], asked: int, setting: str) -> TopRows:
-    """The `asked` likeliest alternatives of every token; `setting` says how the server comes to give as many.
+    """The `asked` likeliest alternatives of every token; `setting` tells how to make the server give as many.
 
-    Raises: Unsuited, for less of them, which would be another lesson than the config's.
+    Raises: Unsuited, if there are fewer: training would not be what the config says.
     """
     made = tuple(tuple(sorted(row, key=lambda pair: -pair[1])[:asked]) for row in rows)
     most = max(map(len, made), default=asked)
@@ -105,10 +108,10 @@ def enough(rows: Iterable[Iterable[tuple[int, float]]], asked: int, setting: str
 
 
 def check_same_model(named: Any, model: str, aliases: Collection[str] = ()) -> None:
-    """Whether a reply's name of the model contradicts the config's. Raises: Refused.
+    """Raises: Refused, if the model that a reply names is not the config's.
 
-    Names of one model differ in harmless ways: by case, by a folder or organisation before it, by a file's suffix, by
-    the revision or the date behind it. Servers that have several names for it answer with one of them, `aliases`.
+    Names of one model may differ in case, in a folder or organisation before it, in a file's suffix, and in a revision
+    or date behind it. A server that has several names for a model, `aliases`, answers with one of them.
     """
     if not named or not isinstance(named, str) or any(_same_name(named, known) for known in (model, *aliases)):
         return
@@ -129,7 +132,7 @@ def _same_name(one: str, other: str) -> bool:
 
 @contextlib.contextmanager
 def reading(url: str) -> Iterator[None]:
-    """Around code that takes a reply apart: what it trips over is the reply's fault, and passes."""
+    """For code that takes a reply apart: an error inside is the reply's fault and becomes `Unavailable`."""
     try:
         yield
     except Refused:
@@ -140,16 +143,17 @@ def reading(url: str) -> Iterator[None]:
 
 
 def finite(logprob: Any) -> float:
-    """A log-probability, which rounding may have lifted above 0; -infinity is one of nothing."""
+    """A log-probability as a float of at most 0, above which rounding may have lifted it; -infinity is allowed."""
     if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= ROUNDING:
         raise broken("a log-probability that is none")
     return min(float(logprob), 0.0)
 
 
 def answer_span(opened: list[int], empty: list[int], whole: list[int]) -> slice:
-    """Where an answer's tokens stand in those of the conversation that it ends, its end-of-turn token included.
+    """Where an answer's tokens, with its end-of-turn token, stand in those of the `whole` conversation that it ends.
 
-    Told from the same conversation up to the point where the answer begins, and with an empty answer. Raises: Rejected.
+    This follows from the same conversation `opened` for the answer, and with an `empty` answer. Raises: Rejected, if
+    the chat template makes these differ in more than the answer.
     """
     first, tail = len(opened), empty[len(opened) :]
     end = len(whole) - len(tail)
@@ -165,16 +169,16 @@ class Client(Protocol):
     async def __aexit__(self, *_: object) -> None: ...
 
     async def check(self) -> None:
-        """Raises a sentence unless a server answers and serves the model: better now than after a document was read."""
+        """Raises a sentence unless a server answers and serves the model. It is asked before any document is read."""
 
     async def complete(
         self, messages: ChatMessages, sampling: SamplingConfig, seed: int, top_logprobs: int = 0
     ) -> Completion: ...
 
     async def score(self, messages: ChatMessages, top_logprobs: int) -> Completion:
-        """The last message, which is the assistant's, as if the server had sampled it, end-of-turn token included.
+        """Scores the last message, an answer, as if the server had sampled it, with its end-of-turn token.
 
-        A given answer was not thought over: where the chat template has a switch, it is off.
+        A given answer has no thoughts before it, so thinking is off where the chat template has a switch.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""OpenAI, Together and the like: texts without token ids, from a large model that asks the questions.
+"""The client of OpenAI, Together and the like, whose large models give texts without token ids and ask the questions.
 
-They know OpenAI's own fields only, and some of their models refuse even a temperature that is the default, so what is
-at its default is not sent.
+These hosts know OpenAI's own fields only, and some of their models refuse even a default temperature when it is sent,
+so nothing is sent that has its default value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One attempt at one request, and every way in which it can fail as `Refused`, `Unavailable` or `Busy`."""
+"""Makes one attempt at a request, and raises `Refused`, `Unavailable` or `Busy` for every way in which it can fail."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Http:
         return parse(await self._bytes("GET", url, None), url)
 
     async def post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A JSON object for a JSON object."""
+        """Sends a JSON object and returns the one that comes back."""
         reply = parse(await self._bytes("POST", url, body), url)
         if not isinstance(reply, dict):
             raise Unavailable(f"{url} gave a {type(reply).__name__}, expected a JSON object", "broken reply")
@@ -79,7 +79,7 @@ class Http:
         return [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
     async def check_model(self, url: str, model: str) -> None:
-        """`model` may name a cartridge behind a colon: ours lists the model alone."""
+        """Raises: Refused, if the server does not list `model`. Of MODEL:CARTRIDGE our server lists MODEL alone."""
         served = await self.models(url)
         if model not in served and model.rpartition(":")[0] not in served:
             raise Refused(
@@ -89,7 +89,7 @@ class Http:
 
     async def _bytes(self, method: str, url: str, body: dict[str, Any] | None) -> bytes:
         try:
-            # what is sent is for the configured server alone
+            # a request is meant for the configured server and for no other
             async with self._session.request(method, url, json=body, allow_redirects=False) as response:
                 data = await _read(response, url)
         except TimeoutError as error:
@@ -128,7 +128,7 @@ async def _read(response: aiohttp.ClientResponse, url: str) -> bytes:
 
 
 class HttpClient:
-    """What the clients share: a session with the server at `url`, which ends in /v1, and the check that begins it."""
+    """What all clients share: a session with the server at `url`, which ends in /v1, and the check of its model."""
 
     def __init__(self, config: ClientConfig, url: str):
         self._config = config
@@ -166,7 +166,7 @@ def parse(data: bytes, url: str) -> Any:
 
 
 def _server_words(data: bytes) -> str:
-    """The message inside an error reply, in OpenAI's shape or another."""
+    """The message of an error reply, whether it has OpenAI's form or another."""
     text = data.decode("utf-8", "replace")
     try:
         reply = json.loads(text)
@@ -178,7 +178,7 @@ def _server_words(data: bytes) -> str:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """From either form that HTTP allows."""
+    """The seconds of a Retry-After, in either form that HTTP allows."""
     try:
         seconds = float(retry_after or 0)
     except ValueError:

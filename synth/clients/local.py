@@ -1,4 +1,4 @@
-"""The model's own tokenizer and chat template on this side, for servers that take token ids or cannot decode them."""
+"""The model's tokenizer and chat template, run here for servers that take token ids or that cannot decode them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from synth.clients.base import ChatMessages, Rejected
 
 
 class ChatTokenizer:
-    """Of a folder with tokenizer.json and tokenizer_config.json, or of a Hub id. `transformers` reads it, no torch."""
+    """The tokenizer of a folder or a Hub id. The package `transformers` reads it, which works without torch."""
 
     def __init__(self, source: str):
         try:

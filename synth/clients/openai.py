@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server that gives token ids: vLLM, llama-server, `python -m cartridges_jax.serve`.
+"""The client of OpenAI-compatible servers that give token ids: vLLM, llama-server, `python -m cartridges_jax.serve`.
 
-Their dialects: vLLM and ours tell the sampled ids when `return_token_ids` asks for them and those of alternatives as
-`token_id:N` when `return_tokens_as_token_ids` does; llama-server puts an `id` into every entry, asked or not. All three
-give log-probabilities of the model itself, before temperature and truncation (vLLM: unless started with another
+Their dialects differ. vLLM and our server give the sampled ids when `return_token_ids` asks for them, and those of
+alternatives as `token_id:N` when `return_tokens_as_token_ids` does. llama-server puts an `id` into every entry. All
+three give log-probabilities of the model itself, before temperature and truncation (vLLM: unless started with another
 `--logprobs-mode`). vLLM: docs.vllm.ai, OpenAI-compatible server; llama-server: tools/server/README.md of llama.cpp.
 """
 
@@ -194,5 +194,5 @@ def _token_id(entry: dict[str, Any]) -> int:
 
 
 def _prompt_row(row: dict[str, dict[str, Any]] | None) -> list[tuple[int, float]]:
-    """Of a prompt position; the prompt's own token comes along however unlikely it is."""
+    """The alternatives at a position of the prompt, among them the prompt's own token, however unlikely it is."""
     return [(int(token_id), finite(entry["logprob"])) for token_id, entry in (row or {}).items()]

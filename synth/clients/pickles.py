@@ -1,7 +1,7 @@
 """Reads the pickles that Tokasaurus replies with, without running anything in them.
 
-A pickle is a program; what it may call is decided by `find_class`. Here that is the constructor of a dictionary under
-the name of one of OpenAI's reply types, which is all that such a reply needs; any other name ends the reading.
+A pickle is a program, and `find_class` decides what it may call. Such a reply needs OpenAI's reply types only, and for
+each of these a kind of dictionary is made here. Any other name ends the reading.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _REPLY_TYPES = "openai.types."
 
 
 class Fields(dict[str, Any]):
-    """Stands for any of OpenAI's reply types: its fields, by name."""
+    """The fields of any of OpenAI's reply types, by name."""
 
     def __setstate__(self, state: Any) -> None:
-        """pydantic's state holds the fields in `__dict__`, and those that the type does not know in another."""
+        """Takes the fields from pydantic's state, which keeps those that the type does not know apart."""
         for part in (state.get("__dict__"), state.get("__pydantic_extra__")):
             self.update(part or {})
 
@@ -37,7 +37,7 @@ class _Reader(pickle.Unpickler):
 
 
 def read(data: bytes) -> Any:
-    """Raises: Refused, for a pickle that names anything else; Unavailable, for a damaged one."""
+    """What the pickle holds. Raises: Refused, if it names anything else; Unavailable, if it is damaged."""
     try:
         return _Reader(io.BytesIO(data)).load()
     except Refused:

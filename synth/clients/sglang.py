@@ -1,8 +1,8 @@
-"""SGLang's native /generate (also that of sglang-jax): token ids in, token ids out.
+"""The client of SGLang's native /generate (also that of sglang-jax), which takes and gives token ids.
 
 The chat template is applied on this side, so `config.client.tokenizer` names the model's tokenizer. Log-probabilities
-are those after temperature, unless the server was started with SGLANG_RETURN_ORIGINAL_LOGPROB=1. Its seed works with
-deterministic inference only and older servers refuse the field, so none is sent. docs.sglang.ai: native APIs.
+are those after temperature, unless the server was started with SGLANG_RETURN_ORIGINAL_LOGPROB=1. No seed is sent: it
+works with deterministic inference only, and older servers refuse the field. docs.sglang.ai: native APIs.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class SGLangClient(HttpClient):
     ) -> Completion:
         thinking = None if sampling.thinking is None else sampling.thinking > 0
         prompt = self._tokenizer.chat_ids(messages, add_generation_prompt=True, thinking=thinking)
-        wishes: dict[str, Any] = {
+        sampling_params: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_new_tokens": sampling.max_tokens,
         }
         if sampling.stop:
-            wishes["stop"] = list(sampling.stop)
-        reply, meta = await self._generate(prompt, wishes, top_logprobs, first=-1)
+            sampling_params["stop"] = list(sampling.stop)
+        reply, meta = await self._generate(prompt, sampling_params, top_logprobs, first=-1)
         with reading(self._root):
             ended = str(meta["finish_reason"]["type"])
             ids = [token for _, token, *_ in meta["output_token_logprobs"]] if top_logprobs else None
@@ -73,7 +73,7 @@ class SGLangClient(HttpClient):
         empty = self._tokenizer.chat_ids([*before, nothing], add_generation_prompt=False, thinking=False)
         whole = self._tokenizer.chat_ids(messages, add_generation_prompt=False, thinking=False)
         part = answer_span(opened, empty, whole)
-        # the first position it answers for has no logprob, so it begins with the token before the answer
+        # SGLang gives no log-probability for the first position asked for, so that is the token before the answer
         sent = whole[: part.stop]
         _, meta = await self._generate(sent, {"temperature": 0.0, "max_new_tokens": 1}, top_logprobs, part.start - 1)
         with reading(self._root):
@@ -90,10 +90,10 @@ class SGLangClient(HttpClient):
         return await self._tokenizer.decode(token_ids)
 
     async def _generate(
-        self, prompt: list[int], wishes: dict[str, Any], top_logprobs: int, first: int
+        self, prompt: list[int], sampling_params: dict[str, Any], top_logprobs: int, first: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The reply and its `meta_info`; `first` is the first prompt position with log-probabilities, -1 for none."""
-        body: dict[str, Any] = {"input_ids": prompt, "sampling_params": wishes}
+        body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling_params}
         if top_logprobs:
             body |= {"return_logprob": True, "logprob_start_len": first, "top_logprobs_num": top_logprobs}
         reply = await self._http.post(f"{self._root}/generate", body)

@@ -1,4 +1,4 @@
-"""Tokasaurus (branch geoff/cartridges): one request, or several in one synchronous batch.
+"""The client of Tokasaurus (branch geoff/cartridges): it sends one request, or several in one synchronous batch.
 
 Token ids and log-probabilities come packed inside `system_fingerprint`, a JSON text with base64 of raw little-endian
 arrays, one entry a choice. Log-probabilities are those after temperature. A batch is answered with a pickle, see
@@ -107,7 +107,7 @@ class TokasaurusClient(HttpClient):
         return self._tokenizer
 
     async def _in_a_batch(self, request: dict[str, Any]) -> Any:
-        """Waits for as many calls as make a batch, or a moment, and takes its own reply out of the batch's."""
+        """Sends the request with others, once they make a batch or a moment has passed, and returns its own reply."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if len(self._waiting) == 1:

@@ -1,4 +1,4 @@
-"""Documents that are zip archives: opened only if they unpack to something decent."""
+"""Opens documents that are zip archives, unless they would unpack to too much."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_MEMBERS = 20_000
 
 @contextlib.contextmanager
 def opened(path: str, what: str) -> Iterator[zipfile.ZipFile]:
-    """Raises: FileNotFoundError, UserError: no such file, no archive, a damaged one, or one without end."""
+    """The archive at `path`. Raises: FileNotFoundError, UserError, if it is none, damaged, or unpacks to too much."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: expected {what}, set config.resource.path")
     try:
@@ -30,7 +30,7 @@ def opened(path: str, what: str) -> Iterator[zipfile.ZipFile]:
 
 
 def check_office(path: str, what: str) -> dict[str, bytes]:
-    """The files inside of an office document: the XML among them, and the names of the others.
+    """The files inside of an office document, by name. The contents of those that are not XML are left out.
 
     Raises:
       FileNotFoundError, UserError: as `opened` does, or its XML defines entities, which no office program writes and

@@ -1,4 +1,4 @@
-"""A paper's source from arXiv, taken out of its archive in memory, so that nothing in it can name a place on disk."""
+"""Fetches a paper's source from arXiv. It is unpacked in memory, so that no name in it can mean a place on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fetch(address: str, api_url: str | None = None) -> dict[str, str]:
     """The texts of a paper's source, by their names in its archive.
 
     Raises:
-      UserError: the address names no paper, or what comes is no LaTeX source, or not a decent archive of it.
+      UserError: the address names no paper, or arXiv sends no archive of LaTeX source, or one that is refused.
       OSError: arXiv cannot be reached.
     """
     identifier = _ADDRESS.sub("", address, count=1).removesuffix(".pdf")
@@ -41,7 +41,7 @@ def fetch(address: str, api_url: str | None = None) -> dict[str, str]:
 
 
 def unpack(data: bytes, what: str) -> dict[str, str]:
-    """From a tar archive or a single file, gzipped or not.
+    """The texts of a tar archive or of a single file, gzipped or not.
 
     Raises:
       UserError: it is a PDF, too large, damaged, or has a member that is no file inside its own folder.

@@ -1,4 +1,4 @@
-"""Which resources a run reads, and how their kind is told."""
+"""The settings of the resources that a run reads, and how their kinds are recognised."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ SCHEMES: dict[str, Kind] = {"arxiv:": "latex", "https://arxiv.org/": "latex", "s
 
 @dataclasses.dataclass(frozen=True)
 class ResourceConfig:
+    """A text to read, and more of them in `also`."""
+
     path: str  # a file, a folder, or one of arxiv:ID, slack:CHANNEL,CHANNEL and gmail:QUERY
     kind: Kind | None = None  # None: the path tells
     include: tuple[str, ...] = ()  # of a directory: the files to read, in .gitignore's patterns; none: every text
@@ -73,12 +75,13 @@ class ResourceConfig:
         return self.path.startswith(tuple(SCHEMES))
 
     def every(self) -> Iterator[ResourceConfig]:
+        """Yields this resource and all others of the run."""
         yield self
         for other in self.also:
             yield from other.every()
 
     def found_kind(self) -> Kind:
-        """The kind that was set, else the one that the path tells by its scheme, folder or suffix."""
+        """The kind that was set, or else the one that the path shows by its scheme, folder or suffix."""
         if self.kind:
             return self.kind
         for scheme, kind in SCHEMES.items():

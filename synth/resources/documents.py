@@ -1,4 +1,4 @@
-"""Files that a library takes apart, by their suffixes: for a resource, a folder's files and letters' attachments."""
+"""The readers of documents that need a library, by suffix: of resources, a folder's files and e-mails' attachments."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _PAGES = ("application/xhtml+xml", "text/html", "application/x-dtbook+xml")
 
 
 def read(path: str) -> Sections:
-    """By its pages' headings.
+    """The text of a book, in sections by the headings of its pages.
 
     Raises:
       FileNotFoundError, UserError: no such file, no EPUB, one that is damaged or protected, or without text.
@@ -46,7 +46,7 @@ def read(path: str) -> Sections:
 
 
 def _pages(book: zipfile.ZipFile, path: str, left_out: Counter[str]) -> list[str]:
-    """Names in the archive, in reading order."""
+    """The names of a book's pages in its archive, in reading order."""
     root = next(iter(_tags(_xml(book, _CONTAINER), "rootfile")), None)
     package_name = str(root.get("full-path")) if root is not None else ""
     package = _xml(book, package_name)
@@ -67,7 +67,7 @@ def _pages(book: zipfile.ZipFile, path: str, left_out: Counter[str]) -> list[str
 
 
 def _xml(book: zipfile.ZipFile, name: str) -> Any:
-    """By the parser of HTML, which knows no entities of a document's own and no files outside of it."""
+    """Parses a file as HTML, where a document can neither define entities of its own nor name files outside of it."""
     data = book.read(name) if name in book.namelist() else b""
     return extras.load("bs4", WHAT).BeautifulSoup(decode(data), "html.parser")
 

@@ -1,4 +1,4 @@
-"""Libraries of a single format: imported when a file of it is read, and named in one sentence where they are absent."""
+"""Imports the library of a format when a file of it is read, and names it in one sentence where it is missing."""
 
 from __future__ import annotations
 

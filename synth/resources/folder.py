@@ -16,13 +16,13 @@ from synth.resources.sections import SEPARATOR, Section, Sections
 
 LARGEST_FILE = 2**20  # bytes; what is larger was rarely written by a person
 LARGEST_DOCUMENT = 2**28  # bytes, pictures included
-SNIFFED = 8192  # bytes of a file in which a zero tells that it is no text
+SNIFFED = 8192  # bytes at the beginning of a file: if there is a zero among them, it is no text
 
 log = logging.getLogger(__name__)
 
 
 def read(path: str, include: Sequence[str] = ()) -> Sections:
-    """The texts under `path` in the order of their names, each headed by a line with its own path.
+    """The texts under `path` in the order of their names. The first line of each is its own path.
 
     Symbolic links are not followed: they may lead out of the folder, or around in it.
 
@@ -50,7 +50,7 @@ def read(path: str, include: Sequence[str] = ()) -> Sections:
 
 
 def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str]) -> Iterator[Path]:
-    """Files below `folder`, without what a .gitignore of it or of a folder above leaves out."""
+    """Yields the files below `folder` that neither its .gitignore nor one of a folder above leaves out."""
     gitignore = folder / ".gitignore"
     if gitignore.is_file():
         ignored = [*ignored, (folder, _ignore_file(text.decode(gitignore.read_bytes())))]
@@ -70,7 +70,7 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str])
 
 
 def _is_ignored(entry: Path, ignored: Sequence[tuple[Path, Any]]) -> bool:
-    """By the innermost .gitignore that says anything about it."""
+    """Whether an entry is left out. The innermost .gitignore that says anything about it decides."""
     for folder, patterns in reversed(ignored):
         name = entry.relative_to(folder).as_posix() + ("/" if entry.is_dir() else "")
         verdict = patterns.check_file(name).include
@@ -87,7 +87,7 @@ def _patterns(lines: Sequence[str]) -> Any:
 
 
 def _ignore_file(content: str) -> Any:
-    """As git reads it, to which a line that is no pattern names nothing."""
+    """The patterns of a .gitignore. As in git, a line that is no pattern is passed over."""
     kept = []
     for line in content.split("\n"):
         with contextlib.suppress(UserError):
@@ -114,7 +114,7 @@ def _read_file(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
 
 
 def _text_of(data: bytes) -> str:
-    """Nothing, if it is no text."""
+    """The text of a file's bytes, or nothing if they are no text."""
     if b"\0" in data[:SNIFFED] and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return ""
     return text.decode(data)

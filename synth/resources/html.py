@@ -1,4 +1,4 @@
-"""HTML: its text in blocks, with headings and list items marked as in Markdown, without scripts and navigation."""
+"""Reads HTML: its text in blocks, with headings and list items marked as in Markdown, but no scripts and navigation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: str) -> list[Section]:
 
 
 def sections_of(source: str, name: str) -> list[Section]:
-    """At its headings; what comes before the first is named by the page's title, or else `name`."""
+    """Cuts a page at its headings. What comes before the first is named by the page's title, or else `name`."""
     soup = _parse(source)
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     text, headings = _Text().of(soup)
@@ -36,7 +36,7 @@ def sections_of(source: str, name: str) -> list[Section]:
 
 
 def to_text(source: str) -> str:
-    """As one string, for an e-mail's body, say."""
+    """The text of a page as one string, such as an e-mail's body."""
     return _Text().of(_parse(source))[0]
 
 
@@ -64,7 +64,7 @@ class _Text:
         return "\n\n".join(self._lines) + "\n", headings
 
     def _visit(self, tree: Any) -> None:
-        """Without recursion: broken pages nest thousands deep."""
+        """Walks the tree without recursion, as broken pages nest thousands deep."""
         bs4 = extras.load("bs4", "HTML")
         waiting: list[tuple[Any, bool]] = [(tree, False)]
         while waiting:
@@ -98,7 +98,7 @@ class _Text:
         self._break(node.name)
 
     def _break(self, name: str) -> None:
-        """A paragraph inside of a cell ends no line of the table."""
+        """Ends the line at the border of a block. A paragraph inside of a cell ends no line of the table."""
         if self._cells and name in ("p", "div", "br"):
             self._line += " " if self._line and not self._line.endswith(" ") else ""
         elif BLOCK.fullmatch(name):

@@ -1,4 +1,4 @@
-"""JSON and JSON lines: one line for every value, led by the path to it, so that any stretch of them explains itself."""
+"""Reads JSON and JSON lines as one line for every value, after the path to it, so that any stretch explains itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from synth.resources.text import read as read_whole
 
 
 class _Object(list[tuple[str, Any]]):
-    """Names and values; a name may occur more than once."""
+    """A JSON object as a list of names and values, since a name may occur more than once."""
 
 
 def read_json(path: str) -> list[Section]:
@@ -22,7 +22,7 @@ def read_json(path: str) -> list[Section]:
 
 
 def read_jsonl(path: str) -> list[Section]:
-    """As a list whose places are counted from 1, as lines are."""
+    """The values of a file of JSON lines, numbered from 1 as lines are."""
     lines = files.json_lines(read_whole(path))
     return _sections(
         path, _Object((str(n), files.parse_json(line, f"{path}, line {n},", _Object)) for n, line in lines)
@@ -30,7 +30,7 @@ def read_jsonl(path: str) -> list[Section]:
 
 
 def _sections(path: str, tree: Any) -> list[Section]:
-    """One for every object or list that holds values itself, named by its path."""
+    """One section for every object or list that directly holds values, named by its path."""
     groups = itertools.groupby(_leaves(tree), key=lambda leaf: leaf[0])
     return [
         Section(parent or Path(path).name, "".join(f"{where}: {value}\n" for _, where, value in leaves) + "\n")
@@ -39,7 +39,7 @@ def _sections(path: str, tree: Any) -> list[Section]:
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, str, str]]:
-    """(path of the container, own path, value as text), in the file's order; without recursion, however deep it is."""
+    """Yields (path of the container, own path, value as text) in the file's order, without recursion."""
     waiting: list[tuple[str, str, Any]] = [("", "", tree)]
     while waiting:
         parent, where, node = waiting.pop()

@@ -1,4 +1,4 @@
-"""LaTeX: a paper's source, from a folder or from arXiv, as the one text that its main file includes the others into."""
+"""Reads LaTeX, from a folder or arXiv, as one text: the main file with all that it includes in the right places."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from synth.resources.sections import Heading, Sections, at_headings
 from synth.resources.text import decode
 
 DEEPEST = 20  # files that include one another
-LONGEST_TEXT = 2**25  # characters; a file may be included more than once, and so may those that it includes
+LONGEST_TEXT = 2**25  # characters: as a file may be included many times, a few can make a text without end
 LEVELS = {name: i for i, name in enumerate(("part", "chapter", "section", "subsection", "subsubsection"), 1)}
 
-# A % or a command in one of these is none: the scanner takes them whole, and any escaped character, too.
+# Inside of these a % or a command means nothing, so the scanner takes them whole, and escaped characters too.
 _BRACED = r"\{(?:[^{}\n]|\{[^{}\n]*\})*\}"
 _VERBATIM = (
     "verbatim",
@@ -69,9 +69,9 @@ log = logging.getLogger(__name__)
 
 
 def read(path: str, api_url: str | None = None) -> Sections:
-    """From the folder or the .tex file at `path`, or, as arxiv:ID or an address there, from arXiv.
+    """The text of the folder or .tex file at `path`, or from arXiv, if that is arxiv:ID or an address there.
 
-    Comments are taken out; what \\input names is looked for in the folder only, and left out if it is not there.
+    Comments are taken out. A file that \\input names is looked for in the folder only, and left out if it is missing.
 
     Raises:
       FileNotFoundError, UserError: there is no LaTeX at `path`.
@@ -93,7 +93,7 @@ def read(path: str, api_url: str | None = None) -> Sections:
 
 
 def without_comments(text: str, verbatim: Iterable[str] = _VERBATIM) -> str:
-    """A line that is nothing but a comment goes with its end; what is verbatim, or an address, stays."""
+    """Takes comments out, with the whole line if there is nothing else on it. Verbatim text and addresses stay."""
     text = text.replace("\r\n", "\n")
     literal = _with_names(_LITERAL, (*verbatim, *_DEFINES_VERBATIM.findall(text)))
     return _scanner(f"{_COMMENT}|{literal}|{_ESCAPED}").sub(
@@ -111,7 +111,7 @@ def _scanner(pattern: str) -> re.Pattern[str]:
 
 
 def _names(path: Path) -> tuple[Path, list[str]]:
-    """The folder to read in, and the files in it that may be the main one."""
+    """The folder of a document, and the files in it that may be the main one."""
     if path.is_file():
         return path.parent, [path.name]
     if not path.is_dir():
@@ -120,7 +120,7 @@ def _names(path: Path) -> tuple[Path, list[str]]:
 
 
 def _read_inside(root: Path, name: str) -> str | None:
-    """The text of a file, if it lies in `root`, even when links are followed."""
+    """The text of a file, or None if it does not lie in `root` after all links are followed."""
     try:
         file = (root / name).resolve()
         is_inside = file.is_relative_to(root.resolve()) and file.is_file()
@@ -130,7 +130,7 @@ def _read_inside(root: Path, name: str) -> str | None:
 
 
 class _Document:
-    """Files that include one another; `get` gives the text of one, or None."""
+    """A document of files that include one another. `get` returns the text of one, or None."""
 
     def __init__(self, get: Callable[[str], str | None]):
         self._get = functools.cache(get)
@@ -146,16 +146,16 @@ class _Document:
         self.files: set[str] = set()
 
     def main_file(self, names: list[str], path: str) -> str:
-        """The file that begins a document; of several, main.tex, or else the one that has the most to say."""
+        """The file that begins the document: of several, main.tex, or else the one with the longest text."""
         starts = [name for name in names if re.search(r"\\document(?:class|style)\b", self._clean(name))]
         if not starts:
             raise UserError(f"{path} holds no LaTeX with \\documentclass: set config.resource.path to the main file")
         return max(starts, key=lambda name: (name == "main.tex", len(self.resolved(name))))
 
     def resolved(self, name: str, above: tuple[str, ...] = (), folder: str = "") -> str:
-        """The text of `name` with everything that it includes, in the place where it does.
+        """The text of a file, with every file that it includes in the place where it does.
 
-        `folder` is the one that \\import has led to. Of an included file that is a document itself, its body.
+        `folder` is the one that \\import has led to. If an included file is a document itself, only its body is taken.
 
         Raises:
           UserError: files include one another without end, or so often that the text has no end either.
@@ -190,14 +190,14 @@ class _Document:
         yield text[place:end]
 
     def _learn(self, text: str) -> None:
-        """What a file says of how it, and those that it includes, are to be read."""
+        """Notes what a file says about how it, and those that it includes, are to be read."""
         self._environments |= set(_DEFINES_VERBATIM.findall(text))
         self._macros |= dict(_DEFINES_INCLUDE.findall(text))
         for folders in _INPUT_PATH.findall(text):
             self._folders += re.findall(r"\{([^{}]*)\}", folders)
 
     def _span(self, text: str, is_included: bool) -> tuple[list[re.Match[str]], int, int]:
-        """What a text includes, and where it begins and ends: after the document, or \\endinput, nothing is read."""
+        """The inclusions in a text, and where it begins and ends: nothing is read after the document or \\endinput."""
         literal, include = _with_names(_LITERAL, self._environments), _with_names(_INCLUDE, self._macros)
         found_all: list[re.Match[str]] = []
         start = 0
@@ -231,7 +231,7 @@ class _Document:
         return self.resolved(name, above, posixpath.dirname(name) if is_subfile else folder)
 
     def _listing(self, wanted: str, above: tuple[str, ...], folder: str) -> str:
-        """A program, say, as it stands."""
+        """A file that is shown as it stands, such as a program."""
         name = self._find(wanted.strip(), above, folder)
         if name is None:
             self.missing.append(f"{above[-1]} shows {wanted!r}, which is not there: left out")
@@ -240,7 +240,7 @@ class _Document:
         return self._get(name) or ""
 
     def _find(self, wanted: str, above: tuple[str, ...], folder: str) -> str | None:
-        """TeX looks where \\import leads to, then from the main file's folder, and adds .tex by itself."""
+        """Finds a file as TeX does: where \\import leads to, then from the main file's folder, with .tex added."""
         folders = [folder, posixpath.dirname(above[0]), *self._folders, posixpath.dirname(above[-1])]
         for start in dict.fromkeys(folders):
             for name in (f"{wanted}.tex", wanted):
@@ -257,7 +257,7 @@ def _headings(text: str) -> Iterator[Heading]:
 
 
 def _braced(text: str, start: int) -> str:
-    """Up to the brace that closes the one before `start`, or to the end of the line if none does soon."""
+    """The text up to the brace that closes the one before `start`, or of the line, if none closes it soon."""
     depth = 1
     for i in range(start, min(len(text), start + 500)):
         depth += (text[i] == "{") - (text[i] == "}")

@@ -1,4 +1,4 @@
-"""E-mail: an mbox file, or Gmail; every message a section with its sender, date and subject."""
+"""Reads e-mail from an mbox file or Gmail. Every message is a section with its sender, date and subject."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXT_KINDS = ("application/json", "application/x-ndjson", "application/xml", "ap
 LONGEST_HEADER = 2**14  # characters; the library's parser of addresses takes their number's square in time
 DEEPEST = 20  # messages and parts inside of one another
 
-# The line before a message: From, an address and a time. A file keeps to the form of its first one.
+# The envelope, a line before a message: From, an address and a time. All have the form that a file's first one has.
 _ENVELOPES = (
     re.compile(rb"From .*\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b.*\b\d{1,2}:\d\d\b.*\b\d{4}\b"),
     re.compile(rb"From \S+ .*\b\d{1,2}:\d\d\b"),
@@ -113,10 +113,10 @@ def _gmail_ids(api: Api, query: str) -> list[str]:
 
 
 def _split(path: Path) -> Iterator[bytes]:
-    """The messages of an mbox file.
+    """Yields the messages of an mbox file.
 
-    A line that begins with "From " begins one only if it looks like the envelope that it should be, has a header below
-    it and, unless it says day and time in full, an empty line above: not all programs quote those that a letter has.
+    Not all programs quote a line of a message that begins with "From ". So such a line begins a message only if it has
+    the form of an envelope and a header below it and, unless it says day and time in full, an empty line above.
     """
     message: list[bytes] | None = None
     envelope: re.Pattern[bytes] | None = None
@@ -175,7 +175,7 @@ def _header(message: EmailMessage, name: str) -> str:
 
 
 def _parts(part: EmailMessage, left_out: Counter[str], depth: int) -> Iterator[tuple[bool, str]]:
-    """The texts of a part and of those inside of it; what is attached, as the first value says, under its name."""
+    """Yields the texts of a part and of the parts inside of it, and before each whether it is an attachment."""
     kind, name = _kind(part), _name(part)
     if depth > DEEPEST:
         left_out["parts too deep inside of others"] += 1
@@ -197,7 +197,7 @@ def _parts(part: EmailMessage, left_out: Counter[str], depth: int) -> Iterator[t
 
 
 def _document(part: EmailMessage, name: str) -> str:
-    """The text of one that a library takes apart; nothing, if it cannot or there is no such library."""
+    """The text of an attached document, or nothing if there is no library for it or that cannot read it."""
     suffix = PurePath(name).suffix.lower()
     if suffix not in documents.READERS:
         return ""
@@ -216,7 +216,7 @@ def _attached(name: str, text: str) -> str:
 
 
 def _best(alternatives: list[list[tuple[bool, str]]]) -> Iterator[tuple[bool, str]]:
-    """One message in several forms: of the first that says anything, the plainest; and what is attached to any."""
+    """Of a message in several forms: the texts of the first form that has any, and the attachments of all."""
     says = [any(not is_attached for is_attached, _ in texts) for texts in alternatives]
     best = says.index(True) if any(says) else 0
     for number, texts in enumerate(alternatives):
@@ -229,7 +229,7 @@ def _inside(part: EmailMessage) -> list[EmailMessage]:
 
 
 def _kind(part: EmailMessage) -> str:
-    """What a part says it is, or what its name says where it does not."""
+    """The type that a part says it has, or the one that its name tells."""
     kind = part.get_content_type()
     if kind == "application/octet-stream":
         kind = mimetypes.guess_type(_name(part) or "")[0] or kind

@@ -1,4 +1,4 @@
-"""Jupyter notebooks: their cells as one Markdown text, with the programs and what they wrote in fences."""
+"""Reads Jupyter notebooks: their cells as one Markdown text, with programs and their outputs in fences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def read(path: str) -> Sections:
-    """Of outputs, those that are text; at the headings of the Markdown cells.
+    """The text of a notebook, cut at the headings of its Markdown cells. Outputs that are no text are left out.
 
     Raises:
       FileNotFoundError, UserError: no such file, no notebook, or one without words.
@@ -38,7 +38,7 @@ def read(path: str) -> Sections:
 
 
 def _cells(notebook: Any, path: str) -> list[Mapping[str, Any]]:
-    """Before version 4 they stood in worksheets."""
+    """The cells of a notebook. Before version 4 of the format they stood in worksheets."""
     if isinstance(notebook, dict):
         sheets = [notebook, *_dicts(notebook.get("worksheets"))]
         if any("cells" in sheet for sheet in sheets):
@@ -71,7 +71,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _joined(value: Any) -> str:
-    """A text, or its lines."""
+    """A text, which notebooks write as one string or as a list of lines."""
     return "".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 

@@ -1,4 +1,4 @@
-"""Word, PowerPoint and spreadsheets: their texts by libraries, and what those do not read by count."""
+"""Reads Word, PowerPoint and spreadsheets by libraries, and counts what those leave out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cartridges_jax.command_line.errors import UserError
 from synth.resources import archive, extras, html, table
 from synth.resources.sections import Section, Sections
 
-# What stands in files of its own inside of a document, by the beginning of their names.
+# Files of their own inside of a document, by how their names begin, and what they are counted as.
 _DRAWN = {"media/": "pictures and films", "charts/chart": "charts", "diagrams/data": "diagrams"}
 _CELL = re.compile(rb"""<(?:\w+:)?c\b[^>]*?\br=["']([A-Z]{1,3})(\d{1,7})["']""")
 MOST_CELLS = 2**25  # of a sheet
@@ -21,7 +21,7 @@ _FORMULAS = (b"<m:oMath>", b"<m:oMath ")
 
 
 def read_docx(path: str) -> Sections:
-    """By headings, with notes and comments behind. Insertions are read, whether accepted or not, and deletions are not.
+    """The text of a Word document by headings, with notes and comments at the end, and all changes taken as accepted.
 
     Raises:
       FileNotFoundError, UserError: no such file, one that is damaged or needs a password, or without text.
@@ -44,7 +44,7 @@ def read_docx(path: str) -> Sections:
 
 
 def read_pptx(path: str) -> Sections:
-    """Slide by slide, with tables and the speaker's notes.
+    """The text of a presentation, slide by slide, with tables and the speaker's notes.
 
     Raises:
       FileNotFoundError, UserError: as `read_docx` does.
@@ -61,7 +61,7 @@ def read_pptx(path: str) -> Sections:
 
 
 def read_spreadsheet(path: str) -> Sections:
-    """Row by row of every sheet, as of CSV; of a formula, the value that was saved with it.
+    """The rows of every sheet, as those of CSV. A formula is read as the value that was saved with it.
 
     Raises:
       FileNotFoundError, UserError: as `read_docx` does.
@@ -88,7 +88,7 @@ def read_spreadsheet(path: str) -> Sections:
 
 
 def _spanned(sheet: bytes) -> int:
-    """The cells of the rectangle that a sheet's cells lie in, all of which the library holds, be there three."""
+    """How many cells the rectangle around a sheet's cells has: the library holds them all, even if few are filled."""
     rows = columns = 0
     for letters, row in set(_CELL.findall(sheet)):
         column = 0
@@ -133,7 +133,7 @@ def _shape_lines(shape: Any) -> Iterator[str]:
 
 
 def _value(cell: Any) -> str:
-    """As a person would write it."""
+    """A cell's value as a person would write it."""
     if isinstance(cell, float) and cell.is_integer() and abs(cell) < 1e15:
         return str(int(cell))
     if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():

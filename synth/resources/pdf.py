@@ -1,4 +1,4 @@
-"""PDF: the text of every page."""
+"""Reads PDF: the text of every page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from synth.resources.sections import Section, Sections
 
 
 def read(path: str) -> Sections:
-    """One section a page, in reading order as far as the file tells it.
+    """The text of a PDF, with a section for every page, in reading order as far as the file tells it.
 
     Raises:
       FileNotFoundError, UserError: no such file, one that is damaged, needs a password, or holds pictures only.

@@ -1,4 +1,4 @@
-"""From a config to the texts it names, and to the one string that stands for all of them."""
+"""Reads the texts that a config names, and makes the one string that stands for all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SNAPSHOT = "resources.json"  # texts that came over a network, since another day
 
 @dataclasses.dataclass(frozen=True)
 class Resource:
-    """One text, in sections."""
+    """One text of a run, in sections."""
 
     name: str  # its file's or folder's, or its address
     sections: tuple[Section, ...]
@@ -38,12 +38,12 @@ class Corpus:
     resources: tuple[Resource, ...]
 
     def to_string(self) -> str:
-        """The full context that a cartridge stands in for; of a single text file, the very text."""
+        """The full context that a cartridge stands in for. Of a single text file it is the very text."""
         return "\n\n".join(resource.to_string() for resource in self.resources)
 
 
 def read(config: ResourceConfig, output: Path) -> Corpus:
-    """Reads every resource that `config` names; from a network only what an earlier run did not leave in `output`.
+    """Reads every resource that `config` names. Those that an earlier run fetched are taken from `output`.
 
     Raises:
       UserError, OSError: something cannot be read; the sentence says what, and what to do.
@@ -54,7 +54,7 @@ def read(config: ResourceConfig, output: Path) -> Corpus:
 
 
 def keep(config: ResourceConfig, corpus: Corpus, output: Path) -> None:
-    """Leaves in `output` the corpus as one text, and what came over a network."""
+    """Writes into `output` the corpus as one text, what was read and left out, and texts from a network."""
     files.write_text(output / CORPUS, corpus.to_string())
     files.write_text(output / TOLD, "".join(f"{resource.told}\n" for resource in corpus.resources))
     remote = {
@@ -74,12 +74,12 @@ def _read_one(config: ResourceConfig, kept: dict[str, list[list[str]]], told_bef
         sections = _sections(config.path, config.found_kind(), config)
     if not any(section.text.strip() for section in sections):
         raise UserError(f"{config.path} is empty: expected a text")
-    # where it lies on this machine is nobody's business who reads the dataset
+    # readers of the dataset need not know where the file was on this machine
     name = config.path if config.is_remote else Path(config.path).resolve().name
     name = files.writable(name, "the name of a resource")
     writable = [Section(files.writable(s.name, name), files.writable(s.text, f"{name}, {s.name}")) for s in sections]
     told = f"{name}: {Sections(writable, sections.read, sections.left_out)}"
-    if is_kept:  # when it was fetched, there was more to tell
+    if is_kept:  # more was known when it was fetched
         told = next((line for line in told_before if line.startswith(f"{name}: ")), told)
     return Resource(name, tuple(writable), config.weight, told)
 

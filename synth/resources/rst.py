@@ -1,4 +1,4 @@
-"""Where the headings of reStructuredText stand."""
+"""Finds the headings of reStructuredText."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SETTINGS = {
     "syntax_highlight": "none",
     "_disable_config": True,
 }
-_LINE_BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # for the library, and for nobody else
+_LINE_BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # only the library takes these for line breaks
 
 
 def headings(text: str) -> Iterator[Heading]:
-    """None, of a text that is too strange for the library."""
+    """Yields the headings of a text, or none if it is too strange for the library."""
     nodes = extras.load("docutils.nodes", "reStructuredText")
     publish = extras.load("docutils.core", "reStructuredText").publish_doctree
     try:

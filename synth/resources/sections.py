@@ -1,4 +1,4 @@
-"""Sections: consecutive pieces of one text, each with a name that says where it stands. And where such pieces begin."""
+"""Sections are consecutive pieces of one text, each with a name that says where it stands. Here texts are cut so."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Section:
 
 
 class Sections(list[Section]):
-    """What a reader gives: sections, what there was to read, as counts by kind, and what of it was left out, by why."""
+    """What a reader returns: sections, counts of what there was to read, and counts of what was left out, by reason."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Sections(list[Section]):
         self.left_out = +Counter(left_out)  # those that are more than 0
 
     def __str__(self) -> str:
-        """One sentence."""
+        """One sentence about what was read and what was left out."""
         read = _counted(self.read or {"sections": len(self)})
         left_out = f"left out: {_counted(self.left_out)}" if self.left_out else "nothing was left out"
         return f"read {read}, {sum(len(section.text) for section in self)} characters; {left_out}"
@@ -72,7 +72,7 @@ def at_headings(text: str, headings: Iterable[Heading], name: str) -> list[Secti
 
 
 def at_definitions(code: str, name: str) -> list[Section]:
-    """Cuts source code before its outermost functions and classes, told by how their lines begin, in most languages."""
+    """Cuts source code before its outermost functions and classes, which most languages show by how a line begins."""
     lines = code.splitlines(keepends=True)
     begins: list[tuple[int, str]] = []
     for number, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""Slack: an export, zipped or not, or the API; every channel's day a section, replies under what they answer."""
+"""Reads Slack, from an export or its API. Every day of a channel is a section, with replies under what they answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ URL = "https://slack.com/api"
 TOKEN = "SLACK_BOT_TOKEN"  # of the environment: may read channels, their history and users
 LARGEST_EXPORT = 2**31  # bytes, unpacked
 
-# What Slack itself says in a channel, by its subtypes, and what they count as.
+# The subtypes of messages that are Slack's own, and what each is counted as.
 _MOVES = "joins and leaves"
 _DELETED = "deleted messages"
 _NOTICES = "notices of Slack's (topics, names, pins, archiving)"
@@ -64,7 +64,7 @@ Message = Mapping[str, Any]
 
 
 def read_export(path: str) -> Sections:
-    """From the folder or the .zip file that Slack's export gives.
+    """The messages of an export of Slack's, a folder or a .zip file.
 
     Raises:
       FileNotFoundError, UserError: there is no such thing at `path`, or no message in it.
@@ -86,7 +86,7 @@ def read_export(path: str) -> Sections:
 
 
 def read_api(address: str, api_url: str | None = None) -> Sections:
-    """The channels of slack:NAME,NAME, or of slack: every one that the token's owner is a member of.
+    """The messages of the channels in slack:NAME,NAME; the address slack: means all that the token's owner is in.
 
     Raises:
       UserError: there is no token in the environment, Slack refuses it, or there is no such channel or message.
@@ -174,7 +174,7 @@ class _Counts:
 
 
 def _channel(name: str, messages: Iterable[Message], users: Mapping[str, str], counts: _Counts) -> Iterator[Section]:
-    """Days in order; a thread belongs to the day on which it began."""
+    """Yields the days of a channel in order. A thread belongs to the day on which it began."""
     latest = _latest(messages, counts)
     threads: dict[str, list[Message]] = {}
     for ts in sorted(latest, key=_seconds):
@@ -189,7 +189,7 @@ def _channel(name: str, messages: Iterable[Message], users: Mapping[str, str], c
 
 
 def _latest(messages: Iterable[Message], counts: _Counts) -> dict[str, Message]:
-    """What people said, by its time and as it stands after all edits: without what Slack says of itself."""
+    """The messages of people, by their times, as they are after all edits. Slack's own notices are left out."""
     latest: dict[str, Message] = {}
     deleted: set[str] = set()
     for message in messages:
@@ -233,7 +233,7 @@ def _line(message: Message, users: Mapping[str, str], counts: _Counts) -> str:
 
 
 def _who(message: Message, users: Mapping[str, str]) -> str:
-    """By users.json, else as the message itself names who wrote it, as those of other workspaces do."""
+    """The name of a message's author: from users.json, or else from the message, if that is of another workspace."""
     if known := users.get(str(message.get("user"))):
         return known
     for key in ("user_profile", "bot_profile"):

@@ -1,4 +1,4 @@
-"""The words of one Slack message: its text, and what its blocks and its attachments hold beside that."""
+"""Finds the words of one Slack message: its text, and what its blocks and attachments say beside that."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _joined(pieces: list[str], more: str) -> list[str]:
-    """With `more`, unless either side says what the other does already."""
+    """The pieces together with `more`, but without any of them that another says already."""
     more = more.strip()
     if not more or any(_squeezed(more) in _squeezed(piece) for piece in pieces):
         return pieces
@@ -53,7 +53,7 @@ def _words(node: Mapping[str, Any], users: Users) -> str:
 
 
 def _pieces(node: Any, users: Users, depth: int) -> Iterator[str]:
-    """A block's texts in their order, a line for each that stands alone; of rich text, runs that are one line."""
+    """Yields a block's texts in their order. Each is a line, but for the runs that make up a line of rich text."""
     if depth > DEEPEST:
         return
     if isinstance(node, list):
@@ -85,7 +85,7 @@ def _pieces(node: Any, users: Users, depth: int) -> Iterator[str]:
 
 
 def _run(node: Mapping[str, Any], users: Users) -> str:
-    """An element of rich text that stands inside of a line; nothing for any other."""
+    """The text of an element that stands inside of a line of rich text, or nothing for any other node."""
     match node.get("type"):
         case "text":
             return str(node.get("text") or "")
@@ -106,7 +106,7 @@ def _run(node: Mapping[str, Any], users: Users) -> str:
 
 
 def _plain(text: str, users: Users) -> str:
-    """Slack's own marks in a text as a reader sees them."""
+    """A text with Slack's own marks (mentions, links, entities) written as a reader sees them."""
     text = _MENTION.sub(lambda found: _mention(found, users), text)
     text = _LINK.sub(lambda found: f"{found[2]} ({found[1]})" if found[2] else found[1], text)
     for entity, character in _ENTITIES:

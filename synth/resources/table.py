@@ -1,4 +1,4 @@
-"""CSV: every row a section that repeats the names of the columns, so that it can be read alone."""
+"""Reads CSV. Every row is a section that repeats the names of the columns, so that it can be read alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEPARATOR = re.compile(r"sep=([^\n])\n")  # as Excel names it in a first line
 
 
 def read(path: str) -> Sections:
-    """Rows as lines of `column: value`; the first row names the columns, cells that are empty are left out.
+    """The rows as lines of `column: value`. The first row names the columns, and empty cells are left out.
 
     Raises:
       UserError: there is no row below the first.
@@ -40,7 +40,7 @@ def read(path: str) -> Sections:
 
 
 def sections_of(rows: Sequence[Sequence[str]], where: str = "") -> list[Section]:
-    """One for each row below the first, which names the columns; of a single row, its cells."""
+    """A section for each row below the first, which names the columns. A single row gives one section of its cells."""
     if len(rows) < 2:
         return [Section(f"{where}row 1", f"{where}row 1\n{' | '.join(filter(None, row))}\n\n") for row in rows]
     header, *rest = rows
@@ -54,6 +54,6 @@ def sections_of(rows: Sequence[Sequence[str]], where: str = "") -> list[Section]
 
 
 def _delimiter(text: str) -> str:
-    """The one that stands most often in the first line."""
+    """The delimiter that occurs most often in the first line."""
     first = text.partition("\n")[0]
     return max(DELIMITERS, key=first.count)

@@ -1,4 +1,4 @@
-"""Texts that are read as they stand: one file, Markdown, and source code."""
+"""Reads texts that are taken as they stand: plain text, Markdown, reStructuredText and source code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(path: str) -> str:
 
 
 def decode(data: bytes) -> str:
-    """A text whose encoding nobody says: old ones are in Latin-1, or in Windows' form of it, or look like it."""
+    """Decodes a text of unknown encoding: it is UTF-8, perhaps damaged, or else Latin-1 or Windows' form of that."""
     try:
         return files.decode(data)
     except UnicodeDecodeError:
@@ -49,7 +49,7 @@ def read_markdown(path: str) -> list[Section]:
 
 
 def markdown_headings(text: str) -> list[Heading]:
-    """Those of the document itself, not of its code blocks, quotes and lists."""
+    """The headings of the document itself, without those in code blocks, quotes and lists."""
     starts = [0, *(found.end() for found in re.finditer(r"\r\n?|\n", text))]
     tokens = extras.load("markdown_it", "a Markdown file").MarkdownIt().parse(text)
     return [
@@ -60,14 +60,14 @@ def markdown_headings(text: str) -> list[Heading]:
 
 
 def read_rst(path: str) -> Sections:
-    """As it stands; what its directives name is not followed."""
+    """A reStructuredText file as it stands. Files that its directives name are not read, but counted."""
     text = read(path)
     unread = Counter(f"files named by {name}" for name in _DIRECTIVES.findall(text))
     return Sections(at_headings(text, rst.headings(text), Path(path).name), left_out=unread)
 
 
 def split(text: str, path: Path, name: str) -> list[Section]:
-    """The sections of one text of a folder."""
+    """Cuts one text of a folder into sections, as its suffix tells."""
     suffix = path.suffix.lower()
     if suffix in (".md", ".markdown"):
         return at_headings(text, markdown_headings(text), name)

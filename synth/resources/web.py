@@ -1,4 +1,4 @@
-"""One GET after another from one host, for resources that live behind an API: arXiv, Slack, Gmail."""
+"""Sends GET requests to one host, for resources that are behind an API: arXiv, Slack, Gmail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):
-    """No other host than the one that was configured is asked, and none is told the token."""
+    """Refuses redirects to another host, so that none but the configured one is asked or gets the token."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # pyrefly: ignore
         if urllib.parse.urlsplit(newurl)[:2] != urllib.parse.urlsplit(req.full_url)[:2]:
@@ -32,7 +32,7 @@ class _SameHost(urllib.request.HTTPRedirectHandler):
 
 
 class Api:
-    """Throttled or failing requests are repeated, `ATTEMPTS` times in all."""
+    """A host and a token for it. A request that fails or is throttled is tried `ATTEMPTS` times in all."""
 
     def __init__(self, base_url: str, token: str | None = None):
         if not base_url.startswith(("http://", "https://")):
@@ -88,7 +88,7 @@ class Api:
 
 
 def _seconds(header: str | None) -> float:
-    """Of a Retry-After that is a number, as those APIs send it."""
+    """The seconds of a Retry-After, which these APIs send as a number."""
     try:
         return float(header or 0)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A tool: something that either side of a conversation may ask before it speaks."""
+"""A tool is something that either side of a conversation may ask before it writes a message."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ class Tool(Protocol):
     parameters: Mapping[str, Any]  # JSON schema of the arguments
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
-        """The tool's answer. Raises: UserError, with what the tool complains of."""
+        """The tool's answer. Raises: UserError, with the tool's complaint."""
         ...

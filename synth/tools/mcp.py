@@ -1,4 +1,4 @@
-"""The tools of an MCP server: a child process that is spoken to over stdio (modelcontextprotocol.io)."""
+"""The tools of an MCP server, a child process that is called over stdio (modelcontextprotocol.io)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from synth.config import McpConfig
 if TYPE_CHECKING:
     from mcp import ClientSession
 
-START_SECONDS = 120.0  # some are downloaded when they start
+START_SECONDS = 120.0  # a server may take: some are downloaded when they start
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,10 @@ class McpTool:
 
 @contextlib.asynccontextmanager
 async def opened(config: McpConfig) -> AsyncIterator[list[McpTool]]:
-    """Raises: MissingPackage, without the package; UserError, if the server does not start or does not speak MCP."""
+    """The tools of a server that runs meanwhile.
+
+    Raises: MissingPackage, without the package; UserError, if the server does not start or does not speak MCP.
+    """
     ready: asyncio.Future[list[McpTool]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     # In a task of its own: the package's task groups would wrap every error that passes them into a group.

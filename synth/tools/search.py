@@ -1,4 +1,4 @@
-"""BM25 search over the passages of the resource: a look at what lies outside the chunk.
+"""A tool that searches the passages of the whole resource by BM25, and so shows what lies outside of the chunk.
 
 The ranking is Okapi BM25 with Lucene's never-negative inverse document frequency (Robertson and Zaragoza 2009,
 "The Probabilistic Relevance Framework: BM25 and Beyond").
@@ -58,7 +58,7 @@ class Search:
         return "\n".join(parts)
 
     def rank(self, query: str) -> list[int]:
-        """Passages with any of the words, best first."""
+        """The numbers of the passages that have any of the query's words, the best first."""
         totals: dict[int, float] = collections.defaultdict(float)
         for word in _words(query):
             for i, score in self._scores.get(word, {}).items():
@@ -67,7 +67,7 @@ class Search:
 
 
 def passages(text: str) -> list[str]:
-    """Whole paragraphs of together about `PASSAGE_CHARACTERS`; one that is longer is cut between words."""
+    """Cuts a text into passages of about `PASSAGE_CHARACTERS`, between paragraphs, or between words in a long one."""
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         words = paragraph.split(" ")

@@ -14,7 +14,7 @@ from synth.tools.search import Search
 
 @contextlib.asynccontextmanager
 async def opened(config: SynthConfig, text: str) -> AsyncIterator[tuple[Tool, ...]]:
-    """The tools that the config names, ready for use; `text` is what a search looks through.
+    """The tools that the config names, ready for use. `text` is what the search tool searches.
 
     Raises:
       ImportError, UserError: an MCP server cannot be used, or two tools share a name.

@@ -1,7 +1,7 @@
-"""How a model is asked for calls of tools, and what becomes of them.
+"""Asks a model which tools it wants to call, and calls them.
 
-The asking is by text, in the form that Qwen and Hermes models were taught (<tool_call> around a JSON object), so that
-any server will do; a model that was not taught it mostly calls nothing.
+It is asked in plain text, in the form that Qwen and Hermes models were taught (<tool_call> around a JSON object), so
+that any server will do. A model that was not taught this form mostly calls nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ A call is a JSON object with the tool's name and its arguments:
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 
 
-async def consult(
+async def call_tools(
     client: Client,
     tools: Sequence[Tool],
     seen: ChatMessages,
@@ -48,7 +48,10 @@ async def consult(
     sampling: SamplingConfig,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Asks for calls before the next message and makes them: name, input, output, success and raw_request of each."""
+    """Asks for calls before the next message, makes them, and returns a record of each.
+
+    A record has `name`, `input`, `output`, `success` and `raw_request`.
+    """
     definitions = "\n".join(
         json.dumps({"name": t.name, "description": t.description, "parameters": t.parameters}, ensure_ascii=False)
         for t in tools
@@ -62,8 +65,8 @@ async def consult(
     return list(await asyncio.gather(*(_call(request, by_name, config.timeout_seconds) for request in requests)))
 
 
-def shown(calls: Sequence[dict[str, Any]]) -> str:
-    """The calls that succeeded, as both sides read them in their context."""
+def as_context(calls: Sequence[dict[str, Any]]) -> str:
+    """The calls that succeeded, as a text that stands in the context of both sides."""
     return "\n\n".join(
         f"<tool_call>\n<tool_input>{json.dumps(call['input'], ensure_ascii=False)}</tool_input>\n"
         f"<tool_output>\n{call['output']}\n</tool_output>\n</tool_call>"
@@ -73,7 +76,7 @@ def shown(calls: Sequence[dict[str, Any]]) -> str:
 
 
 async def _call(request: str, tools: dict[str, Tool], timeout: float) -> dict[str, Any]:
-    """A call that fails is told in the record and nowhere else: that a model calls nonsense stops no run."""
+    """Makes one call. A failure is noted in the record alone, since a model that calls nonsense should stop no run."""
     record: dict[str, Any] = {"name": None, "input": None, "success": False, "raw_request": request}
     try:
         asked = json.loads(request)

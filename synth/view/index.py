@@ -1,4 +1,4 @@
-"""Where each conversation of a dataset lies, and what can be counted of it; the conversations stay on disk."""
+"""An index of a dataset: where each conversation lies, and counts of them. The conversations stay on disk."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SEARCHES_KEPT = 16
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A row group of one of the files."""
+    """A row group (a block of rows) of one of the files."""
 
     path: Path
     number: int
-    first: int  # conversation
+    first: int  # the number of its first conversation
 
 
 class Index:
-    """Of one dataset; safe to use from several threads.
+    """The index of one dataset. Several threads may use it.
 
     Raises:
       FileNotFoundError, UserError: a file that is not there, damaged, or no conversation dataset.
@@ -94,7 +94,7 @@ class Index:
         return [dataset.head_of(row) for row in table.to_pylist()]
 
     def heads(self, places: Sequence[int]) -> list[Head]:
-        """Of conversations in ascending order."""
+        """The heads of the conversations at `places`, which ascend."""
         found: list[Head] = []
         group, heads = None, []
         for place in places:
@@ -115,7 +115,7 @@ class Index:
         return [made for group in groups for made in conversation.from_batch(self._table(group).slice(0, share))]
 
     def _find(self, kind: str, words: str, in_context: bool) -> np.ndarray:
-        """Places of the conversations of seed type `kind` (all, if empty) that hold `words`, whatever their case."""
+        """The places of conversations of seed type `kind` (all, if empty) that hold `words` in upper or lower case."""
         found = np.ones(self.total, bool)
         if kind:
             found &= np.array([own == kind for own in self.kind_of], bool)

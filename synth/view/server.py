@@ -1,4 +1,4 @@
-"""The page's own HTTP API, on the loopback alone. A request names conversations by number; no path comes from it."""
+"""Serves the page and its HTTP API, on the loopback only. Requests name conversations by number, and never a path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from synth.view.index import Index
 from synth.view.vocabulary import Vocabulary
 
 HOST = "127.0.0.1"
-NAMES = ("127.0.0.1", "localhost")  # what a browser may call us: another site's name that leads here is refused
+NAMES = ("127.0.0.1", "localhost")  # by which a browser may ask: another site's name that leads here is refused
 PAGE = {"": "index.html", "view.css": "view.css", "view.js": "view.js", "charts.js": "charts.js"}
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
@@ -30,7 +30,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 async def serve(index: Index, vocabulary: Vocabulary | None, name: str, port: int) -> None:
-    """Until the process is stopped."""
+    """Serves the page until the process is stopped."""
     runner = web.AppRunner(make_app(index, vocabulary, name), shutdown_timeout=1.0)
     await runner.setup()
     try:
@@ -138,7 +138,7 @@ class _View:
         }
 
     def _probabilities(self) -> list[int]:
-        """Of the tokens of a sample's answers, how many had which probability, in tenths."""
+        """How many tokens of a sample's answers had a probability up to a tenth, two tenths and so on."""
         counts: collections.Counter[int] = collections.Counter()
         for made in self._index.sample(SAMPLED):
             for message in made.messages:
@@ -147,9 +147,9 @@ class _View:
 
 
 def _tokens(message: Message, vocabulary: Vocabulary | None) -> dict[str, Any]:
-    """`tokens` of a message with probabilities: text, probability (0: not among those kept), alternatives.
+    """The tokens of a message that has probabilities: text, probability (0, if it was not kept) and alternatives.
 
-    `aligned` tells whether their texts spell the content; what they spell beyond it is special, such as an end of turn.
+    `aligned` tells whether the texts of all tokens but the special ones, such as an end of turn, spell the content.
     """
     chosen = list(_chosen(message))
     if not chosen or message.token_ids is None:
@@ -170,7 +170,7 @@ def _tokens(message: Message, vocabulary: Vocabulary | None) -> dict[str, Any]:
 
 
 def _chosen(message: Message) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Of every token that has any: its own probability, and the teacher's alternatives, the likeliest first."""
+    """For every token that has any: its own probability, and the teacher's alternatives, the likeliest first."""
     top, ids = message.top_logprobs, message.token_ids
     if top is None or ids is None:
         return []
@@ -186,7 +186,7 @@ def _chosen(message: Message) -> list[tuple[float, list[tuple[int, float]]]]:
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
-    """Bars of equal width from 0 on; what is beyond the 99.5th percentile stands in the last one."""
+    """A histogram with bars of equal width from 0 on. The last bar has all beyond the 99.5th percentile."""
     if not len(values):
         return {"width": 1, "counts": [], "mean": 0.0}
     longest = max(1, int(np.percentile(values, 99.5)))
@@ -196,7 +196,7 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
 
 
 def _coverage(spans: list[tuple[int, int]]) -> list[float]:
-    """How often each stretch of a resource was in a context; of equal stretches, as many as there are bars."""
+    """How often each of `BARS` equal stretches of a resource was in a context."""
     end = max((end for _, end in spans), default=0)
     if end < 1:
         return []

@@ -1,6 +1,6 @@
-"""What a token id looks like: its bytes, from a tokenizer.json or a GGUF file.
+"""Turns token ids into texts, by the bytes that a tokenizer.json or a GGUF file gives for each.
 
-Bytes, since a token may hold a part of a character only; put in a row, they are the message's own.
+A token may be a part of a character only, so the bytes of a message's tokens are joined before they are decoded.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
+    """The bytes of every token, and which tokens are special."""
+
     tokens: dict[int, bytes]
     special: frozenset[int]
 
@@ -31,7 +33,7 @@ class Vocabulary:
         return self.tokens.get(token_id, f"⟨{token_id}⟩".encode()).decode(errors="replace")
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """One a token; together they spell what the ids do. A character belongs to the token that completes it."""
+        """A text for each token; joined, they are what the ids spell. A token gets the characters it completes."""
         texts, pending = [], b""
         for place, token_id in enumerate(token_ids):
             pending += self.tokens.get(token_id, f"⟨{token_id}⟩".encode())
@@ -43,7 +45,7 @@ class Vocabulary:
 
 
 def find_vocabulary(source: str | None, model: str | None) -> Vocabulary | None:
-    """From `source` if it is given, else from what the Hub's cache holds of `model`, else None: then ids are shown.
+    """The vocabulary of `source`, or else of `model` in the Hub's cache, or None, so that the page shows ids.
 
     Raises:
       UserError: `source` cannot be read.
@@ -104,7 +106,7 @@ def _vocabulary(names: Iterable[tuple[int, str]], literal: dict[int, str], is_by
 
 
 def _byte_level(name: str) -> bytes:
-    """GPT-2 writes every byte as a character that can be printed, most as themselves."""
+    """The bytes of a token of GPT-2's kind, which writes every byte as a printable character."""
     try:
         return bytes(_BYTES[character] for character in name)
     except KeyError:

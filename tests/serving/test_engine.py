@@ -28,6 +28,7 @@ from cartridges_jax.serving.scheduler import (
     Started,
     Token,
 )
+from cartridges_jax.serving.warmup import Warmup
 
 TOLERANCE = 1e-4
 LENGTH = 512
@@ -407,7 +408,7 @@ def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all():
 
 def test_nothing_is_compiled_after_warmup():
     engine = Engine(tiny.model(), max_num_seqs=3, max_length=384, batch_sizes=[1, 3])
-    engine.warmup()
+    Warmup(engine.programs()).run()
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
     try:

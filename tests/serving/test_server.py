@@ -665,7 +665,6 @@ def test_a_signal_stops_the_server(number):
     [
         (["--cartridges=no-such-folder"], "not a folder"),
         (["--max-num-seqs=0"], "--max-num-seqs is 0"),
-        (["--slots=4"], "--slots is called --max-num-seqs now"),
         (["--port=70000"], "--port is 70000"),
         (["--max-length=1"], "--max-length is 1"),
     ],

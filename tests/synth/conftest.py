@@ -33,8 +33,8 @@ def servers() -> Iterator[list[StubServer]]:
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "FIRST_BACKOFF_SECONDS", 0.02)
-    monkeypatch.setattr(endpoint, "FIRST_SHUT_SECONDS", 0.05)
-    monkeypatch.setattr(endpoint, "LONGEST_SHUT_SECONDS", 0.2)
+    monkeypatch.setattr(endpoint, "FIRST_OPEN_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint, "LONGEST_OPEN_SECONDS", 0.2)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from synth.config import FilterConfig
 from synth.conversation import Conversation, Message
-from synth.filters import Judge, findings
+from synth.filters import Filter, findings
 
 FINE = "The lamp tower is 41 metres tall, and Gus Hale polishes its lamp with vinegar and soft leather every morning."
 
@@ -61,9 +61,9 @@ def test_a_message_that_was_cut_is_found():
     assert findings(Conversation((Message("", "user"),), "", {})) == {"empty"}
 
 
-def look(questions: list[str], **filters: bool) -> list[bool]:
-    judge = Judge(FilterConfig(**filters))
-    return [judge.look(talk(question))[1] for question in questions]
+def stay(questions: list[str], **config: bool) -> list[bool]:
+    filters = Filter(FilterConfig(**config))
+    return [filters.check(talk(question))[1] for question in questions]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def look(questions: list[str], **filters: bool) -> list[bool]:
     ],
 )
 def test_near_duplicates(first: str, second: str, alike: bool):
-    assert look([first, second], near_duplicate=True) == [True, not alike]
-    assert look([first, second]) == [True, True]
+    assert stay([first, second], near_duplicate=True) == [True, not alike]
+    assert stay([first, second]) == [True, True]
 
 
 def test_of_thousands_of_questions_those_that_repeat_leave():
@@ -97,21 +97,21 @@ def test_of_thousands_of_questions_those_that_repeat_leave():
         for name in ("Ada", "Gus Hale")
         for thing in ("the lamp", "vinegar", "a letter of the keeper")
     ]
-    assert sum(look(different * 3, near_duplicate=True)) == len(different)
+    assert sum(stay(different * 3, near_duplicate=True)) == len(different)
 
 
 def test_one_that_leaves_takes_no_other_along():
-    judge = Judge(FilterConfig(refusal=True, near_duplicate=True))
-    assert judge.look(talk("Who polishes the lamp?", "I cannot say."))[1] is False
-    assert judge.look(talk("Who polishes the lamp?"))[1] is True
-    assert judge.look(talk("Who polishes the lamp?")) == ({"near_duplicate"}, False)
+    filters = Filter(FilterConfig(refusal=True, near_duplicate=True))
+    assert filters.check(talk("Who polishes the lamp?", "I cannot say."))[1] is False
+    assert filters.check(talk("Who polishes the lamp?"))[1] is True
+    assert filters.check(talk("Who polishes the lamp?")) == ({"near_duplicate"}, False)
 
 
 @settings(max_examples=30)
 @given(st.text(max_size=300), st.text(max_size=300))
 def test_any_text_can_be_judged(question: str, answer: str):
-    judge = Judge(FilterConfig(near_duplicate=True))
-    judge.look(talk(question, answer))
-    found, stays = judge.look(talk(question, answer))
+    filters = Filter(FilterConfig(near_duplicate=True))
+    filters.check(talk(question, answer))
+    found, stays = filters.check(talk(question, answer))
     assert stays == (not found & {"empty", "near_duplicate"})
     assert found

@@ -58,7 +58,7 @@ def test_passing_faults_are_tried_again_counted_and_logged(
 def test_a_thousand_failures_are_a_few_lines(
     servers: list[StubServer], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(endpoint, "SHUT_AFTER", 10_000)
+    monkeypatch.setattr(endpoint, "OPEN_AFTER", 10_000)
     for server in servers:
         server.next_fault = lambda: 500
 
@@ -123,8 +123,8 @@ def test_the_deadline_is_for_all_attempts_together(server: StubServer):
 def test_a_fleet_that_is_gone_is_waited_for_until_the_deadline(
     servers: list[StubServer], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(endpoint, "FIRST_SHUT_SECONDS", 60.0)
-    monkeypatch.setattr(endpoint, "LONGEST_SHUT_SECONDS", 60.0)
+    monkeypatch.setattr(endpoint, "FIRST_OPEN_SECONDS", 60.0)
+    monkeypatch.setattr(endpoint, "LONGEST_OPEN_SECONDS", 60.0)
     for server in servers:
         server.next_fault = lambda: "drop"
 

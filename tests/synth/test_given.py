@@ -100,7 +100,7 @@ def test_mixed_into_self_study(make_given: MakeConfig):
     given = [one for one in made if one.metadata["seed_prompt_type"] == "given"]
     assert [one.metadata["conversation_index"] for one in given] == [3, 7, 11, 15] and len(made) == 16
     assert all("chunk_span" in one.metadata for one in made if one not in given)
-    with pytest.raises(UserError, match=r"holds 4 questions, but 5 of 20 conversations are to begin with them"):
+    with pytest.raises(UserError, match=r"holds 4 questions, but 5 of 20 conversations are to come from there"):
         make(make_given(num_conversations=20, share=0.25))
 
 

@@ -40,7 +40,7 @@ def test_no_character_of_a_string_ends_a_line(tmp_path: Path):
     assert text_of(tmp_path / "a.jsonl", raw) == f"1/a: {WORDS}\n\n2/a: next\n\n"
     turns = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": WORDS}]
     (tmp_path / "logs.jsonl").write_bytes(b"\xef\xbb\xbf" + line({"messages": turns}) * 2)
-    found = existing._read(str(tmp_path / "logs.jsonl"))
+    found = existing.read(str(tmp_path / "logs.jsonl"))
     assert [one.messages for one in found] == [tuple(turns)] * 2
 
 

@@ -252,6 +252,11 @@ def test_what_unfolds_without_measure(tmp_path: Path):
         list(legacy.read(dumped(tmp_path, [TrainingExample([], metadata={"a": deep})])))
     with pytest.raises(UserError, match=r"unfolds to more than|is no conversation of upstream's"):
         list(legacy.read(dumped(tmp_path, [TrainingExample([], metadata={"a": circle})])))
+    top = FlatTopLogprobs(deep, deep, deep, (1, 1))
+    asked = [TrainingExample.Message("x", "user", deep), TrainingExample.Message("x", "user", [1], top)]
+    for row in (TrainingExample([], deep), TrainingExample([], type=deep), *(TrainingExample([one]) for one in asked)):
+        with pytest.raises(UserError, match=r"row 0, is no conversation of upstream's: TypeError\('[\w ,-]+ should be"):
+            list(legacy.read(dumped(tmp_path, [row])))
     with pytest.raises(UserError, match="unfolds to more than"):
         list(legacy.read(dumped(tmp_path, rows)))
 

@@ -21,7 +21,7 @@ from synth.config import ClientConfig, ExistingConfig, SamplingConfig, SynthConf
 from synth.conversation import Conversation
 from synth.pipeline import synthesize
 from synth.seed_prompts import SeedPrompt
-from synth.self_study import spoken
+from synth.self_study import strip_thinking
 
 MakeConfig = Callable[..., SynthConfig]
 
@@ -143,8 +143,8 @@ def test_thinking_is_drawn_once_a_conversation_and_recorded(speaker: Speaker, ma
 
 
 def test_what_is_spoken():
-    assert spoken("<think>a</think>\n\nb") == "b" and spoken("a\n") == "a\n"
-    assert spoken("<think>cut") == "" and spoken("2 < 3 <think>") == "2 < 3 <think>"
+    assert strip_thinking("<think>a</think>\n\nb") == "b" and strip_thinking("a\n") == "a\n"
+    assert strip_thinking("<think>cut") == "" and strip_thinking("2 < 3 <think>") == "2 < 3 <think>"
 
 
 def test_nobody_is_told_of_thinking_unasked(server: StubServer, make_config: MakeConfig):
@@ -297,7 +297,7 @@ def test_general_instructions_mixed_in_without_context(scorer: Scorer, make_conf
     assert all(one.system_prompt == "" for one in given) and len(made) == 40
     scored = [body for body in scorer.requests if "prompt_logprobs" in body]
     assert not any(message["role"] == "system" for body in scored for message in body["messages"])
-    with pytest.raises(UserError, match=r"holds 4 conversations, but 5 of 50 are to come from there"):
+    with pytest.raises(UserError, match=r"holds 4 conversations, but 5 of 50 conversations are to come from there"):
         make(dataclasses.replace(mixed, num_conversations=50, output_dir=mixed.output_dir + "2"))
 
 

@@ -22,7 +22,7 @@ from synth.config import ClientConfig, McpConfig, ResourceConfig, SamplingConfig
 from synth.tools import toolbox
 from synth.tools.base import Tool
 from synth.tools.search import PASSAGE_CHARACTERS, Search, passages
-from synth.tools.use import consult, shown
+from synth.tools.use import as_context, call_tools
 
 SERVER = McpConfig(sys.executable, (str(Path(__file__).parent / "mcp_server.py"),), ("UNIT=ounces",))
 TEXT = "The owl sleeps in the barn.\n\n" * 60 + "A fox weighs 42 grams.\n\n" + "The hen sleeps in the yard.\n\n" * 60
@@ -57,7 +57,7 @@ SAMPLING = SamplingConfig(temperature=0.3, stop=("\n",), thinking=1.0)
 
 
 def ask(model: Says, opened: Sequence[Tool], config: ToolsConfig) -> Any:
-    return consult(model, opened, SEEN, config, SAMPLING, 1)  # type: ignore[arg-type]
+    return call_tools(model, opened, SEEN, config, SAMPLING, 1)  # type: ignore[arg-type]
 
 
 def test_tools_of_an_mcp_server():
@@ -88,7 +88,7 @@ def test_tools_of_an_mcp_server():
     asked = model.seen[-1]["content"]
     assert "How heavy?" in asked and "Says what an animal weighs." in asked and '"animal"' in asked
     assert (model.sampling.max_tokens, model.sampling.stop, model.sampling.thinking) == (128, (), 0.0)
-    assert shown(calls).count("<tool_output>") == 1 and "21 ounces" in shown(calls)
+    assert as_context(calls).count("<tool_output>") == 1 and "21 ounces" in as_context(calls)
 
 
 @pytest.mark.parametrize(

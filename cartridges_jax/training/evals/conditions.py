@@ -31,11 +31,11 @@ from cartridges_jax.training.metrics import METRICS
 from cartridges_jax.training.report import write_report
 from cartridges_jax.training.run import INITIAL
 
+SCORES = {"accuracy": contains, "exact": exact, "f1": token_f1}
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """The settings of an evaluation. A field's name is its key in a config file and its flag, `--config.NAME`."""
-
     cartridge: str  # a file or folder in any format, hf:… or wandb:…
     corpus: str
     output_dir: str
@@ -160,9 +160,7 @@ def _measure(
     return {
         "condition": condition.name,
         "nll": nll,
-        "accuracy": statistics.mean(contains(text, q.answer) for text, q in zip(texts, questions, strict=True)),
-        "exact": statistics.mean(exact(text, q.answer) for text, q in zip(texts, questions, strict=True)),
-        "f1": statistics.mean(token_f1(text, q.answer) for text, q in zip(texts, questions, strict=True)),
+        **{key: statistics.mean(map(scorer, texts, [q.answer for q in questions])) for key, scorer in SCORES.items()},
         "context_tokens": context_tokens,
         "kv_bytes": context_tokens * model.kv_bytes_per_token,
         **timing,
@@ -194,11 +192,9 @@ def _asked(
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]], condition: str) -> float | None:
-    """Returns which part of the way from knowing nothing to reading the full document a condition comes.
+    """Returns (NLL nothing - NLL condition) / (NLL nothing - NLL full document), NLL being that of the answers.
 
-    It is measured by the negative log-likelihood (NLL) of the answers:
-    (NLL nothing - NLL condition) / (NLL nothing - NLL full document). It is None if the full document was not measured,
-    or does not help.
+    It is None if the full document was not measured, or does not help.
     """
     nll = {row["condition"]: row["nll"] for row in rows}
     if "full document" not in nll or nll["nothing"] <= nll["full document"]:

@@ -38,11 +38,7 @@ class LossEval:
             )
 
     def examples(self, model: LanguageModel, targets: Targets, thinking: bool | None) -> dict[str, list[Example]]:
-        """Reads the examples, grouped by the type of their seed prompt; those of questions have the type "".
-
-        Args:
-          thinking: the mode of thinking in which questions are asked.
-        """
+        """Reads the examples by the type of their seed prompt ("" for questions, which are asked with `thinking`)."""
         if self.dataset is not None:
             groups = defaultdict(list)
             found = typed_examples(self.dataset, model.tokenizer, targets, model.config.vocab_size)
@@ -126,11 +122,7 @@ class Evals:
         self._without = general_nll(model, None, thinking) if config.off_topic else None
 
     def check_window(self, num_slots: int) -> None:
-        """Refuses a cartridge of `num_slots` behind which an evaluation has no room.
-
-        Raises:
-          UserError: an evaluation exceeds the model's window.
-        """
+        """Raises a UserError if an evaluation exceeds the model's window behind so many slots."""
         examples = {name: [e for members in groups.values() for e in members] for name, groups in self._losses.items()}
         if self._without is not None:
             examples["off_topic"] = _general_examples(self._model, True, self._thinking)
@@ -210,11 +202,7 @@ class Evals:
 
 
 def general_nll(model: LanguageModel, prefix: Cartridge | None, thinking: bool | None = None) -> float:
-    """Returns the loss of the answers to general questions, in nats per token.
-
-    Args:
-      prefix: the cartridge behind which they are asked; None asks the model alone.
-    """
+    """Returns the loss of answers to general questions, behind a cartridge or of the model alone, in nats per token."""
     total, count = answer_loss(model, prefix, _general_examples(model, prefix is not None, thinking))
     return total / count
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import Place, Prefix, SlotInput
+from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 
 TIMED_TOKENS = 16  # an answer's tokens, over whose decoding the rate is measured
 
@@ -24,18 +25,20 @@ def time_answers(
     held = None if prefix is None else Prefix("timed", prefix.num_slots, prefix)
     p = 0 if held is None else held.length
     engine = Engine(model, 1, length, max_top_logprobs=1)
-    place = Place(range(engine.num_pages), p)
+    block_table = BlockTable(range(engine.num_pages), p)
 
     def decode(token: int, position: int, step: int) -> int:
-        [sampled] = engine.harvest(engine.decode([SlotInput(0, token, position, place, 0.0, 1.0, 0, 0, step)]))
+        [sampled] = engine.harvest(
+            engine.decode([SequenceInput(0, token, position, block_table, 0.0, 1.0, 0, 0, step)])
+        )
         return sampled.token
 
     first_token, rate = [], []
     for prompt in [prompts[0], *prompts]:  # the first run compiles
         start = time.perf_counter()
         if held is not None:
-            engine.load(held, place.pages[: -(-p // engine.page_size)])
-        engine.prefill(prompt[:-1], p, place)
+            engine.load(held, block_table.pages[: -(-p // engine.page_size)])
+        engine.prefill(prompt[:-1], p, block_table)
         position = p + len(prompt) - 1
         token = decode(prompt[-1], position, 0)
         first_token.append(time.perf_counter() - start)
