@@ -34,11 +34,12 @@ import optax
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models import hub
+from cartridges_jax.models.block import norm
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.tokenizer import load_tokenizer
-from cartridges_jax.models.transformer import final_norm, head_weights, run_layers
+from cartridges_jax.models.transformer import head_weights, run_layers
 from cartridges_jax.parallel import sharding
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import PackedRows, read_examples
@@ -247,7 +248,7 @@ def naive_step(
     def loss(cartridge: Cartridge) -> jax.Array:
         given = params, batch.tokens, batch.positions + SLOTS, attend, (cartridge.keys, cartridge.values)
         x_btd, _ = run_layers(*given, config=config)
-        logits_btv = final_norm(params, x_btd, config) @ head_weights(params).T
+        logits_btv = norm(x_btd, params["final_norm"], config) @ head_weights(params).T
         student_btj = jnp.take_along_axis(jax.nn.log_softmax(logits_btv), batch.target_ids, axis=-1)
         total = -jnp.sum(jnp.where(batch.target_mask, jnp.exp(batch.target_logprobs) * student_btj, 0))
         return total / batch.target_mask.any(-1).sum()

@@ -71,13 +71,9 @@ def block(
     A norm that the layer does not have changes nothing, so that there may be two of the states, or four, and of the
     heads none.
     """
-    family = FAMILIES[config.family]
 
     def normed(name: str, x: Array) -> Array:
-        if name not in layer:
-            return x
-        scale = layer[name] + family.norm_offset if family.norm_offset else layer[name]
-        return rms_norm(x, scale, config.norm_eps)
+        return norm(x, layer[name], config) if name in layer else x
 
     def heads(name: str, spec: str) -> Array:
         product = layer[name].matmul(y_btd, spec)
@@ -92,7 +88,7 @@ def block(
     x_btd = x_btd + normed("attention_post_norm", o_btd)
     y_btd = collectives.copy_to_tp(normed("mlp_norm", x_btd))
     gate_btf, up_btf = (layer[name].matmul(y_btd, "btd,df->btf") for name in ("gate", "up"))
-    y_btf = ACTIVATIONS[family.activation](gate_btf) * up_btf
+    y_btf = ACTIVATIONS[FAMILIES[config.family].activation](gate_btf) * up_btf
     y_btd = collectives.reduce_from_tp(layer["down"].matmul(y_btf, "btf,fd->btd"))
     return x_btd + normed("mlp_post_norm", y_btd), extra
 
@@ -112,6 +108,12 @@ def rotate(x_btnh: Float[Array, "b t n h"], rope: Rope) -> Float[Array, "b t n h
     cos, sin = (table[:, :, None] for table in rope)
     first, second = jnp.split(_wide(x_btnh), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
+
+
+def norm(x: Float[Array, "*b d"], weights: Float[Array, " d"], config: ModelConfig) -> Float[Array, "*b d"]:
+    """Norms states as the family does it."""
+    offset = FAMILIES[config.family].norm_offset
+    return rms_norm(x, weights + offset if offset else weights, config.norm_eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

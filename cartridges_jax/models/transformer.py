@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.models.block import Rope, block, layer_of, rms_norm, rope_table, rotate
+from cartridges_jax.models.block import Rope, block, layer_of, norm, rope_table, rotate
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.spec import ENDS, FAMILIES
@@ -96,7 +96,7 @@ def hidden_states(
     slots = prefix_k, prefix_v, prefix_bias
     places = positions + prefix_k.shape[1]
     x_btd, _ = run_layers(params, tokens, places, attend, slots, config=config, remat=remat)
-    return final_norm(params, x_btd, config)
+    return norm(x_btd, params["final_norm"], config)
 
 
 def keys_and_values(
@@ -117,12 +117,13 @@ def keys_and_values(
 
 def shift_keys(keys: Float[Array, "l p k h"], distance: int, config: ModelConfig) -> Float[Array, "l p k h"]:
     """Rotates keys on by so many positions, each layer's by its own frequencies."""
-    at = jnp.full((1, 1), distance)
     kinds, kind_of_layer = _kinds(config)
-    ropes = _stacked([rope_table(at, kind, config.head_dim) for kind in kinds])
-    if kind_of_layer is None:
-        return jax.vmap(lambda keys_pkh: rotate(keys_pkh[None], ropes)[0])(keys)
-    return jax.vmap(lambda keys_pkh, kind: rotate(keys_pkh[None], _of_kind(ropes, kind))[0])(keys, kind_of_layer)
+    ropes = _stacked([rope_table(jnp.full((1, 1), distance), kind, config.head_dim) for kind in kinds])
+
+    def shifted(keys_pkh: Array, kind: Array | None) -> Array:
+        return rotate(keys_pkh[None], _of_kind(ropes, kind))[0]
+
+    return jax.vmap(shifted)(keys, kind_of_layer)
 
 
 def _kinds(config: ModelConfig) -> tuple[Sequence[Any], Int[Array, " l"] | None]:
@@ -155,15 +156,9 @@ def _options(config: ModelConfig, kind: Int[Array, ""] | None) -> dict[str, Any]
 
 def _embedded(params: Params, tokens: Int[Array, "b t"], config: ModelConfig) -> Float[Array, "b t d"]:
     x_btd = weight_of(_whole(params["embed"], "embed")).lookup(tokens)
-    return (
-        x_btd * jnp.asarray(config.embed_dim**0.5, x_btd.dtype) if FAMILIES[config.family].scales_embedding else x_btd
-    )
-
-
-def final_norm(params: Params, x: Float[Array, "*b d"], config: ModelConfig) -> Float[Array, "*b d"]:
-    """Norms the states behind the last layer, as the head takes them."""
-    offset = FAMILIES[config.family].norm_offset
-    return rms_norm(x, params["final_norm"] + offset if offset else params["final_norm"], config.norm_eps)
+    if not FAMILIES[config.family].scales_embedding:
+        return x_btd
+    return x_btd * jnp.asarray(config.embed_dim**0.5, x_btd.dtype)
 
 
 def head_weights(params: Params) -> Float[Array, "v d"]:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
+from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.gathered_matmul import has_kernel
 from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, Pages, prefix_decode_attention
 from cartridges_jax.models.block import Rope, decode_layer, rms_norm, rope_table, rotate
@@ -27,6 +28,7 @@ from cartridges_jax.models.spec import fused_arrays
 from cartridges_jax.models.weights import Dense, Panels
 from cartridges_jax.parallel import collectives, sharding
 
+DECODED = ("llama", "qwen2", "qwen3")  # families whose layers have nothing that is not said here
 PRODUCT = "md,od->mo"  # of a weight in this layout
 Weights = dict[str, Any]  # "embed", "head" (if it is not tied), "final_norm", and "layers": a dict of arrays for each
 
@@ -51,6 +53,10 @@ def to_decode_layout(params: Params, config: ModelConfig, mesh: Mesh) -> Weights
     Weights that a kernel multiplies in float32 are kept in bfloat16 if that loses nothing, as it does with most models'
     weights: a step for a few requests takes as long as reading the weights does.
     """
+    if config.family not in DECODED:
+        raise UserError(
+            f"decoding runs models of {', '.join(DECODED)}, and this one is a {config.family}: choose another"
+        )
     ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, config, mesh)
     layers = (_layer_to_decode_layout(params["blocks"], i, config, mesh) for i in range(config.num_layers))
     return {**jax.tree.map(_narrowed, ends), "layers": [jax.tree.map(_narrowed, layer) for layer in layers]}
