@@ -22,6 +22,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models import spec
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
+from cartridges_jax.models.params import init_params
 from cartridges_jax.models.shapes import SHAPES, shape_of
 from cartridges_jax.models.spec import MATRICES, ArraySpec, Family, Setting
 from cartridges_jax.models.tokenizer import Tokenizer
@@ -190,6 +191,16 @@ def test_decoding_refuses_what_it_cannot_run_yet(toy: tuple[cj.LanguageModel, Te
     model, _ = toy
     with pytest.raises(UserError, match=r"decoding runs models of .*, and this one is a toy"):
         to_decode_layout(model.params, model.config, mesh_of(model.params))
+
+
+def test_a_bias_stays_a_bias_where_a_matrix_of_as_many_rows_would_be_packed():
+    sizes = {"embed_dim": 32, "num_heads": 12, "num_kv_heads": 2, "head_dim": 8, "mlp_dim": 48, "num_layers": 1}
+    numbers = {"norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 64}
+    config = ModelConfig("qwen2", 64, **sizes, **numbers, tie_embeddings=True, qkv_bias=True)
+    params = init_params(config, jax.random.key(0))
+    (layer,) = to_decode_layout(params, config, mesh_of(params))["layers"]
+    heads = [params["blocks"][name][0] for name in ("q_bias", "k_bias", "v_bias")]
+    np.testing.assert_array_equal(layer["qkv_bias"], np.concatenate(heads))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cartridges_jax").rglob("*.py")), ids=lambda path: path.stem)
