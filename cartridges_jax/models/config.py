@@ -39,7 +39,7 @@ ROPE_NUMBERS = {  # Hugging Face's `rope_type` -> the numbers it has
 ROPE_VALUES |= dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention", "linear_attention"), ())
 
 # what a cartridge's slots depend on, even between models whose weights are the same
-LAYOUT = ("num_layers", "num_kv_heads", "head_dim", "rope_theta", "rope_factors")
+LAYOUT = ("num_layers", "num_kv_heads", "head_dim", "rope_theta", "rope_factors", "local_rope_theta")
 
 
 class LayerSettings(NamedTuple):
