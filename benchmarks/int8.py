@@ -21,7 +21,7 @@ from ablations import INSTRUCTION, MODEL
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.models.quantization import quantized
+from cartridges_jax.models.weights import quantized
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import read_corpus
 from cartridges_jax.training.evals.loss import answer_loss
@@ -41,7 +41,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     for dtype in ("float32", "bfloat16"):
         model = load_model(MODEL, dtype)
-        for name, one in ((dtype, model), (f"int8, multiplied in {dtype}", quantized(model))):
+        for name, one in ((dtype, model), (f"int8, multiplied in {dtype}", quantized(model, "int8"))):
             held = sum(leaf.nbytes for leaf in jax.tree.leaves(one.params))
             temporary, seconds = step(one)
             nll = likelihood(one, args.document, args.questions)

@@ -29,9 +29,8 @@ from jax.sharding import Mesh
 
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
-from cartridges_jax.models.loading import LAYER, TOP
 from cartridges_jax.models.shapes import SHAPES
-from cartridges_jax.models.transformer import abstract_params
+from cartridges_jax.models.spec import file_names
 from cartridges_jax.parallel import processes, sharding
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning import chips
@@ -96,17 +95,7 @@ def write_zeros(folder: Path, layers: int) -> int:
     raw = SHAPES["llama-3.1-8b"] | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(raw))
     model = ModelConfig.from_hf(raw)
-    leaves = abstract_params(model)
-    axes = {"d": model.embed_dim, "f": model.mlp_dim, "v": model.vocab_size, "h": model.head_dim}
-    sizes: dict[str, list[int]] = {}
-    for name, (ours, pattern) in TOP.items():
-        sizes[name] = [axes[axis] for axis in pattern.split(" -> ")[0].split()] if ours in leaves else []
-    for layer in range(layers):
-        for name, (ours, pattern) in LAYER.items():
-            if ours in leaves["blocks"]:
-                heads = leaves["blocks"][ours].shape[1 if ours == "o" else -2] * model.head_dim
-                left = pattern.split(" -> ")[0].replace("(n h)", "n")
-                sizes[f"model.layers.{layer}.{name}"] = [(axes | {"n": heads})[axis] for axis in left.split()]
+    sizes = {name: array.file_shape(model) for name, array, _ in file_names(model)}
     names, total = list(sizes), 0
     weight_map = {}
     for i in range(FILES):

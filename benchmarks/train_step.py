@@ -34,10 +34,12 @@ import optax
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models import hub
+from cartridges_jax.models.block import norm
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
+from cartridges_jax.models.params import Params
 from cartridges_jax.models.tokenizer import load_tokenizer
-from cartridges_jax.models.transformer import Params, block_of, head_weights, rms_norm, rope_tables
+from cartridges_jax.models.transformer import head_weights, run_layers
 from cartridges_jax.parallel import sharding
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import PackedRows, read_examples
@@ -239,20 +241,14 @@ def naive_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """What one writes first: a dense mask, the logits of every position, and all that autodiff wants to keep."""
     batch = jax.tree.map(lambda a: a[0], batch)
-    rope = rope_tables(batch.positions + SLOTS, config)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, slots: Any, **options: Any) -> tuple[jax.Array, None]:
+        return prefix_attention(q, k, v, *slots, batch.segment_ids, None, "reference", **options), None
 
     def loss(cartridge: Cartridge) -> jax.Array:
-        def layer(x_btd: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
-            layer_params, keys_pkh, values_pkh = scanned
-
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-                return prefix_attention(q, k, v, keys_pkh, values_pkh, batch.segment_ids, None, "reference"), None
-
-            return block_of(config, layer_params)(x_btd, rope, attend)
-
-        x_btd = params["embed"][batch.tokens]
-        x_btd, _ = jax.lax.scan(layer, x_btd, (params["blocks"], cartridge.keys, cartridge.values))
-        logits_btv = rms_norm(x_btd, params["final_norm"], config.norm_eps) @ head_weights(params).T
+        given = params, batch.tokens, batch.positions + SLOTS, attend, (cartridge.keys, cartridge.values)
+        x_btd, _ = run_layers(*given, config=config)
+        logits_btv = norm(x_btd, params["final_norm"], config) @ head_weights(params).T
         student_btj = jnp.take_along_axis(jax.nn.log_softmax(logits_btv), batch.target_ids, axis=-1)
         total = -jnp.sum(jnp.where(batch.target_mask, jnp.exp(batch.target_logprobs) * student_btj, 0))
         return total / batch.target_mask.any(-1).sum()

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from train_step import SLOTS, SMOLLM2, TOKENS, TOP_K, measure_matmul
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.models.transformer import block_of, init_params, rope_tables
+from cartridges_jax.models.block import block, layer_of, rope_table
+from cartridges_jax.models.params import init_params
 from cartridges_jax.training.losses import top_k_cross_entropy
 
 REPEATS = 12
@@ -27,7 +28,7 @@ def main() -> None:
     d, h, n, k, layers = config.embed_dim, config.head_dim, config.num_heads, config.num_kv_heads, config.num_layers
     params = init_params(config, key)
     layer = jax.tree.map(lambda a: a[0], params["blocks"])
-    rope = rope_tables(jnp.arange(TOKENS)[None], config)
+    rope = rope_table(jnp.arange(TOKENS)[None], config.layers[0], config.head_dim)
     segments = jnp.ones((1, TOKENS), jnp.int32)
     q, own, slots = (jax.random.normal(key, shape) for shape in ((1, TOKENS, n, h), (1, TOKENS, k, h), (SLOTS, k, h)))
     x = jax.random.normal(key, (1, TOKENS, d))
@@ -37,8 +38,8 @@ def main() -> None:
     def attention(*arrays: jax.Array) -> jax.Array:
         return (prefix_attention(*arrays, segments) * q).sum()
 
-    def block(x: jax.Array, layer: Any) -> jax.Array:
-        return (block_of(config, layer)(x, rope, without_attention)[0] * x).sum()
+    def whole_block(x: jax.Array, layer: Any) -> jax.Array:
+        return (block(layer_of(layer, config), x, rope, without_attention, config)[0] * x).sum()
 
     def head(x: jax.Array, weights: jax.Array) -> jax.Array:
         return top_k_cross_entropy(x, weights, ids, jnp.full(ids.shape, -3.5), mask, "drop")
@@ -49,7 +50,7 @@ def main() -> None:
     print("| part | times a step | wall, ms | CPU, ms | GFLOP/s |\n|---|---|---|---|---|")
     gradient = jax.grad(attention, argnums=(0, 1, 2, 3, 4))
     row("attention", layers, needed_attention, gradient, q, own, own + 1, slots, slots + 1)
-    row("block without it", layers, needed_block, jax.grad(block), x, layer)
+    row("block without it", layers, needed_block, jax.grad(whole_block), x, layer)
     row("head and loss", 1, 2 * TOKENS * d * config.vocab_size, jax.grad(head), x[0], params["embed"])
 
 

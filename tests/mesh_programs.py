@@ -20,7 +20,7 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.loading import load_params
-from cartridges_jax.models.transformer import Params, init_params
+from cartridges_jax.models.params import Params, init_params, weight_specs
 from cartridges_jax.parallel import processes, sharding
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.serving.cache import Prefix
@@ -70,7 +70,7 @@ def step_and_logits(config: ModelConfig, shape: tuple[int, int, int]) -> dict[st
     mesh = mesh_of(shape)
     sharding.check(config, mesh)
     params, cartridge, batch = inputs(config)
-    tables = sharding.WEIGHTS, sharding.CARTRIDGE, sharding.BATCH
+    tables = weight_specs(config), sharding.CARTRIDGE, sharding.BATCH
     params, cartridge, batch = (
         sharding.placed(a, t, mesh) for a, t in zip((params, cartridge, batch), tables, strict=True)
     )
@@ -102,7 +102,7 @@ def served(config: ModelConfig, shape: tuple[int, int, int], text: Path | None =
     """What the engine answers and scores, and in `text` the program of a decoding step."""
     mesh = mesh_of(shape)
     params, cartridge, _ = inputs(config)
-    params = jax.tree.map(jnp.asarray, sharding.placed(params, sharding.WEIGHTS, mesh))
+    params = jax.tree.map(jnp.asarray, sharding.placed(params, weight_specs(config), mesh))
     model = LanguageModel("tiny", config, params, None, "")  # type: ignore[arg-type]
     engine = Engine(model, 3, 256, max_top_logprobs=5, batch_sizes=[3])
     prefix = Prefix("cartridge", SLOTS, cartridge)
@@ -144,7 +144,7 @@ def compiled(output: Path) -> None:
     state = TrainState(cartridge, SGD.init(cartridge), np.zeros((), np.int32))
     for name, shape in (("4x4x2", (4, 4, 2)), ("1x1x1", (1, 1, 1))):
         mesh = mesh_of(shape)
-        trees = (state, sharding.CARTRIDGE), (params, sharding.WEIGHTS), (batch, sharding.BATCH)
+        trees = (state, sharding.CARTRIDGE), (params, weight_specs(config)), (batch, sharding.BATCH)
         arguments = [sharding.abstract(tree, table, mesh) for tree, table in trees]
         (output / f"{name}.txt").write_text(train_step.lower(*arguments, mesh=mesh, **options).compile().as_text())
 

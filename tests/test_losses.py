@@ -16,7 +16,8 @@ from numpy.testing import assert_allclose
 import cartridges_jax as cj
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig, rope_factors
-from cartridges_jax.models.transformer import Remat, init_params
+from cartridges_jax.models.params import init_params
+from cartridges_jax.models.transformer import Remat
 from cartridges_jax.training.losses import CHUNK, Reduction, Tail, loss_sum, top_k_cross_entropy
 
 TAILS: tuple[Tail, ...] = ("drop", "bucket")

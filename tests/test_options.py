@@ -249,8 +249,8 @@ def test_every_start_resumes_with_the_same_bytes(
 def test_the_gradient_of_a_whole_step_is_that_of_finite_differences(inputs: Path, monkeypatch: pytest.MonkeyPatch):
     """In float64, with accumulation and a bias; attention by its definition, which its own tests compare with."""
 
-    def attention(*arguments: Any) -> jax.Array:
-        return kernel.prefix_attention(*arguments[:-1], "reference")
+    def attention(*arguments: Any, **options: Any) -> jax.Array:
+        return kernel.prefix_attention(*arguments[:-1], "reference", **options)
 
     monkeypatch.setattr(transformer, "prefix_attention", attention)
     model, tx = tiny.model(), optax.sgd(1.0)

@@ -17,8 +17,8 @@ import pytest
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.params import abstract_params
 from cartridges_jax.models.shapes import SHAPES, shape_of
-from cartridges_jax.models.transformer import abstract_params
 from cartridges_jax.planning import chips
 from cartridges_jax.planning.costs import decode_costs, expected_traffic, least_memory, received, train_costs
 from cartridges_jax.planning.economics import Query, economics

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.models.transformer import abstract_params
+from cartridges_jax.models.params import abstract_params, weight_specs
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig, mesh_shape
 from cartridges_jax.planning.hlo import Traffic, traffic
@@ -141,7 +141,7 @@ def test_sizes_that_do_not_go_together_are_refused():
 def test_every_parameter_has_a_place_in_the_table():
     for config in (mesh_programs.CONFIG, mesh_programs.UNEVEN):
         mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
-        specs = sharding.fitted(abstract_params(config), sharding.WEIGHTS, mesh)
+        specs = sharding.fitted(abstract_params(config), weight_specs(config), mesh)
         tensor = specs["blocks"]["k"] == jax.P(None, "fsdp", "tensor", None)
         assert tensor == (config.num_kv_heads % 2 == 0)
         assert specs["blocks"]["q"] == jax.P(None, "fsdp", "tensor", None)

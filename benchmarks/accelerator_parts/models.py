@@ -14,8 +14,8 @@ from accelerator_parts.measuring import Options
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.models.params import Params, init_params
 from cartridges_jax.models.shapes import shape_of
-from cartridges_jax.models.transformer import Params, init_params
 from cartridges_jax.training.batch import Batch
 
 TINY = ModelConfig("llama", 256, 2, 32, 4, 2, 8, 64, 1e-5, 5e5, 131_072, False)

@@ -16,7 +16,7 @@ import optax
 from accelerator_parts import models, sizes
 from accelerator_parts.measuring import Line, Options, failure, rounded
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params
+from cartridges_jax.models.params import Params
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.scheduler import Request, Scheduler, Token

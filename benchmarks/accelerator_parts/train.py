@@ -14,7 +14,8 @@ import optax
 from accelerator_parts import models, sizes
 from accelerator_parts.measuring import Line, Options, attempts, rounded, seconds
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, Remat
+from cartridges_jax.models.params import Params
+from cartridges_jax.models.transformer import Remat
 from cartridges_jax.parallel.device import matmul_peak
 from cartridges_jax.training.step import TrainState, train_step
 

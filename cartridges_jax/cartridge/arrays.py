@@ -140,9 +140,10 @@ class Cartridge:
 
 @functools.cache
 def _keys_and_values(config: ModelConfig, mesh: Mesh) -> Any:
-    from cartridges_jax.models.transformer import abstract_params, keys_and_values
+    from cartridges_jax.models.params import abstract_params, weight_specs
+    from cartridges_jax.models.transformer import keys_and_values
 
-    weights = sharding.fitted(abstract_params(config), sharding.WEIGHTS, mesh)
+    weights = sharding.fitted(abstract_params(config), weight_specs(config), mesh)
     slots = jax.ShapeDtypeStruct((config.num_layers, 1, config.num_kv_heads, config.head_dim), jnp.float32)
     out = sharding.fitted(slots, sharding.CARTRIDGE, mesh)
     function = functools.partial(keys_and_values, config=config)

@@ -31,7 +31,8 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
-from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
+from cartridges_jax.models.params import Params
+from cartridges_jax.models.transformer import run_layers, shift_keys
 from cartridges_jax.parallel import sharding
 from cartridges_jax.training.data import Example, PackedRows
 
@@ -178,40 +179,41 @@ def _match(
 ) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
     """Fits the slots of all layers, and returns their keys, values and bias."""
     length = document_k.shape[1]
-    rope = rope_tables(positions + length, config)
     is_query_bt = segment_ids > 0
 
-    def layer(x_btd: Array, scanned: Any) -> tuple[Array, Any]:
-        layer_params, keys_skh, values_skh = scanned
+    def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array, document: Any, **options: Any) -> tuple[Array, Any]:
+        b, t, n, h = q_btnh.shape
+        keys_skh, values_skh = document
+        q_kmh = q_btnh.reshape(b * t, config.num_kv_heads, -1, h).transpose(1, 0, 2, 3)
+        q_kmh = q_kmh.reshape(config.num_kv_heads, -1, h)
+        is_query_m = jnp.repeat(is_query_bt.reshape(-1), n // config.num_kv_heads)
+        scale = options.get("scale", h**-0.5)
+        fit = functools.partial(_fit_head, is_query=is_query_m, num_slots=num_slots, scale=scale)
+        # one head at a time: its scores are [queries, document tokens]
+        keys_kph, values_kph, bias_kp = jax.lax.map(
+            lambda a: fit(*a), (q_kmh, keys_skh.transpose(1, 0, 2), values_skh.transpose(1, 0, 2))
+        )
+        slot_k, slot_v, bias = slots = keys_kph.transpose(1, 0, 2), values_kph.transpose(1, 0, 2), bias_kp.T
+        o_btnh = prefix_attention(q_btnh, k_btkh, v_btkh, slot_k, slot_v, segment_ids, bias, implementation, **options)
+        return o_btnh, slots
 
-        def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array) -> tuple[Array, Any]:
-            b, t, n, h = q_btnh.shape
-            q_kmh = q_btnh.reshape(b * t, config.num_kv_heads, -1, h).transpose(1, 0, 2, 3)
-            q_kmh = q_kmh.reshape(config.num_kv_heads, -1, h)
-            is_query_m = jnp.repeat(is_query_bt.reshape(-1), n // config.num_kv_heads)
-            fit = functools.partial(_fit_head, is_query=is_query_m, num_slots=num_slots)
-            # one head at a time: its scores are [queries, document tokens]
-            keys_kph, values_kph, bias_kp = jax.lax.map(
-                lambda a: fit(*a), (q_kmh, keys_skh.transpose(1, 0, 2), values_skh.transpose(1, 0, 2))
-            )
-            slots = keys_kph.transpose(1, 0, 2), values_kph.transpose(1, 0, 2), bias_kp.T
-            o_btnh = prefix_attention(q_btnh, k_btkh, v_btkh, *slots[:2], segment_ids, slots[2], implementation)
-            return o_btnh, slots
-
-        return block_of(config, layer_params)(x_btd, rope, attend)
-
-    _, (keys, values, bias) = jax.lax.scan(
-        layer, params["embed"][tokens].astype(jnp.float32), (params["blocks"], document_k, document_v)
-    )
-    angles = rope_tables(jnp.full((1, 1), shift), config)
-    return jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], angles)[0])(keys), values, bias
+    document = document_k, document_v
+    given = params, tokens, positions + length, attend, document
+    _, (keys, values, bias) = run_layers(*given, config=config, dtype=jnp.float32)
+    return shift_keys(keys, shift, config), values, bias
 
 
 def _fit_head(
-    q: Float[Array, "m h"], k: Float[Array, "s h"], v: Float[Array, "s h"], *, is_query: Array, num_slots: int
+    q: Float[Array, "m h"],
+    k: Float[Array, "s h"],
+    v: Float[Array, "s h"],
+    *,
+    is_query: Array,
+    num_slots: int,
+    scale: float | Array,
 ) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
     """Fits the slots of one kv head to the queries of its group, and returns their keys, values and bias."""
-    probs_ms = jax.nn.softmax(q @ k.T * q.shape[-1] ** -0.5, axis=-1) * is_query[:, None]
+    probs_ms = jax.nn.softmax(q @ k.T * scale, axis=-1) * is_query[:, None]
     mass_s = jnp.sqrt((probs_ms**2).mean(0))  # a token's attention: its root mean square over the queries
     # the first token is the attention sink, which stays first; the others keep their order
     kept_p = jnp.sort(jax.lax.top_k(mass_s.at[0].set(jnp.inf), num_slots)[1])

@@ -19,7 +19,8 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
-from cartridges_jax.models.transformer import Params, block_of, rope_tables, rotate
+from cartridges_jax.models.params import Params
+from cartridges_jax.models.transformer import run_layers, shift_keys
 
 FOLD_TOKENS = 1024  # of the text, whose queries say what all queries have in common
 RIDGE = 1e-3  # of the mean squared query
@@ -67,8 +68,7 @@ def pad_slots(cartridge: Cartridge, multiple: int, config: ModelConfig) -> Cartr
         mean_l1kh = array_lpkh.mean(1, keepdims=True)
         return jnp.concatenate([array_lpkh, jnp.repeat(mean_l1kh, missing, axis=1)], axis=1)
 
-    shift = rope_tables(jnp.full((1, 1), missing), config)
-    keys = jax.vmap(lambda layer_pkh: rotate(layer_pkh[None], shift)[0])(cartridge.keys)
+    keys = shift_keys(cartridge.keys, missing, config)
     bias = None if cartridge.bias is None else jnp.pad(cartridge.bias, ((0, 0), (0, missing), (0, 0)))
     recipe = f"{cartridge.provenance.recipe}; {missing} slots added to fill pages of {multiple}"
     provenance = dataclasses.replace(cartridge.provenance, recipe=recipe)
@@ -87,22 +87,18 @@ def _common_directions(
 ) -> Float[Array, "l k h"]:
     """Returns for each layer and kv head the direction whose score is near 1 for all queries of the tokens."""
     segment_ids = jnp.ones_like(tokens)
-    rope = rope_tables(keys.shape[1] + jnp.arange(tokens.shape[1])[None], config)
+    positions = keys.shape[1] + jnp.arange(tokens.shape[1])[None]
 
-    def layer(x_btd: Array, scanned: Any) -> tuple[Array, Array]:
-        layer_params, *prefix = scanned
+    def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array, slots: Any, **options: Any) -> tuple[Array, Array]:
+        h = q_btnh.shape[-1]
+        q_kmh = q_btnh.reshape(-1, config.num_kv_heads, q_btnh.shape[2] // config.num_kv_heads, h)
+        q_kmh = q_kmh.transpose(1, 0, 2, 3).reshape(config.num_kv_heads, -1, h) * options.get("scale", h**-0.5)
+        slot_k, slot_v, slot_bias = slots
+        out = prefix_attention(q_btnh, k_btkh, v_btkh, slot_k, slot_v, segment_ids, slot_bias, **options)
+        return out, jax.vmap(_direction)(q_kmh)
 
-        def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array) -> tuple[Array, Array]:
-            h = q_btnh.shape[-1]
-            q_kmh = q_btnh.reshape(-1, config.num_kv_heads, q_btnh.shape[2] // config.num_kv_heads, h)
-            q_kmh = q_kmh.transpose(1, 0, 2, 3).reshape(config.num_kv_heads, -1, h) * h**-0.5
-            out = prefix_attention(q_btnh, k_btkh, v_btkh, prefix[0], prefix[1], segment_ids, prefix[2])
-            return out, jax.vmap(_direction)(q_kmh)
-
-        return block_of(config, layer_params)(x_btd, rope, attend)
-
-    start = params["embed"][tokens].astype(jnp.float32)
-    return jax.lax.scan(layer, start, (params["blocks"], keys, values, bias))[1]
+    slots = keys, values, bias
+    return run_layers(params, tokens, positions, attend, slots, config=config, dtype=jnp.float32)[1]
 
 
 def _direction(q: Float[Array, "m h"]) -> Float[Array, " h"]:

@@ -10,7 +10,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models import spec
 from cartridges_jax.models.settings import (
+    HF_ACTIVATIONS,
     HF_HARMLESS,
     HF_VALUES,
     LARGEST_HEAD,
@@ -20,21 +22,8 @@ from cartridges_jax.models.settings import (
     number_of,
     size_of,
 )
+from cartridges_jax.models.spec import FAMILIES
 
-
-class Family(NamedTuple):
-    """What a Hugging Face `model_type` means where its config says nothing else."""
-
-    qkv_bias: bool  # on q, k and v
-    qk_norm: bool
-    head_dim: int | None = None  # None: the width over the number of heads
-
-
-FAMILIES = {
-    "llama": Family(qkv_bias=False, qk_norm=False),
-    "qwen2": Family(qkv_bias=True, qk_norm=False),
-    "qwen3": Family(qkv_bias=False, qk_norm=True, head_dim=128),
-}
 # what a config.json cannot do without
 HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 HF_KEYS += ("max_position_embeddings",)
@@ -50,12 +39,24 @@ ROPE_NUMBERS = {  # Hugging Face's `rope_type` -> the numbers it has
 ROPE_VALUES |= dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention", "linear_attention"), ())
 
 # what a cartridge's slots depend on, even between models whose weights are the same
-LAYOUT = ("num_layers", "num_kv_heads", "head_dim", "rope_theta", "rope_factors")
+LAYOUT = ("num_layers", "num_kv_heads", "head_dim", "rope_theta", "rope_factors", "local_rope_theta")
+
+
+class LayerSettings(NamedTuple):
+    """What may differ between the layers of one model, beside their weights."""
+
+    rope_theta: float
+    rope_factors: tuple[float, ...]
+    window: int | None  # how many keys of its segment a query sees; None: all
+    scale: float | None  # of the scores; None: one over the root of the head size
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with grouped-query attention, RMSNorm, RoPE and a SwiGLU MLP."""
+    """The sizes and numbers of a decoder-only transformer with grouped-query attention, RMSNorm, RoPE and a gated MLP.
+
+    In what else families differ, and which arrays a layer has, is in the family's row of `spec.FAMILIES`.
+    """
 
     family: str
     vocab_size: int  # v
@@ -72,6 +73,10 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_factors: tuple[float, ...] = ()  # h/2 divisors of the RoPE frequencies (Llama 3's scaling); empty means ones
+    window: int | None = None  # how many keys of its segment a query sees in the family's windowed layers; None: all
+    local_rope_theta: float | None = None  # of those layers, which then have no factors; None: as the others
+    scale: float | None = None  # of the scores; None: one over the root of the head size
+    soft_cap: float | None = None  # of the scores: cap * tanh(score / cap)
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -82,14 +87,59 @@ class ModelConfig:
             raise UserError(f"{len(self.rope_factors)} RoPE factors were given, expected {self.head_dim // 2}")
         if not all(math.isfinite(factor) and factor > 0 for factor in self.rope_factors):
             raise UserError("a RoPE factor is not a positive number: download the model again")
-        params = self.num_layers * self.layer_weights + self.vocab_size * self.embed_dim
+        params = self.matrix_weights + self.head_weights
         if params > MOST_PARAMS:
             raise UserError(f"the config asks for {params:.1e} weights, more than any machine holds: download it again")
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes of weights, by the letters that `spec.py` gives them."""
+        sizes = {"d": self.embed_dim, "n": self.num_heads, "k": self.num_kv_heads, "h": self.head_dim}
+        return sizes | {"f": self.mlp_dim, "v": self.vocab_size}
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head is a matrix of its own, not the embedding."""
+        return not self.tie_embeddings
+
+    @property
+    def layers(self) -> tuple[LayerSettings, ...]:
+        """The settings of every layer."""
+        others = LayerSettings(self.rope_theta, self.rope_factors, None, self.scale)
+        windowed = others._replace(window=self.window)
+        if self.local_rope_theta is not None:
+            windowed = windowed._replace(rope_theta=self.local_rope_theta, rope_factors=())
+        pattern = FAMILIES[self.family].windowed
+        return tuple(windowed if pattern[i % len(pattern)] else others for i in range(self.num_layers))
+
+    @property
+    def matrix_weights(self) -> int:
+        """How many entries the matrices of all layers have: a forward pass does two FLOPs with each for a token."""
+        return self.num_layers * self.layer_weights
+
+    @property
     def layer_weights(self) -> int:
-        """Entries of one layer's matrices."""
-        return self.embed_dim * (2 * self.head_dim * (self.num_heads + self.num_kv_heads) + 3 * self.mlp_dim)
+        """How many entries the matrices of one layer have."""
+        return spec.layer_weights(self)
+
+    @property
+    def end_weights(self) -> int:
+        """How many entries the embedding and the head have together; they may be one."""
+        return spec.end_weights(self)
+
+    @property
+    def head_weights(self) -> int:
+        """How many entries the matrix of the head has."""
+        return self.vocab_size * self.embed_dim
+
+    @property
+    def kv_numbers(self) -> int:
+        """How many numbers the keys and values of one position have, in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def attention_flops(self, seen: float) -> float:
+        """The FLOPs of a forward pass of one token whose queries see so many keys: scores, then values."""
+        return 4 * self.num_layers * self.num_heads * self.head_dim * seen
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -125,6 +175,11 @@ class ModelConfig:
             qkv_bias=bool(raw.get("attention_bias")) or FAMILIES[family].qkv_bias,
             qk_norm=FAMILIES[family].qk_norm,
             rope_factors=factors,
+            **{
+                one.field: size_of(raw, one.key) if one.is_whole else number_of(raw, one.key) ** one.power
+                for one in FAMILIES[family].settings
+                if raw.get(one.key) is not None
+            },
         )
 
     def layout_differs(self, other: str) -> str:
@@ -146,19 +201,26 @@ def _settings(
     raw: Mapping[str, Any], family: str, head_dim: int, longest: int
 ) -> tuple[dict[str, Any], Collection[str], dict[str, tuple[object, ...]]]:
     """Puts together the arguments of `check_settings`, some of which depend on other keys of the config.json."""
-    settings, name = dict(raw), family.capitalize()
+    settings, name, row = dict(raw), family.capitalize(), FAMILIES[family]
     if isinstance(code := settings.get("auto_map"), dict):  # classes of the checkpoint's own; that of a config is none
         settings["auto_map"] = {key: value for key, value in code.items() if key.startswith("AutoModel")}
     limit = settings.get("sliding_window")
     if family != "llama" or (isinstance(limit, int) and limit >= longest):
         settings.pop("sliding_window", None)  # Qwen's counts with use_sliding_window only; another hides no token
+    kinds = ["sliding_attention" if is_windowed else "full_attention" for is_windowed in row.windowed]
+    types = settings.get("layer_types")
+    if isinstance(types, list) and types == [kinds[i % len(kinds)] for i in range(len(types))]:
+        del settings["layer_types"]
     values = HF_VALUES | {
         "architectures": (f"{name}ForCausalLM", f"{name}Model", "LLaMAForCausalLM", None),
         "attention_multiplier": (head_dim**-0.5, None),
         "query_pre_attn_scalar": (head_dim, None),
-        "qkv_bias": (bool(raw.get("attention_bias")) or FAMILIES[family].qkv_bias, None),
+        "qkv_bias": (bool(raw.get("attention_bias")) or row.qkv_bias, None),
+        "hidden_act": HF_ACTIVATIONS[row.activation],
     }
-    values |= dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), (FAMILIES[family].qk_norm, None))
+    values |= dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm"), (row.qk_norm, None))
+    for setting in row.settings:  # which `from_hf` reads
+        settings.pop(setting.key, None)
     return settings, HF_HARMLESS, values
 
 

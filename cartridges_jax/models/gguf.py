@@ -16,28 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.models.config import FAMILIES, ModelConfig, rope_factors
+from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.hub import gguf_parts
 from cartridges_jax.models.loading import load_params
+from cartridges_jax.models.params import Params
 from cartridges_jax.models.settings import LARGEST_HEAD, MOST_LAYERS, check_settings, number_of, size_of
+from cartridges_jax.models.spec import ENDS, FAMILIES
 from cartridges_jax.models.tokenizer import gguf_metadata
-from cartridges_jax.models.transformer import Params
 
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-TOP["output.weight"] = "lm_head.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling arrives as a tensor of divisors
 KEYS = ("embedding_length", "block_count", "feed_forward_length", "context_length")
 KEYS += ("attention.head_count", "attention.layer_norm_rms_epsilon")
@@ -74,14 +60,14 @@ def load_gguf(path: Path, dtype: Any, mesh: Mesh | None = None, num_ids: int = 0
                 "give the parts of a model back the names that they were published with"
             )
     listed = [tensor for part in parts for tensor in _tensors(part)]
-    tensors = {_hf_name(tensor.name): tensor for tensor in listed}
+    tensors = {_hf_name(tensor.name, metadata[0].get("general.architecture")): tensor for tensor in listed}
     if not len(tensors) == len(listed) == metadata[0].get("split.tensors.count", len(listed)):
         raise UserError(f"{path} and its other parts do not hold the tensors of one model: download them again")
     factors = tensors.pop(ROPE_FACTORS, None)
     config = _config(metadata[0], tensors, None if factors is None else Dequantized(factors)[:])
 
     def read(name: str) -> Dequantized:
-        permuted = config.family == "llama" and re.search(r"\.[qk]_proj\.", name)
+        permuted = FAMILIES[config.family].gguf_interleaves and re.search(r"\.[qk]_proj\.", name)
         return Dequantized(tensors[name], config.head_dim if permuted else None)
 
     params, fingerprint = load_params(config, tensors, read, dtype, mesh, num_ids)
@@ -186,8 +172,11 @@ def _rope_factors(
     return tuple(float(divisor) * (scaling[0] if scaling else 1.0) for divisor in divisors)
 
 
-def _hf_name(name: str) -> str:
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in LAYER:
-        return f"model.layers.{match[1]}.{LAYER[match[2]]}.{match[3]}"
-    return TOP.get(name, name)
+def _hf_name(name: str, family: Any) -> str:
+    """Gives Hugging Face's name of a tensor; one that is not in the family's table keeps its own."""
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    if match is None:
+        return {array.gguf: array.hf for array in ENDS}.get(name, name)
+    arrays = FAMILIES[family].arrays if isinstance(family, str) and family in FAMILIES else ()
+    hf_names = {array.gguf: f"model.layers.{match[1]}.{array.hf}" for array in arrays}
+    return hf_names.get(match[2], name)

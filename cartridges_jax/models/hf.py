@@ -19,7 +19,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.files import read_json
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.loading import known_name, load_params
-from cartridges_jax.models.transformer import Params
+from cartridges_jax.models.params import Params
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -18,8 +18,9 @@ from cartridges_jax.models import hub
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.gguf import load_gguf
 from cartridges_jax.models.hf import load_hf
+from cartridges_jax.models.params import Params, weight_specs
 from cartridges_jax.models.tokenizer import Tokenizer, load_tokenizer
-from cartridges_jax.models.transformer import Params, head_weights, hidden_states
+from cartridges_jax.models.transformer import head_weights, hidden_states
 from cartridges_jax.parallel import sharding
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def _logits(params: Params, inputs: Any, prefix: Any, *, config: ModelConfig, me
         hidden_btd = hidden_states(params, *inputs, *prefix, config=config)
         return jnp.einsum("btd,vd->btv", hidden_btd, head_weights(params), preferred_element_type=jnp.float32)
 
-    specs = sharding.fitted(params, sharding.WEIGHTS, mesh), P(), sharding.fitted(prefix, sharding.CARTRIDGE, mesh)
+    weights = sharding.fitted(params, weight_specs(config), mesh)
+    specs = weights, P(), sharding.fitted(prefix, sharding.CARTRIDGE, mesh)
     return sharding.on_mesh(logits, mesh, specs, sharding.LOGITS)(params, inputs, prefix)
 
 

@@ -1,4 +1,4 @@
-"""Fills the parameter tree from named tensors: one table of names, every problem reported together.
+"""This file fills the parameter tree from named tensors, by the table of their names; it tells all problems together.
 
 Both loaders (`hf.py`, `gguf.py`) speak Hugging Face names. A parameter is read, checked and placed before the next:
 of each tensor only the rows and columns that this process's devices hold, so that no host ever holds a large model.
@@ -21,7 +21,8 @@ from jaxtyping import Array
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, abstract_params
+from cartridges_jax.models.params import Params, abstract_params, weight_specs
+from cartridges_jax.models.spec import ENDS, FAMILIES, file_names
 from cartridges_jax.parallel import sharding
 
 
@@ -39,34 +40,13 @@ Bounds = tuple[tuple[int, int], ...]  # first and last index of a part of an arr
 ALIGNMENT = 64  # bytes
 SAMPLES = 256  # values of a tensor that go into the fingerprint
 
-# Hugging Face name inside a layer -> our name and the einops pattern from theirs to ours.
-LAYER = {
-    "input_layernorm.weight": ("attention_norm", "d -> d"),
-    "post_attention_layernorm.weight": ("mlp_norm", "d -> d"),
-    "self_attn.q_proj.weight": ("q", "(n h) d -> d n h"),
-    "self_attn.k_proj.weight": ("k", "(n h) d -> d n h"),
-    "self_attn.v_proj.weight": ("v", "(n h) d -> d n h"),
-    "self_attn.o_proj.weight": ("o", "d (n h) -> n h d"),
-    "self_attn.q_proj.bias": ("q_bias", "(n h) -> n h"),
-    "self_attn.k_proj.bias": ("k_bias", "(n h) -> n h"),
-    "self_attn.v_proj.bias": ("v_bias", "(n h) -> n h"),
-    "self_attn.q_norm.weight": ("q_norm", "h -> h"),
-    "self_attn.k_norm.weight": ("k_norm", "h -> h"),
-    "mlp.gate_proj.weight": ("gate", "f d -> d f"),
-    "mlp.up_proj.weight": ("up", "f d -> d f"),
-    "mlp.down_proj.weight": ("down", "d f -> f d"),
-}
-TOP = {
-    "model.embed_tokens.weight": ("embed", "v d -> v d"),
-    "model.norm.weight": ("final_norm", "d -> d"),
-    "lm_head.weight": ("head", "v d -> v d"),
-}
-
 
 def known_name(name: str) -> bool:
-    """Whether a model may have a tensor of this name."""
+    """Whether a model of some family may have a tensor of this name."""
     layer = re.fullmatch(r"model\.layers\.\d+\.(.+)", name)
-    return name in TOP or (layer is not None and layer[1] in LAYER)
+    if layer is None:
+        return any(array.hf == name for array in ENDS)
+    return any(array.hf == layer[1] for family in FAMILIES.values() for array in family.arrays)
 
 
 def load_params(
@@ -80,7 +60,7 @@ def load_params(
     """Reads the parameters of `config` through `read`, casts them to `dtype` and stacks layers on axis 0.
 
     Args:
-      mesh: on which they are laid as `sharding.WEIGHTS` says; by default they come to one device.
+      mesh: on which they are laid as `weight_specs` says; by default they come to one device.
       num_ids: one more than the largest id that the model's tokenizer gives, for each of which there has to be a row.
 
     Returns:
@@ -94,8 +74,8 @@ def load_params(
     placements = None
     if mesh is not None:
         sharding.check(config, mesh)
-        placements = sharding.shardings(sharding.fitted(tree, sharding.WEIGHTS, mesh), mesh)
-    expected = _expected(config, tree)
+        placements = sharding.shardings(sharding.fitted(tree, weight_specs(config), mesh), mesh)
+    expected = {name: (array, layer) for name, array, layer in file_names(config)}
     available = {n: n for n in names if not n.endswith("rotary_emb.inv_freq")}
     problems = _untied(available, read) if config.tie_embeddings else []
     if num_ids > config.vocab_size:
@@ -104,11 +84,9 @@ def load_params(
     problems += [f"{n} is unknown" for n in sorted(available.keys() - expected.keys())]
     tensors = {name: read(available[name]) for name in expected if name in available}
     for name, tensor in tensors.items():
-        home, layer, pattern = expected[name]
-        shape = _leaf(tree, home).shape
-        ours = shape if layer is None else shape[1:]
-        if tuple(tensor.shape) != _theirs(pattern, ours, config.head_dim):
-            problems.append(f"{name} is {tuple(tensor.shape)}, expected {ours} as {pattern!r}")
+        array, _ = expected[name]
+        if tuple(tensor.shape) != array.file_shape(config):
+            problems.append(f"{name} is {tuple(tensor.shape)}, expected {array.shape(config)} as {array.pattern!r}")
     _refuse(config, problems)  # before anything of these sizes is made
     infinite: list[str] = []
     samples: dict[str, bytes] = {}
@@ -117,18 +95,20 @@ def load_params(
         place = tuple(key.key for key in path)
         placement = None if placements is None else _leaf(placements, place)
         parts = {bounds: _empty(bounds, dtype) for bounds in _parts_here(leaf.shape, placement)}
-        for name, (home, layer, pattern) in expected.items():
-            if home != place:
+        for name, (array, layer) in expected.items():
+            if array.name != place[-1]:
                 continue
             tensor = tensors[name]
             if placement is None:
                 tensor = tensor[:]  # read once, for its fingerprint too
             for bounds, part in parts.items():
                 target, bounds = (part, bounds) if layer is None else (part[layer], bounds[1:])
-                ends = [_theirs(pattern, [bound[i] for bound in bounds], config.head_dim) for i in (0, 1)]
+                ends = [_theirs(array.pattern, [bound[i] for bound in bounds], config.head_dim) for i in (0, 1)]
                 rows, *columns = (slice(*end) for end in zip(*ends, strict=True))
                 piece = tensor[rows][(slice(None), *columns)]
-                target[...] = einops.rearrange(piece, pattern, **({"h": config.head_dim} if "h" in pattern else {}))
+                target[...] = einops.rearrange(
+                    piece, array.pattern, **({"h": config.head_dim} if "h" in array.axes else {})
+                )
                 if not _finite(target):
                     infinite.append(f"{name} holds numbers that are NaN or infinite")
             samples[name] = f"{name}{tuple(tensor.shape)}".encode() + _sample(tensor).tobytes()
@@ -170,7 +150,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _finite(array: np.ndarray) -> bool:
-    """By the bits, at the speed of the memory: past those of an infinity, of either sign, there are only NaNs."""
+    """Whether no number is NaN or infinite, by their bits: beyond those of an infinity there are only NaNs."""
     infinity, size = np.array(np.inf, array.dtype), array.dtype.itemsize
     positive, negative = infinity.view(f"i{size}"), (-infinity).view(f"u{size}")
     return bool(
@@ -183,7 +163,7 @@ def _bounds(index: Sequence[slice], shape: tuple[int, ...]) -> Bounds:
 
 
 def _parts_here(shape: tuple[int, ...], placement: NamedSharding | None) -> list[Bounds]:
-    """The different parts of an array that this process's devices hold."""
+    """Lists the different parts of an array that this process's devices hold."""
     if placement is None:
         return [_bounds([slice(None)] * len(shape), shape)]
     indices = placement.addressable_devices_indices_map(shape).values()
@@ -191,7 +171,7 @@ def _parts_here(shape: tuple[int, ...], placement: NamedSharding | None) -> list
 
 
 def _empty(bounds: Bounds, dtype: Any) -> np.ndarray:
-    """Aligned as XLA wants it: the devices of a CPU then use this memory itself, all of them, instead of copies."""
+    """Makes an array that is aligned as XLA wants it, so that the devices of a CPU use its memory without a copy."""
     shape, dtype = [stop - start for start, stop in bounds], jnp.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
@@ -200,7 +180,7 @@ def _empty(bounds: Bounds, dtype: Any) -> np.ndarray:
 
 
 def _theirs(pattern: str, ours: Sequence[int], head_dim: int) -> tuple[int, ...]:
-    """Sizes of our axes as sizes of theirs: "(n h) d -> d n h" takes (d, n, h) to (n * h, d). Ends of parts, too."""
+    """Turns sizes (or ends) of our axes into theirs: "(n h) d -> d n h" takes (d, n, h) to (n * h, d)."""
     left, right = pattern.split(" -> ")
     sizes = dict(zip(right.split(), ours, strict=True))
     axes = re.findall(r"\(\w h\)|\w", left)
@@ -208,24 +188,12 @@ def _theirs(pattern: str, ours: Sequence[int], head_dim: int) -> tuple[int, ...]
 
 
 def _sample(tensor: Tensor) -> np.ndarray:
-    """Evenly spaced values in row-major order; only the rows that hold them are read."""
+    """Takes evenly spaced values in row-major order and reads only the rows that hold them."""
     size = math.prod(tensor.shape)
     index = np.arange(0, size, max(1, size // SAMPLES))
     width = size // tensor.shape[0]
     rows, where = np.unique(index // width, return_inverse=True)
     return tensor[rows].reshape(len(rows), width)[where, index % width].astype(np.float32)
-
-
-def _expected(config: ModelConfig, tree: Params) -> dict[str, tuple[tuple[str, ...], int | None, str]]:
-    names: dict[str, tuple[tuple[str, ...], int | None, str]] = {}
-    for name, (ours, pattern) in TOP.items():
-        if ours in tree:
-            names[name] = ((ours,), None, pattern)
-    for layer in range(config.num_layers):
-        for name, (ours, pattern) in LAYER.items():
-            if ours in tree["blocks"]:
-                names[f"model.layers.{layer}.{name}"] = (("blocks", ours), layer, pattern)
-    return names
 
 
 def _leaf(tree: Any, path: tuple[str, ...]) -> np.ndarray:

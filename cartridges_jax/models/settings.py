@@ -41,7 +41,6 @@ num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehin
 HF_HARMLESS = frozenset(_HF_HARMLESS.split())
 # Keys of a config.json that change it, with the only values that ask for what this decoder computes.
 HF_VALUES: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "tie_word_embeddings": (False, True, None),
     "attention_bias": (False, True, None),  # its arrays are looked for in the checkpoint, and no others pass there
     "is_causal": (True,),
@@ -57,6 +56,7 @@ HF_VALUES: dict[str, tuple[object, ...]] = {
     "logits_scaling": (1.0, None),
     "logit_scale": (1.0, None),
 }
+HF_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # by their names in `spec.py`
 LISTS = ("layer_types", "no_rope_layers", "architectures")  # whose entries each have one of the values
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from cartridges_jax.parallel.sharding import AXES, ROWS, WEIGHTS
+from cartridges_jax.parallel.sharding import AXES, ROWS
 
 if TYPE_CHECKING:
     from cartridges_jax.models.config import ModelConfig
@@ -33,11 +33,6 @@ def all_gather_fsdp(weight: Array, spec: P) -> Array:
     if _size("fsdp") == 1 or "fsdp" not in spec:
         return weight
     return jax.lax.all_gather(weight, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
-
-
-def all_gather_layer(layer_params: dict[str, Array]) -> dict[str, Array]:
-    """Returns the weights of one layer, each with its full width."""
-    return {name: all_gather_fsdp(leaf, P(*tuple(WEIGHTS["blocks"][name])[1:])) for name, leaf in layer_params.items()}
 
 
 @jax.custom_vjp

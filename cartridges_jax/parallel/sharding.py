@@ -33,46 +33,6 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 Specs = Any  # a PartitionSpec, or a tree of them
 
-# The table: weights by their names in `models.transformer`, with their axes beside them.
-WEIGHTS: dict[str, Any] = {
-    "embed": P("tensor", "fsdp"),  # v d
-    "head": P("tensor", "fsdp"),  # v d
-    "final_norm": P(None),  # d
-    "blocks": {
-        "attention_norm": P(None, None),  # l d
-        "mlp_norm": P(None, None),  # l d
-        "q": P(None, "fsdp", "tensor", None),  # l d n h
-        "k": P(None, "fsdp", "tensor", None),  # l d k h
-        "v": P(None, "fsdp", "tensor", None),  # l d k h
-        "o": P(None, "tensor", None, "fsdp"),  # l n h d
-        "q_bias": P(None, "tensor", None),  # l n h
-        "k_bias": P(None, "tensor", None),  # l k h
-        "v_bias": P(None, "tensor", None),  # l k h
-        "q_norm": P(None, None),  # l h
-        "k_norm": P(None, None),  # l h
-        "gate": P(None, "fsdp", "tensor"),  # l d f
-        "up": P(None, "fsdp", "tensor"),  # l d f
-        "down": P(None, "tensor", "fsdp"),  # l f d
-    },
-}
-# Weights as `serving.decoder` has them: output features first, with all of their width on every device. On a CPU they
-# are cut into panels of 16 outputs, [o/16, d, 16].
-DECODER: dict[str, Any] = {
-    "embed": P("tensor", None),  # v d
-    "head": P("tensor", None),  # v d
-    "final_norm": P(None),  # d
-    "layers": {  # of each
-        "attention_norm": P(None),  # d
-        "mlp_norm": P(None),  # d
-        "qkv": P("tensor", None),  # o d, of a device's own heads
-        "qkv_bias": P("tensor", None),  # n h
-        "q_norm": P(None),  # h
-        "k_norm": P(None),  # h
-        "o": P(None, "tensor"),  # d nh
-        "gate_up": P("tensor", None),  # 2f d
-        "down": P(None, "tensor"),  # d f
-    },
-}
 PAGES = P(None, "tensor")  # pages k …: of serving; a device has the kv heads that its query heads read
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
 BATCH = P(None, ROWS)  # accumulation b …

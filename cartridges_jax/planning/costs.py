@@ -60,12 +60,12 @@ def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, i
     rows = config.batch_size // (data * fsdp)
     tokens = config.accumulation * rows * config.seq_len
     layers, width = model.num_layers, jnp.dtype(config.dtype).itemsize
-    matrices = layers * model.layer_weights / tensor
+    matrices = model.matrix_weights / tensor
     # what the backward pass multiplies again: all but a layer's last product, which gives nothing but its output
     again = matrices - layers * model.embed_dim * model.mlp_dim / tensor if config.remat == "layers" else 0.0
     seen = config.init.num_slots + (config.seq_len + 1) / 2
-    attention = 4 * layers * model.num_heads / tensor * model.head_dim * seen * tokens  # scores, then values
-    head = model.vocab_size * model.embed_dim / tensor
+    attention = model.attention_flops(seen) / tensor * tokens
+    head = model.head_weights / tensor
     targets = TARGETS * tokens
     # a flash kernel's backward pass has five products to the forward pass's two, since it computes the scores again
     layer_flops = (4 * matrices + 2 * again) * tokens + 3.5 * attention
@@ -86,11 +86,10 @@ def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
     data, fsdp, tensor = mesh
     count = requests.count / (data * fsdp)
     width = jnp.dtype(config.dtype).itemsize
-    weights = (model.num_layers * model.layer_weights + model.vocab_size * model.embed_dim) / tensor
-    kv_heads = max(model.num_kv_heads / tensor, 1)
-    position = 2 * model.num_layers * kv_heads * model.head_dim * width
+    weights = (model.matrix_weights + model.head_weights) / tensor
+    position = model.kv_numbers / min(tensor, model.num_kv_heads) * width
     slots = config.init.num_slots
-    attention = 4 * model.num_layers * model.num_heads / tensor * model.head_dim * (slots + requests.length) * count
+    attention = model.attention_flops(slots + requests.length) / tensor * count
     flops = 2 * weights * count + attention
     read = min(requests.cartridges, count) * slots + count * requests.length
     return Costs(flops, (Part(flops, weights * width + position * read),))
@@ -106,8 +105,7 @@ def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, i
     """
     data, fsdp, tensor = mesh
     width = jnp.dtype(config.dtype).itemsize
-    ends = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
-    gathered = config.accumulation * (2 * model.num_layers * model.layer_weights + ends)
+    gathered = config.accumulation * (2 * model.matrix_weights + model.end_weights)
     positions = config.batch_size // (data * fsdp) * config.seq_len
     chunks = target_chunks(positions) * min(CHUNK, positions)
     sums = positions * (5 * model.num_layers + 1) * model.embed_dim * width
@@ -132,8 +130,7 @@ def least_memory(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
     """Returns the bytes that every program of the step holds: weights, cartridge, optimizer and layers' inputs."""
     data, fsdp, tensor = mesh
     width = jnp.dtype(config.dtype).itemsize
-    ends = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
-    weights = (model.num_layers * model.layer_weights + ends) * width / (fsdp * tensor)
+    weights = (model.matrix_weights + model.end_weights) * width / (fsdp * tensor)
     slots = _cartridge_numbers(config, model) * 4
     tokens = config.batch_size // (data * fsdp) * config.seq_len
     kept = model.num_layers * tokens * (model.embed_dim + model.num_heads * model.head_dim / tensor) * width

@@ -60,16 +60,15 @@ def economics(
     width = jnp.dtype(dtype).itemsize
 
     def prefill(count: int, before: int) -> float:
-        flops = 2 * model.num_layers * model.layer_weights * count
-        heads = model.num_layers * model.num_heads * model.head_dim
-        return (flops + 4 * heads * count * (before + count / 2)) / chip.flops
+        flops = 2 * model.matrix_weights + model.attention_flops(before + count / 2)
+        return flops * count / chip.flops
 
     def decode(count: int, before: int) -> float:
         """Each request reads its whole context, the document or the cartridge too: few requests share a text."""
-        weights = model.num_layers * model.layer_weights + model.vocab_size * model.embed_dim
+        weights = model.matrix_weights + model.head_weights
         context = before + count / 2
-        position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
-        flops = 2 * weights + 4 * model.num_layers * model.num_heads * model.head_dim * context
+        position = model.kv_numbers * width
+        flops = 2 * weights + model.attention_flops(context)
         read = weights * width / together + position * context
         return count * max(flops / chip.flops, read / chip.bandwidth)
 

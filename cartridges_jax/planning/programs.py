@@ -18,7 +18,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, PageList, own_entries, shared_entries
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, abstract_params
+from cartridges_jax.models.params import Params, abstract_params, decode_specs, weight_specs
 from cartridges_jax.parallel import sharding
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic, traffic
@@ -95,7 +95,7 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     state = TrainState(cartridge, jax.eval_shape(tx.init, cartridge), jax.ShapeDtypeStruct((), jnp.int32))
     given = {
         "state": sharding.abstract(state, sharding.CARTRIDGE, mesh),
-        "weights": sharding.abstract(_weights(model, config.dtype), sharding.WEIGHTS, mesh),
+        "weights": sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh),
         "batch": sharding.abstract(_batch(config), sharding.BATCH, mesh),
     }
     rows = config.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
@@ -141,10 +141,10 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
         shapes = new_pages.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
         return sharding.abstract(shapes, sharding.PAGES, mesh)
 
-    given = sharding.abstract(_weights(model, config.dtype), sharding.WEIGHTS, mesh)
+    given = sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh)
     with jax.set_mesh(mesh):
         weights = jax.eval_shape(functools.partial(to_decode_layout, config=model, mesh=mesh), given)
-    weights = sharding.abstract(weights, sharding.DECODER, mesh)
+    weights = sharding.abstract(weights, decode_specs(model), mesh)
     asked = sharding.abstract(_decode_inputs(b, shared, own), P(), mesh)
     with jax.set_mesh(mesh):
         lowered = decode_step.lower(weights, pages(shared + own), *asked, config=model, mesh=mesh, num_top=TOP_K)

@@ -1,6 +1,6 @@
 """The model as serving runs it: over pages, a few tokens of each request at a time.
 
-This is the mathematics of `models.transformer.Block`, laid out for a CPU, where a step takes as long as reading the
+This is the mathematics of `models.block`, laid out for a CPU, where a step takes as long as reading the
 weights: q, k and v form one matrix and gate and up another, packed into panels for `gathered_matmul`. The layers are
 unrolled, since a scanned stack of them would be copied at every step.
 """
@@ -13,19 +13,23 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
+from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.gathered_matmul import has_kernel
 from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, Pages, prefix_decode_attention
+from cartridges_jax.models.block import Rope, decode_layer, rms_norm, rope_table, rotate
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, Rope, rms_norm, rope_tables, rotate
+from cartridges_jax.models.params import Params, decode_specs, weight_specs
+from cartridges_jax.models.spec import fused_arrays
+from cartridges_jax.models.weights import Dense, Panels
 from cartridges_jax.parallel import collectives, sharding
 
-PANEL = 16  # how many outputs of a weight a panel holds side by side
+DECODED = ("llama", "qwen2", "qwen3")  # families whose layers have nothing that is not said here
+PRODUCT = "md,od->mo"  # of a weight in this layout
 Weights = dict[str, Any]  # "embed", "head" (if it is not tied), "final_norm", and "layers": a dict of arrays for each
 
 
@@ -49,7 +53,11 @@ def to_decode_layout(params: Params, config: ModelConfig, mesh: Mesh) -> Weights
     Weights that a kernel multiplies in float32 are kept in bfloat16 if that loses nothing, as it does with most models'
     weights: a step for a few requests takes as long as reading the weights does.
     """
-    ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, mesh)
+    if config.family not in DECODED:
+        raise UserError(
+            f"decoding runs models of {', '.join(DECODED)}, and this one is a {config.family}: choose another"
+        )
+    ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, config, mesh)
     layers = (_layer_to_decode_layout(params["blocks"], i, config, mesh) for i in range(config.num_layers))
     return {**jax.tree.map(_narrowed, ends), "layers": [jax.tree.map(_narrowed, layer) for layer in layers]}
 
@@ -67,54 +75,43 @@ def _is_bfloat16(weight: Array) -> Array:
     return (jax.lax.bitcast_convert_type(weight, jnp.uint32) & 0xFFFF == 0).all()
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _ends(ends: Params, mesh: Mesh) -> Params:
-    def local(ends: Params) -> Params:
-        wide = {name: collectives.all_gather_fsdp(leaf, sharding.WEIGHTS[name]) for name, leaf in ends.items()}
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _ends(ends: Params, config: ModelConfig, mesh: Mesh) -> Weights:
+    specs = {name: weight_specs(config)[name] for name in ends}
+
+    def local(ends: Params) -> Weights:
+        wide = {name: collectives.all_gather_fsdp(leaf, specs[name]) for name, leaf in ends.items()}
         return {name: leaf if leaf.ndim == 1 else pack_panels(leaf) for name, leaf in wide.items()}
 
-    in_specs = (sharding.fitted(ends, {name: sharding.WEIGHTS[name] for name in ends}, mesh),)
-    return sharding.on_mesh(local, mesh, in_specs, {name: sharding.DECODER[name] for name in ends})(ends)
+    in_specs = (sharding.fitted(ends, specs, mesh),)
+    return sharding.on_mesh(local, mesh, in_specs, {name: decode_specs(config)[name] for name in ends})(ends)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _layer_to_decode_layout(blocks: Params, i: Int[Array, ""], config: ModelConfig, mesh: Mesh) -> Params:
-    def local(blocks: Params, i: Int[Array, ""]) -> Params:
-        block = collectives.all_gather_layer(jax.tree.map(lambda leaf: leaf[i], blocks))
-        heads = {name: block[name] for name in ("k", "v")}
-        biases = {name: leaf for name, leaf in block.items() if name in ("k_bias", "v_bias")}
-        block |= collectives.local_kv_heads(heads, config, axis=1) | collectives.local_kv_heads(biases, config, axis=0)
+def _layer_to_decode_layout(blocks: Params, i: Int[Array, ""], config: ModelConfig, mesh: Mesh) -> Weights:
+    fused = fused_arrays(config)
 
-        def rows(*names: str) -> Array:
-            return jnp.concatenate([block[name].reshape(config.embed_dim, -1) for name in names], axis=1).T
+    def local(blocks: Params, i: Int[Array, ""]) -> Weights:
+        layer = decode_layer(jax.tree.map(lambda leaf: leaf[i], blocks), config)
+        return {name: pack_panels(leaf) if fused[name][0].summed else leaf for name, leaf in layer.items()}
 
-        layer = {"qkv": rows("q", "k", "v"), "gate_up": rows("gate", "up"), "down": block["down"].T}
-        layer["o"] = block["o"].reshape(-1, config.embed_dim).T
-        if config.qkv_bias:
-            layer["qkv_bias"] = jnp.concatenate([block[name] for name in ("q_bias", "k_bias", "v_bias")])
-        layer = {name: leaf if leaf.ndim == 1 else pack_panels(leaf) for name, leaf in layer.items()}
-        return layer | {name: leaf for name, leaf in block.items() if name.endswith("norm")}
-
-    names = {"qkv", "gate_up", "down", "o"} | ({"qkv_bias"} if config.qkv_bias else set())
-    names |= {name for name in blocks if name.endswith("norm")}
-    in_specs = (sharding.fitted(blocks, sharding.WEIGHTS["blocks"], mesh), P())
-    out_specs = {name: sharding.DECODER["layers"][name] for name in names}
-    return sharding.on_mesh(local, mesh, in_specs, out_specs)(blocks, i)
+    in_specs = (sharding.fitted(blocks, weight_specs(config)["blocks"], mesh), P())
+    return sharding.on_mesh(local, mesh, in_specs, decode_specs(config)["layers"])(blocks, i)
 
 
-def pack_panels(weight_od: Float[Array, "o d"]) -> Float[Array, "o d"] | Float[Array, "n d 16"]:
-    """The weight in panels, each with `PANEL` outputs side by side for every input, where a kernel multiplies those."""
-    if not has_kernel(kernels.platform()) or weight_od.shape[0] % PANEL:
-        return weight_od
-    return weight_od.reshape(-1, PANEL, weight_od.shape[1]).swapaxes(1, 2)
+def pack_panels(weight_od: Float[Array, "o d"]) -> Panels | Dense:
+    """The weight in panels of outputs that stand side by side, where a kernel multiplies those."""
+    if not has_kernel(kernels.platform()) or weight_od.shape[0] % Panels.SIZE:
+        return Dense(weight_od)
+    return Panels.of(weight_od)
 
 
 def forward(
     weights: Weights, cache: list[Pages], step: Step, config: ModelConfig
 ) -> tuple[Float[Array, "m d"], list[Pages]]:
     """Returns the tokens' final, normed hidden states, m = b t, and the cache with their keys and values written."""
-    rope = rope_tables(step.positions, config)
-    x_md = _embedded(weights["embed"], step.tokens.reshape(-1)).astype(weights["final_norm"].dtype)
+    rope = rope_table(step.positions, config.layers[0], config.head_dim)
+    x_md = weights["embed"].lookup(step.tokens.reshape(-1)).astype(weights["final_norm"].dtype)
     written = []
     for layer, pages in zip(weights["layers"], cache, strict=True):
         x_md, pages = _block(layer, pages, x_md, rope, step, config)
@@ -135,36 +132,16 @@ def _block(
         bias=pages.bias.at[page_bt, :, offset_bt].set(0, mode="drop"),
     )
     o_btnh = prefix_decode_attention(q, step.positions, pages, step.metadata)
-    x_md = x_md + collectives.reduce_from_tp(project(layer["o"], o_btnh.reshape(x_md.shape[0], -1)))
+    x_md = x_md + collectives.reduce_from_tp(layer["o"].matmul(o_btnh.reshape(x_md.shape[0], -1), PRODUCT))
     y_md = rms_norm(x_md, layer["mlp_norm"], config.norm_eps)
-    gate_mf, up_mf = jnp.split(project(layer["gate_up"], y_md), 2, axis=1)
-    return x_md + collectives.reduce_from_tp(project(layer["down"], jax.nn.silu(gate_mf) * up_mf)), pages
-
-
-def _embedded(embed: Array, tokens: Int[Array, " m"]) -> Float[Array, "m d"]:
-    if embed.ndim == 2:
-        return collectives.embedding_lookup(embed, tokens)
-    own, here = collectives.local_token_ids(tokens, embed.shape[0] * PANEL)
-    return collectives.reduce_from_tp(jnp.where(here[:, None], embed[own // PANEL, :, own % PANEL], 0))
+    gate_mf, up_mf = jnp.split(layer["gate_up"].matmul(y_md, PRODUCT), 2, axis=1)
+    return x_md + collectives.reduce_from_tp(layer["down"].matmul(jax.nn.silu(gate_mf) * up_mf, PRODUCT)), pages
 
 
 def logits(weights: Weights, hidden: Float[Array, "m d"]) -> Float[Array, "m v"]:
     """The vocabulary's logits, in float32."""
-    logits_mv = _product(weights.get("head", weights["embed"]), hidden)
-    return collectives.all_gather_vocab(logits_mv)
-
-
-def project(weight: Float[Array, "o d"] | Float[Array, "n d 16"], x_md: Float[Array, "m d"]) -> Float[Array, "m o"]:
-    """The product of the weight and x, in the dtype of x."""
-    return _product(weight, x_md).astype(x_md.dtype)
-
-
-def _product(weight: Array, x_md: Array) -> Float[Array, "m o"]:
-    """The product is multiplied in the weight's dtype, or in float32 if it is packed; it is added up in float32."""
-    if weight.ndim == 2:
-        return jnp.einsum("md,od->mo", x_md.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
-    panels = np.arange(weight.shape[0], dtype=np.int32)
-    return gathered_matmul(x_md[None], np.zeros_like(panels), weight, panels, side_by_side=True)
+    head = weights.get("head", weights["embed"])
+    return collectives.all_gather_vocab(head.matmul(hidden.astype(jnp.float32), PRODUCT))
 
 
 def _queries_keys_values(
@@ -172,7 +149,7 @@ def _queries_keys_values(
 ) -> tuple[Array, Array, Array]:
     """The queries, keys and values of this device's heads, before their rotation."""
     *shape, k = shape_btk
-    qkv_mo = project(layer["qkv"], rms_norm(x_md, layer["attention_norm"], config.norm_eps))
+    qkv_mo = layer["qkv"].matmul(rms_norm(x_md, layer["attention_norm"], config.norm_eps), PRODUCT)
     n = qkv_mo.shape[1] // config.head_dim - 2 * k
     heads_btoh = qkv_mo.reshape(*shape, n + 2 * k, config.head_dim)
     if config.qkv_bias:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_decode_attention import Pages
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.params import decode_specs
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving.decoder import Step, Weights, forward, logits
 from cartridges_jax.serving.metadata import PAGE_SIZE
@@ -106,7 +107,7 @@ def prefill_step(weights: Weights, cache: list[Pages], step: Step, *, config: Mo
     def local(weights: Weights, cache: list[Pages], step: Step) -> list[Pages]:
         return forward(weights, cache, step, config)[1]
 
-    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, P()
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P()
     return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(weights, cache, step)
 
 
@@ -136,7 +137,7 @@ def decode_step(
         sampled = sample(logits(weights, hidden_bd), params, num_top)
         return cache, last.at[indices].set(sampled[0], mode="drop"), sampled
 
-    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, *[P()] * 4
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, *[P()] * 4
     run = sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P(), P()))
     return run(weights, cache, last, indices, step, sampling_params)
 
@@ -163,5 +164,5 @@ def score_step(
         rank_t = 1 + (logits_tv > own_t1).sum(-1)
         return cache, ((own_t1 - normalizer_t1)[:, 0], rank_t, ids_tj, top_tj - normalizer_t1)
 
-    in_specs = sharding.fitted(weights, sharding.DECODER, mesh), sharding.PAGES, P(), P()
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), P()
     return sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P()))(weights, cache, step, following)

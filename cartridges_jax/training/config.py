@@ -24,7 +24,7 @@ class TrainConfig:
     mix: tuple[MixConfig, ...] = ()  # other conversations beside it, such as general ones without a context
     model: str = "smollm2-135m"
     dtype: str = "float32"  # of the frozen weights; "auto" is the one that the hardware multiplies fastest
-    quantization: Literal["none", "int8"] = "none"  # how the frozen layers are kept; they are multiplied in `dtype`
+    quantization: Literal["none", "int8", "fp8"] = "none"  # of the frozen layers; they are multiplied in `dtype`
     seed: int = 0
     seq_len: int = 1024  # tokens of a packed row
     batch_size: int = 1  # rows whose gradients are computed together

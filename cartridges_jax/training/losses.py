@@ -17,7 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, Remat, head_weights, hidden_states, project
+from cartridges_jax.models.params import Params
+from cartridges_jax.models.transformer import Remat, head_weights, hidden_states
+from cartridges_jax.models.weights import Dense
 from cartridges_jax.parallel import collectives
 from cartridges_jax.training.batch import Batch
 
@@ -136,7 +138,7 @@ def _chunk_loss(
     hidden_cd: Array, head_vd: Array, ids_cj: Array, logprobs_cj: Array, mask_cj: Array, tail: Tail
 ) -> Array:
     dtype = jnp.promote_types(jnp.float32, hidden_cd.dtype)
-    logits_cv = project("cd,vd->cv", collectives.copy_to_tp(hidden_cd.astype(dtype)), head_vd)
+    logits_cv = Dense(head_vd).matmul(collectives.copy_to_tp(hidden_cd.astype(dtype)), "cd,vd->cv")
     normalizer_c = collectives.log_sum_exp(logits_cv)
     teacher_cj = jnp.where(mask_cj, jnp.exp(logprobs_cj.astype(dtype)), 0)
     student_cj = collectives.gather_logits(logits_cv, ids_cj) - normalizer_c[:, None]

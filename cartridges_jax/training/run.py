@@ -25,7 +25,7 @@ from cartridges_jax.initial.initializers import initial_cartridge
 from cartridges_jax.interop.sources import dataset_files
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.models.quantization import quantized
+from cartridges_jax.models.weights import quantized
 from cartridges_jax.parallel import processes, sharding
 from cartridges_jax.parallel.device import matmul_peak
 from cartridges_jax.parallel.sharding import MeshConfig
@@ -74,7 +74,7 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     sharding.check_rows(config.batch_size, mesh)
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
     config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # which may have been "auto"
-    model = quantized(model) if config.quantization == "int8" else model
+    model = model if config.quantization == "none" else quantized(model, config.quantization)
     if config.init.kind != "pretrained":  # a pretrained file has its own number of slots, which is checked below
         _check_window(config.init.num_slots, config, model)
     directory = Path(config.output_dir)
@@ -232,7 +232,7 @@ def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cach
 
 def flops_per_token(config: ModelConfig) -> float:
     """Returns a token's FLOPs in the layers' matrices: of the forward pass and of the activations' gradient."""
-    return 4.0 * config.num_layers * config.layer_weights
+    return 4.0 * config.matrix_weights
 
 
 def _with_training(
@@ -244,7 +244,7 @@ def _with_training(
     objective = "distillation" if config.targets == "logprobs" else "next-token prediction"
     steps = f"{num_steps} steps" if config.evals.patience is None else f"{kept} steps, the best of {num_steps},"
     recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}, reduction {config.reduction}"
-    recipe += ", int8 base" if config.quantization == "int8" else ""
+    recipe += "" if config.quantization == "none" else f", {config.quantization} base"
     evaluated = evaluation_behind(kept, history(directory / METRICS))
     evaluation = before.evaluation if kept == 0 else ""
     provenance = dataclasses.replace(

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.transformer import Params, Remat
+from cartridges_jax.models.params import Params, weight_specs
+from cartridges_jax.models.transformer import Remat
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.losses import Reduction, Tail, loss_sum
@@ -64,7 +65,7 @@ def train_step(
 
     if mesh is not None:
         shapes = state.cartridge, params, batch
-        tables = sharding.CARTRIDGE, sharding.WEIGHTS, sharding.BATCH
+        tables = sharding.CARTRIDGE, weight_specs(config), sharding.BATCH
         specs = tuple(sharding.fitted(*pair, mesh) for pair in zip(shapes, tables, strict=True))
         sums = sharding.on_mesh(sums, mesh, specs, (P(), P(), P(), specs[0]))
     # summed over micro-batches and divided once, so that accumulating equals one large batch

@@ -10,19 +10,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cartridges_jax.models.language_model import LanguageModel
-from cartridges_jax.models.loading import LAYER, TOP
+from cartridges_jax.models.spec import file_names
 
 
 def write_folder(model: LanguageModel, folder: Path) -> Path:
     c, params = model.config, model.params
-    tensors = {name: np.asarray(params[ours]) for name, (ours, _) in TOP.items() if ours in params}
-    for suffix, (ours, pattern) in LAYER.items():
-        if ours not in params["blocks"]:
-            continue
-        theirs, _, mine = pattern.partition(" -> ")
-        sizes = {"h": c.head_dim} if "h" in pattern else {}
-        for layer, array in enumerate(np.asarray(params["blocks"][ours])):
-            tensors[f"model.layers.{layer}.{suffix}"] = einops.rearrange(array, f"{mine} -> {theirs}", **sizes)
+    tensors = {}
+    for name, spec, layer in file_names(c):
+        theirs, _, ours = spec.pattern.partition(" -> ")
+        array = np.asarray(params[spec.name] if layer is None else params["blocks"][spec.name][layer])
+        tensors[name] = einops.rearrange(array, f"{ours} -> {theirs}", **({"h": c.head_dim} if "h" in theirs else {}))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: np.ascontiguousarray(a) for n, a in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     config = {

@@ -20,7 +20,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import load_model
-from cartridges_jax.models.transformer import abstract_params
+from cartridges_jax.models.params import abstract_params
 from cartridges_jax.parallel.sharding import MeshConfig, make_mesh
 
 WriteModel = Callable[..., Path]

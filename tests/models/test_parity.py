@@ -26,9 +26,10 @@ from numpy.testing import assert_allclose
 
 import cartridges_jax as cj
 from cartridges_jax.kernels.prefix_attention import prefix_attention
+from cartridges_jax.models.block import block, layer_of, rope_table
 from cartridges_jax.models.hf import load_hf
 from cartridges_jax.models.language_model import LanguageModel, no_prefix
-from cartridges_jax.models.transformer import block_of, head_weights, hidden_states, rope_tables
+from cartridges_jax.models.transformer import head_weights, hidden_states
 
 # float32 against float32: rounding only. Logits reach 5 (untied head) or 38 (tied); measured at most 1.8e-5.
 TOLERANCE = 3e-5
@@ -43,18 +44,19 @@ def logits_of(folder: Path) -> np.ndarray:
 
 
 def layers_of(model: LanguageModel) -> np.ndarray:
-    """Every block's output [l, t, d], by a plain loop over `block_of`."""
+    """Every block's output [l, t, d], by a plain loop over the blocks."""
     tokens = jnp.asarray(fixed_tokens())[None]
-    rope = rope_tables(jnp.arange(tokens.shape[1])[None], model.config)
-    none_pkh = jnp.zeros((0, model.config.num_kv_heads, model.config.head_dim))
+    config = model.config
+    rope = rope_table(jnp.arange(tokens.shape[1])[None], config.layers[0], config.head_dim)
+    none_pkh = jnp.zeros((0, config.num_kv_heads, config.head_dim))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return prefix_attention(q, k, v, none_pkh, none_pkh, jnp.ones_like(tokens), implementation="reference"), None
 
     x_btd, outputs = model.params["embed"][tokens], []
-    for layer in range(model.config.num_layers):
-        block = block_of(model.config, jax.tree.map(lambda leaf: leaf[layer], model.params["blocks"]))  # noqa: B023
-        x_btd, _ = block(x_btd, rope, attend)
+    for layer in range(config.num_layers):
+        arrays = {name: leaf[layer] for name, leaf in model.params["blocks"].items()}
+        x_btd, _ = block(layer_of(arrays, config), x_btd, rope, attend, config)
         outputs.append(np.asarray(x_btd[0]))
     return np.stack(outputs)
 

@@ -15,7 +15,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import cartridges_jax as cj
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.models.transformer import head_weights, hidden_states, init_params, keys_and_values, project
+from cartridges_jax.models.params import init_params
+from cartridges_jax.models.transformer import head_weights, hidden_states, keys_and_values
+from cartridges_jax.models.weights import Dense
 
 TOLERANCE = 3e-5  # float32 logits of size 1 to 40, added in another order; measured at most 1.5e-5
 
@@ -146,14 +148,14 @@ def test_implementations_and_remat_agree(tiny_model: cj.LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("spec", ["btd,dnh->btnh", "btnh,nhd->btd", "btd,df->btf"])
-def test_project_is_einsum_with_a_frozen_weight(spec: str) -> None:
+def test_a_dense_weight_multiplies_as_einsum_does_and_is_frozen(spec: str) -> None:
     sizes = {"b": 2, "t": 3, "d": 8, "n": 2, "h": 4, "f": 16}
     rng = np.random.default_rng(0)
     x_axes, w_axes, y_axes = spec.replace("->", ",").split(",")
     x, w, dy = (
         jnp.asarray(rng.standard_normal([sizes[a] for a in axes]), jnp.float32) for axes in (x_axes, w_axes, y_axes)
     )
-    y, pullback = jax.vjp(functools.partial(project, spec), x, w)
+    y, pullback = jax.vjp(lambda x, w: Dense(w).matmul(x, spec), x, w)
     plain, plain_pullback = jax.vjp(functools.partial(jnp.einsum, spec), x, w)
     assert_allclose(y, plain, rtol=1e-6)
     dx, dw = pullback(dy)
@@ -161,12 +163,12 @@ def test_project_is_einsum_with_a_frozen_weight(spec: str) -> None:
     assert not np.asarray(dw).any()
 
 
-def test_project_multiplies_bfloat16_and_adds_up_in_float32() -> None:
+def test_a_dense_weight_multiplies_bfloat16_and_adds_up_in_float32() -> None:
     """In both passes: a float32 gradient times a bfloat16 weight would be a float32 product, or a slow mixed one."""
     weight = jnp.ones((8, 4), jnp.bfloat16)
 
     def both_passes(x: jax.Array, dy: jax.Array) -> Any:
-        return jax.vjp(functools.partial(project, "btd,df->btf"), x, weight)[1](dy)
+        return jax.vjp(lambda x, w: Dense(w).matmul(x, "btd,df->btf"), x, weight)[1](dy)
 
     program = jax.make_jaxpr(both_passes)(jnp.ones((1, 2, 8)), jnp.ones((1, 2, 4)))
     text = str(program)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.params import decode_specs, weight_specs
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.planning.chips import devices_of
@@ -31,9 +32,9 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
     mesh = sharding.make_mesh(MeshConfig(tensor=4), devices_of(topology)[1][:4])
 
     with jax.set_mesh(mesh):  # a CPU's own weights lie otherwise
-        given = sharding.abstract(params, sharding.WEIGHTS, mesh)
+        given = sharding.abstract(params, weight_specs(config), mesh)
         weights = jax.eval_shape(functools.partial(to_decode_layout, config=config, mesh=mesh), given)
-    trees = (weights, sharding.DECODER), (engine._cache, sharding.PAGES), ((engine._last, *batch), P())
+    trees = (weights, decode_specs(config)), (engine._cache, sharding.PAGES), ((engine._last, *batch), P())
     weights, cache, asked = (sharding.abstract(tree, table, mesh) for tree, table in trees)
     compiled = decode_step.lower(weights, cache, *asked, config=config, mesh=mesh, num_top=5).compile()
     found = traffic(compiled.as_text())

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 KERNELS = ("tpu", "gpu")  # written in Pallas, each for the platform of its name
@@ -27,7 +28,11 @@ def prefix_attention(
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None = None,
     implementation: str | None = None,
-    window: int | None = None,
+    window: int | Array | None = None,
+    scale: float | Array | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " n"] | None = None,
+    lengths: Int[Array, " k"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Each query attends to all p slots and, causally, to the keys of its own segment (arXiv 2506.06266 §3).
 
@@ -42,6 +47,10 @@ def prefix_attention(
       bias: a log-weight added to each slot's score (arXiv 2602.16284); None means zero.
       implementation: "reference", "xla", "tpu", "gpu", or None for the fastest that supports the call here.
       window: how many keys of its segment a query sees, its own included; None means all. Slots are always seen.
+      scale: what a query's products with the keys are multiplied by; None means h**-0.5.
+      soft_cap: what no score may exceed before its bias: cap * tanh(score / cap); None means no limit.
+      sinks: for each query head, the score of one more key, which has no value; frozen, it gets no gradient.
+      lengths: how many slots each kv head has; the others of the p, which have to be finite, are not seen.
 
     Returns:
       The weighted values of each query, in the dtype of q.
@@ -61,22 +70,38 @@ def prefix_attention(
             f"segment ids {segment_ids.shape} and bias {None if bias is None else bias.shape} do not belong together: "
             "expected [b,t,n,h], twice [b,t,k,h], twice [p,k,h], [b,t] and [p,k] with n a multiple of k"
         )
-    if window is not None and window < 1:
+    if isinstance(window, int) and window < 1:
         raise UserError(f"window is {window}, expected at least 1 key, or None for all of the segment")
-    name = _choice(implementation, h, {q.dtype, k.dtype, v.dtype})
+    if lengths is not None:
+        bias = jnp.zeros((p, kv_heads), jnp.float32) if bias is None else bias
+        bias = jnp.where(jnp.arange(p)[:, None] < lengths, bias, MASKED)
+    extras = {"soft_cap": soft_cap, "sinks": sinks}
+    lacking = [option for option, value in extras.items() if value is not None]
+    name = _choice(implementation, h, {q.dtype, k.dtype, v.dtype}, lacking)
+    scale = h**-0.5 if scale is None else scale
     # imported when used: Pallas takes a while, and only one platform's is ever needed
     module = importlib.import_module(f"{__name__}.{name}")
-    return getattr(module, f"{name}_attention")(q, k, v, prefix_k, prefix_v, segment_ids, bias, window)
+    attention = getattr(module, f"{name}_attention")
+    options = {} if name in KERNELS else extras
+    return attention(q, k, v, prefix_k, prefix_v, segment_ids, bias, window, scale, **options)
 
 
-def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype]) -> str:
-    """Gives the name of the implementation that was asked for, if it can run here, or of the fastest that can."""
+def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype], lacking: list[str]) -> str:
+    """Gives the name of the implementation that was asked for, if it can run here, or of the fastest that can.
+
+    The kernels do not have the options that are `lacking`.
+    """
     platform = kernels.platform()
     supported = h in HEAD_SIZES and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
     if implementation is None:
-        return platform if platform in KERNELS and supported else "xla"
+        return platform if platform in KERNELS and supported and not lacking else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation in KERNELS and lacking:
+        raise UserError(
+            f"implementation is {implementation!r}, which has no {' and no '.join(lacking)}: expected None, for the "
+            "fastest that does"
+        )
     if implementation in KERNELS and not (implementation == platform and supported):
         raise UserError(
             f"implementation is {implementation!r}, which needs a {implementation}, head size 64, 128 or 256, and rows "

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 MASKED = -1e30  # the score of a key that a query does not see: finite, so that a fully masked block gives no NaN
 
 
-def first_key(segment_ids: Int[Array, "b t"], window: int | None) -> Int[Array, "b t"]:
+def first_key(segment_ids: Int[Array, "b t"], window: int | Array | None) -> Int[Array, "b t"]:
     """Gives the first key that each query sees; the last is its own. The result never falls along a row."""
     index_t = jnp.arange(segment_ids.shape[1])
     begins_bt = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
@@ -23,9 +23,14 @@ def first_key(segment_ids: Int[Array, "b t"], window: int | None) -> Int[Array, 
     return first_bt if window is None else jnp.maximum(first_bt, index_t - (window - 1))
 
 
-def last_query(segment_ids: Int[Array, "b t"], window: int | None) -> Int[Array, "b t"]:
+def last_query(segment_ids: Int[Array, "b t"], window: int | Array | None) -> Int[Array, "b t"]:
     """Gives the last query that sees each key; the first is its own. The result never falls along a row."""
     return segment_ids.shape[1] - 1 - first_key(segment_ids[:, ::-1], window)[:, ::-1]
+
+
+def soft_capped(scores: Array, cap: float | None) -> Array:
+    """Bends scores so that none exceeds the cap."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def pad_to_multiple(a: Array, axis: int, multiple: int, **how: Any) -> Array:

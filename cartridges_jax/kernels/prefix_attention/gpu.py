@@ -43,15 +43,17 @@ def gpu_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
-    window: int | None,
+    window: int | Array | None,
+    scale: float | Array | None = None,
     block_sizes: PassSizes | None = None,
 ) -> Float[Array, "b t n h"]:
     """Does what `prefix_attention` says, on a GPU or interpreted. `block_sizes` are chosen if they are not given."""
     _, t, _, h = q.shape
     p, kv_heads, _ = prefix_k.shape
     block_sizes = block_sizes or default_block_sizes(h, q.dtype)
+    scale = h**-0.5 if scale is None else scale
     size = max(max(sizes.queries, sizes.keys) for sizes in block_sizes)
-    rows = (pad_to_multiple(a, 1, size) for a in (q * h**-0.5, k, v))
+    rows = (pad_to_multiple(a, 1, size) for a in ((q * scale).astype(q.dtype), k, v))
     slots = (pad_to_multiple(a, 0, size) for a in (prefix_k, prefix_v))
     bias_pk = jnp.zeros((p, kv_heads)) if bias is None else bias.astype(jnp.float32)
     bias_kp = pad_to_multiple(bias_pk, 0, size, constant_values=MASKED).T

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.prefix_attention.blockwise import soft_capped
+
 
 def reference_attention(
     q: Float[Array, "b t n h"],
@@ -15,7 +17,10 @@ def reference_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
-    window: int | None,
+    window: int | Array | None,
+    scale: float | Array,
+    soft_cap: float | None,
+    sinks: Float[Array, " n"] | None,
 ) -> Float[Array, "b t n h"]:
     b, t, n, h = q.shape
     p, kv_heads, _ = prefix_k.shape
@@ -25,10 +30,15 @@ def reference_attention(
     if bias is not None:
         bias_ks = bias_ks.at[:, :p].set(bias.T.astype(q.dtype))
     q_btkgh = q.reshape(b, t, kv_heads, n // kv_heads, h)
-    scores_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, keys_bskh) * h**-0.5 + bias_ks[None, :, None, None]
+    products_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, keys_bskh) * jnp.asarray(scale, q.dtype)
+    scores_bkgts = soft_capped(products_bkgts, soft_cap) + bias_ks[None, :, None, None]
     causal_bts = (segment_ids[:, :, None] == segment_ids[:, None]) & jnp.tril(jnp.ones((t, t), bool))
     if window is not None:
-        causal_bts &= jnp.triu(jnp.ones((t, t), bool), 1 - window)
+        causal_bts &= jnp.arange(t)[:, None] - jnp.arange(t) < window
     mask_bts = jnp.concatenate([jnp.ones((b, t, p), bool), causal_bts], axis=-1)
-    probs_bkgts = jax.nn.softmax(jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf), axis=-1)
+    scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf)
+    if sinks is not None:  # one more key, which has no value
+        sinks_bkgt1 = jnp.broadcast_to(sinks.reshape(1, kv_heads, -1, 1, 1), (*scores_bkgts.shape[:-1], 1))
+        scores_bkgts = jnp.concatenate([scores_bkgts, sinks_bkgt1.astype(q.dtype)], axis=-1)
+    probs_bkgts = jax.nn.softmax(scores_bkgts, axis=-1)[..., : p + t]
     return jnp.einsum("bkgts,bskh->btkgh", probs_bkgts, values_bskh).reshape(b, t, n, h)

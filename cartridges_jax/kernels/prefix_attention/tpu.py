@@ -48,7 +48,8 @@ def tpu_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
-    window: int | None,
+    window: int | Array | None,
+    scale: float | Array | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "b t n h"]:
     """Does what `prefix_attention` says, on a TPU or interpreted. `block_sizes` are chosen if they are not given."""
@@ -56,10 +57,11 @@ def tpu_attention(
     p, kv_heads, _ = prefix_k.shape
     g = n // kv_heads
     block_sizes = block_sizes or default_block_sizes(t, g, p)
+    scale = h**-0.5 if scale is None else scale
     first_bt, last_bt = first_key(segment_ids, window), last_query(segment_ids, window)
     bounds_b2t = jnp.stack([first_bt, jnp.broadcast_to(jnp.arange(t), (b, t))], axis=1)
     bounds_b2m = jnp.repeat(pad_to_multiple(bounds_b2t, 2, block_sizes.queries, mode="edge"), g, axis=2)
-    q_btkgh = pad_to_multiple(q * h**-0.5, 1, block_sizes.queries).reshape(b, -1, kv_heads, g, h)
+    q_btkgh = pad_to_multiple((q * scale).astype(q.dtype), 1, block_sizes.queries).reshape(b, -1, kv_heads, g, h)
     q_bkmh = q_btkgh.transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, -1, h)
     k_bkth, v_bkth = (pad_to_multiple(a, 1, block_sizes.keys).transpose(0, 2, 1, 3) for a in (k, v))
     slot_k_kph, slot_v_kph = (pad_to_multiple(a, 0, block_sizes.slots).transpose(1, 0, 2) for a in (prefix_k, prefix_v))

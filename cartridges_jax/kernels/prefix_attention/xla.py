@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_key
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_key, soft_capped
 
 BLOCK = 256  # how many queries a block has, and how many keys of their rows
 SLOT_BLOCK = 512  # how many slots: SmolLM2's float32 scores of a block are then 256 x 3 x 512, 1.5 MB, for each kv head
@@ -32,7 +32,10 @@ def xla_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
-    window: int | None,
+    window: int | Array | None,
+    scale: float | Array,
+    soft_cap: float | None,
+    sinks: Float[Array, " n"] | None,
 ) -> Float[Array, "b t n h"]:
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
@@ -42,11 +45,12 @@ def xla_attention(
     q, k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0), (0, 0))) for a in (q, k, v))
     first_bt = first_key(jnp.pad(segment_ids, ((0, 0), (0, padding))), window)
     g = n // kv_heads
-    q_bckmh = (q * h**-0.5).reshape(b, c, size, kv_heads, g, h).transpose(0, 1, 3, 2, 4, 5)
+    q_bckmh = (q * scale).astype(q.dtype).reshape(b, c, size, kv_heads, g, h).transpose(0, 1, 3, 2, 4, 5)
     q_bckmh = q_bckmh.reshape(b, c, kv_heads, size * g, h)
     k_bkth, v_bkth = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     slots = _slot_blocks(prefix_k, prefix_v, bias)
-    o_bckmh = _attention(q_bckmh, k_bkth, v_bkth, *slots, first_bt)
+    sinks_km = None if sinks is None else jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, g), (1, size))
+    o_bckmh = _attention(soft_cap, q_bckmh, k_bkth, v_bkth, *slots, first_bt, sinks_km)
     o = o_bckmh.reshape(b, c, kv_heads, size, g, h).transpose(0, 1, 3, 2, 4, 5).reshape(b, t + padding, n, h)
     return o[:, :t]
 
@@ -66,12 +70,13 @@ def _slot_blocks(
     return k_cksh, v_cksh, bias_ck.reshape(blocks, size, kv_heads).transpose(0, 2, 1)
 
 
-@jax.custom_vjp
-def _attention(q: Array, k: Array, v: Array, slot_k: Array, slot_v: Array, bias: Array, first: Array) -> Array:
-    return _forward(q, k, v, slot_k, slot_v, bias, first)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(soft_cap: float | None, *inputs: Array | None) -> Array:
+    return _forward(soft_cap, *inputs)[0]
 
 
 def _forward(
+    soft_cap: float | None,
     q: Float[Array, "b c k m h"],
     k: Float[Array, "b k t h"],
     v: Float[Array, "b k t h"],
@@ -79,6 +84,7 @@ def _forward(
     slot_v: Float[Array, "c k s h"],
     bias: Float[Array, "c k s"],
     first: Int[Array, "b t"],
+    sinks: Float[Array, "k m"] | None,
 ) -> tuple[Float[Array, "b c k m h"], Any]:
     size = k.shape[2] // q.shape[1]
     slot_blocks = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
@@ -92,7 +98,7 @@ def _forward(
             def visit(carry: Any, k_ksh: Array, v_ksh: Array, mask: Any) -> Any:
                 """Adds one block of keys to the softmax; `mask` adds a bias to its scores or hides some of them."""
                 running_max_km, denominator_km, o_kmh = carry
-                scores_kms = mask(_einsum("kmh,ksh->kms", q_kmh, k_ksh))
+                scores_kms = mask(soft_capped(_einsum("kmh,ksh->kms", q_kmh, k_ksh), soft_cap))
                 new_max_km = jnp.maximum(running_max_km, scores_kms.max(-1, initial=MASKED))
                 probs_kms = jnp.exp(scores_kms - new_max_km[..., None])
                 rescale_km = jnp.exp(running_max_km - new_max_km)
@@ -109,7 +115,9 @@ def _forward(
                 return visit(carry, k_ksh, v_ksh, lambda scores: jnp.where(hidden_ms, MASKED, scores))
 
             zeros_km = jnp.zeros(q_kmh.shape[:2])
-            carry = (zeros_km + MASKED, zeros_km, jnp.zeros(q_kmh.shape))
+            # a sink is a key without a value, from which the softmax starts
+            start = (zeros_km + MASKED, zeros_km) if sinks is None else (sinks, zeros_km + 1)
+            carry = (*start, jnp.zeros(q_kmh.shape))
             carry, _ = jax.lax.scan(slots, carry, slot_blocks)
             running_max_km, denominator_km, o_kmh = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, carry)
             return None, ((o_kmh / denominator_km[..., None]).astype(q.dtype), running_max_km, denominator_km)
@@ -121,7 +129,7 @@ def _forward(
     return o, (q, k, v, slot_k, slot_v, bias, first, o, running_max, denominator)
 
 
-def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, ...]:
+def _backward(soft_cap: float | None, saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, ...]:
     q, k, v, slot_k, slot_v, bias, first, o, running_max, denominator = saved
     size = k.shape[2] // q.shape[1]
     slot_blocks = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
@@ -140,12 +148,15 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
             def visit(k_ksh: Array, v_ksh: Array, mask: Any) -> tuple[Array, Array, Array, Array]:
                 """Computes the gradients of a block's keys and values, its part of the queries', and the scores'."""
                 # scores lie as [s, m]: both gradients of the keys' side are then plain matrix products
-                scores_ksm = mask(_einsum("ksh,kmh->ksm", k_ksh, q_kmh))
-                probs_ksm = jnp.exp(scores_ksm - running_max_km[:, None])
+                capped_ksm = soft_capped(_einsum("ksh,kmh->ksm", k_ksh, q_kmh), soft_cap)
+                probs_ksm = jnp.exp(mask(capped_ksm) - running_max_km[:, None])
                 d_scores_ksm = probs_ksm * (_einsum("ksh,kmh->ksm", v_ksh, do_kmh) - delta_km[:, None])
                 dv_ksh = _einsum("ksm,kmh->ksh", probs_ksm.astype(do.dtype), do_kmh)
-                dk_ksh = _einsum("ksm,kmh->ksh", d_scores_ksm.astype(q.dtype), q_kmh)
-                dq_khm = _einsum("khs,ksm->khm", k_ksh.transpose(0, 2, 1), d_scores_ksm.astype(k.dtype))
+                d_products_ksm = d_scores_ksm
+                if soft_cap is not None:
+                    d_products_ksm = d_scores_ksm * (1 - (capped_ksm / soft_cap) ** 2)
+                dk_ksh = _einsum("ksm,kmh->ksh", d_products_ksm.astype(q.dtype), q_kmh)
+                dq_khm = _einsum("khs,ksm->khm", k_ksh.transpose(0, 2, 1), d_products_ksm.astype(k.dtype))
                 return dk_ksh, dv_ksh, dq_khm, d_scores_ksm
 
             def slots(dq_khm: Array, block: Any) -> tuple[Array, Any]:
@@ -173,7 +184,7 @@ def _backward(saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, 
 
     d_slots = zeros(slot_k.shape), zeros(slot_v.shape), zeros(bias.shape)
     d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, first, o, do, running_max, denominator))
-    return dq, dk, dv, d_slots[0].astype(slot_k.dtype), d_slots[1].astype(slot_v.dtype), d_slots[2], None
+    return dq, dk, dv, d_slots[0].astype(slot_k.dtype), d_slots[1].astype(slot_v.dtype), d_slots[2], None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, no_prefix
-from cartridges_jax.models.transformer import Params
+from cartridges_jax.models.params import Params, weight_specs
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import Example, PackedRows
@@ -69,6 +69,6 @@ def _loss(
         sums = loss_sum(cartridge, params, batch, config=config, tail=tail, reduction="token")
         return collectives.sum_over_rows(sums)
 
-    tables = (cartridge, sharding.CARTRIDGE), (params, sharding.WEIGHTS), (batch, P(sharding.ROWS))
+    tables = (cartridge, sharding.CARTRIDGE), (params, weight_specs(config)), (batch, P(sharding.ROWS))
     specs = tuple(sharding.fitted(*pair, mesh) for pair in tables)
     return sharding.on_mesh(loss, mesh, specs, (P(), P()))(cartridge, params, batch)

@@ -1,0 +1,143 @@
+"""The decoder's block: one pure function for every family, for training, prefill, attention matching and bias folding.
+
+What is special about a family is data (`spec.py`): which arrays a layer has, its activation and its norms. How tokens
+see each other is up to `attend`, which each driver brings.
+
+Axis letters: b batch, t query, l layer, d model width, n query heads, k kv heads, h head size, f mlp width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from cartridges_jax.models.config import LayerSettings, ModelConfig
+from cartridges_jax.models.spec import FAMILIES, ArraySpec, fused_arrays, layer_arrays
+from cartridges_jax.models.weights import weight_of
+from cartridges_jax.parallel import collectives
+
+Rope = tuple[Float[Array, "b t h/2"], Float[Array, "b t h/2"]]  # cosine and sine
+# attend(q_btnh, k_btkh, v_btkh) -> (o_btnh, whatever the driver wants back from this layer)
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def layer_of(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """One layer of the parameters as `block` takes it: arrays of all the width, and matrices that multiply."""
+    layer = {}
+    for array in layer_arrays(config):
+        gathered = functools.partial(collectives.all_gather_fsdp, spec=P(*array.mesh_axes))
+        whole = jax.tree.map(gathered, arrays[array.name])
+        layer[array.name] = weight_of(whole) if array.summed else whole
+    return layer
+
+
+def decode_layer(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, Array]:
+    """One layer of the parameters in the decode layout: dense, with outputs first, those of one matrix side by side.
+
+    Of the kv heads it has those that this device's query heads read.
+    """
+    layer = layer_of(arrays, config)
+
+    def flat(array: ArraySpec) -> Array:
+        axes = array.axes.split()
+        value = layer[array.name].array if array.summed else layer[array.name]
+        if "k" in axes:
+            value = collectives.local_kv_heads(value, config, axis=axes.index("k"))
+        if not array.summed:
+            return value
+        outputs = [i for i in range(len(axes)) if i not in array.summed_axes]
+        num_inputs = math.prod(value.shape[i] for i in array.summed_axes)
+        return value.transpose(*outputs, *array.summed_axes).reshape(-1, num_inputs)
+
+    def beside_each_other(arrays: Sequence[ArraySpec]) -> Array:
+        return jnp.concatenate([flat(array) for array in arrays]) if len(arrays) > 1 else flat(arrays[0])
+
+    return {name: beside_each_other(arrays) for name, arrays in fused_arrays(config).items()}
+
+
+def block(
+    layer: Mapping[str, Any], x_btd: Float[Array, "b t d"], rope: Rope, attend: Attend, config: ModelConfig
+) -> tuple[Float[Array, "b t d"], Any]:
+    """Runs one layer (`layer_of`) and gives its output, and beside it what `attend` gives beside the heads' outputs.
+
+    A norm that the layer does not have changes nothing, so that there may be two of the states, or four, and of the
+    heads none.
+    """
+
+    def normed(name: str, x: Array) -> Array:
+        return norm(x, layer[name], config) if name in layer else x
+
+    def heads(name: str, spec: str) -> Array:
+        product = layer[name].matmul(y_btd, spec)
+        return product + layer[f"{name}_bias"] if f"{name}_bias" in layer else product
+
+    y_btd = collectives.copy_to_tp(normed("attention_norm", x_btd))
+    q_btnh, k_btkh = heads("q", "btd,dnh->btnh"), heads("k", "btd,dkh->btkh")
+    v_btkh = heads("v", "btd,dkh->btkh")
+    q_btnh, k_btkh = rotate(normed("q_norm", q_btnh), rope), rotate(normed("k_norm", k_btkh), rope)
+    o_btnh, extra = attend(q_btnh, k_btkh, v_btkh)
+    o_btd = collectives.reduce_from_tp(layer["o"].matmul(o_btnh, "btnh,nhd->btd"))
+    x_btd = x_btd + normed("attention_post_norm", o_btd)
+    y_btd = collectives.copy_to_tp(normed("mlp_norm", x_btd))
+    gate_btf, up_btf = (layer[name].matmul(y_btd, "btd,df->btf") for name in ("gate", "up"))
+    y_btf = ACTIVATIONS[FAMILIES[config.family].activation](gate_btf) * up_btf
+    y_btd = collectives.reduce_from_tp(layer["down"].matmul(y_btf, "btf,fd->btd"))
+    return x_btd + normed("mlp_post_norm", y_btd), extra
+
+
+def rope_table(positions: Int[Array, "b t"], settings: LayerSettings, head_dim: int) -> Rope:
+    """Computes cosines and sines of the rotation at each position, in float32, for layers of these settings."""
+    half = head_dim // 2
+    frequencies_h = settings.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if settings.rope_factors:
+        frequencies_h = frequencies_h / jnp.asarray(settings.rope_factors, jnp.float32)
+    angles_bth = positions[..., None].astype(jnp.float32) * frequencies_h
+    return jnp.cos(angles_bth), jnp.sin(angles_bth)
+
+
+def rotate(x_btnh: Float[Array, "b t n h"], rope: Rope) -> Float[Array, "b t n h"]:
+    """Rotates halves, not interleaved pairs: the layout of Hugging Face's checkpoints."""
+    cos, sin = (table[:, :, None] for table in rope)
+    first, second = jnp.split(_wide(x_btnh), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
+
+
+def norm(x: Float[Array, "*b d"], weights: Float[Array, " d"], config: ModelConfig) -> Float[Array, "*b d"]:
+    """Norms states as the family does it."""
+    offset = FAMILIES[config.family].norm_offset
+    return rms_norm(x, weights + offset if offset else weights, config.norm_eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
+    """Divides by the root of the mean square and multiplies by the scale, which is frozen: it gets no gradient."""
+    x_float = _wide(x)
+    return (x_float * _inverse_rms(x_float, eps)).astype(x.dtype) * scale
+
+
+def _wide(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
+def _inverse_rms(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b 1"]:
+    return jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
+
+
+def _rms_norm_backward(eps: float, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    x, scale = saved
+    x_float, gradient = _wide(x), _wide(gradient * scale)
+    inverse = _inverse_rms(x_float, eps)
+    # a product of two: autodiff sums one of three, which XLA:CPU does ten times slower
+    mean = jnp.einsum("...d,...d->...", gradient, x_float)[..., None] / x.shape[-1]
+    return (inverse * (gradient - x_float * inverse**2 * mean)).astype(x.dtype), None
+
+
+rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_backward)
