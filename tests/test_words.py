@@ -40,7 +40,6 @@ class Word(NamedTuple):
 WORDS = (
     Word("num_slots", "max_num_seqs", "name", (*ENGINE, "cartridges_jax/serving/generate")),
     Word("--slots", "--max-num-seqs", "flag", ("cartridges_jax", "synth", "benchmarks/soak")),
-    Word("ModelConfig.window", "max_position_embeddings", "field"),
     Word("Plan", "AttentionMetadata, BlockSizes or Candidate", "class"),
     Word("Reading", "AttentionMetadata", "class"),
     Word("members", "shared_mask", "array", (*DECODE, *ENGINE, "tests/kernels")),
