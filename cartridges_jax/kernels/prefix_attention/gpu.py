@@ -14,15 +14,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.prefix_attention import gpu_kernels
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, cast_slots, first_key, last_query, pad_to_multiple
-from cartridges_jax.kernels.prefix_attention.gpu_kernels import (
-    BlockSizes,
-    Inputs,
-    attend,
-    own_gradients,
-    query_gradient,
-    slot_gradients,
-)
+from cartridges_jax.kernels.prefix_attention.gpu_kernels import BlockSizes, Inputs
 
 PassSizes = tuple[BlockSizes, BlockSizes]  # those of the forward and of the backward pass
 
@@ -67,7 +61,7 @@ def _attention(block_sizes: PassSizes, inputs: Inputs) -> Float[Array, "b t n h"
 
 
 def _forward(block_sizes: PassSizes, inputs: Inputs) -> tuple[Float[Array, "b t n h"], Any]:
-    found = attend(block_sizes[0], cast_slots(inputs))
+    found = gpu_kernels.attend(block_sizes[0], cast_slots(inputs))
     o, running_max, denominator = (checkpoint_name(a, "attention") for a in found)
     return o, (inputs, o, running_max, denominator)
 
@@ -78,9 +72,10 @@ def _backward(block_sizes: PassSizes, saved: Any, do: Float[Array, "b t n h"]) -
     do = do.astype(jnp.float32) / denominator.transpose(0, 2, 1)[..., None]
     delta = (o.astype(jnp.float32) * do).sum(-1).transpose(0, 2, 1)
     arguments = block_sizes[1], cast_slots(inputs), do.astype(o.dtype), running_max, delta
-    d_slot_k, d_slot_v, d_bias = slot_gradients(*arguments)
+    dk, dv = gpu_kernels.own_gradients(*arguments)
+    d_slot_k, d_slot_v, d_bias = gpu_kernels.slot_gradients(*arguments)
     d_slots = d_slot_k.astype(inputs.slot_k.dtype), d_slot_v.astype(inputs.slot_v.dtype), d_bias
-    return (Inputs(query_gradient(*arguments), *own_gradients(*arguments), *d_slots, None, None),)
+    return (Inputs(gpu_kernels.query_gradient(*arguments), dk, dv, *d_slots, None, None),)
 
 
 _attention.defvjp(_forward, _backward)

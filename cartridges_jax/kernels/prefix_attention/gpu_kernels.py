@@ -26,15 +26,12 @@ MIN_PROGRAMS = 256  # so that every multiprocessor of a large GPU has work
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How many queries of one head and how many keys a block has, both powers of two.
-
-    Interpreted, the kernels run on every platform.
-    """
+    """How many queries of one head and how many keys a block has, both powers of two."""
 
     queries: int
     keys: int
     warps: int = 4
-    interpret: bool = False
+    interpret: bool = False  # interpreted, the kernels run on every platform
 
 
 class Inputs(NamedTuple):
@@ -116,17 +113,15 @@ def slot_gradients(
     of_slots = pl.BlockSpec((sizes.keys, None, h), lambda j, head, part: (j, head, 0))
     of_bias = pl.BlockSpec((None, sizes.keys), lambda j, head, part: (head, j))
     of_stats = pl.BlockSpec((b, g, t), lambda j, head, part: (0, head, 0))
+    of_sums = pl.BlockSpec((None, sizes.keys, None, h), lambda j, head, part: (part, j, head, 0))
+    of_bias_sums = pl.BlockSpec((None, None, sizes.keys), lambda j, head, part: (part, head, j))
     outputs = (inputs.slot_k, inputs.slot_v, inputs.bias)
     sums = pl.pallas_call(
         functools.partial(_slot_gradients_kernel, sizes, rows),
         [jax.ShapeDtypeStruct((parts, *a.shape), jnp.float32) for a in outputs],
         grid=(p // sizes.keys, kv_heads, parts),
         in_specs=[of_q, of_slots, of_slots, of_bias, of_q, of_stats, of_stats],
-        out_specs=[
-            pl.BlockSpec((None, sizes.keys, None, h), lambda j, head, part: (part, j, head, 0)),
-            pl.BlockSpec((None, sizes.keys, None, h), lambda j, head, part: (part, j, head, 0)),
-            pl.BlockSpec((None, None, sizes.keys), lambda j, head, part: (part, head, j)),
-        ],
+        out_specs=[of_sums, of_sums, of_bias_sums],
         **_options(sizes),
     )(inputs.q, *outputs, do, running_max, delta)
     return tuple(a.sum(0) for a in sums)
@@ -165,7 +160,7 @@ def _options(sizes: BlockSizes) -> dict[str, Any]:
 
 
 def _attend_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> None:
-    q_ref, k_ref, v_ref, slot_k_ref, slot_v_ref, bias_ref, first_key_ref, o_ref, running_max_ref, denominator_ref = refs
+    q_ref, *key_refs, o_ref, running_max_ref, denominator_ref = refs
     q_qh = q_ref[...]
 
     def visit(carry: Any, scores_qs: Array, k_sh: Array, v_sh: Array) -> Any:
@@ -178,16 +173,13 @@ def _attend_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> None:
 
     zeros_q = jnp.zeros(sizes.queries, jnp.float32)
     carry = zeros_q + MASKED, zeros_q, jnp.zeros(q_qh.shape, jnp.float32)
-    key_refs = k_ref, v_ref, slot_k_ref, slot_v_ref, bias_ref, first_key_ref
     running_max_q, denominator_q, o_qh = _visit_keys(sizes, slot_blocks, q_qh, key_refs, visit, carry)
     o_ref[...] = (o_qh / denominator_q[:, None]).astype(o_ref.dtype)
     running_max_ref[...], denominator_ref[...] = running_max_q, denominator_q
 
 
 def _query_gradient_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> None:
-    q_ref, k_ref, v_ref, slot_k_ref, slot_v_ref, bias_ref, first_key_ref, do_ref, running_max_ref, delta_ref, dq_ref = (
-        refs
-    )
+    q_ref, *key_refs, do_ref, running_max_ref, delta_ref, dq_ref = refs
     q_qh, do_qh, running_max_q, delta_q = q_ref[...], do_ref[...], running_max_ref[...], delta_ref[...]
 
     def visit(dq_qh: Array, scores_qs: Array, k_sh: Array, v_sh: Array) -> Array:
@@ -195,7 +187,6 @@ def _query_gradient_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> N
         d_scores_qs = probs_qs * (_dot(do_qh, v_sh.T) - delta_q[:, None])
         return dq_qh + _dot(d_scores_qs.astype(k_sh.dtype), k_sh)
 
-    key_refs = k_ref, v_ref, slot_k_ref, slot_v_ref, bias_ref, first_key_ref
     dq_qh = _visit_keys(sizes, slot_blocks, q_qh, key_refs, visit, jnp.zeros(q_qh.shape, jnp.float32))
     dq_ref[...] = dq_qh.astype(dq_ref.dtype)
 

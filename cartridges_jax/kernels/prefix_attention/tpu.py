@@ -17,16 +17,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.prefix_attention import tpu_kernels
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, cast_slots, first_key, last_query, pad_to_multiple
-from cartridges_jax.kernels.prefix_attention.tpu_kernels import (
-    BlockSizes,
-    Inputs,
-    Range,
-    attend,
-    own_gradients,
-    query_gradient,
-    slot_gradients,
-)
+from cartridges_jax.kernels.prefix_attention.tpu_kernels import BlockSizes, Inputs, Range
 
 
 def default_block_sizes(t: int, g: int, p: int) -> BlockSizes:
@@ -79,15 +72,10 @@ def _ranges(first: Int[Array, "b t"], last: Int[Array, "b t"], block_sizes: Bloc
     queries, keys = jnp.arange(0, t, block_sizes.queries), jnp.arange(0, t, block_sizes.keys)
     query_ends = jnp.minimum(queries + block_sizes.queries, t) - 1
     key_ends = jnp.minimum(keys + block_sizes.keys, t) - 1
-    key_blocks = (
-        first[:, queries] // block_sizes.keys,
-        jnp.broadcast_to(query_ends // block_sizes.keys, (b, len(queries))),
-    )
-    query_blocks = (
-        jnp.broadcast_to(keys // block_sizes.queries, (b, len(keys))),
-        last[:, key_ends] // block_sizes.queries,
-    )
-    return key_blocks, query_blocks
+    last_keys = jnp.broadcast_to(query_ends // block_sizes.keys, (b, len(queries)))
+    first_queries = jnp.broadcast_to(keys // block_sizes.queries, (b, len(keys)))
+    key_blocks = first[:, queries] // block_sizes.keys, last_keys
+    return key_blocks, (first_queries, last[:, key_ends] // block_sizes.queries)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,7 +86,8 @@ def _attention(block_sizes: BlockSizes, inputs: Inputs, *ranges: Range) -> Float
 def _forward(
     block_sizes: BlockSizes, inputs: Inputs, key_blocks: Range, query_blocks: Range
 ) -> tuple[Float[Array, "b k m h"], Any]:
-    o, stats = (checkpoint_name(a, "attention") for a in attend(block_sizes, key_blocks, cast_slots(inputs)))
+    found = tpu_kernels.attend(block_sizes, key_blocks, cast_slots(inputs))
+    o, stats = (checkpoint_name(a, "attention") for a in found)
     return o, (inputs, key_blocks, query_blocks, o, stats)
 
 
@@ -109,10 +98,10 @@ def _backward(block_sizes: BlockSizes, saved: Any, do: Float[Array, "b k m h"]) 
     do = do.astype(jnp.float32) / denominator_bkm[..., None]
     stats = jnp.stack([running_max_bkm, (o.astype(jnp.float32) * do).sum(-1)], axis=2)
     arguments = cast_slots(inputs), do.astype(o.dtype), stats
-    dk, dv = own_gradients(block_sizes, query_blocks, *arguments)
-    d_slot_k, d_slot_v, d_bias = slot_gradients(block_sizes, *arguments)
+    dk, dv = tpu_kernels.own_gradients(block_sizes, query_blocks, *arguments)
+    d_slot_k, d_slot_v, d_bias = tpu_kernels.slot_gradients(block_sizes, *arguments)
     d_slots = d_slot_k.astype(inputs.slot_k.dtype), d_slot_v.astype(inputs.slot_v.dtype), d_bias
-    return Inputs(query_gradient(block_sizes, key_blocks, *arguments), dk, dv, *d_slots, None), None, None
+    return Inputs(tpu_kernels.query_gradient(block_sizes, key_blocks, *arguments), dk, dv, *d_slots, None), None, None
 
 
 _attention.defvjp(_forward, _backward)

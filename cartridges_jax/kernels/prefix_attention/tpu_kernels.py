@@ -31,16 +31,13 @@ Index = Callable[..., tuple[Any, ...]]  # from the grid's indices and the prefet
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How many queries (each of g heads), own keys and slots a block has.
-
-    Interpreted, the kernels run on every platform.
-    """
+    """How many queries (each of g heads), own keys and slots a block has."""
 
     g: int
     queries: int
     keys: int
     slots: int
-    interpret: bool | pltpu.InterpretParams = False
+    interpret: bool | pltpu.InterpretParams = False  # interpreted, the kernels run on every platform
 
     @property
     def m(self) -> int:
