@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ablations
 import jax
@@ -63,9 +64,10 @@ def main() -> None:
 
 
 def _recording(fit: Callable, masses: list[np.ndarray]) -> Callable:
-    def recorded(q: jax.Array, k: jax.Array, v: jax.Array, *, is_query: jax.Array, num_slots: int) -> tuple:
-        jax.debug.callback(lambda mass: masses.append(np.asarray(mass)), matching._attention(q, k, is_query)[1])
-        return fit(q, k, v, is_query=is_query, num_slots=num_slots)
+    def recorded(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple:
+        mass_s = _attention(q, k, options["is_query"], options["scale"])[1]
+        jax.debug.callback(lambda mass: masses.append(np.asarray(mass)), mass_s)
+        return fit(q, k, v, **options)
 
     return recorded
 
@@ -73,15 +75,25 @@ def _recording(fit: Callable, masses: list[np.ndarray]) -> Callable:
 def _above(threshold: float) -> Callable:
     """`_fit_head` with as many slots as receive more attention than that, and empty ones up to `num_slots`."""
 
-    def fit(q: jax.Array, k: jax.Array, v: jax.Array, *, is_query: jax.Array, num_slots: int) -> tuple:
-        weights_ms, mass_s = matching._attention(q, k, is_query)
+    def fit(
+        q: jax.Array, k: jax.Array, v: jax.Array, *, is_query: jax.Array, num_slots: int, scale: float | jax.Array
+    ) -> tuple:
+        probs_ms, mass_s = _attention(q, k, is_query, scale)
         mass_p, kept_p = jax.lax.top_k(mass_s.at[0].set(jnp.inf), num_slots)
         used_p = (mass_p > threshold) | (jnp.arange(num_slots) < FEWEST)
-        shares_mp = weights_ms[:, kept_p] * used_p
-        values_ph, bias_p = matching._fit_slots(shares_mp, v[kept_p], weights_ms @ v, is_query)
+        probs_mp = probs_ms[:, kept_p] * used_p
+        values_ph, bias_p = matching._fit_slots(probs_mp, v[kept_p], probs_ms @ v, is_query)
         return k[kept_p], values_ph, jnp.where(used_p, bias_p, EMPTY)
 
     return fit
+
+
+def _attention(
+    q: jax.Array, k: jax.Array, is_query: jax.Array, scale: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The queries' probabilities, and of each token the root of their mean square, as `_fit_head` has them."""
+    probs_ms = jax.nn.softmax(q @ k.T * scale, axis=-1) * is_query[:, None]
+    return probs_ms, jnp.sqrt((probs_ms**2).mean(0))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import errno
 import functools
+import io
 import json
 import signal
 import socket
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
         ready = f"ready: {url} (model {name}, {room}; a chat page at {url[:-2]})"
         if args.warmup:
             print(f"{url}: requests wait until all programs are compiled (--no-warmup: for their own)", file=sys.stderr)
+        sys.stdin = io.StringIO()  # or the package wandb would ask there for a key, and a request wait for the answer
         return asyncio.run(run(server, sock, ready))
 
 

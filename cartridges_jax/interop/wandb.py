@@ -22,8 +22,8 @@ PARQUET = re.compile(r"(dataset/|data/|artifact/)?[\w-][\w.-]*\.parquet")
 def download(run: str, most: int) -> Path:
     """Fetches a run's newest cartridge file, and its config.yaml beside it; `run` is `entity/project/run`.
 
-    The package finds the key as ever: in `$WANDB_API_KEY`, or where `wandb login` put it, and on a terminal it asks for
-    one. `$WANDB_BASE_URL` names another service than the public one.
+    The package finds the key in `$WANDB_API_KEY`, or where `wandb login` put it. Without one it asks on a terminal, but
+    not in a server. `$WANDB_BASE_URL` names another service than the public one.
 
     Raises:
       UserError: no such form of a run's name, or its files have more than `most` bytes.

@@ -17,6 +17,7 @@ HELP = {
     "first_token_seconds_count": ("counter", "answers that began"),
     "answers_live": ("gauge", "answers that are being written or wait for their turn"),
     "max_num_seqs": ("gauge", "answers that can be written at the same time"),
+    "slots": ("gauge", "max_num_seqs by its earlier name"),
     "cartridges_loaded": ("gauge", "cartridges and compositions in memory"),
 }
 

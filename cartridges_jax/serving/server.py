@@ -200,7 +200,8 @@ class Server:
         return _reply({"status": "starting", **programs}, status=503, headers=headers)
 
     async def _metrics_text(self, _: web.Request) -> web.Response:
-        gauges = {"answers_live": self._running().num_live, "max_num_seqs": self._engine.max_num_seqs}
+        gauges = {"answers_live": self._running().num_live}
+        gauges |= dict.fromkeys(("max_num_seqs", "slots"), self._engine.max_num_seqs)
         gauges["cartridges_loaded"] = self._store.num_held
         return web.Response(text=self._metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import tiny
 from loopback import QuietHandler, serving
 
+from cartridges_jax import serve
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import MissingPackage, UserError
 from cartridges_jax.interop import formats, sources, wandb
@@ -204,3 +206,25 @@ def test_no_login_and_no_package_are_sentences(service: Service, tmp_path: Path,
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingPackage, match=r"pip install 'cartridges-jax\[wandb\]'"):
         Cartridge.load("wandb:me/project/abc123")
+
+
+def test_a_server_on_a_terminal_asks_nobody_for_a_key(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    async def run(*_: Any) -> int:
+        with pytest.raises(PermissionError, match=r"needs a login \(.*\): set WANDB_API_KEY"):
+            Cartridge.load("wandb:me/project/abc123")
+        return 0
+
+    monkeypatch.delenv("WANDB_API_KEY")
+    for name, value in (("HOME", str(tmp_path)), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, Terminal())
+    monkeypatch.setattr(serve, "run", run)
+    monkeypatch.setattr(serve, "_load", lambda *_: (None, "tiny"))
+    assert serve.main(["--port=0", "--no-warmup", "--remote-sources"]) == 0

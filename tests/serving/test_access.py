@@ -97,6 +97,7 @@ def test_metrics_count():
             lines = (await response.text()).splitlines()
         counts = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         start = "cartridges_jax_"
+        assert counts[f"{start}max_num_seqs"] == counts[f"{start}slots"] == "4"  # the latter is its earlier name
         assert counts[f'{start}requests_total{{route="/v1/chat/completions",status="200"}}'] == "1"
         assert counts[f'{start}requests_total{{route="/v1/chat/completions",status="400"}}'] == "1"
         assert float(counts[f"{start}completion_tokens_total"]) == len(SAID)
