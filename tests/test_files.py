@@ -54,7 +54,7 @@ def test_a_line_of_json_ends_with_a_line_feed_and_with_nothing_else(records: lis
     ],
 )
 def test_a_lone_surrogate_is_replaced(text: str | bytes, value: Any, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.WARNING, "command_line"):
+    with caplog.at_level(logging.WARNING, "cartridges_jax.command_line"):
         assert files.parse_json(text, "x") == value
     assert ("U+FFFD" in caplog.text) == ("\ufffd" in str(value))
     json.dumps(value, ensure_ascii=False).encode()

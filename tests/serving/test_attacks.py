@@ -373,11 +373,11 @@ def test_a_file_that_is_written_over_while_it_is_read_kills_nobody(tmp_path: Pat
     )
     whole = path.read_bytes()
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom cartridges_jax import cartridge_file\n"
+        "import sys, time\nfrom pathlib import Path\nfrom cartridges_jax.cartridge import file\n"
         "from cartridges_jax.command_line.errors import UserError\n"
         "print('ready', flush=True)\nend = time.monotonic() + 2\n"
         "while time.monotonic() < end:\n"
-        "    try:\n        cartridge_file.read(Path(sys.argv[1]))\n"
+        "    try:\n        file.read(Path(sys.argv[1]))\n"
         "    except UserError:\n        pass\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as reader:

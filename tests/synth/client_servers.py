@@ -66,10 +66,10 @@ class SGLang:
 
     async def _generate(self, body: dict[str, Any]) -> web.Response:
         self.requests.append(body)
-        prompt, wishes = body["input_ids"], body["sampling_params"]
+        prompt, sampling_params = body["input_ids"], body["sampling_params"]
         said = (await self.tokenizer.decode(prompt)).split("\n")[-3].removesuffix(END)[::-1]
-        ids = self.tokenizer.encode(said + END)[: wishes["max_new_tokens"]]
-        cut = len(ids) == wishes["max_new_tokens"]
+        ids = self.tokenizer.encode(said + END)[: sampling_params["max_new_tokens"]]
+        cut = len(ids) == sampling_params["max_new_tokens"]
         meta: dict[str, Any] = {
             "id": "0",
             "finish_reason": {"type": "length", "length": len(ids)} if cut else {"type": "stop", "matched": ids[-1]},
