@@ -1,4 +1,4 @@
-"""An earlier address of `example_of`, kept for one round: it is at home in `cartridges_jax.training.data`."""
+"""The earlier address of `example_of`, for programs that still import it from here, not from `training.data`."""
 
 from __future__ import annotations
 

@@ -45,6 +45,8 @@ def main(argv: list[str]) -> int:
     args = _arguments(argv)
     begun = time.monotonic()
     config = command_config.load([f"--config={args.config}", *args.overrides], STAGES)
+    if "slots" in config.server:
+        raise UserError("config.server.slots has a new name: write max_num_seqs in the config file")
     document, questions = _inputs(args)
     directory = _run_directory(Path(args.runs), config, document, questions)
     print(f"run directory: {directory}", file=sys.stderr)

@@ -275,7 +275,7 @@ def _pairs(values: list[Any]) -> dict[Any, Any]:
 
 
 def _key(value: Any) -> Any:
-    """Nothing that nests: the hash of a tuple a million deep would end the process."""
+    """Refuses keys that nest, since the hash of a tuple a million deep would end the process."""
     if value is not None and not isinstance(value, str | int | float | bytes):
         raise UserError(f"a {type(value).__name__} as a key")
     return value

@@ -1,4 +1,4 @@
-"""Who may import whom (design §2), read from the source; and what an import must not do, seen in a fresh process."""
+"""Who may import whom, read from the source; and what an import must not do, seen in a fresh process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chunked loss against a dense one in float64, written here from the definitions (design §3, §6)."""
+"""The chunked loss against a dense one in float64, written here from the definitions."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_teacher_without_doubt(loss_and_gradient: LossAndGradient) -> None:
 def test_gradient_is_a_cartridge_with_and_without_jit(
     tiny_llama: cj.LanguageModel, loss_and_gradient: LossAndGradient
 ) -> None:
-    """As design §9 has it: numpy or jax batches, `argnums=0`, bias or none."""
+    """As the public API has it: numpy or jax batches, `argnums=0`, bias or none."""
     batch, _ = small_case()
     cartridge = random_cartridge(tiny_llama.config, with_bias=False)
     value, gradient = jax.value_and_grad(cj.distillation_loss, argnums=0)(cartridge, tiny_llama, batch, tail="drop")

@@ -1,4 +1,4 @@
-"""Design §9 as it is written: the names, the shapes and a gradient."""
+"""The public API (docs/contributing.md) as it is written: the names, the shapes and a gradient."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import tiny
 
+from cartridges_jax import quickstart
+from cartridges_jax.command_line.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -86,10 +89,16 @@ def test_the_notebook_keeps_no_output_and_every_cell_is_python():
         compile("".join(cell["source"]), "cell", "exec")
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
 def test_a_setting_of_an_earlier_version_is_answered_with_its_new_name(tmp_path: Path):
     run = _quickstart(tmp_path, "--config.server.slots=8")
     assert (run.returncode, run.stdout) == (2, "") and not (tmp_path / "runs").exists()
     assert run.stderr == "error: --config.server.slots has a new name: write --config.server.max_num_seqs\n"
+    earlier = tmp_path / "earlier.py"
+    earlier.write_text((ROOT / "configs" / "quickstart.py").read_text().replace("max_num_seqs", "slots"))
+    with pytest.raises(UserError, match=r"config\.server\.slots has a new name: write max_num_seqs in the config file"):
+        quickstart.main([f"--config={earlier}", f"--runs={tmp_path / 'runs'}"])
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

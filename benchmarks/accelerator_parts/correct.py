@@ -153,7 +153,7 @@ def _loss_error(tail: Tail, t: int, d: int, v: int, j: int) -> Line:
 
 
 def _dense_loss(hidden: Any, head: Any, ids: Any, logprobs: Any, mask: Any, *, tail: Tail) -> Any:
-    """The definition (design §6), over the whole vocabulary."""
+    """The loss by its definition, over the whole vocabulary."""
     student_tv = jax.nn.log_softmax(hidden @ head.T)
     teacher_tj = jnp.where(mask, jnp.exp(logprobs), 0)
     loss = -jnp.sum(teacher_tj * jnp.take_along_axis(student_tv, ids, axis=-1))

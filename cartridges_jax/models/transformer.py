@@ -86,7 +86,7 @@ def hidden_states(
     implementation: str | None = None,
     remat: Remat = "layers",
 ) -> Float[Array, "b t d"]:
-    """Computes the final, normed hidden states; token i of a segment is rotated at position p + i (design §3)."""
+    """Computes the final, normed hidden states; token i of a segment is rotated at position p + i."""
 
     def attend(q: Array, k: Array, v: Array, slots: Any, **options: Any) -> tuple[Array, None]:
         k, v = collectives.local_kv_heads((k, v), config, axis=2)

@@ -145,7 +145,7 @@ NOT_FINITE = (
 
 
 class QueueFull(Exception):
-    """As many requests wait as may wait."""
+    """The queue is full: no other request may wait."""
 
 
 @dataclass

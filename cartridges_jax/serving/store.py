@@ -34,7 +34,7 @@ class UnknownCartridge(LookupError):
 
 
 class TooMany(UserError):
-    """As many cartridges are pinned as may be."""
+    """No other cartridge may be pinned."""
 
 
 @dataclass(frozen=True)

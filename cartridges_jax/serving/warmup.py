@@ -28,7 +28,7 @@ class Warmup:
 
     @property
     def seconds_left(self) -> float | None:
-        """As long as the programs so far have taken, on average; None before the first."""
+        """The time that the rest will take at the pace so far; None before the first program is compiled."""
         if not self.compiled:
             return None
         return (time.monotonic() - self._begun) / self.compiled * (self.total - self.compiled)

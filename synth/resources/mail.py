@@ -212,7 +212,7 @@ def _attached(name: str, text: str) -> str:
 
 
 def _best(alternatives: list[list[tuple[bool, str]]]) -> Iterator[tuple[bool, str]]:
-    """Of a message in several forms: the texts of the first form that has any, and the attachments of all."""
+    """Yields, for a message in several forms, the texts of the first that has any, and all attachments."""
     says = [any(not is_attached for is_attached, _ in texts) for texts in alternatives]
     best = says.index(True) if any(says) else 0
     for number, texts in enumerate(alternatives):
