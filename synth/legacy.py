@@ -138,7 +138,7 @@ def _numbers(value: Any, budget: _Budget) -> np.ndarray:
         return value
     for row in value if any(isinstance(row, list | tuple | np.ndarray) for row in value) else [value]:
         budget.take(len(row))
-        if not isinstance(row, np.ndarray) and not all(isinstance(number, int | float) for number in row):
+        if not isinstance(row, np.ndarray) and not all(isinstance(number, int | float | None) for number in row):
             raise TypeError("ids and log-probabilities should be numbers")
     return np.asarray(value)
 

@@ -96,7 +96,7 @@ def _more_than_asked(original: Any) -> Any:
 # A fault, and the check that finds it: a query that sees one place too many, or weights that are not what they were.
 FAULTS = {
     "xla's mask": (xla, "first_key", lambda f: lambda *a: f(*a) * 0, "attention", "xla"),
-    "xla's scale": (xla, "xla_attention", lambda f: lambda q, *a: f(1.01 * q, *a), "attention", "xla"),
+    "xla's scale": (xla, "xla_attention", lambda f: lambda q, *a, **o: f(1.01 * q, *a, **o), "attention", "xla"),
     "the gpu's mask": (gpu, "first_key", lambda f: lambda *a: f(*a) * 0, "attention", "gpu"),
     "the tpu's scale": (
         tpu,
