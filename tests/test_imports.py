@@ -19,7 +19,7 @@ MODULES = sorted(
 )
 COMMAND_LINE = "cartridges_jax.command_line"
 INSIDE_VLLM = "cartridges_jax.interop.vllm"  # a plugin: vLLM imports it, and nobody else
-ARRAYS = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy")
+ARRAYS = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "ml_dtypes")
 # Everything in cartridges_jax but models, kernels, and what both stand on.
 BENEATH = ("models", "kernels", "parallel", "command_line")
 # The methods of Cartridge that need a module which needs Cartridge; no other function may close a circle.

@@ -10,7 +10,6 @@ import json
 import os
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from safetensors import deserialize
 
@@ -18,7 +17,6 @@ from cartridges_jax.command_line.errors import UserError
 
 LARGEST_METADATA = 1 << 20  # characters
 LARGEST_HEADER = 8 * LARGEST_METADATA  # bytes; JSON may take six for a character
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
 
 
 def read(path: Path) -> tuple[bytes, dict[str, str]]:
@@ -47,7 +45,10 @@ def read(path: Path) -> tuple[bytes, dict[str, str]]:
 
 def arrays(data: bytes) -> dict[str, np.ndarray]:
     """Returns a file's tensors, or raises SafetensorError or KeyError: it is not whole, or has an unknown dtype."""
+    import ml_dtypes  # which the environment of vLLM, whose plugin calls `read`, does not have
+
+    dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
     return {
-        name: np.frombuffer(told["data"], DTYPES[told["dtype"]]).reshape(told["shape"])
+        name: np.frombuffer(told["data"], dtypes[told["dtype"]]).reshape(told["shape"])
         for name, told in deserialize(data)
     }
