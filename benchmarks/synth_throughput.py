@@ -122,8 +122,9 @@ def _text(ids: list[int]) -> str:
 
 
 def _position(rng: random.Random, token: int, top_logprobs: int) -> dict:
-    others = [token, *(rng.randrange(100_000) for _ in range(top_logprobs - 1))]
-    top = [{"token": f"token_id:{i}", "logprob": -0.5 - rank, "bytes": None} for rank, i in enumerate(others)]
+    others = [i for i in rng.sample(range(100_000), top_logprobs) if i != token]  # no alternative comes twice
+    ids = [token, *others][:top_logprobs]
+    top = [{"token": f"token_id:{i}", "logprob": -0.5 - rank, "bytes": None} for rank, i in enumerate(ids)]
     return top[0] | {"top_logprobs": top}
 
 
