@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def flatten(rows: Sequence[Sequence[tuple[int, float]]], min_prob_mass: float = 
     ids_tj = np.zeros((len(rows), width), np.int32)
     logprobs_tj = np.full((len(rows), width), -np.inf, np.float64)
     for t, row in enumerate(rows):
-        for j, (token_id, logprob) in enumerate(sorted(row, key=lambda pair: -pair[1])):
+        for j, (token_id, logprob) in enumerate(sorted(row, key=operator.itemgetter(1), reverse=True)):
             ids_tj[t, j], logprobs_tj[t, j] = token_id, logprob
     mass_tj = np.cumsum(np.exp(logprobs_tj), axis=1)
     before_tj = np.pad(mass_tj, ((0, 0), (1, 0)))[:, :width]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
@@ -70,10 +71,14 @@ class Completion:
             raise broken("a number of tokens that is none")
         if not all(map(is_token_id, self.token_ids or ())):
             raise broken("a token id that is none")
-        for row in self.top_logprobs or ():
-            if not all(is_token_id(token) and isinstance(logprob, float) and logprob <= 0 for token, logprob in row):
+        for row in filter(None, self.top_logprobs or ()):
+            # whole rows at a time, since there are hundreds of alternatives an answer; a sum of NaN is NaN
+            tokens, logprobs = zip(*row, strict=True)
+            are_ids = set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) <= LARGEST_ID
+            are_floats = all(issubclass(kind, float) for kind in set(map(type, logprobs)))
+            if not (are_ids and are_floats and max(logprobs) <= 0 and sum(logprobs) <= 0):
                 raise broken("an alternative without a token id or a log-probability")
-            if len({token for token, _ in row}) < len(row):
+            if len(set(tokens)) < len(row):
                 raise broken("an alternative twice")
 
 
@@ -107,7 +112,7 @@ def enough(rows: Iterable[Iterable[tuple[int, float]]], asked: int, setting: str
 
     Raises: Unsuited, if there are fewer: training would not be what the config says.
     """
-    made = tuple(tuple(sorted(row, key=lambda pair: -pair[1])[:asked]) for row in rows)
+    made = tuple(tuple(sorted(row, key=operator.itemgetter(1), reverse=True)[:asked]) for row in rows)
     most = max(map(len, made), default=asked)
     if most < asked:
         raise Unsuited(
@@ -156,6 +161,8 @@ def reading(url: str) -> Iterator[None]:
 
 def finite(logprob: Any) -> float:
     """A log-probability as a float of at most 0, above which rounding may have lifted it; -infinity is allowed."""
+    if type(logprob) is float and logprob <= 0:
+        return logprob
     if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= ROUNDING:
         raise broken("a log-probability that is none")
     return min(float(logprob), 0.0)
