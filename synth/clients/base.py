@@ -69,14 +69,13 @@ class Completion:
         counts = self.prompt_tokens, self.completion_tokens, self.cached_tokens
         if not all(type(count) is int and 0 <= count <= LARGEST_ID for count in counts):
             raise broken("a number of tokens that is none")
-        if not all(map(is_token_id, self.token_ids or ())):
+        if not are_token_ids(self.token_ids or ()):
             raise broken("a token id that is none")
         for row in filter(None, self.top_logprobs or ()):
             # whole rows at a time, since there are hundreds of alternatives an answer; a sum of NaN is NaN
             tokens, logprobs = zip(*row, strict=True)
-            are_ids = set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) <= LARGEST_ID
             are_floats = all(issubclass(kind, float) for kind in set(map(type, logprobs)))
-            if not (are_ids and are_floats and max(logprobs) <= 0 and sum(logprobs) <= 0):
+            if not (are_token_ids(tokens) and are_floats and max(logprobs) <= 0 and sum(logprobs) <= 0):
                 raise broken("an alternative without a token id or a log-probability")
             if len(set(tokens)) < len(row):
                 raise broken("an alternative twice")
@@ -98,8 +97,8 @@ def completion_of(
     )
 
 
-def is_token_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_ID
+def are_token_ids(values: Sequence[Any]) -> bool:
+    return set(map(type, values)) <= {int} and (not values or (min(values) >= 0 and max(values) <= LARGEST_ID))
 
 
 def broken(what: str) -> Unavailable:

@@ -109,7 +109,7 @@ class OpenAIClient(HttpClient):
         return text
 
     def _ids(self, tokens: Any) -> list[int]:
-        if not isinstance(tokens, list) or not all(map(base.is_token_id, tokens)):
+        if not isinstance(tokens, list) or not base.are_token_ids(tokens):
             raise base.broken("tokens of a text that are none")
         return tokens
 
