@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,12 +183,10 @@ def _match(
     is_query_bt = segment_ids > 0
 
     def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array, document: Any, **options: Any) -> tuple[Array, Any]:
-        b, t, n, h = q_btnh.shape
         keys_skh, values_skh = document
-        q_kmh = q_btnh.reshape(b * t, config.num_kv_heads, -1, h).transpose(1, 0, 2, 3)
-        q_kmh = q_kmh.reshape(config.num_kv_heads, -1, h)
-        is_query_m = jnp.repeat(is_query_bt.reshape(-1), n // config.num_kv_heads)
-        scale = options.get("scale", h**-0.5)
+        q_kmh = einops.rearrange(q_btnh, "b t (k g) h -> k (b t g) h", k=config.num_kv_heads)
+        is_query_m = jnp.repeat(is_query_bt.reshape(-1), config.num_heads // config.num_kv_heads)
+        scale = options.get("scale", config.head_dim**-0.5)
         fit = functools.partial(_fit_head, is_query=is_query_m, num_slots=num_slots, scale=scale)
         # one head at a time: its scores are [queries, document tokens]
         keys_kph, values_kph, bias_kp = jax.lax.map(

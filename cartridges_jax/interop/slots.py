@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,9 +91,8 @@ def _common_directions(
     positions = keys.shape[1] + jnp.arange(tokens.shape[1])[None]
 
     def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array, slots: Any, **options: Any) -> tuple[Array, Array]:
-        h = q_btnh.shape[-1]
-        q_kmh = q_btnh.reshape(-1, config.num_kv_heads, q_btnh.shape[2] // config.num_kv_heads, h)
-        q_kmh = q_kmh.transpose(1, 0, 2, 3).reshape(config.num_kv_heads, -1, h) * options.get("scale", h**-0.5)
+        q_kmh = einops.rearrange(q_btnh, "b t (k g) h -> k (b t g) h", k=config.num_kv_heads)
+        q_kmh = q_kmh * options.get("scale", config.head_dim**-0.5)
         slot_k, slot_v, slot_bias = slots
         out = prefix_attention(q_btnh, k_btkh, v_btkh, slot_k, slot_v, segment_ids, slot_bias, **options)
         return out, jax.vmap(_direction)(q_kmh)
