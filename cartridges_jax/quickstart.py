@@ -85,14 +85,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def _inputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """Returns the document and the questions, which are checked before anything is fetched or started."""
     document = files.find(args.document or DOCUMENT)
-    questions = args.questions or (QUESTIONS if args.document is None else None)
+    chosen = args.questions or (QUESTIONS if args.document is None else None)
+    questions = None if chosen is None else files.find(chosen)
     if document.suffix.lower() in ("", ".txt"):  # `synth` reads the other formats
         read_corpus(document)
     elif not document.is_file():
         raise FileNotFoundError(f"{document} does not exist: expected the document, such as {DOCUMENT}")
     if questions is not None:
         questions_of(questions)
-    return document, None if questions is None else files.find(questions)
+    return document, questions
 
 
 def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Path | None) -> Path:
