@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,15 @@ from cartridges_jax.training.checkpoint import Checkpoints, checksum
 from cartridges_jax.training.metrics import history
 from cartridges_jax.training.run import train
 
-# Orbax leaves coroutines behind where it cannot read
+# Orbax leaves coroutines behind where it cannot read, which complain when they are collected: here, by `collected`
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 STEPS = 8  # with a checkpoint behind every third, and the last
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
