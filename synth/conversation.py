@@ -7,6 +7,7 @@ here, because a struct whose lists happen to be empty has no type that a later f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import operator
 import os
@@ -83,14 +84,16 @@ def flatten(rows: Sequence[Sequence[tuple[int, float]]], min_prob_mass: float = 
 
     A row that never reaches it keeps all its pairs: the flattest distributions need the most of them.
     """
-    width = max(map(len, rows), default=0)
+    lengths = np.array(list(map(len, rows)), np.int64)
+    width = int(lengths.max(initial=0))
+    is_there_tj = np.arange(width) < lengths[:, None]
     ids_tj = np.zeros((len(rows), width), np.int32)
     logprobs_tj = np.full((len(rows), width), -np.inf, np.float64)
-    for t, row in enumerate(rows):
-        for j, (token_id, logprob) in enumerate(sorted(row, key=operator.itemgetter(1), reverse=True)):
-            ids_tj[t, j], logprobs_tj[t, j] = token_id, logprob
+    if width:
+        in_order = (sorted(row, key=operator.itemgetter(1), reverse=True) for row in rows)
+        ids_tj[is_there_tj], logprobs_tj[is_there_tj] = zip(*itertools.chain.from_iterable(in_order), strict=True)
     mass_tj = np.cumsum(np.exp(logprobs_tj), axis=1)
-    before_tj = np.pad(mass_tj, ((0, 0), (1, 0)))[:, :width]
+    before_tj = np.concatenate([np.zeros((len(rows), 1)), mass_tj], axis=1)[:, :width]
     keep_tj = (before_tj < min_prob_mass) & np.isfinite(logprobs_tj)
     return TopLogprobs(np.nonzero(keep_tj)[0], ids_tj[keep_tj], logprobs_tj[keep_tj], (len(rows), width))
 

@@ -165,7 +165,7 @@ def _decode_json(data: bytes) -> str:
 
 
 def _without_lone_surrogates(text: str, where: str) -> str:
-    has_surrogates = "\\ud" in text or "\\uD" in text
+    has_surrogates = "\\" in text and ("\\ud" in text or "\\uD" in text)
     if has_surrogates and (count := sum(bool(found[1]) for found in _ESCAPE.finditer(text))):
         text = _ESCAPE.sub(lambda found: "\\ufffd" if found[1] else found[0], text)
         _log_replaced(count, where)

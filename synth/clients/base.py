@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -71,13 +72,14 @@ class Completion:
             raise broken("a number of tokens that is none")
         if not are_token_ids(self.token_ids or ()):
             raise broken("a token id that is none")
-        for row in filter(None, self.top_logprobs or ()):
-            # whole rows at a time, since there are hundreds of alternatives an answer; a sum of NaN is NaN
-            tokens, logprobs = zip(*row, strict=True)
+        rows = self.top_logprobs or ()
+        if any(rows):
+            # all rows at once, since there are hundreds of alternatives an answer; a sum of NaN is NaN
+            tokens, logprobs = zip(*itertools.chain.from_iterable(rows), strict=True)
             are_floats = all(issubclass(kind, float) for kind in set(map(type, logprobs)))
             if not (are_token_ids(tokens) and are_floats and max(logprobs) <= 0 and sum(logprobs) <= 0):
                 raise broken("an alternative without a token id or a log-probability")
-            if len(set(tokens)) < len(row):
+            if any(len(dict(row)) < len(row) for row in rows):
                 raise broken("an alternative twice")
 
 
@@ -158,13 +160,15 @@ def reading(url: str) -> Iterator[None]:
         raise Unavailable(f"{url} gave a reply with a part missing or wrong ({reason})", "broken reply") from error
 
 
-def finite(logprob: Any) -> float:
-    """A log-probability as a float of at most 0, above which rounding may have lifted it; -infinity is allowed."""
-    if type(logprob) is float and logprob <= 0:
-        return logprob
-    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not logprob <= ROUNDING:
+def as_logprobs(values: Sequence[Any]) -> list[float]:
+    """Log-probabilities as floats of at most 0, above which rounding may have lifted them; -infinity is allowed."""
+    return [value if type(value) is float and value <= 0 else _as_logprob(value) for value in values]
+
+
+def _as_logprob(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value <= ROUNDING:
         raise broken("a log-probability that is none")
-    return min(float(logprob), 0.0)
+    return min(float(value), 0.0)
 
 
 def answer_span(opened: list[int], empty: list[int], whole: list[int]) -> slice:

@@ -8,7 +8,7 @@ three give log-probabilities of the model itself, before temperature and truncat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from synth.clients import base
@@ -145,8 +145,9 @@ def _completion(reply: dict[str, Any], top_logprobs: int) -> Completion:
     if top_logprobs and text.strip():
         if not entries:
             raise Unsuited("the server gives no logprobs: vLLM, llama-server and cartridges_jax.serve do")
-        rows = base.enough((map(_pair, entry["top_logprobs"]) for entry in entries), top_logprobs, MORE)
-        token_ids = [_token_id(entry) for entry in entries] if token_ids is None else token_ids
+        # the hundreds of alternatives are let go as they are read: garbage collection costs more than reading otherwise
+        rows = base.enough((_alternatives(entry.pop("top_logprobs")) for entry in entries), top_logprobs, MORE)
+        token_ids = _token_ids(entries) if token_ids is None else token_ids
         if len(token_ids) - len(rows) not in (0, 1):  # some servers count the end-of-turn token, but give no logprobs
             raise Unavailable(
                 f"the server gave {len(token_ids)} token ids with logprobs of {len(rows)} tokens", "wrong tokens"
@@ -154,23 +155,29 @@ def _completion(reply: dict[str, Any], top_logprobs: int) -> Completion:
     return base.completion_of(reply, text, None if token_ids is None else tuple(token_ids), rows)
 
 
-def _pair(entry: dict[str, Any]) -> tuple[int, float]:
-    return _token_id(entry), base.finite(entry["logprob"])
+def _alternatives(entries: list[dict[str, Any]]) -> Iterable[tuple[int, float]]:
+    return zip(_token_ids(entries), base.as_logprobs([entry["logprob"] for entry in entries]), strict=True)
 
 
-def _token_id(entry: dict[str, Any]) -> int:
-    for value in (entry.get("token_id"), entry.get("id")):
-        if isinstance(value, int):
-            return value
-    token = str(entry.get("token"))
-    if token.startswith("token_id:") and token[9:].isdecimal():
-        return int(token[9:])
-    raise Unsuited(
-        f"the server gives no token ids with its logprobs (token {token[:40]!r}): vLLM, llama-server and "
-        "cartridges_jax.serve do"
-    )
+def _token_ids(entries: list[dict[str, Any]]) -> list[int]:
+    """The ids of entries, which are all of one server's form."""
+    for name in ("token_id", "id"):
+        if entries and isinstance(entries[0].get(name), int):
+            return [entry[name] for entry in entries]
+    ids = []
+    for entry in entries:
+        token = entry.get("token")
+        form, _, number = str(token).partition(":")
+        if form != "token_id" or not number.isdecimal():
+            raise Unsuited(
+                f"the server gives no token ids with its logprobs (token {str(token)[:40]!r}): vLLM, llama-server and "
+                "cartridges_jax.serve do"
+            )
+        ids.append(int(number))
+    return ids
 
 
 def _prompt_row(row: dict[str, dict[str, Any]] | None) -> list[tuple[int, float]]:
     """The alternatives at a position of the prompt, among them the prompt's own token, however unlikely it is."""
-    return [(int(token_id), base.finite(entry["logprob"])) for token_id, entry in (row or {}).items()]
+    row = row or {}
+    return list(zip(map(int, row), base.as_logprobs([entry["logprob"] for entry in row.values()]), strict=True))

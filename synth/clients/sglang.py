@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from synth.clients.alignment import Alignment
-from synth.clients.base import ChatMessages, Completion, Unavailable, Unsuited, answer_span, enough, finite, reading
+from synth.clients.base import (
+    ChatMessages,
+    Completion,
+    Unavailable,
+    Unsuited,
+    answer_span,
+    as_logprobs,
+    enough,
+    reading,
+)
 from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
@@ -106,4 +115,4 @@ class SGLangClient(HttpClient):
 
 
 def _rows(rows: Any) -> list[list[tuple[int, float]]]:
-    return [[(token, finite(logprob)) for logprob, token, *_ in row] for row in rows]
+    return [list(zip((e[1] for e in row), as_logprobs([e[0] for e in row]), strict=True)) for row in rows]

@@ -161,4 +161,4 @@ def _rows(packed: dict[str, Any], num_tokens: int) -> list[list[tuple[int, float
             "wrong tokens",
         )
     pairs_tj = zip(ids.reshape(num_tokens, -1).tolist(), logprobs.reshape(num_tokens, -1).tolist(), strict=True)
-    return [[(i, base.finite(x)) for i, x in zip(*row, strict=True)] for row in pairs_tj]
+    return [list(zip(row_ids, base.as_logprobs(row_logprobs), strict=True)) for row_ids, row_logprobs in pairs_tj]
