@@ -163,7 +163,7 @@ def _token_ids(entries: list[dict[str, Any]]) -> list[int]:
     """The ids of entries, which are all of one server's form."""
     for name in ("token_id", "id"):
         if entries and isinstance(entries[0].get(name), int):
-            return [entry[name] for entry in entries]
+            return [entry.get(name) for entry in entries]
     ids = []
     for entry in entries:
         token = entry.get("token")

@@ -10,17 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from synth.clients import base
 from synth.clients.alignment import Alignment
-from synth.clients.base import (
-    ChatMessages,
-    Completion,
-    Unavailable,
-    Unsuited,
-    answer_span,
-    as_logprobs,
-    enough,
-    reading,
-)
+from synth.clients.base import ChatMessages, Completion, Unavailable, Unsuited, reading
 from synth.clients.http import HttpClient
 from synth.clients.local import ChatTokenizer
 from synth.config import ClientConfig, SamplingConfig
@@ -52,7 +44,7 @@ class SGLangClient(HttpClient):
         with reading(self._root):
             ended = str(meta["finish_reason"]["type"])
             ids = [token for _, token, *_ in meta["output_token_logprobs"]] if top_logprobs else None
-            rows = enough(_rows(meta["output_top_logprobs"]), top_logprobs, MORE) if top_logprobs else None
+            rows = base.enough(_rows(meta["output_top_logprobs"]), top_logprobs, MORE) if top_logprobs else None
             completion = Completion(
                 text=reply["text"],
                 token_ids=tuple(ids if ids is not None else reply.get("output_ids") or ()) or None,
@@ -81,13 +73,13 @@ class SGLangClient(HttpClient):
         nothing = {"role": "assistant", "content": ""}
         empty = self._tokenizer.chat_ids([*before, nothing], add_generation_prompt=False, thinking=False)
         whole = self._tokenizer.chat_ids(messages, add_generation_prompt=False, thinking=False)
-        part = answer_span(opened, empty, whole)
+        part = base.answer_span(opened, empty, whole)
         # SGLang gives no log-probability for the first position asked for, so that is the token before the answer
         sent = whole[: part.stop]
         _, meta = await self._generate(sent, {"temperature": 0.0, "max_new_tokens": 1}, top_logprobs, part.start - 1)
         with reading(self._root):
             ids = tuple(token for _, token, *_ in meta["input_token_logprobs"][1:])
-            rows = enough(_rows(meta["input_top_logprobs"][1:]), top_logprobs, MORE)
+            rows = base.enough(_rows(meta["input_top_logprobs"][1:]), top_logprobs, MORE)
         if list(ids) != whole[part] or len(rows) != len(ids):
             raise Unavailable(f"{self._root} scored {len(ids)} tokens, which are not the answer's", "wrong tokens")
         return Completion(messages[-1]["content"], ids, rows, "given", len(sent), 0, 0)
@@ -115,4 +107,4 @@ class SGLangClient(HttpClient):
 
 
 def _rows(rows: Any) -> list[list[tuple[int, float]]]:
-    return [list(zip((e[1] for e in row), as_logprobs([e[0] for e in row]), strict=True)) for row in rows]
+    return [list(zip((e[1] for e in row), base.as_logprobs([e[0] for e in row]), strict=True)) for row in rows]
