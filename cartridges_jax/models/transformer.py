@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.models.block import Rope, block, layer_of, norm, rope_table, rotate
+from cartridges_jax.models.block import Rope, block, embedded, layer_of, norm, rope_table, rotate
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
-from cartridges_jax.models.spec import ENDS, FAMILIES
+from cartridges_jax.models.spec import ENDS
 from cartridges_jax.models.weights import weight_of
 from cartridges_jax.parallel import collectives
 
@@ -68,7 +68,7 @@ def run_layers(
     if remat is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
         layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
-    start = _embedded(params, tokens, config)
+    start = embedded(weight_of(_whole(params["embed"], "embed")), tokens, config)
     start = start if dtype is None else start.astype(dtype)
     return jax.lax.scan(layer, start, (params["blocks"], of_layers, kind_of_layer))
 
@@ -115,7 +115,9 @@ def keys_and_values(
     return run_layers(params, tokens_1t, jnp.arange(tokens.shape[0])[None], attend, config=config)[1]
 
 
-def shift_keys(keys: Float[Array, "l p k h"], distance: int, config: ModelConfig) -> Float[Array, "l p k h"]:
+def shift_keys(
+    keys: Float[Array, "l p k h"], distance: int | Int[Array, ""], config: ModelConfig
+) -> Float[Array, "l p k h"]:
     """Rotates keys on by so many positions, each layer's by its own frequencies."""
     kinds, kind_of_layer = _kinds(config)
     ropes = _stacked([rope_table(jnp.full((1, 1), distance), kind, config.head_dim) for kind in kinds])
@@ -152,13 +154,6 @@ def _options(config: ModelConfig, kind: Int[Array, ""] | None) -> dict[str, Any]
         else:
             options[name] = jnp.asarray([default if value is None else value for value in values])[kind]
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _embedded(params: Params, tokens: Int[Array, "b t"], config: ModelConfig) -> Float[Array, "b t d"]:
-    x_btd = weight_of(_whole(params["embed"], "embed")).lookup(tokens)
-    if not FAMILIES[config.family].scales_embedding:
-        return x_btd
-    return x_btd * jnp.asarray(config.embed_dim**0.5, x_btd.dtype)
 
 
 def head_weights(params: Params) -> Float[Array, "v d"]:
