@@ -235,7 +235,11 @@ def test_a_cartridge_passes_through_jit_and_grad():
 
     gradient = jax.jit(jax.grad(energy))(cartridge)
     assert isinstance(gradient, Cartridge)
-    assert (gradient.num_frozen, gradient.provenance) == (2, cartridge.provenance)
+    assert (gradient.num_frozen, gradient.offset, gradient.provenance) == (
+        2,
+        5,
+        Provenance(),
+    )
     np.testing.assert_allclose(gradient.keys, 2 * cartridge.keys, rtol=1e-6)
     np.testing.assert_array_equal(gradient.bias, np.full(SHAPE[:3], 2.0))
     assert same(jax.jit(lambda c: c)(cartridge), cartridge)

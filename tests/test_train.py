@@ -173,7 +173,7 @@ def test_accumulation_is_one_large_batch(inputs: Path):
     tx = optax.sgd(1.0)
     for accumulation in (1, 2):
         start = Cartridge.from_text(model, tiny.TEXT, 16)
-        state = TrainState(start, tx.init(start), jnp.zeros((), jnp.int32))
+        state = TrainState(start.slots, tx.init(start.slots), jnp.zeros((), jnp.int32))
         shaped = jax.tree.map(lambda a, n=accumulation: a.reshape(n, 4 // n, *a.shape[1:]), batch)
         options = {
             "config": model.config,
@@ -182,7 +182,7 @@ def test_accumulation_is_one_large_batch(inputs: Path):
             "reduction": "token",
             "remat": "elementwise" if accumulation == 2 else "layers",
         }
-        results.append(train_step(state, model.params, shaped, **options))
+        results.append(train_step(state, model.params, shaped, start.placement, **options))
     start = Cartridge.from_text(model, tiny.TEXT, 16)
     (one, metrics), *others = results
     assert float(jnp.abs(one.cartridge.values - start.values).max()) > 1e-4
@@ -199,9 +199,9 @@ def test_targets_are_counted_whatever_the_loss_is_divided_by(inputs: Path, reduc
     rows = PackedRows(read_examples(inputs / "dataset.parquet", model.tokenizer), 192, 4, 1, seed=0)
     batch = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), next(batches(rows, 4, 0)))
     start = Cartridge.from_text(model, tiny.TEXT, 16)
-    state = TrainState(start, tx.init(start), jnp.zeros((), jnp.int32))
+    state = TrainState(start.slots, tx.init(start.slots), jnp.zeros((), jnp.int32))
     options: Any = {"config": model.config, "tx": tx, "tail": "drop", "reduction": reduction, "remat": "layers"}
-    _, metrics = train_step(state, model.params, batch, **options)
+    _, metrics = train_step(state, model.params, batch, start.placement, **options)
     assert metrics["targets"] == np.asarray(batch.target_mask).any(-1).sum() > 4
 
 

@@ -227,9 +227,9 @@ def _one_step(tiny: bool) -> dict[str, np.ndarray]:
     cartridge = models.random_cartridge(config, slots=24 if tiny else 300)
     batch = models.random_batch(config, rows=2, t=32 if tiny else 512)
     tx = optax.sgd(1.0)
-    state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    state = TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32))
     options: Any = {"tail": "bucket", "reduction": "token", "remat": "layers"}
-    state, metrics = train_step(state, params, batch, config=config, tx=tx, **options)
+    state, metrics = train_step(state, params, batch, cartridge.placement, config=config, tx=tx, **options)
     return {
         "loss of a step": np.asarray(metrics["loss"]),
         "keys after a step": np.asarray(state.cartridge.keys),

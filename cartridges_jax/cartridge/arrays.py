@@ -1,16 +1,20 @@
 """A cartridge: in every layer p slots, each a key and a value, that stand in for a text (arXiv 2506.06266).
 
-Keys are stored after RoPE (and after Qwen's norm of keys) as if the slots stood at the positions 0 to p - 1. The i-th
-token of the sequence that follows is rotated at p + i. Upstream, PEFT and Tokasaurus have the same convention.
+Keys are stored after RoPE (and after Qwen's norm of keys). The i-th token of a sequence behind the cartridge is rotated
+at `offset` + i, so that the offset says how the stored keys are meant. RoPE is relative: the same cartridge can be
+brought to any offset by rotating its keys (`at_offset`). With an offset of 0, which new cartridges have, keys stand at
+negative positions, and slots use up no positions of the model. Upstream, PEFT and Tokasaurus have keys at 0 to p - 1
+and an offset of p.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.struct
 import jax
@@ -18,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cartridges_jax.cartridge.provenance import Provenance
 from cartridges_jax.command_line.errors import UserError
@@ -30,18 +34,82 @@ if TYPE_CHECKING:
 
 
 @flax.struct.dataclass
+class Slots:
+    """The arrays of a cartridge, which training moves."""
+
+    keys: Float[Array, "l p k h"]
+    values: Float[Array, "l p k h"]
+    bias: Float[Array, "l p k"] | None = None
+
+
+class Placement(NamedTuple):
+    """What a compiled program has to know of a cartridge beside its arrays; it is data that is not differentiated."""
+
+    lengths: Int[Array, "l k"] | None
+    offset: Int[Array, ""]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cartridge:
-    """The slots of l layers, p in each, with k heads of size h. It is a pytree that `jax.grad` and `jax.jit` take."""
+    """The slots of l layers, p in each, with k heads of size h. It is a pytree that `jax.grad` and `jax.jit` take.
+
+    Its leaves are the keys, the values and the bias. What JAX makes of a cartridge (a gradient, several stacked) has
+    no provenance, as it comes from elsewhere; the other fields are kept.
+    """
 
     keys: Float[Array, "l p k h"]
     values: Float[Array, "l p k h"]
     bias: Float[Array, "l p k"] | None = None  # log-weight added to each slot's attention score; None means zero
-    num_frozen: int = flax.struct.field(pytree_node=False, default=1)  # leading slots that training never moves
-    provenance: Provenance = flax.struct.field(pytree_node=False, default=Provenance())
+    num_frozen: int = 1  # leading slots that training never moves
+    provenance: Provenance = dataclasses.field(default_factory=Provenance)
+    lengths: Int[Array, "l k"] | None = None  # how many slots a head has, which come first; None means p
+    # where the first token behind the slots stands; None means p, for keys at the positions 0 to p - 1
+    offset: int = None  # pyrefly: ignore[bad-assignment]
+
+    def __post_init__(self) -> None:
+        if self.offset is None:
+            object.__setattr__(self, "offset", self.keys.shape[1] if self.keys.ndim > 1 else 0)
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ("keys", "values", "bias")]
+        lengths = None if self.lengths is None else tuple(map(tuple, np.asarray(self.lengths).tolist()))
+        return children, (self.num_frozen, self.offset, lengths)
+
+    @classmethod
+    def tree_unflatten(cls, others: Any, children: Any) -> Cartridge:
+        num_frozen, offset, lengths = others
+        lengths = None if lengths is None else np.asarray(lengths, np.int32)
+        return cls(*children, num_frozen=num_frozen, lengths=lengths, offset=offset)
+
+    @classmethod
+    def of(cls, slots: Slots, placement: Placement) -> Cartridge:
+        """Puts a cartridge together inside a compiled program, where its placement is data."""
+        lengths, offset = placement
+        return cls(slots.keys, slots.values, slots.bias, lengths=lengths, offset=offset)  # pyrefly: ignore
+
+    @property
+    def slots(self) -> Slots:
+        """The arrays that training moves."""
+        return Slots(self.keys, self.values, self.bias)
+
+    @property
+    def placement(self) -> Placement:
+        """The lengths and the offset, as compiled programs take them."""
+        lengths = None if self.lengths is None else np.asarray(self.lengths, np.int32)
+        return Placement(lengths, np.asarray(self.offset, np.int32))
+
+    def replace(self, **changes: Any) -> Cartridge:
+        """Returns the cartridge with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def with_slots(self, slots: Slots) -> Cartridge:
+        """Returns the cartridge with these arrays."""
+        return dataclasses.replace(self, keys=slots.keys, values=slots.values, bias=slots.bias)
 
     @property
     def num_slots(self) -> int:
-        """The number of slots in each layer, p."""
+        """The length of the arrays, p: how many slots each head has, or at most has if there are `lengths`."""
         return self.keys.shape[1]
 
     @property
@@ -71,8 +139,19 @@ class Cartridge:
             )
         if self.bias is not None and self.bias.shape != (l, p, k):
             raise UserError(f"the cartridge's bias is {self.bias.shape}, expected {(l, p, k)}")
-        if not 0 <= self.num_frozen <= p:
-            raise UserError(f"num_frozen is {self.num_frozen}, expected 0 to the number of slots, {p}")
+        fewest = p
+        if self.lengths is not None:
+            lengths = np.asarray(self.lengths)
+            if lengths.shape != (l, k) or lengths.dtype.kind not in "iu" or lengths.min() < 0 or lengths.max() > p:
+                raise UserError(f"the lengths of the cartridge's heads are {lengths}, expected {(l, k)} from 0 to {p}")
+            fewest = int(lengths.min())
+        if not 0 <= self.num_frozen <= fewest:
+            raise UserError(f"num_frozen is {self.num_frozen}, expected 0 to the number of slots, {fewest}")
+        if not 0 <= self.offset <= config.max_position_embeddings:
+            raise UserError(
+                f"the cartridge's offset is {self.offset}, expected 0 to the model's {config.max_position_embeddings} "
+                "positions"
+            )
         return self
 
     @classmethod

@@ -81,21 +81,29 @@ def hidden_states(
     prefix_k: Float[Array, "l p k h"],
     prefix_v: Float[Array, "l p k h"],
     prefix_bias: Float[Array, "l p k"] | None = None,
+    lengths: Int[Array, "l k"] | None = None,
+    offset: int | Int[Array, ""] = 0,
     *,
     config: ModelConfig,
     implementation: str | None = None,
     remat: Remat = "layers",
 ) -> Float[Array, "b t d"]:
-    """Computes the final, normed hidden states; token i of a segment is rotated at position p + i."""
+    """Computes the final, normed hidden states; token i of a segment is rotated at position offset + i.
+
+    Args:
+      lengths: how many of the p slots each head has; None means all.
+      offset: where the first token behind the slots stands, as the slots' keys are rotated.
+    """
 
     def attend(q: Array, k: Array, v: Array, slots: Any, **options: Any) -> tuple[Array, None]:
         k, v = collectives.local_kv_heads((k, v), config, axis=2)
+        *slots, lengths_k = slots
         slot_k, slot_v, bias = collectives.local_kv_heads(slots, config, axis=1)
+        options["lengths"] = collectives.local_kv_heads(lengths_k, config, axis=0)
         return prefix_attention(q, k, v, slot_k, slot_v, segment_ids, bias, implementation, **options), None
 
-    slots = prefix_k, prefix_v, prefix_bias
-    places = positions + prefix_k.shape[1]
-    x_btd, _ = run_layers(params, tokens, places, attend, slots, config=config, remat=remat)
+    slots = prefix_k, prefix_v, prefix_bias, lengths
+    x_btd, _ = run_layers(params, tokens, positions + offset, attend, slots, config=config, remat=remat)
     return norm(x_btd, params["final_norm"], config)
 
 

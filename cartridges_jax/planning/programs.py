@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.arrays import Placement, Slots
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, PageList, own_entries, shared_entries
 from cartridges_jax.models.config import ModelConfig
@@ -91,12 +91,13 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     sharding.check(model, mesh)
     sharding.check_rows(config.batch_size, mesh)
     tx = optimizer(config.optim, num_steps, config.init.num_frozen)
-    cartridge = jax.eval_shape(functools.partial(_cartridge, model, config))
-    state = TrainState(cartridge, jax.eval_shape(tx.init, cartridge), jax.ShapeDtypeStruct((), jnp.int32))
+    slots = jax.eval_shape(functools.partial(_slots, model, config))
+    state = TrainState(slots, jax.eval_shape(tx.init, slots), jax.ShapeDtypeStruct((), jnp.int32))
     given = {
         "state": sharding.abstract(state, sharding.CARTRIDGE, mesh),
         "weights": sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh),
         "batch": sharding.abstract(_batch(config), sharding.BATCH, mesh),
+        "placement": sharding.abstract(Placement(None, jax.ShapeDtypeStruct((), jnp.int32)), sharding.PLACEMENT, mesh),
     }
     rows = config.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     chunks = target_chunks(rows * config.seq_len)
@@ -197,10 +198,10 @@ def _weights(model: ModelConfig, dtype: str) -> Params:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)), abstract_params(model))
 
 
-def _cartridge(model: ModelConfig, config: TrainConfig) -> Cartridge:
-    slots = jnp.zeros((model.num_layers, config.init.num_slots, model.num_kv_heads, model.head_dim))
-    bias = jnp.zeros(slots.shape[:3]) if config.init.kind == "attention_matching" else None
-    return Cartridge(slots, slots, bias, config.init.num_frozen)
+def _slots(model: ModelConfig, config: TrainConfig) -> Slots:
+    keys = jnp.zeros((model.num_layers, config.init.num_slots, model.num_kv_heads, model.head_dim))
+    bias = jnp.zeros(keys.shape[:3]) if config.init.kind == "attention_matching" else None
+    return Slots(keys, keys, bias)
 
 
 def _batch(config: TrainConfig) -> Batch:
