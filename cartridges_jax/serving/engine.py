@@ -91,7 +91,7 @@ class Engine:
         keys, values, bias = cartridge.checked(self._config).prefix
         keys, values = np.asarray(keys), np.asarray(values)
         bias = np.zeros(keys.shape[:3], np.float32) if bias is None else np.asarray(bias)
-        lengths = np.full(keys.shape[::2], keys.shape[1], np.int32)
+        lengths = np.full(keys.shape[::2], keys.shape[1]) if cartridge.lengths is None else cartridge.lengths
         laid = [
             np.concatenate([lay_out_slots(a[:, :, own], lengths[:, own], PAGE_SIZE) for own in self._heads], axis=2)
             for a in (keys, values, bias)

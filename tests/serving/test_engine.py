@@ -14,6 +14,7 @@ import tiny
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
 from cartridges_jax.serving.generate import generate, generate_ids, run
@@ -106,9 +107,9 @@ def continue_greedily(
     return [engine.harvest(decoded)[0] for decoded in first + rest]
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(tiny.model(), max_num_seqs=4, max_length=LENGTH)
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return Engine(tiny.model(), max_num_seqs=4, max_length=LENGTH, attention=request.param)
 
 
 @pytest.mark.parametrize("name", CARTRIDGES)
@@ -230,10 +231,11 @@ def test_prefill_and_decoding_reach_the_last_position(engine: Engine, tail: int)
     same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["none", "a"])
-def test_a_used_page_is_as_good_as_new(name: str):
+def test_a_used_page_is_as_good_as_new(name: str, attention: str):
     """Bit for bit: neither older tokens nor an older cartridge's bias are left."""
-    used, fresh = (Engine(tiny.model(), max_num_seqs=1, max_length=128) for _ in range(2))
+    used, fresh = (Engine(tiny.model(), max_num_seqs=1, max_length=128, attention=attention) for _ in range(2))
     pages = range(used.num_pages)
     fill(used, BlockTable(pages, slots_of("biased")), "biased", TOKENS[:100])
     used.copy(0, 1, 100)
@@ -376,8 +378,9 @@ def agree(found: Sequence[Sampled], wanted: Sequence[Sampled]) -> None:
     np.testing.assert_allclose([s.top_logprobs for s in found], [s.top_logprobs for s in wanted], atol=TOLERANCE)
 
 
-def test_a_request_answers_the_same_alone_as_among_others():
-    engine = Engine(tiny.model(), max_num_seqs=3, max_length=256)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+def test_a_request_answers_the_same_alone_as_among_others(attention: str):
+    engine = Engine(tiny.model(), max_num_seqs=3, max_length=256, attention=attention)
     requests = [request(i) for i in range(9)]
     together = sampled_tokens(engine, requests)
     backwards = sampled_tokens(engine, requests[::-1])
@@ -396,8 +399,9 @@ def test_with_too_little_memory_for_all_cartridges_each_is_loaded_again():
         agree(found[r.id], wanted[r.id])
 
 
-def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all():
-    engine = Engine(tiny.model(), max_num_seqs=4, max_length=512, batch_sizes=[4])
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all(attention: str):
+    engine = Engine(tiny.model(), max_num_seqs=4, max_length=512, batch_sizes=[4], attention=attention)
     requests = [replace(request(1), id=str(i), prompt=(*TOKENS[:300], *TOKENS[10 * i : 10 * i + 7])) for i in range(4)]
     started = [e for e in run(Scheduler(engine, 4), requests) if isinstance(e, Started)]
     assert [e.cached_tokens for e in started] == [0, 300, 300, 300]

@@ -162,6 +162,6 @@ def sinks_together(sinks: Float[Array, " n"], k: int, t: int) -> Float[Array, "k
     return jnp.tile(sinks.reshape(k, 1, -1), (1, t, 1)).reshape(k, -1)
 
 
-def flat(array: Float[Array, "pages k *y"]) -> Float[Array, "pages*k *y"]:
-    """The pages counted head by head."""
+def flat(array: Array) -> Array:
+    """The pages [pages, k, …] counted head by head."""
     return jax.lax.collapse(array, 0, 2)
