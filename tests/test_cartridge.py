@@ -173,7 +173,7 @@ def test_load_refuses_a_model_file():
 
 def test_load_refuses_a_newer_format(path: Path):
     rewrite(path, {"format_version": FORMAT_VERSION + 1})
-    with pytest.raises(UserError, match="has format 3, this version reads up to 2: upgrade"):
+    with pytest.raises(UserError, match="has format 4, this version reads up to 3: upgrade"):
         Cartridge.load(path)
 
 

@@ -81,7 +81,7 @@ class Engine:
 
     def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
         cartridge: Any = prefix.cartridge
-        keys, values, bias = cartridge.checked(self._config).prefix
+        keys, values, bias = cartridge.checked(self._config).at_offset(prefix.length, self._config).prefix
         bias = np.zeros(keys.shape[:3], np.float32) if bias is None else bias
         whole = len(pages) * PAGE_SIZE
         arrays = [np.pad(a, [(0, 0), (0, whole - a.shape[1])] + [(0, 0)] * (a.ndim - 2)) for a in (keys, values, bias)]
