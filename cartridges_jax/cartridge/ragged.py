@@ -36,9 +36,8 @@ def check(lengths: np.ndarray, count: int) -> None:
     """Raises a UserError if the lengths of heads, as a file has them, cannot be those of `count` slots."""
     if lengths.ndim != 2 or lengths.dtype != np.int32 or not lengths.size:
         raise UserError(f"lengths are {lengths.dtype} {lengths.shape}, expected int32 [layers, kv heads]")
-    if lengths.min() < 0 or lengths.sum(dtype=np.int64) != count:
-        raise UserError(
-            f"lengths come to {lengths.sum(dtype=np.int64)}, expected none below 0 and {count} slots in all"
-        )
+    total = lengths.sum(dtype=np.int64)
+    if lengths.min() < 0 or total != count:
+        raise UserError(f"lengths come to {total}, the smallest is {lengths.min()}: expected {count}, none below 0")
     if math.prod(lengths.shape) * int(lengths.max()) > MOST_PADDING * count:
         raise UserError(f"a head has {lengths.max()} slots, expected at most {MOST_PADDING} times the average")
