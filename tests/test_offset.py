@@ -95,6 +95,18 @@ def test_slots_use_up_no_positions():
     assert np.isfinite(model.logits(np.zeros((1, tiny.WINDOW), np.int32), cartridge=cartridge)).all()
 
 
+def test_keys_are_rotated_in_compiled_programs_as_on_the_host(tiny_model: cj.LanguageModel):
+    config = tiny_model.config
+    keys = np.random.default_rng(0).standard_normal((config.num_layers, 3, config.num_kv_heads, config.head_dim))
+    keys = keys.astype(np.float32)
+    rotate = jax.jit(lambda keys, distance: shift_keys(keys, distance, config))
+    for distance in (-40, 0, 7):
+        expected = shift_keys(keys, distance, config)
+        assert isinstance(expected, np.ndarray)
+        np.testing.assert_allclose(rotate(keys, distance), expected, rtol=0, atol=TOLERANCE)
+    assert rotate._cache_size() == 1 and rotate(jnp.asarray(keys, jnp.bfloat16), 7).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("is_ragged", [False, True])
 @pytest.mark.parametrize("offsets", [(0, 0), (12, 7), (0, 300)])
 def test_a_composition_does_not_depend_on_the_order(is_ragged: bool, offsets: tuple[int, int]):

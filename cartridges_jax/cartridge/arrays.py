@@ -119,7 +119,7 @@ class Cartridge:
         if offset == self.offset:
             return self
         config = config or self.provenance.read_config()
-        keys = shift_keys(self.checked(config).keys, offset - self.offset, config)
+        keys = shift_keys(np.asarray(self.checked(config).keys), offset - self.offset, config)
         return dataclasses.replace(self, keys=keys, offset=offset)
 
     def replace(self, **changes: Any) -> Cartridge:

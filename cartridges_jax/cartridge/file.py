@@ -152,5 +152,6 @@ def _padded(arrays: dict[str, np.ndarray], lengths: np.ndarray, said: dict[str, 
 
 
 def _decode(name: str, tensors: dict[str, np.ndarray]) -> np.ndarray:
-    array = tensors[name].astype(np.float32)
-    return array * tensors[f"{name}_scale"][..., None] if tensors[name].dtype == np.int8 else array
+    with np.errstate(over="ignore"):  # what is not finite then is refused by whoever reads it
+        array = tensors[name].astype(np.float32)
+        return array * tensors[f"{name}_scale"][..., None] if tensors[name].dtype == np.int8 else array
