@@ -29,4 +29,5 @@ def shift_keys(keys: Any, distance: Any, config: ModelConfig) -> Any:
     angles_l11h = distance * frequencies_lh[:, None, None].astype(np.float64)
     cos, sin = xp.cos(angles_l11h).astype(xp.float32), xp.sin(angles_l11h).astype(xp.float32)
     first, second = keys[..., :half], keys[..., half:]
-    return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(keys.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # as in a compiled program, there is no warning
+        return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(keys.dtype)
