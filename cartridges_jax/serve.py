@@ -170,7 +170,8 @@ def _load(
 
     load = functools.partial(cj.Cartridge.load, model=model)
     remote = fetch_file if args.remote_sources else None
-    store = CartridgeStore(folder, load, args.max_cartridges, named, remote, compose)
+    compose_here = functools.partial(compose, config=model.config)
+    store = CartridgeStore(folder, load, args.max_cartridges, named, remote, compose_here)
     server = Server(
         engine,
         model.tokenizer,

@@ -212,11 +212,12 @@ def test_no_steps_give_the_initial_cartridge(settings: dict[str, Any]):
 
 
 def test_of_pretrained_the_file_decides_how_many_slots(settings: dict[str, Any], tmp_path: Path):
-    Cartridge.from_text(tiny.model(), tiny.TEXT, 8).save(tmp_path / "start.safetensors")
+    start = Cartridge.from_text(tiny.model(), tiny.TEXT, 8).at_offset(8, tiny.model().config)
+    start.save(tmp_path / "start.safetensors")
     init = {"kind": "pretrained", "path": str(tmp_path / "start.safetensors")}
     fits = config_of(settings, init=init, num_steps=0, seq_len=1016)
     assert Cartridge.load(train(fits, tiny.model())).num_slots == 8
-    with pytest.raises(UserError, match="8 slots and rows of 1017 tokens exceed"):
+    with pytest.raises(UserError, match="offset of 8 and rows of 1017 tokens exceed"):
         train(config_of(settings, init=init, num_steps=0, seq_len=1017, output_dir=str(tmp_path / "b")), tiny.model())
     assert not (tmp_path / "b").exists()
 
@@ -377,10 +378,9 @@ REFUSED: dict[str, tuple[Callable[[Path, dict[str, Any]], dict[str, Any]], str]]
         lambda f, s: {"init": {"kind": "pretrained", "path": str(f / "none.safetensors")}},
         r"none\.safetensors does not exist",
     ),
-    "rows beyond the window": (lambda f, s: {"seq_len": 1010}, r"16 slots and rows of 1010 tokens exceed .*of 1024"),
-    "slots beyond the window": (
-        lambda f, s: {"init": {"num_slots": 1000}},
-        r"1000 slots and rows of 192 tokens exceed .* lower config\.init\.num_slots",
+    "rows beyond the window": (
+        lambda f, s: {"seq_len": 1025},
+        r"rows of 1025 tokens exceed .*of 1024: lower config\.seq",
     ),
     "no model": (lambda f, s: {"model": str(f / "no-model")}, r"no-model' does not exist"),
     "a rate of zero": (lambda f, s: {"optim": {"lr": 0.0}}, r"optim has lr 0\.0"),

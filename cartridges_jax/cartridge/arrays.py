@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from cartridges_jax.cartridge.provenance import Provenance
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.models.rope import shift_keys
 from cartridges_jax.parallel import sharding
 
 if TYPE_CHECKING:
@@ -98,6 +99,28 @@ class Cartridge:
         """The lengths and the offset, as compiled programs take them."""
         lengths = None if self.lengths is None else np.asarray(self.lengths, np.int32)
         return Placement(lengths, np.asarray(self.offset, np.int32))
+
+    @property
+    def all_lengths(self) -> Int[np.ndarray, "l k"]:
+        """How many slots each head has, also where all have p."""
+        if self.lengths is not None:
+            return np.asarray(self.lengths, np.int32)
+        return np.full((self.keys.shape[0], self.keys.shape[2]), self.num_slots, np.int32)
+
+    def at_offset(self, offset: int, config: ModelConfig | None = None) -> Cartridge:
+        """Returns the same cartridge at another offset: its keys are rotated, on the host.
+
+        Args:
+          config: of the model that the cartridge is for; by default the one that its provenance tells.
+
+        Raises:
+          UserError: the offset is another and nothing says how the model rotates keys, or the cartridge does not fit.
+        """
+        if offset == self.offset:
+            return self
+        config = config or self.provenance.read_config()
+        keys = shift_keys(np.asarray(self.checked(config).keys), offset - self.offset, config)
+        return dataclasses.replace(self, keys=keys, offset=offset)
 
     def replace(self, **changes: Any) -> Cartridge:
         """Returns the cartridge with other fields."""
@@ -174,7 +197,7 @@ class Cartridge:
     def from_tokens(
         cls, model: LanguageModel, tokens: Sequence[int], num_frozen: int = 1, provenance: Provenance | None = None
     ) -> Cartridge:
-        """Makes a cartridge of the keys and values of these tokens, which stand at the positions 0 to p - 1."""
+        """Makes a cartridge of the keys and values of these tokens, which stand at the positions -p to -1."""
         if len(tokens) == 0:
             raise UserError("the text has no tokens: a cartridge needs at least one")
         if len(tokens) > (window := model.config.max_position_embeddings):
@@ -183,10 +206,11 @@ class Cartridge:
         padded_t = np.zeros(math.ceil(len(tokens) / 64) * 64, np.int32)
         padded_t[: len(tokens)] = tokens
         mesh = sharding.mesh_of(model.params)
-        keys_and_values = _keys_and_values(model.config, mesh)(model.params, padded_t)
+        keys_and_values = _keys_and_values(model.config, mesh)(model.params, padded_t, np.int32(-len(tokens)))
         keys_lpkh, values_lpkh = (a[:, : len(tokens)].astype(jnp.float32) for a in keys_and_values)
         provenance = provenance or Provenance.of(model, "", "tokens")
-        return cls(keys_lpkh, values_lpkh, None, min(num_frozen, len(tokens)), provenance).checked(model.config)
+        num_frozen = min(num_frozen, len(tokens))
+        return cls(keys_lpkh, values_lpkh, None, num_frozen, provenance, offset=0).checked(model.config)
 
     def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
         """Writes the cartridge's file, whole or not at all; see `cartridge_file.write`."""
@@ -226,4 +250,4 @@ def _keys_and_values(config: ModelConfig, mesh: Mesh) -> Any:
     slots = jax.ShapeDtypeStruct((config.num_layers, 1, config.num_kv_heads, config.head_dim), jnp.float32)
     out = sharding.fitted(slots, sharding.CARTRIDGE, mesh)
     function = functools.partial(keys_and_values, config=config)
-    return jax.jit(sharding.on_mesh(function, mesh, (weights, P()), (out, out)))
+    return jax.jit(sharding.on_mesh(function, mesh, (weights, P(), P()), (out, out)))

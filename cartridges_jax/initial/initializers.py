@@ -121,7 +121,8 @@ def _random_vectors(config: InitConfig, model: LanguageModel, corpus: str, seed:
     if config.vectors == "matched":
         real = _measured(config, model, corpus)
         drawn = [_like(*pair, config.num_frozen) for pair in zip(drawn, (real.keys, real.values), strict=True)]
-    return Cartridge(*drawn, None, config.num_frozen, provenance)
+    keys, values = drawn
+    return Cartridge(keys, values, None, config.num_frozen, provenance, offset=0)
 
 
 def _measured(config: InitConfig, model: LanguageModel, corpus: str) -> Cartridge:

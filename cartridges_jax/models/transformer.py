@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.models.block import Rope, block, embedded, layer_of, norm, rope_table, rotate
+from cartridges_jax.models.block import Rope, block, embedded, layer_of, norm, rope_table
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.spec import ENDS
@@ -108,9 +108,9 @@ def hidden_states(
 
 
 def keys_and_values(
-    params: Params, tokens: Int[Array, " t"], *, config: ModelConfig
+    params: Params, tokens: Int[Array, " t"], first: int | Int[Array, ""] = 0, *, config: ModelConfig
 ) -> tuple[Float[Array, "l t k h"], Float[Array, "l t k h"]]:
-    """Computes the rotated keys and the values of one text at positions 0…t-1, as a prefill would cache them."""
+    """Computes the rotated keys and the values of one text, whose tokens stand at the position `first` and on."""
     tokens_1t = tokens[None]
     segment_ids_1t = jnp.ones_like(tokens_1t)
 
@@ -120,20 +120,8 @@ def keys_and_values(
         o_btnh = prefix_attention(q, own_k, own_v, none_pkh, none_pkh, segment_ids_1t, **options)
         return o_btnh, (k[0], v[0])
 
-    return run_layers(params, tokens_1t, jnp.arange(tokens.shape[0])[None], attend, config=config)[1]
-
-
-def shift_keys(
-    keys: Float[Array, "l p k h"], distance: int | Int[Array, ""], config: ModelConfig
-) -> Float[Array, "l p k h"]:
-    """Rotates keys on by so many positions, each layer's by its own frequencies."""
-    kinds, kind_of_layer = _kinds(config)
-    ropes = _stacked([rope_table(jnp.full((1, 1), distance), kind, config.head_dim) for kind in kinds])
-
-    def shifted(keys_pkh: Array, kind: Array | None) -> Array:
-        return rotate(keys_pkh[None], _of_kind(ropes, kind))[0]
-
-    return jax.vmap(shifted)(keys, kind_of_layer)
+    positions_1t = first + jnp.arange(tokens.shape[0])[None]
+    return run_layers(params, tokens_1t, positions_1t, attend, config=config)[1]
 
 
 def _kinds(config: ModelConfig) -> tuple[Sequence[Any], Int[Array, " l"] | None]:

@@ -88,20 +88,20 @@ class Engine:
 
     def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
         cartridge: Any = prefix.cartridge
-        keys, values, bias = cartridge.checked(self._config).prefix
+        keys, values, bias = cartridge.checked(self._config).at_offset(0, self._config).prefix
         keys, values = np.asarray(keys), np.asarray(values)
         bias = np.zeros(keys.shape[:3], np.float32) if bias is None else np.asarray(bias)
-        lengths = np.full(keys.shape[::2], keys.shape[1]) if cartridge.lengths is None else cartridge.lengths
+        lengths = cartridge.all_lengths
         laid = [
             np.concatenate([lay_out_slots(a[:, :, own], lengths[:, own], PAGE_SIZE) for own in self._heads], axis=2)
             for a in (keys, values, bias)
         ]
         for page, *part in zip(pages, *laid, strict=True):
-            self._load(page, part, -cartridge.offset)
+            self._load(page, part)
         self._slot_lens[pages[0]] = lengths[:, self._heads.reshape(-1)]
 
-    def _load(self, page: int, slots: Sequence[np.ndarray], distance: int) -> None:
-        self._cache = steps.load_page(self._cache, page, *slots, distance, config=self._config, mesh=self._mesh)
+    def _load(self, page: int, slots: Sequence[np.ndarray]) -> None:
+        self._cache = steps.load_page(self._cache, page, *slots, mesh=self._mesh)
 
     def copy(self, source: int, target: int, count: int) -> None:
         self._cache = steps.copy_page(self._cache, source, target, count, mesh=self._mesh)
@@ -177,7 +177,7 @@ class Engine:
         return [
             *(functools.partial(prefill, size) for size in PREFILL_SIZES),
             *(functools.partial(decode, size) for size in self._batch_sizes),
-            functools.partial(self._load, 0, (zeros, zeros, zeros[..., 0]), 0),
+            functools.partial(self._load, 0, (zeros, zeros, zeros[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear_begun, first_pages, 0, 1),
             functools.partial(self.score, [0, 0], None, 1),

@@ -18,7 +18,6 @@ from cartridges_jax.kernels.decode_attention import new_pages
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import decode_specs
-from cartridges_jax.models.transformer import shift_keys
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving.decoder import Step, Weights, forward, logits
 from cartridges_jax.serving.metadata import PAGE_SIZE
@@ -41,28 +40,23 @@ def empty_cache(
     return sharding.on_mesh(local, mesh, (), sharding.PAGES)()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
 def load_page(
     cache: list[Pages],
     page: Int[Array, ""],
     keys: Float[Array, "l k z h"],
     values: Float[Array, "l k z h"],
     bias: Float[Array, "l k z"],
-    distance: Int[Array, ""],
     *,
-    config: ModelConfig,
     mesh: Mesh,
 ) -> list[Pages]:
-    """Writes a part of a cartridge to a page, its keys rotated on by so many positions."""
+    """Writes a part of a cartridge to a page."""
 
-    def local(cache: list[Pages], page: Array, slots: tuple[Array, Array, Array], distance: Array) -> list[Pages]:
-        keys, values, bias = slots
-        parts = zip(shift_keys(keys, distance, config), values, bias, strict=True)
-        return [pages.load(page, *part) for pages, part in zip(cache, parts, strict=True)]
+    def local(cache: list[Pages], page: Array, *slots: Array) -> list[Pages]:
+        return [pages.load(page, *part) for pages, *part in zip(cache, *slots, strict=True)]
 
-    in_specs = sharding.PAGES, P(), sharding.PAGES, P()
-    slots = keys, values, bias
-    return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(cache, page, slots, distance)
+    in_specs = sharding.PAGES, P(), *[sharding.PAGES] * 3
+    return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(cache, page, keys, values, bias)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)

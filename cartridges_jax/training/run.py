@@ -75,8 +75,7 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
     config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # which may have been "auto"
     model = model if config.quantization == "none" else quantized(model, config.quantization)
-    if config.init.kind != "pretrained":  # a pretrained file has its own number of slots, which is checked below
-        _check_window(config.init.num_slots, config, model)
+    _check_window(0, config, model)
     directory = Path(config.output_dir)
     day = _day(directory)
     model = dataclasses.replace(model, tokenizer=model.tokenizer.on(day))
@@ -155,11 +154,11 @@ def _metrics_writer(run: TrainingRun, state: RunState, directory: Path, settings
     return MetricsWriter(where, first, run.num_steps, run.tokens(first), peak, run.config, settings)
 
 
-def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:
-    if num_slots + config.seq_len > model.config.max_position_embeddings:
+def _check_window(offset: int, config: TrainConfig, model: LanguageModel) -> None:
+    if offset + config.seq_len > model.config.max_position_embeddings:
         raise UserError(
-            f"{num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
-            f"{model.config.max_position_embeddings}: lower config.init.num_slots or config.seq_len"
+            f"a cartridge's offset of {offset} and rows of {config.seq_len} tokens exceed {model.name}'s window of "
+            f"{model.config.max_position_embeddings}: lower config.seq_len"
         )
 
 
