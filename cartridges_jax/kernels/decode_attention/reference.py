@@ -53,13 +53,15 @@ def reference_attention(
         seen_kms = jnp.repeat(seen_kts, n // k, axis=1)
         scores_kms = jnp.where(seen_kms, scores_kms, -jnp.inf)
         sink_km = jnp.full(scores_kms.shape[:2], -jnp.inf) if sinks is None else sinks_together(sinks, k, t)
-        max_km = jnp.maximum(scores_kms.max(2), sink_km)
-        max_km = jnp.where(jnp.isneginf(max_km), 0, max_km)  # a row that only pads a batch sees nothing
-        weights_kms = jnp.where(seen_kms, jnp.exp(scores_kms - max_km[..., None]), 0)
-        total_km = weights_kms.sum(2) + jnp.exp(sink_km - max_km)
+        running_max_km = jnp.maximum(scores_kms.max(2), sink_km)
+        running_max_km = jnp.where(
+            jnp.isneginf(running_max_km), 0, running_max_km
+        )  # a row that only pads a batch sees nothing
+        probs_kms = jnp.where(seen_kms, jnp.exp(scores_kms - running_max_km[..., None]), 0)
+        denominator_km = probs_kms.sum(2) + jnp.exp(sink_km - running_max_km)
         # a weight of zero is not enough: what is not seen may be infinite
         values_ksh = jnp.where(seen_kms.any(1)[..., None], values_ksh, 0)
-        o_kmh = jnp.einsum("kms,ksh->kmh", weights_kms, values_ksh) / jnp.maximum(total_km, 1e-30)[..., None]
+        o_kmh = jnp.einsum("kms,ksh->kmh", probs_kms, values_ksh) / jnp.maximum(denominator_km, 1e-30)[..., None]
         return heads_apart(o_kmh, t).astype(q.dtype)
 
     return jax.vmap(alone)(q, metadata.starts, metadata.block_table, metadata.cartridge_ids)
