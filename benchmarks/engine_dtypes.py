@@ -22,15 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import cartridges_jax as cj
-from cartridges_jax.kernels.prefix_decode_attention import (
-    AttentionMetadata,
-    PageList,
-    Pages,
-    own_entries,
-    prefix_decode_attention,
-    shared_entries,
-)
-from cartridges_jax.serving.decoder import PRODUCT, pack_panels
+from cartridges_jax.kernels.decode_attention import decode_attention, new_pages
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
+from cartridges_jax.models.weights import Panels
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 
@@ -84,22 +78,17 @@ def products(
 
 
 def attention(requests: int, dtype: Any) -> Callable[[], Any]:
-    """Of requests that share nothing; the pages of one by itself are its "shared" ones."""
+    """Of requests that share nothing."""
     count = requests * PAGES_EACH
-    entries = [(page, PAGE, page % PAGES_EACH * PAGE) for page in range(count)]
-    shared, own = (entries, []) if requests == 1 else ([], entries)
-
-    most_shared, most_own = shared_entries(max(len(shared), 1)), own_entries(len(own), requests)
-    seq_ids = np.zeros(most_own, np.int32)
-    seq_ids[: len(own)] = np.arange(len(own)) // PAGES_EACH
-    metadata = AttentionMetadata(
-        PageList.of(shared, most_shared), np.ones((most_shared, requests), bool), PageList.of(own, most_own), seq_ids
-    )
-    keys = jax.random.normal(jax.random.key(0), (count, K, H, PAGE), dtype)
-    values = jax.random.normal(jax.random.key(1), (count, K, PAGE, H), dtype)
-    cache = [Pages(keys + i, values + i, jnp.zeros((count, K, PAGE))) for i in range(LAYERS)]
-    q, positions = jnp.ones((requests, 1, N, H), dtype), jnp.full((requests, 1), PAGES_EACH * PAGE - 1)
-    run = jax.jit(lambda cache, metadata: [prefix_decode_attention(q, positions, pages, metadata) for pages in cache])
+    block_table = np.arange(count, dtype=np.int32).reshape(requests, PAGES_EACH)
+    starts, none = np.full(requests, PAGES_EACH * PAGE - 1, np.int32), np.full(requests, -1, np.int32)
+    no_slots = 0 * block_table, np.zeros((requests, K), np.int32), 0 * none
+    metadata = AttentionMetadata(starts, block_table, none, *no_slots)
+    values = jax.random.normal(jax.random.key(0), (count, K, PAGE, H), dtype)
+    pages = new_pages(count, K, PAGE, H, dtype)
+    cache = [pages.replace(keys=values.reshape(pages.keys.shape) + i, values=values + i) for i in range(LAYERS)]
+    q = jnp.ones((requests, 1, N, H), dtype)
+    run = jax.jit(lambda cache, metadata: [decode_attention(q, pages, metadata) for pages in cache])
     return lambda: run(cache, metadata)
 
 
@@ -109,14 +98,12 @@ def step(model: cj.LanguageModel, size: int) -> Callable[[], Any]:
     if size > 64:
         return lambda: (engine.prefill([5] * size, 0, BlockTable(range(engine.pages_each), 0)), engine._cache)[1]
     block_tables = [BlockTable(range(i * engine.pages_each, (i + 1) * engine.pages_each), 0) for i in range(size)]
-    batch = engine._batch(
-        [SequenceInput(i, 5, 300, block_table, 0.0, 1.0, 0, 0, 1) for i, block_table in enumerate(block_tables)]
-    )
-    return lambda: engine._run(*batch)
+    inputs = [SequenceInput(i, 5, 300, block_table, 0.0, 1.0, 0, 0, 1) for i, block_table in enumerate(block_tables)]
+    return lambda: engine.decode(inputs)
 
 
 def packed(weight: Any, x_md: jax.Array) -> jax.Array:
-    return weight.matmul(x_md, PRODUCT)
+    return weight.matmul(x_md, "md,od->mo")
 
 
 def measure(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -145,8 +132,8 @@ def main() -> None:
         "XLA, float32": (products(float32, 0), layers(lambda w: w), 0),
         "XLA, bfloat16": (products(bfloat16, 0), layers(lambda w: w.astype(jnp.bfloat16)), 0),
         "XLA, int8": (products(int8, 0), layers(rounded), 0),
-        "kernel, float32": (products(packed, 1), layers(pack_panels), 1),
-        "kernel, bfloat16 weights": (products(packed, 1), layers(lambda w: pack_panels(w.astype(jnp.bfloat16))), 1),
+        "kernel, float32": (products(packed, 1), layers(Panels.of), 1),
+        "kernel, bfloat16 weights": (products(packed, 1), layers(lambda w: Panels.of(w.astype(jnp.bfloat16))), 1),
     }
     found = {}
     for m in TOKENS:

@@ -81,7 +81,7 @@ def measure(engine: Engine, kind: str, length: int, num_pages: int, args: argpar
     ]
     seconds = []
     for step in range(args.steps):
-        position = length + OWN // 2 + step
+        position = OWN // 2 + step
         inputs = [
             SequenceInput(i, 0, position, block_table, 0.0, 1.0, 0, 0, step)
             for i, block_table in enumerate(block_tables)

@@ -58,13 +58,14 @@ def step(model: LanguageModel) -> tuple[int, float]:
     batch = Batch(tokens, np.ones_like(tokens), positions, *targets, rng.random(entries[:3]) < 0.5)
     tx = optimizer(OptimConfig(), STEPS, 1)
     cartridge = Cartridge.from_tokens(model, tokens.ravel()[:SLOTS].tolist())
-    state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    state = TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32))
     options: Any = {"tail": "bucket", "reduction": "token", "remat": "layers"}
-    compiled = train_step.lower(state, model.params, batch, config=model.config, tx=tx, **options).compile()
+    given = model.params, batch, cartridge.placement
+    compiled = train_step.lower(state, *given, config=model.config, tx=tx, **options).compile()
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        state, metrics = compiled(state, model.params, batch)
+        state, metrics = compiled(state, *given)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     return compiled.memory_analysis().temp_size_in_bytes, median(seconds)

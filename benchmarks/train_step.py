@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge, Placement, Slots
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models import hub
 from cartridges_jax.models.block import norm
@@ -193,17 +193,18 @@ def measure(side: str, directory: Path) -> dict[str, Any]:
     config, params, _ = load_hf(Path(str(job["model"])), jnp.float32, mesh)
     cartridge = Cartridge(jnp.asarray(job["keys"]), jnp.asarray(job["values"]), None, 1)
     tx = optax.adam(1e-3)
-    state = jax.tree.map(jnp.copy, TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32)))
+    state = jax.tree.map(jnp.copy, TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32)))
     state = sharding.placed(state, sharding.CARTRIDGE, mesh)
+    placement = sharding.placed(cartridge.placement, sharding.PLACEMENT, mesh)
     fields = {field.name: job[field.name] for field in dataclasses.fields(Batch)}
     steps = range(int(job["steps"]))
     numbered = [{name: array[i % len(array)][None] for name, array in fields.items()} for i in steps]
     batches = [sharding.placed(Batch(**batch), sharding.BATCH, mesh) for batch in numbered]
     if remat is None:
-        lowered = naive_step.lower(state, params, batches[0], config=config, tx=tx)
+        lowered = naive_step.lower(state, params, batches[0], placement, config=config, tx=tx)
     else:
         options: Any = {"tail": "drop", "reduction": "token", "remat": remat, "mesh": mesh}
-        lowered = train_step.lower(state, params, batches[0], config=config, tx=tx, **options)
+        lowered = train_step.lower(state, params, batches[0], placement, config=config, tx=tx, **options)
     start = time.perf_counter()
     step = lowered.compile()
     compile_seconds = time.perf_counter() - start
@@ -211,7 +212,7 @@ def measure(side: str, directory: Path) -> dict[str, Any]:
     for batch in batches:
         matmul_flops = max(matmul_flops, measure_matmul())
         start, cpu = time.perf_counter(), time.process_time()
-        state, metrics = step(state, params, batch)
+        state, metrics = step(state, params, batch, placement)
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu)
@@ -237,7 +238,13 @@ def measure_matmul(size: int = 2048) -> float:
 
 @jax.jit(static_argnames=("config", "tx"), donate_argnums=0)
 def naive_step(
-    state: TrainState, params: Params, batch: Batch, *, config: ModelConfig, tx: optax.GradientTransformation
+    state: TrainState,
+    params: Params,
+    batch: Batch,
+    placement: Placement,
+    *,
+    config: ModelConfig,
+    tx: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """What one writes first: a dense mask, the logits of every position, and all that autodiff wants to keep."""
     batch = jax.tree.map(lambda a: a[0], batch)
@@ -245,8 +252,8 @@ def naive_step(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, slots: Any, **options: Any) -> tuple[jax.Array, None]:
         return prefix_attention(q, k, v, *slots, batch.segment_ids, None, "reference", **options), None
 
-    def loss(cartridge: Cartridge) -> jax.Array:
-        given = params, batch.tokens, batch.positions + SLOTS, attend, (cartridge.keys, cartridge.values)
+    def loss(slots: Slots) -> jax.Array:
+        given = params, batch.tokens, batch.positions + placement.offset, attend, (slots.keys, slots.values)
         x_btd, _ = run_layers(*given, config=config)
         logits_btv = norm(x_btd, params["final_norm"], config) @ head_weights(params).T
         student_btj = jnp.take_along_axis(jax.nn.log_softmax(logits_btv), batch.target_ids, axis=-1)

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import dataclasses
 import errno
-import functools
 import io
 import json
 import signal
@@ -168,7 +167,10 @@ def _load(
         model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 
-    load = functools.partial(cj.Cartridge.load, model=model)
+    def load(path: Path) -> cj.Cartridge:
+        # at the engine's offset already, so that the engine's thread rotates no keys
+        return cj.Cartridge.load(path, model=model).at_offset(0, model.config)
+
     remote = fetch_file if args.remote_sources else None
     store = CartridgeStore(folder, load, args.max_cartridges, named, remote, compose)
     server = Server(

@@ -77,10 +77,10 @@ def step_and_logits(config: ModelConfig, shape: tuple[int, int, int]) -> dict[st
     params, cartridge = jax.tree.map(jnp.asarray, (params, cartridge))
     model = LanguageModel("tiny", config, params, None, "")  # type: ignore[arg-type]
     logits = model.logits(np.asarray(batch.tokens)[0, :2], cartridge=cartridge)
-    state = TrainState(cartridge, SGD.init(cartridge), jnp.zeros((), jnp.int32))
+    state = TrainState(cartridge.slots, SGD.init(cartridge.slots), jnp.zeros((), jnp.int32))
     options: dict[str, Any] = {"config": config, "tx": SGD, "tail": "bucket", "reduction": "token", "remat": "layers"}
     before, cartridge_shapes = jax.tree.map(lambda a: a.sharding, cartridge), jax.eval_shape(lambda: cartridge)
-    state, metrics = train_step(state, params, batch, mesh=mesh, **options)
+    state, metrics = train_step(state, params, batch, cartridge.placement, mesh=mesh, **options)
     if mesh.size > 1:
         after = jax.tree.map(lambda a: a.sharding, state.cartridge)
         for name in ("keys", "values", "bias"):
@@ -141,10 +141,11 @@ def compiled(output: Path) -> None:
     config = dataclasses.replace(CONFIG, num_layers=3)
     options: dict[str, Any] = {"config": config, "tx": SGD, "tail": "drop", "reduction": "token", "remat": "layers"}
     params, cartridge, batch = inputs(config, rows=16)
-    state = TrainState(cartridge, SGD.init(cartridge), np.zeros((), np.int32))
+    state = TrainState(cartridge.slots, SGD.init(cartridge.slots), np.zeros((), np.int32))
     for name, shape in (("4x4x2", (4, 4, 2)), ("1x1x1", (1, 1, 1))):
         mesh = mesh_of(shape)
         trees = (state, sharding.CARTRIDGE), (params, weight_specs(config)), (batch, sharding.BATCH)
+        trees += ((cartridge.placement, sharding.PLACEMENT),)
         arguments = [sharding.abstract(tree, table, mesh) for tree, table in trees]
         (output / f"{name}.txt").write_text(train_step.lower(*arguments, mesh=mesh, **options).compile().as_text())
 

@@ -16,7 +16,8 @@ from accelerator_parts import correct
 from accelerator_parts.measuring import Line, Options, attempts
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels import prefix_decode_attention
+from cartridges_jax.kernels.decode_attention import cpu as decode_cpu
+from cartridges_jax.kernels.decode_attention import xla as decode_xla
 from cartridges_jax.kernels.prefix_attention import gpu, tpu, xla
 from cartridges_jax.parallel import collectives
 
@@ -105,7 +106,8 @@ FAULTS = {
         "attention",
         "tpu",
     ),
-    "decoding's mask": (prefix_decode_attention, "_limit", _more_than_asked, "decode", "requests"),
+    "decoding's mask": (decode_xla, "visible", lambda f: lambda start, *a: f(start - 1, *a), "decode", "xla"),
+    "decoding's range": (decode_cpu, "_range", lambda f: lambda place, *a: f(place - 1, *a), "decode", "cpu"),
     "the loss": (collectives, "log_sum_exp", _more_than_asked, "loss", ""),
 }
 CHECKS = {"attention": correct.attention_checks, "decode": correct.decode_checks, "loss": correct.loss_checks}

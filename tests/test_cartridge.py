@@ -173,7 +173,7 @@ def test_load_refuses_a_model_file():
 
 def test_load_refuses_a_newer_format(path: Path):
     rewrite(path, {"format_version": FORMAT_VERSION + 1})
-    with pytest.raises(UserError, match="has format 3, this version reads up to 2: upgrade"):
+    with pytest.raises(UserError, match="has format 4, this version reads up to 3: upgrade"):
         Cartridge.load(path)
 
 
@@ -235,7 +235,11 @@ def test_a_cartridge_passes_through_jit_and_grad():
 
     gradient = jax.jit(jax.grad(energy))(cartridge)
     assert isinstance(gradient, Cartridge)
-    assert (gradient.num_frozen, gradient.provenance) == (2, cartridge.provenance)
+    assert (gradient.num_frozen, gradient.offset, gradient.provenance) == (
+        2,
+        5,
+        Provenance(),
+    )
     np.testing.assert_allclose(gradient.keys, 2 * cartridge.keys, rtol=1e-6)
     np.testing.assert_array_equal(gradient.bias, np.full(SHAPE[:3], 2.0))
     assert same(jax.jit(lambda c: c)(cartridge), cartridge)
@@ -267,3 +271,100 @@ def test_a_text_without_tokens_or_beyond_the_window_is_refused():
     with pytest.raises(UserError, match=r"\d+ tokens exceed .* window of 1024: cut the text"):
         Cartridge.from_text(model, tiny.TEXT * 2)
     assert Cartridge.from_text(model, tiny.TEXT * 2, num_tokens=3, num_frozen=9).num_frozen == 3
+
+
+RAGGED = np.array([[5, 2], [3, 4]], np.int32)
+VERSION_3 = {"at 0": {"offset": 0}, "ragged": {"lengths": RAGGED}, "ragged at 0": {"lengths": RAGGED, "offset": 0}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("kind", VERSION_3)
+def test_version_3_holds_the_slots_that_there_are_and_the_offset(
+    tmp_path: Path, kind: str, with_bias: bool, dtype: str
+):
+    cartridge = random_cartridge(with_bias=with_bias).replace(**VERSION_3[kind])
+    cartridge.save(tmp_path / "c.safetensors", dtype)
+    held = load_file(tmp_path / "c.safetensors") if dtype != "bfloat16" else {}
+    count = int(cartridge.all_lengths.sum())
+    assert {name: array.shape for name, array in held.items() if name in ("keys", "bias")} in (
+        {"keys": (count, SHAPE[-1])} | ({"bias": (count,)} if with_bias else {}),
+        {},
+    )
+    found = Cartridge.load(tmp_path / "c.safetensors", model=tiny.model())
+    assert (found.offset, found.num_frozen, found.provenance) == (cartridge.offset, 2, cartridge.provenance)
+    np.testing.assert_array_equal(found.all_lengths, cartridge.all_lengths)
+    assert (found.lengths is None) == (cartridge.lengths is None) and (found.bias is not None) == with_bias
+    there_lpk = np.arange(5)[:, None] < cartridge.all_lengths[:, None]
+    for name in ("keys", "values"):
+        ours, theirs = (np.asarray(getattr(c, name)) for c in (cartridge, found))
+        np.testing.assert_allclose(theirs[there_lpk], ours[there_lpk], rtol=0, atol=0 if dtype == "float32" else 0.03)
+        assert not theirs[~there_lpk].any()
+    found.save(tmp_path / "again.safetensors", dtype)
+    if dtype == "float32":
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+    cartridge_file.record_evaluation(tmp_path / "c.safetensors", '{"a": 1}')
+    evaluated = Cartridge.load(tmp_path / "c.safetensors")
+    assert evaluated.provenance.evaluation == '{"a": 1}'
+    np.testing.assert_array_equal(evaluated.keys, found.keys)
+
+
+def test_padding_that_no_head_uses_is_not_kept(tmp_path: Path):
+    random_cartridge().replace(lengths=np.full((2, 2), 4)).save(tmp_path / "c.safetensors")
+    found = Cartridge.load(tmp_path / "c.safetensors")
+    assert (found.num_slots, found.lengths, found.offset) == (4, None, 5)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors", "sentence"),
+    [
+        ({"offset": -1}, {}, "its offset is -1, expected a position"),
+        ({"offset": 1 << 40}, {}, "expected a position"),
+        ({"offset": True}, {}, "its offset is True"),
+        ({"offset": 1.5}, {}, r"its offset is 1\.5"),
+        ({"offset": None}, {}, "its offset is None"),
+        ({"offset": tiny.WINDOW + 1}, {}, f"offset is {tiny.WINDOW + 1}, expected 0 to the model's {tiny.WINDOW}"),
+        ({"num_frozen": 3}, {}, "num_frozen is 3, expected 0 to the number of slots, 2"),
+        ({}, {"lengths": RAGGED + 1}, "lengths come to 18, .*: expected 14"),
+        ({}, {"lengths": np.array([[9, -2], [3, 4]], np.int32)}, "the smallest is -2: expected 14, none below 0"),
+        ({}, {"lengths": RAGGED.astype(np.float32)}, "lengths are float32"),
+        ({}, {"lengths": RAGGED.reshape(-1)}, r"lengths are int32 \(4,\)"),
+        ({}, {"lengths": np.zeros((0, 2), np.int32)}, r"lengths are int32 \(0, 2\)"),
+        (
+            {},
+            {"lengths": np.pad(np.array([[14]], np.int32), ((0, 9), (0, 9)))},
+            "a head has 14 slots, expected at most",
+        ),
+        ({}, {"lengths": np.array([[5, 2, 0], [3, 4, 0]], np.int32)}, r"\(2, 5, 3, 8\)"),
+        ({}, {"lengths": np.full((2, 2), 2**30, np.int32)}, "lengths come to 4294967296"),
+        ({}, {"keys": np.zeros((13, 8), np.float32)}, "keys are"),
+        ({}, {"values": np.zeros((14, 4), np.float32)}, "values is"),
+        ({}, {"bias": np.zeros((14, 1), np.float32)}, "bias is"),
+        ({}, {"keys": np.zeros(SHAPE, np.float32), "values": np.zeros(SHAPE, np.float32)}, "expected slots"),
+        ({"format_version": 2}, {}, "lengths is int32"),
+    ],
+)
+def test_what_no_file_of_version_3_can_say_is_refused(
+    tmp_path: Path, header: dict[str, Any], tensors: dict[str, np.ndarray], sentence: str
+):
+    path = tmp_path / "c.safetensors"
+    random_cartridge().replace(lengths=RAGGED, offset=0).save(path)
+    Cartridge.load(path, model=tiny.model())
+    rewrite(path, header, **tensors)
+    with pytest.raises(UserError, match=sentence):
+        Cartridge.load(path, model=tiny.model())
+
+
+def test_a_file_of_version_3_without_lengths_or_offset_is_refused(tmp_path: Path):
+    path = tmp_path / "c.safetensors"
+    random_cartridge().save(path)
+    rewrite(path, {"format_version": 3})
+    with pytest.raises(UserError, match=r"not a whole cartridge file \(KeyError\('lengths'\)"):
+        Cartridge.load(path)
+    random_cartridge().replace(offset=0).save(path)
+    with safe_open(path, framework="numpy") as reader:
+        said = json.loads(reader.metadata()["cartridge"])
+    del said["offset"]
+    rewrite(path, json.dumps(said))
+    with pytest.raises(UserError, match=r"not a whole cartridge file \(KeyError\('offset'\)"):
+        Cartridge.load(path)

@@ -18,7 +18,8 @@ from cartridges_jax.interop import formats
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    Cartridge.from_text(tiny.model(), tiny.TEXT, 13).save(tmp_path / "c.safetensors")
+    model = tiny.model()
+    Cartridge.from_text(model, tiny.TEXT, 13).at_offset(13, model.config).save(tmp_path / "c.safetensors")
     return tmp_path / "c.safetensors"
 
 

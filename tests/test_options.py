@@ -16,7 +16,7 @@ import pytest
 import tiny
 from tiny_runs import bytes_of, config_of, interrupted, metrics_of, settings_in, write_inputs
 
-from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge, Slots
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.initial.texts import SummaryConfig
 from cartridges_jax.kernels import prefix_attention as kernel
@@ -190,10 +190,10 @@ def test_early_stop_stops_and_keeps_the_best(settings: dict[str, Any], inputs: P
 
 
 def test_the_same_loss_again_is_not_a_better_one():
-    cartridge = Cartridge.from_text(tiny.model(), tiny.TEXT, 16)
-    state, mesh = TrainState(cartridge, None, jnp.ones((), jnp.int32)), sharding.mesh_of(tiny.model().params)
+    slots = Cartridge.from_text(tiny.model(), tiny.TEXT, 16).slots
+    state, mesh = TrainState(slots, None, jnp.ones((), jnp.int32)), sharding.mesh_of(tiny.model().params)
     for loss in np.random.default_rng(0).uniform(1, 2, 20):  # float32 rounds half of them up
-        best = Best.of(cartridge).after(state, loss, mesh).after(state, loss, mesh)
+        best = Best.of(slots).after(state, loss, mesh).after(state, loss, mesh)
         assert int(best.stale) == 1 and int(best.step) == 1
 
 
@@ -264,11 +264,11 @@ def test_the_gradient_of_a_whole_step_is_that_of_finite_differences(inputs: Path
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), model.params)
 
-        def step(moved: dict[str, np.ndarray]) -> tuple[Cartridge, float]:
-            cartridge = Cartridge(**{name: jnp.asarray(array) for name, array in moved.items()}, num_frozen=0)
-            state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+        def step(moved: dict[str, np.ndarray]) -> tuple[Slots, float]:
+            slots = Slots(**{name: jnp.asarray(array) for name, array in moved.items()})
+            state = TrainState(slots, tx.init(slots), jnp.zeros((), jnp.int32))
             options: Any = {"tail": "bucket", "reduction": "token", "remat": "layers"}
-            state, metrics = train_step(state, params, batch, config=model.config, tx=tx, **options)
+            state, metrics = train_step(state, params, batch, start.placement, config=model.config, tx=tx, **options)
             return state.cartridge, float(metrics["loss"])
 
         after, _ = step(arrays)

@@ -173,7 +173,7 @@ def test_accumulation_is_one_large_batch(inputs: Path):
     tx = optax.sgd(1.0)
     for accumulation in (1, 2):
         start = Cartridge.from_text(model, tiny.TEXT, 16)
-        state = TrainState(start, tx.init(start), jnp.zeros((), jnp.int32))
+        state = TrainState(start.slots, tx.init(start.slots), jnp.zeros((), jnp.int32))
         shaped = jax.tree.map(lambda a, n=accumulation: a.reshape(n, 4 // n, *a.shape[1:]), batch)
         options = {
             "config": model.config,
@@ -182,7 +182,7 @@ def test_accumulation_is_one_large_batch(inputs: Path):
             "reduction": "token",
             "remat": "elementwise" if accumulation == 2 else "layers",
         }
-        results.append(train_step(state, model.params, shaped, **options))
+        results.append(train_step(state, model.params, shaped, start.placement, **options))
     start = Cartridge.from_text(model, tiny.TEXT, 16)
     (one, metrics), *others = results
     assert float(jnp.abs(one.cartridge.values - start.values).max()) > 1e-4
@@ -199,9 +199,9 @@ def test_targets_are_counted_whatever_the_loss_is_divided_by(inputs: Path, reduc
     rows = PackedRows(read_examples(inputs / "dataset.parquet", model.tokenizer), 192, 4, 1, seed=0)
     batch = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), next(batches(rows, 4, 0)))
     start = Cartridge.from_text(model, tiny.TEXT, 16)
-    state = TrainState(start, tx.init(start), jnp.zeros((), jnp.int32))
+    state = TrainState(start.slots, tx.init(start.slots), jnp.zeros((), jnp.int32))
     options: Any = {"config": model.config, "tx": tx, "tail": "drop", "reduction": reduction, "remat": "layers"}
-    _, metrics = train_step(state, model.params, batch, **options)
+    _, metrics = train_step(state, model.params, batch, start.placement, **options)
     assert metrics["targets"] == np.asarray(batch.target_mask).any(-1).sum() > 4
 
 
@@ -212,11 +212,12 @@ def test_no_steps_give_the_initial_cartridge(settings: dict[str, Any]):
 
 
 def test_of_pretrained_the_file_decides_how_many_slots(settings: dict[str, Any], tmp_path: Path):
-    Cartridge.from_text(tiny.model(), tiny.TEXT, 8).save(tmp_path / "start.safetensors")
+    start = Cartridge.from_text(tiny.model(), tiny.TEXT, 8).at_offset(8, tiny.model().config)
+    start.save(tmp_path / "start.safetensors")
     init = {"kind": "pretrained", "path": str(tmp_path / "start.safetensors")}
     fits = config_of(settings, init=init, num_steps=0, seq_len=1016)
     assert Cartridge.load(train(fits, tiny.model())).num_slots == 8
-    with pytest.raises(UserError, match="8 slots and rows of 1017 tokens exceed"):
+    with pytest.raises(UserError, match="offset of 8 and rows of 1017 tokens exceed"):
         train(config_of(settings, init=init, num_steps=0, seq_len=1017, output_dir=str(tmp_path / "b")), tiny.model())
     assert not (tmp_path / "b").exists()
 
@@ -377,10 +378,9 @@ REFUSED: dict[str, tuple[Callable[[Path, dict[str, Any]], dict[str, Any]], str]]
         lambda f, s: {"init": {"kind": "pretrained", "path": str(f / "none.safetensors")}},
         r"none\.safetensors does not exist",
     ),
-    "rows beyond the window": (lambda f, s: {"seq_len": 1010}, r"16 slots and rows of 1010 tokens exceed .*of 1024"),
-    "slots beyond the window": (
-        lambda f, s: {"init": {"num_slots": 1000}},
-        r"1000 slots and rows of 192 tokens exceed .* lower config\.init\.num_slots",
+    "rows beyond the window": (
+        lambda f, s: {"seq_len": 1025},
+        r"rows of 1025 tokens exceed .*of 1024: lower config\.seq",
     ),
     "no model": (lambda f, s: {"model": str(f / "no-model")}, r"no-model' does not exist"),
     "a rate of zero": (lambda f, s: {"optim": {"lr": 0.0}}, r"optim has lr 0\.0"),

@@ -27,9 +27,9 @@ from accelerator_parts import models
 from accelerator_parts.measuring import Line, Options, attempts, rounded
 from cartridges_jax import kernels
 from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS, decode_attention
 from cartridges_jax.kernels.prefix_attention import KERNELS
 from cartridges_jax.kernels.prefix_attention.shapes import ON_DEVICE, SMALL, Shape
-from cartridges_jax.kernels.prefix_decode_attention import prefix_decode_attention
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import run
@@ -109,24 +109,25 @@ def _attention_error(case: Callable[[], Any], name: str, window: int | None, dty
 
 
 def decode_checks(tiny: bool) -> Iterator[Check]:
-    for case in (Case(),) if tiny else (Case(3, 64, 32), Case(8, 128, 32)):
+    """Every implementation of `decode_attention` that runs here."""
+    names = IMPLEMENTATIONS if kernels.platform() == "cpu" else IMPLEMENTATIONS[:2]
+    cases = (Case(), Case(is_ragged=True)) if tiny else (Case(3, 64, 32), Case(8, 128, 32), Case(8, 128, 32, True))
+    for case in cases:
         for requests, t in BATCHES[::2] if tiny else BATCHES:
-            for shared in (True, False):
-                of = f"requests {requests}, {t} tokens, {'shared' if shared else 'own'} pages, head size {case.h}"
+            for name in names:
+                heads = "heads of several lengths" if case.is_ragged else "heads of one length"
+                of = f"{name}, requests {requests}, {t} tokens, {heads}, head size {case.h}"
                 yield (
                     {"check": "decode attention", "of": of, "dtype": "float32"},
-                    functools.partial(_decode_error, case, requests, t, shared),
+                    functools.partial(_decode_error, case, requests, t, name),
                 )
 
 
-def _decode_error(case: Case, requests: list[int], t: int, shared: bool) -> Line:
-    rng = np.random.default_rng(0)
-    pages = case.pages(rng)
-    q = 2 * rng.standard_normal((len(requests), t, 4 * case.kv_heads, case.h)).astype(np.float32)
-    positions = np.array([case.last_positions(r, t) for r in requests], np.int32)
-    found = jax.jit(prefix_decode_attention)(q, positions, pages, case.metadata(requests, shared))
-    expected = [case.alone(q[row], positions[row], r, pages) for row, r in enumerate(requests)]
-    return _verdict(_error(found, expected), MOST["float32"])
+def _decode_error(case: Case, requests: list[int], t: int, name: str) -> Line:
+    q = np.random.default_rng(1).standard_normal((len(requests), t, 4 * case.kv_heads, case.h)).astype(np.float32)
+    run = jax.jit(functools.partial(decode_attention, implementation=name))
+    found = run(2 * q, case.pages(name), case.metadata(requests, t))
+    return _verdict(_error(found, [case.alone(2 * q[row], r) for row, r in enumerate(requests)]), MOST["float32"])
 
 
 def loss_checks(tiny: bool) -> Iterator[Check]:
@@ -227,9 +228,9 @@ def _one_step(tiny: bool) -> dict[str, np.ndarray]:
     cartridge = models.random_cartridge(config, slots=24 if tiny else 300)
     batch = models.random_batch(config, rows=2, t=32 if tiny else 512)
     tx = optax.sgd(1.0)
-    state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    state = TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32))
     options: Any = {"tail": "bucket", "reduction": "token", "remat": "layers"}
-    state, metrics = train_step(state, params, batch, config=config, tx=tx, **options)
+    state, metrics = train_step(state, params, batch, cartridge.placement, config=config, tx=tx, **options)
     return {
         "loss of a step": np.asarray(metrics["loss"]),
         "keys after a step": np.asarray(state.cartridge.keys),

@@ -45,12 +45,12 @@ def _training(config: ModelConfig, params: Params, tiny: bool) -> Callable[[], N
     size = sizes.training(tiny)
     cartridge, batch = models.random_cartridge(config, size.p), models.random_batch(config, size.rows, size.t)
     tx = optax.adam(1e-3)
-    state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    state = TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32))
     options: Any = {"tail": "drop", "reduction": "token", "remat": "layers"}
 
     def step() -> None:
         nonlocal state
-        state, metrics = train_step(state, params, batch, config=config, tx=tx, **options)
+        state, metrics = train_step(state, params, batch, cartridge.placement, config=config, tx=tx, **options)
         jax.block_until_ready(metrics)
 
     return step

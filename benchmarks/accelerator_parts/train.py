@@ -33,17 +33,17 @@ def measure(options: Options) -> Iterator[Line]:
 def _speed(config: ModelConfig, params: Params, remat: Remat, size: sizes.Training) -> Line:
     rows, t, p = size.rows, size.t, size.p
     cartridge, batch, tx = models.random_cartridge(config, p), models.random_batch(config, rows, t), optax.adam(1e-3)
-    state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
+    state = TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32))
     options: Any = {"tail": "drop", "reduction": "token", "remat": remat}
     start = time.perf_counter()
-    program = train_step.lower(state, params, batch, config=config, tx=tx, **options).compile()
+    program = train_step.lower(state, params, batch, cartridge.placement, config=config, tx=tx, **options).compile()
     compiling = time.perf_counter() - start
     held = program.memory_analysis()
     peak = held.argument_size_in_bytes + held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
 
     def step() -> Any:
         nonlocal state
-        state, metrics = program(state, params, batch)
+        state, metrics = program(state, params, batch, cartridge.placement)
         return metrics["loss"]
 
     spent = seconds(step, jax.block_until_ready, repeats=2, series=2)

@@ -1,5 +1,9 @@
 """The cartridge's own file, `cartridge.safetensors`: keys, values, a bias if there is one, and a JSON header.
 
+Versions 1 and 2 hold arrays `[l, p, k, h]`, whose first slot stands at position 0 and which are followed at p. Version
+3 is for all others: it holds the slots that there are behind one another, `[N, h]`, how many each head has, and in the
+header the offset. Version 1 has no int8; what an older version can say is written as that.
+
 The file holds the slots in the dtype that they have in memory, or in a smaller one: float16, bfloat16, or int8 with a
 scale for every slot of every head. Each is read back as float32. benchmarks/formats.py measures what a smaller dtype
 costs in quality.
@@ -10,20 +14,20 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from cartridges_jax.cartridge import tensor_file
+from cartridges_jax.cartridge import ragged, tensor_file
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.cartridge.provenance import Provenance
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 
-FORMAT_VERSION = 2  # the newest that is read; version 1 has no int8, and is still written where that is enough
+FORMAT_VERSION = 3  # the newest that is read
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
@@ -35,10 +39,18 @@ def write(cartridge: Cartridge, path: str | os.PathLike[str], dtype: str | None 
       UserError: the dtype is unknown, or cannot hold the values.
       OSError: the folder cannot be written, or the disk is full.
     """
-    tensors = {**_encode("keys", cartridge.keys, dtype), **_encode("values", cartridge.values, dtype)}
-    if cartridge.bias is not None:
-        tensors["bias"] = np.ascontiguousarray(cartridge.bias)
-    _save(path, tensors, {"format_version": 2 if dtype == "int8" else 1, **header_of(cartridge)})
+    arrays = {name: np.asarray(array) for name, array in vars(cartridge.slots).items() if array is not None}
+    header: dict[str, object] = {"format_version": 2 if dtype == "int8" else 1, **header_of(cartridge)}
+    tensors = {}
+    if cartridge.lengths is not None or cartridge.offset != cartridge.num_slots:
+        header |= {"format_version": 3, "offset": int(cartridge.offset)}
+        tensors["lengths"] = cartridge.all_lengths
+        mask_lkp = ragged.present(tensors["lengths"], cartridge.num_slots)
+        arrays = {name: ragged.flat(array, mask_lkp) for name, array in arrays.items()}
+    tensors |= {**_encode("keys", arrays["keys"], dtype), **_encode("values", arrays["values"], dtype)}
+    if "bias" in arrays:
+        tensors["bias"] = np.ascontiguousarray(arrays["bias"])
+    _save(path, tensors, header)
 
 
 def record_evaluation(path: Path, evaluation: str) -> None:
@@ -65,10 +77,13 @@ def read(path: Path) -> Cartridge:
         header, tensors = json.loads(metadata["cartridge"]), tensor_file.arrays(data)
         version = header["format_version"]
         if version <= FORMAT_VERSION:
+            lengths = tensors.pop("lengths") if version >= 3 else None
             _check_shapes(tensors)
-            keys, values = _decode("keys", tensors), _decode("values", tensors)
-            bias = None if "bias" not in tensors else jnp.asarray(tensors["bias"].astype(np.float32))
-            return Cartridge(keys, values, bias, *read_header(header))
+            names = ("keys", "values", *(["bias"] if "bias" in tensors else []))
+            arrays = {name: _decode(name, tensors) for name in names}
+            if lengths is None:
+                return Cartridge(**arrays, **read_header(header))
+            return _padded(arrays, lengths, read_header(header), header["offset"])
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
     raise UserError(f"{path} has format {version}, this version reads up to {FORMAT_VERSION}: upgrade")
@@ -79,12 +94,12 @@ def header_of(cartridge: Cartridge) -> dict[str, object]:
     return {"num_frozen": cartridge.num_frozen, **cartridge.provenance.as_dict()}
 
 
-def read_header(header: dict[str, object]) -> tuple[int, Provenance]:
-    """Returns a header's number of frozen slots and its provenance, or raises TypeError, ValueError or KeyError."""
+def read_header(header: dict[str, object]) -> dict[str, Any]:
+    """Returns a header's `num_frozen` and `provenance`, or raises TypeError, ValueError or KeyError."""
     num_frozen = header["num_frozen"]
     if type(num_frozen) is not int:
         raise TypeError(f"num_frozen is {num_frozen!r}")
-    return num_frozen, Provenance.from_dict(header)
+    return {"num_frozen": num_frozen, "provenance": Provenance.from_dict(header)}
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -123,6 +138,20 @@ def _check_shapes(tensors: dict[str, np.ndarray]) -> None:
             raise UserError(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}, int8 with its scale")
 
 
-def _decode(name: str, tensors: dict[str, np.ndarray]) -> jnp.ndarray:
-    array = jnp.asarray(tensors[name].astype(np.float32))
-    return array * tensors[f"{name}_scale"][..., None] if tensors[name].dtype == np.int8 else array
+def _padded(arrays: dict[str, np.ndarray], lengths: np.ndarray, said: dict[str, Any], offset: object) -> Cartridge:
+    """Returns the cartridge of a file of version 3, or raises a UserError if its parts do not belong together."""
+    if type(offset) is not int or not 0 <= offset < 1 << 31:
+        raise UserError(f"its offset is {offset!r}, expected a position")
+    shape = arrays["keys"].shape
+    for name, array in arrays.items():
+        if len(shape) != 2 or array.shape != (shape[:1] if name == "bias" else shape):
+            raise UserError(f"{name} is {array.shape} and keys are {shape}, expected slots [N, h], and [N] of a bias")
+    ragged.check(lengths, len(arrays["keys"]))
+    padded = {name: ragged.padded(array, lengths) for name, array in arrays.items()}
+    return Cartridge(**padded, **said, lengths=None if np.ptp(lengths) == 0 else lengths, offset=offset)
+
+
+def _decode(name: str, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is not finite then is refused by whoever reads it
+        array = tensors[name].astype(np.float32)
+        return array * tensors[f"{name}_scale"][..., None] if tensors[name].dtype == np.int8 else array

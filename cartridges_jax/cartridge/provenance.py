@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cartridges_jax.command_line.errors import UserError
 
 if TYPE_CHECKING:
+    from cartridges_jax.models.config import ModelConfig
     from cartridges_jax.models.language_model import LanguageModel
 
 LARGEST_NUMBER = 1e300  # of FLOPs or tokens; a header that says more is not believed
@@ -49,6 +51,23 @@ class Provenance:
         """Returns this provenance with `model` noted down, of a cartridge whose file did not say enough about it."""
         noted = Provenance.of(model, "", f"{self.recipe}; its model as given to convert")
         return dataclasses.replace(noted, corpus_hash=self.corpus_hash, training_tokens=self.training_tokens)
+
+    def read_config(self) -> ModelConfig:
+        """Reads the config of the model. Raises a UserError if it says nothing, or nothing that can be."""
+        from cartridges_jax.models.config import ModelConfig
+
+        try:
+            said = json.loads(self.model_config)
+            config = ModelConfig(**said | {"rope_factors": tuple(said["rope_factors"])})
+            local = config.rope_theta if config.local_rope_theta is None else config.local_rope_theta
+            if not (0 < config.rope_theta < math.inf and 0 < local < math.inf):
+                raise ValueError
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, UserError) as error:
+            raise UserError(
+                "this cartridge has to be rotated to other positions and does not say how its model rotates keys: name "
+                "the model, with --model"
+            ) from error
+        return config
 
     def as_dict(self) -> dict[str, str | int | float | bool]:
         """Returns the fields as JSON takes them, without those that are None."""

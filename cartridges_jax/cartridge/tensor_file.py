@@ -47,7 +47,8 @@ def arrays(data: bytes) -> dict[str, np.ndarray]:
     """Returns a file's tensors, or raises SafetensorError or KeyError: it is not whole, or has an unknown dtype."""
     import ml_dtypes  # which the environment of vLLM, whose plugin calls `read`, does not have
 
-    dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I8": np.int8}
+    dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    dtypes |= {"I8": np.int8, "I32": np.int32}
     return {
         name: np.frombuffer(told["data"], dtypes[told["dtype"]]).reshape(told["shape"])
         for name, told in deserialize(data)

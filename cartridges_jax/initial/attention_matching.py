@@ -33,7 +33,7 @@ from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.params import Params
-from cartridges_jax.models.transformer import run_layers, shift_keys
+from cartridges_jax.models.transformer import run_layers
 from cartridges_jax.parallel import sharding
 from cartridges_jax.training.data import Example, PackedRows
 
@@ -95,15 +95,14 @@ def attention_matching(
             *(np.stack([row[name] for row in batch]) for name in ("tokens", "segment_ids", "positions")),
             config=model.config,
             num_slots=share,
-            # Keys were rotated for queries at len(chunk) + i; moved they meet num_slots + i at the same angle.
-            shift=num_slots - len(chunk),
             # on a mesh XLA lays out the computation, which it cannot do with a kernel
             implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
         )
         parts.append(matched if not parts else [a[:, 1:] for a in matched])
     keys, values, bias = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
     recipe = f"attention matching (queries: {config.queries}; {len(chunks)} chunks of {len(chunks[0])} tokens)"
-    return Cartridge(keys, values, bias, num_frozen, Provenance.of(model, corpus, recipe)).checked(model.config)
+    provenance = Provenance.of(model, corpus, recipe)
+    return Cartridge(keys, values, bias, num_frozen, provenance, offset=0).checked(model.config)
 
 
 def _chunks(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
@@ -167,7 +166,7 @@ def _repetitions(model: LanguageModel, tokens: Sequence[int]) -> list[Example]:
 @functools.partial(jax.jit, static_argnames=("config", "num_slots", "implementation"))
 def _match(
     params: Params,
-    document_k: Float[Array, "l s k h"],
+    document_k: Float[Array, "l s k h"],  # at an offset of 0
     document_v: Float[Array, "l s k h"],
     tokens: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
@@ -175,11 +174,9 @@ def _match(
     *,
     config: ModelConfig,
     num_slots: int,
-    shift: int,  # by which the keys' positions are moved
     implementation: str | None,
 ) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
     """Fits the slots of all layers, and returns their keys, values and bias."""
-    length = document_k.shape[1]
     is_query_bt = segment_ids > 0
 
     def attend(q_btnh: Array, k_btkh: Array, v_btkh: Array, document: Any, **options: Any) -> tuple[Array, Any]:
@@ -196,10 +193,8 @@ def _match(
         o_btnh = prefix_attention(q_btnh, k_btkh, v_btkh, slot_k, slot_v, segment_ids, bias, implementation, **options)
         return o_btnh, slots
 
-    document = document_k, document_v
-    given = params, tokens, positions + length, attend, document
-    _, (keys, values, bias) = run_layers(*given, config=config, dtype=jnp.float32)
-    return shift_keys(keys, shift, config), values, bias
+    given = params, tokens, positions, attend, (document_k, document_v)
+    return run_layers(*given, config=config, dtype=jnp.float32)[1]
 
 
 def _fit_head(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.cartridge.provenance import Provenance
@@ -76,7 +75,7 @@ def initial_cartridge(
     match config.kind:
         case "pretrained":
             assert config.path is not None
-            loaded = jax.tree.map(lambda a: a.astype(jnp.float32), Cartridge.load(config.path, model=model))
+            loaded = Cartridge.load(config.path, model=model)
             return loaded.replace(num_frozen=config.num_frozen).checked(model.config)
         case "attention_matching":
             return attention_matching(model, corpus, examples, config.num_slots, config.num_frozen, config.matching)
@@ -122,7 +121,8 @@ def _random_vectors(config: InitConfig, model: LanguageModel, corpus: str, seed:
     if config.vectors == "matched":
         real = _measured(config, model, corpus)
         drawn = [_like(*pair, config.num_frozen) for pair in zip(drawn, (real.keys, real.values), strict=True)]
-    return Cartridge(*drawn, None, config.num_frozen, provenance)
+    keys, values = drawn
+    return Cartridge(keys, values, None, config.num_frozen, provenance, offset=0)
 
 
 def _measured(config: InitConfig, model: LanguageModel, corpus: str) -> Cartridge:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from cartridges_jax.cartridge import file as cartridge_file
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import peft, sources, tokasaurus, upstream
-from cartridges_jax.interop.layouts import refuse_bias
+from cartridges_jax.interop.layouts import as_keys_and_values
 
 OWN = "cartridge.safetensors"
 
@@ -43,7 +43,7 @@ FORMATS = {
 
 
 def read(source: str | os.PathLike[str]) -> Cartridge:
-    """Reads a cartridge of any format, from a path, `hf:…` or `wandb:…`.
+    """Reads a cartridge of any format, from a path, `hf:…` or `wandb:…`; its arrays are on the host.
 
     Raises:
       FileNotFoundError: nothing there looks like a cartridge.
@@ -53,8 +53,7 @@ def read(source: str | os.PathLike[str]) -> Cartridge:
     path = sources.fetch(source)
     format, file = locate(path)
     cartridge = FORMATS[format].read(file)
-    arrays = [cartridge.keys, cartridge.values, *([] if cartridge.bias is None else [cartridge.bias])]
-    if not all(bool(jnp.isfinite(array).all()) for array in arrays):
+    if not all(np.isfinite(array).all() for array in vars(cartridge.slots).values() if array is not None):
         raise UserError(f"{path} holds values that are not finite: its training diverged, train it again")
     return cartridge
 
@@ -74,7 +73,7 @@ def write(cartridge: Cartridge, path: Path, format: str, dtype: str = "float32")
     if dtype not in chosen.dtypes:
         raise UserError(f"dtype is {dtype!r}, and {chosen.title} holds {', '.join(chosen.dtypes)}")
     if not chosen.has_bias:
-        refuse_bias(cartridge, chosen.title)
+        cartridge = as_keys_and_values(cartridge, chosen.title)
     chosen.write(cartridge, path, dtype)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from cartridges_jax.cartridge.arrays import Cartridge
@@ -21,9 +20,9 @@ def to_past_key_values(cartridge: Cartridge) -> list[Layer]:
     Queries then stand at position p and later, where `generate` and `forward` of transformers put them.
 
     Raises:
-      UserError: the cartridge has a bias, for which that cache has no place.
+      UserError: as `as_keys_and_values`.
     """
-    refuse_bias(cartridge, "past_key_values")
+    cartridge = as_keys_and_values(cartridge, "past_key_values")
     keys, values = (np.asarray(a).transpose(0, 2, 1, 3)[:, None] for a in (cartridge.keys, cartridge.values))
     return list(zip(keys, values, strict=True))
 
@@ -44,7 +43,7 @@ def from_past_key_values(layers: Sequence[tuple[Any, Any]], num_frozen: int = 1)
             "past_key_values of one sequence are expected, in every layer [1, kv heads, slots, head size], "
             f"not {sorted({array.shape for layer in found for array in layer})}"
         )
-    keys, values = (jnp.asarray(np.concatenate(side).swapaxes(1, 2)) for side in zip(*found, strict=True))
+    keys, values = (np.concatenate(side).swapaxes(1, 2) for side in zip(*found, strict=True))
     provenance = Provenance(recipe="taken from past_key_values; its making is unknown")
     return Cartridge(keys, values, None, min(num_frozen, shape[2]), provenance)
 
@@ -55,9 +54,9 @@ def to_pages(cartridge: Cartridge, page: int) -> np.ndarray:
     The last page is filled up with zeros, which an engine that knows the number of slots does not read.
 
     Raises:
-      UserError: the cartridge has a bias, for which the engine has no place.
+      UserError: as `as_keys_and_values`.
     """
-    refuse_bias(cartridge, "a paged cache")
+    cartridge = as_keys_and_values(cartridge, "a paged cache")
     both = np.stack([np.asarray(cartridge.keys), np.asarray(cartridge.values)], axis=1)
     l, _, p, k, h = both.shape
     filled = np.pad(both, ((0, 0), (0, 0), (0, -p % page), (0, 0), (0, 0)))
@@ -78,7 +77,28 @@ def from_pages(pages: np.ndarray, num_slots: int, num_frozen: int = 1) -> Cartri
     l, _, count, page, k, h = pages.shape
     flat = pages.astype(np.float32).reshape(l, 2, count * page, k, h)[:, :, :num_slots]
     provenance = Provenance(recipe="taken from a paged cache; its making is unknown")
-    return Cartridge(jnp.asarray(flat[:, 0]), jnp.asarray(flat[:, 1]), None, min(num_frozen, num_slots), provenance)
+    return Cartridge(flat[:, 0], flat[:, 1], None, min(num_frozen, num_slots), provenance)
+
+
+def as_keys_and_values(cartridge: Cartridge, target: str) -> Cartridge:
+    """Returns the cartridge as keys and values alone can say it: keys stand at 0 to p - 1 and what follows at p.
+
+    Raises:
+      UserError: it has a bias or heads of different lengths, for which `target` has no place, or its keys would have
+        to be rotated and it does not say how its model does that.
+    """
+    refuse_bias(cartridge, target)
+    refuse_lengths(cartridge, target)
+    return cartridge.at_offset(cartridge.num_slots)
+
+
+def refuse_lengths(cartridge: Cartridge, target: str) -> None:
+    """Raises a UserError if the heads have different numbers of slots, for which `target` has no place."""
+    if cartridge.lengths is not None and np.any(np.asarray(cartridge.lengths) != cartridge.num_slots):
+        raise UserError(
+            f"the heads of this cartridge have different numbers of slots, for which {target} has no place: keep it as "
+            "cartridge.safetensors, or train one whose heads are alike"
+        )
 
 
 def refuse_bias(cartridge: Cartridge, target: str) -> None:
@@ -87,7 +107,7 @@ def refuse_bias(cartridge: Cartridge, target: str) -> None:
     A bias adds to a slot's score whatever the query is, while a key adds what depends on the query. So keys and values
     alone cannot express a bias. `fold_bias` comes near it.
     """
-    if cartridge.bias is not None and bool(jnp.any(cartridge.bias != 0)):
+    if cartridge.bias is not None and np.any(np.asarray(cartridge.bias) != 0):
         raise UserError(
             f"this cartridge has a bias (a log-weight of each slot), for which {target} has no place, and no key or "
             "value says the same: fold it into the keys approximately (--fold-bias=TEXT), or train from another init"

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -45,7 +44,7 @@ def read(path: Path) -> Cartridge:
             f"{l} layers, {k} heads that share {width} channels)"
         )
     both = tensor.astype(np.float32).reshape(p, l, 2, k, width // k)
-    keys, values = (jnp.asarray(both[:, :, i].swapaxes(0, 1)) for i in range(2))
+    keys, values = (both[:, :, i].swapaxes(0, 1) for i in range(2))
     num_frozen = config.get("num_frozen_tokens", 1) if config["peft_type"] == "CARTRIDGE" else 0
     model = config.get("base_model_name_or_path")
     provenance = Provenance(
@@ -53,8 +52,8 @@ def read(path: Path) -> Cartridge:
         recipe=f"read from a PEFT {config['peft_type']} adapter; its making is unknown",
     )
     if header is not None:
-        kept, provenance = header
-        num_frozen = num_frozen if config["peft_type"] == "CARTRIDGE" else kept
+        provenance = header["provenance"]
+        num_frozen = num_frozen if config["peft_type"] == "CARTRIDGE" else header["num_frozen"]
     return Cartridge(keys, values, None, num_frozen, provenance)
 
 
@@ -100,7 +99,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensor(folder: Path) -> tuple[np.ndarray, tuple[int, Provenance] | None]:
+def _read_tensor(folder: Path) -> tuple[np.ndarray, dict[str, Any] | None]:
     path = folder / TENSORS
     if not path.is_file() and (folder / OLD_TENSORS).is_file():
         tree, _ = torch_zip.load(folder / OLD_TENSORS)

@@ -46,7 +46,7 @@ def read(path: Path) -> Cartridge:
     keys, values = (_joined(*both, path) for both in parts)
     num_frozen, provenance = parts[0][0].shape[1], Provenance(recipe="read from upstream's .pt; its making is unknown")
     if HEADER in extra:
-        _, provenance = _header(extra[HEADER], path)
+        provenance = _provenance(extra[HEADER], path)
     elif (path.parent / CONFIG).is_file():
         provenance = Provenance(model=model_of(read_config(path.parent / CONFIG)), recipe=provenance.recipe)
     return Cartridge(keys, values, None, num_frozen, provenance)
@@ -125,16 +125,14 @@ def _stacked(tensors: Any, path: Path) -> np.ndarray:
     return np.concatenate(tensors).transpose(0, 2, 1, 3).astype(np.float32)
 
 
-def _joined(frozen: np.ndarray, trainable: np.ndarray, path: Path) -> Any:
-    import jax.numpy as jnp
-
+def _joined(frozen: np.ndarray, trainable: np.ndarray, path: Path) -> np.ndarray:
     held = [part for part in (frozen, trainable) if len(part)]
     if not held or len({(part.shape[0], *part.shape[2:]) for part in held}) > 1:
         raise UserError(
             f"{path} is no cartridge of upstream's: its frozen slots are {frozen.shape} and its trainable ones "
             f"{trainable.shape}, expected the same layers, kv heads and head size"
         )
-    return jnp.asarray(np.concatenate(held, axis=1))
+    return np.concatenate(held, axis=1)
 
 
 def _shapes(tensors: Sequence[np.ndarray]) -> str:
@@ -142,8 +140,8 @@ def _shapes(tensors: Sequence[np.ndarray]) -> str:
     return ", ".join(shown[:4]) + (" and others" if len(shown) > 4 else "")
 
 
-def _header(content: bytes, path: Path) -> tuple[int, Provenance]:
+def _provenance(content: bytes, path: Path) -> Provenance:
     try:
-        return read_header(json.loads(content))
+        return read_header(json.loads(content))["provenance"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} holds a damaged {HEADER} ({error}): convert it again") from error

@@ -23,9 +23,10 @@ from safetensors import torch as torch_tensors
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 from vllm.logger import init_logger
 
-from cartridges_jax.cartridge import tensor_file
+from cartridges_jax.cartridge import ragged, tensor_file
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.rope import shift_keys
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 
 logger = init_logger("vllm.cartridges")
@@ -167,15 +168,27 @@ class CartridgeConnector(KVConnectorBase_V1):
             data, metadata = tensor_file.read(path)
             header, tensors = json.loads(metadata["cartridge"]), torch_tensors.load(data)
             keys, values = (_decoded(tensors, side) for side in ("keys", "values"))
+            lengths, offset = None, keys.shape[1]
+            if header["format_version"] >= 3:
+                lengths, offset = tensors["lengths"].numpy(), header["offset"]
+                ragged.check(lengths, len(keys))
+                keys, values = (side.new_tensor(ragged.padded(side.numpy(), lengths)) for side in (keys, values))
         except Exception as error:
             raise UserError(f"{path} is not a whole cartridge file ({error!r}): make it again") from error
-        c = self._config
+        c, version = self._config, header["format_version"]
+        if version > 3 or type(offset) is not int or not 0 <= offset <= c.max_position_embeddings:
+            most = c.max_position_embeddings
+            raise UserError(f"{path} has format {version} and offset {offset!r}, expected at most 3 and 0 to {most}")
+        if lengths is not None and (lengths != keys.shape[1]).any():
+            raise UserError(f"the heads of {path} have different numbers of slots, for which vLLM has no place")
         shape = (c.num_layers, keys.shape[1], c.num_kv_heads, c.head_dim)
         difference = c.layout_differs(header.get("model_config", ""))
         if difference or keys.shape != shape or values.shape != shape:
             raise UserError(f"{path} was made for another model {difference or f'with slots {tuple(keys.shape)}'}")
         if "bias" in tensors and bool((tensors["bias"] != 0).any()):
             raise UserError(f"{path} has a bias, for which vLLM has no place: convert it with --fold-bias=TEXT")
+        if offset != keys.shape[1]:  # vLLM rotates what follows at the positions behind the placeholders
+            keys = keys.new_tensor(shift_keys(keys.numpy(), keys.shape[1] - offset, c))
         return Slots(keys.shape[1], {"keys": keys, "values": values})
 
 

@@ -1,4 +1,4 @@
-"""The decoder's block: one pure function for every family, for training, prefill, attention matching and bias folding.
+"""The decoder's block: one pure function for every family, for training, decoding, attention matching and bias folding.
 
 What is special about a family is data (`spec.py`): which arrays a layer has, its activation and its norms. How tokens
 see each other is up to `attend`, which each driver brings.
@@ -9,10 +9,10 @@ Axis letters: b batch, t query, l layer, d model width, n query heads, k kv head
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -20,12 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from cartridges_jax.models.config import LayerSettings, ModelConfig
 from cartridges_jax.models.spec import FAMILIES, ArraySpec, fused_arrays, layer_arrays
-from cartridges_jax.models.weights import weight_of
+from cartridges_jax.models.weights import Weight, weight_of
 from cartridges_jax.parallel import collectives
 
 Rope = tuple[Float[Array, "b t h/2"], Float[Array, "b t h/2"]]  # cosine and sine
 # attend(q_btnh, k_btkh, v_btkh) -> (o_btnh, whatever the driver wants back from this layer)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+QUERIES_KEYS_VALUES = {"q": "btd,dnh->btnh", "k": "btd,dkh->btkh", "v": "btd,dkh->btkh"}
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -46,19 +47,16 @@ def decode_layer(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, Ar
     """
     layer = layer_of(arrays, config)
 
-    def flat(array: ArraySpec) -> Array:
+    def outputs_first(array: ArraySpec) -> Array:
         axes = array.axes.split()
         value = layer[array.name].array if array.summed else layer[array.name]
         if "k" in axes:
             value = collectives.local_kv_heads(value, config, axis=axes.index("k"))
-        if not array.summed:
-            return value
-        outputs = [i for i in range(len(axes)) if i not in array.summed_axes]
-        num_inputs = math.prod(value.shape[i] for i in array.summed_axes)
-        return value.transpose(*outputs, *array.summed_axes).reshape(-1, num_inputs)
+        return einops.rearrange(value, f"{array.axes} -> {array.outputs_first}")
 
     def beside_each_other(arrays: Sequence[ArraySpec]) -> Array:
-        return jnp.concatenate([flat(array) for array in arrays]) if len(arrays) > 1 else flat(arrays[0])
+        parts = [outputs_first(array) for array in arrays]
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
     return {name: beside_each_other(arrays) for name, arrays in fused_arrays(config).items()}
 
@@ -75,22 +73,42 @@ def block(
     def normed(name: str, x: Array) -> Array:
         return norm(x, layer[name], config) if name in layer else x
 
-    def heads(name: str, spec: str) -> Array:
-        product = layer[name].matmul(y_btd, spec)
+    def biased(name: str, product: Array) -> Array:
         return product + layer[f"{name}_bias"] if f"{name}_bias" in layer else product
 
     y_btd = collectives.copy_to_tp(normed("attention_norm", x_btd))
-    q_btnh, k_btkh = heads("q", "btd,dnh->btnh"), heads("k", "btd,dkh->btkh")
-    v_btkh = heads("v", "btd,dkh->btkh")
+    q_btnh, k_btkh, v_btkh = map(biased, "qkv", _queries_keys_values(layer, y_btd, config))
     q_btnh, k_btkh = rotate(normed("q_norm", q_btnh), rope), rotate(normed("k_norm", k_btkh), rope)
     o_btnh, extra = attend(q_btnh, k_btkh, v_btkh)
     o_btd = collectives.reduce_from_tp(layer["o"].matmul(o_btnh, "btnh,nhd->btd"))
     x_btd = x_btd + normed("attention_post_norm", o_btd)
     y_btd = collectives.copy_to_tp(normed("mlp_norm", x_btd))
-    gate_btf, up_btf = (layer[name].matmul(y_btd, "btd,df->btf") for name in ("gate", "up"))
+    gate_btf, up_btf = _gate_and_up(layer, y_btd)
     y_btf = ACTIVATIONS[FAMILIES[config.family].activation](gate_btf) * up_btf
     y_btd = collectives.reduce_from_tp(layer["down"].matmul(y_btf, "btf,fd->btd"))
     return x_btd + normed("mlp_post_norm", y_btd), extra
+
+
+def _queries_keys_values(layer: Mapping[str, Any], y_btd: Array, config: ModelConfig) -> Sequence[Array]:
+    if "qkv" not in layer:
+        return [layer[name].matmul(y_btd, spec) for name, spec in QUERIES_KEYS_VALUES.items()]
+    heads = layer["qkv"].matmul(y_btd, "btd,dnh->btnh")  # side by side, in the decode layout
+    k = collectives.num_local_kv_heads(config)
+    return jnp.split(heads, (heads.shape[2] - 2 * k, heads.shape[2] - k), axis=2)
+
+
+def _gate_and_up(layer: Mapping[str, Any], y_btd: Array) -> Sequence[Array]:
+    if "gate_up" not in layer:
+        return [layer[name].matmul(y_btd, "btd,df->btf") for name in ("gate", "up")]
+    return jnp.split(layer["gate_up"].matmul(y_btd, "btd,df->btf"), 2, axis=2)
+
+
+def embedded(table: Weight, tokens: Int[Array, "*b"], config: ModelConfig) -> Float[Array, "*b d"]:
+    """Looks tokens up in the embedding, which some families scale."""
+    x = table.lookup(tokens)
+    if not FAMILIES[config.family].scales_embedding:
+        return x
+    return x * jnp.asarray(config.embed_dim**0.5, x.dtype)
 
 
 def rope_table(positions: Int[Array, "b t"], settings: LayerSettings, head_dim: int) -> Rope:

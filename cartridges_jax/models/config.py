@@ -68,7 +68,7 @@ class ModelConfig:
     mlp_dim: int  # f
     norm_eps: float
     rope_theta: float
-    max_position_embeddings: int  # longest sequence the model was made for, in tokens, cartridge slots included
+    max_position_embeddings: int  # longest sequence the model was made for, in tokens, a cartridge's offset included
     tie_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False

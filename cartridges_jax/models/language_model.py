@@ -63,21 +63,24 @@ class LanguageModel:
           cartridge: the slots every token sees; none means p = 0.
 
         Raises:
-          UserError: the cartridge does not fit, or p + t exceeds the model's window.
+          UserError: the cartridge does not fit, or its offset and t exceed the model's window.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        p = 0 if cartridge is None else cartridge.num_slots
-        if p + tokens.shape[1] > (window := self.config.max_position_embeddings):
+        prefix, placement = no_prefix(self.config), (None, 0)
+        if cartridge is not None:
+            prefix, placement = cartridge.checked(self.config).prefix, cartridge.placement
+        offset = int(placement[1])
+        if offset + tokens.shape[1] > (window := self.config.max_position_embeddings):
             raise UserError(
-                f"{p} slots and {tokens.shape[1]} tokens exceed {self.name}'s window of {window}: "
+                f"an offset of {offset} and {tokens.shape[1]} tokens exceed {self.name}'s window of {window}: "
                 "shorten the text or use a smaller cartridge"
             )
-        prefix = no_prefix(self.config) if cartridge is None else cartridge.checked(self.config).prefix
         inputs = tokens, segment_ids, jnp.asarray(positions, jnp.int32)
-        return _logits(self.params, inputs, prefix, config=self.config, mesh=sharding.mesh_of(self.params))
+        mesh = sharding.mesh_of(self.params)
+        return _logits(self.params, inputs, prefix, placement, config=self.config, mesh=mesh)
 
 
 def no_prefix(config: ModelConfig) -> tuple[Array, Array, None]:
@@ -87,14 +90,14 @@ def no_prefix(config: ModelConfig) -> tuple[Array, Array, None]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _logits(params: Params, inputs: Any, prefix: Any, *, config: ModelConfig, mesh: Mesh) -> Array:
-    def logits(params: Params, inputs: Any, prefix: Any) -> Array:
-        hidden_btd = hidden_states(params, *inputs, *prefix, config=config)
+def _logits(params: Params, inputs: Any, prefix: Any, placement: Any, *, config: ModelConfig, mesh: Mesh) -> Array:
+    def logits(params: Params, inputs: Any, prefix: Any, placement: Any) -> Array:
+        hidden_btd = hidden_states(params, *inputs, *prefix, *placement, config=config)
         return jnp.einsum("btd,vd->btv", hidden_btd, head_weights(params), preferred_element_type=jnp.float32)
 
     weights = sharding.fitted(params, weight_specs(config), mesh)
-    specs = weights, P(), sharding.fitted(prefix, sharding.CARTRIDGE, mesh)
-    return sharding.on_mesh(logits, mesh, specs, sharding.LOGITS)(params, inputs, prefix)
+    slots = sharding.fitted(prefix, sharding.CARTRIDGE, mesh), sharding.fitted(placement, sharding.PLACEMENT, mesh)
+    return sharding.on_mesh(logits, mesh, (weights, P(), *slots), sharding.LOGITS)(params, inputs, prefix, placement)
 
 
 def load_model(name: str, dtype: str = "float32", mesh: Mesh | None = None) -> LanguageModel:

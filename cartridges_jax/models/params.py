@@ -65,7 +65,10 @@ def weight_specs(config: ModelConfig) -> Params:
 
 
 def decode_specs(config: ModelConfig) -> dict[str, Any]:
-    """How weights in the decode layout lie on the mesh: outputs first, with all of the width on every device."""
+    """How weights in the decode layout lie on the mesh: outputs first, with all of the width on every device.
+
+    Panels have the same axes as what they are cut from: outputs, then what is summed.
+    """
 
     def of(array: ArraySpec) -> P:
         if not array.summed:

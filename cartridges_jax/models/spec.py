@@ -52,6 +52,12 @@ class ArraySpec(NamedTuple):
         return tuple(None if a == "d" and not self.summed else MESH_AXES.get(a) for a in self.axes.split())
 
     @property
+    def outputs_first(self) -> str:
+        """The axes with those that a product sums over behind the others: the layout in which decoding reads it."""
+        summed = self.summed.split()
+        return " ".join(sorted(self.axes.split(), key=lambda axis: axis in summed))
+
+    @property
     def summed_axes(self) -> tuple[int, ...]:
         return tuple(i for i, axis in enumerate(self.axes.split()) if axis in self.summed.split())
 
@@ -94,9 +100,9 @@ MATRICES = (
     ArraySpec("k", "d k h", "self_attn.k_proj.weight", "attn_k.weight", "(k h) d", summed="d", fused="qkv"),
     ArraySpec("v", "d k h", "self_attn.v_proj.weight", "attn_v.weight", "(k h) d", summed="d", fused="qkv"),
     ArraySpec("o", "n h d", "self_attn.o_proj.weight", "attn_output.weight", "d (n h)", summed="n h", fused="o"),
-    ArraySpec("q_bias", "n h", "self_attn.q_proj.bias", "attn_q.bias", "(n h)", fused="qkv_bias", when="qkv_bias"),
-    ArraySpec("k_bias", "k h", "self_attn.k_proj.bias", "attn_k.bias", "(k h)", fused="qkv_bias", when="qkv_bias"),
-    ArraySpec("v_bias", "k h", "self_attn.v_proj.bias", "attn_v.bias", "(k h)", fused="qkv_bias", when="qkv_bias"),
+    ArraySpec("q_bias", "n h", "self_attn.q_proj.bias", "attn_q.bias", "(n h)", when="qkv_bias"),
+    ArraySpec("k_bias", "k h", "self_attn.k_proj.bias", "attn_k.bias", "(k h)", when="qkv_bias"),
+    ArraySpec("v_bias", "k h", "self_attn.v_proj.bias", "attn_v.bias", "(k h)", when="qkv_bias"),
     ArraySpec("q_norm", "h", "self_attn.q_norm.weight", "attn_q_norm.weight", when="qk_norm", init="ones"),
     ArraySpec("k_norm", "h", "self_attn.k_norm.weight", "attn_k_norm.weight", when="qk_norm", init="ones"),
     ArraySpec("gate", "d f", "mlp.gate_proj.weight", "ffn_gate.weight", "f d", summed="d", fused="gate_up"),

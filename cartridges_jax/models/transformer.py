@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.models.block import Rope, block, layer_of, norm, rope_table, rotate
+from cartridges_jax.models.block import Rope, block, embedded, layer_of, norm, rope_table
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
-from cartridges_jax.models.spec import ENDS, FAMILIES
+from cartridges_jax.models.spec import ENDS
 from cartridges_jax.models.weights import weight_of
 from cartridges_jax.parallel import collectives
 
@@ -68,7 +68,7 @@ def run_layers(
     if remat is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
         layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
-    start = _embedded(params, tokens, config)
+    start = embedded(weight_of(_whole(params["embed"], "embed")), tokens, config)
     start = start if dtype is None else start.astype(dtype)
     return jax.lax.scan(layer, start, (params["blocks"], of_layers, kind_of_layer))
 
@@ -81,28 +81,36 @@ def hidden_states(
     prefix_k: Float[Array, "l p k h"],
     prefix_v: Float[Array, "l p k h"],
     prefix_bias: Float[Array, "l p k"] | None = None,
+    lengths: Int[Array, "l k"] | None = None,
+    offset: int | Int[Array, ""] = 0,
     *,
     config: ModelConfig,
     implementation: str | None = None,
     remat: Remat = "layers",
 ) -> Float[Array, "b t d"]:
-    """Computes the final, normed hidden states; token i of a segment is rotated at position p + i."""
+    """Computes the final, normed hidden states; token i of a segment is rotated at position offset + i.
+
+    Args:
+      lengths: how many of the p slots each head has; None means all.
+      offset: where the first token behind the slots stands, as the slots' keys are rotated.
+    """
 
     def attend(q: Array, k: Array, v: Array, slots: Any, **options: Any) -> tuple[Array, None]:
         k, v = collectives.local_kv_heads((k, v), config, axis=2)
+        *slots, lengths_k = slots
         slot_k, slot_v, bias = collectives.local_kv_heads(slots, config, axis=1)
+        options["lengths"] = collectives.local_kv_heads(lengths_k, config, axis=0)
         return prefix_attention(q, k, v, slot_k, slot_v, segment_ids, bias, implementation, **options), None
 
-    slots = prefix_k, prefix_v, prefix_bias
-    places = positions + prefix_k.shape[1]
-    x_btd, _ = run_layers(params, tokens, places, attend, slots, config=config, remat=remat)
+    slots = prefix_k, prefix_v, prefix_bias, lengths
+    x_btd, _ = run_layers(params, tokens, positions + offset, attend, slots, config=config, remat=remat)
     return norm(x_btd, params["final_norm"], config)
 
 
 def keys_and_values(
-    params: Params, tokens: Int[Array, " t"], *, config: ModelConfig
+    params: Params, tokens: Int[Array, " t"], first: int | Int[Array, ""] = 0, *, config: ModelConfig
 ) -> tuple[Float[Array, "l t k h"], Float[Array, "l t k h"]]:
-    """Computes the rotated keys and the values of one text at positions 0…t-1, as a prefill would cache them."""
+    """Computes the rotated keys and the values of one text, whose tokens stand at the position `first` and on."""
     tokens_1t = tokens[None]
     segment_ids_1t = jnp.ones_like(tokens_1t)
 
@@ -112,18 +120,8 @@ def keys_and_values(
         o_btnh = prefix_attention(q, own_k, own_v, none_pkh, none_pkh, segment_ids_1t, **options)
         return o_btnh, (k[0], v[0])
 
-    return run_layers(params, tokens_1t, jnp.arange(tokens.shape[0])[None], attend, config=config)[1]
-
-
-def shift_keys(keys: Float[Array, "l p k h"], distance: int, config: ModelConfig) -> Float[Array, "l p k h"]:
-    """Rotates keys on by so many positions, each layer's by its own frequencies."""
-    kinds, kind_of_layer = _kinds(config)
-    ropes = _stacked([rope_table(jnp.full((1, 1), distance), kind, config.head_dim) for kind in kinds])
-
-    def shifted(keys_pkh: Array, kind: Array | None) -> Array:
-        return rotate(keys_pkh[None], _of_kind(ropes, kind))[0]
-
-    return jax.vmap(shifted)(keys, kind_of_layer)
+    positions_1t = first + jnp.arange(tokens.shape[0])[None]
+    return run_layers(params, tokens_1t, positions_1t, attend, config=config)[1]
 
 
 def _kinds(config: ModelConfig) -> tuple[Sequence[Any], Int[Array, " l"] | None]:
@@ -152,13 +150,6 @@ def _options(config: ModelConfig, kind: Int[Array, ""] | None) -> dict[str, Any]
         else:
             options[name] = jnp.asarray([default if value is None else value for value in values])[kind]
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _embedded(params: Params, tokens: Int[Array, "b t"], config: ModelConfig) -> Float[Array, "b t d"]:
-    x_btd = weight_of(_whole(params["embed"], "embed")).lookup(tokens)
-    if not FAMILIES[config.family].scales_embedding:
-        return x_btd
-    return x_btd * jnp.asarray(config.embed_dim**0.5, x_btd.dtype)
 
 
 def head_weights(params: Params) -> Float[Array, "v d"]:

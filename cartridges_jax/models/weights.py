@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import flax.struct
@@ -30,6 +31,7 @@ Format = Literal["int8", "fp8"]
 @flax.struct.dataclass
 class Dense:
     array: Array
+    axes: str | None = flax.struct.field(pytree_node=False, default=None)  # their order here; None: as a product says
 
     def matmul(self, x: Array, spec: str) -> Array:
         """Gives `einsum(spec, x, weight)` in the dtype of x, without a gradient for the weight, which is frozen.
@@ -38,6 +40,9 @@ class Dense:
         the backward pass would multiply a float32 gradient by a bfloat16 weight, which no hardware does at the speed
         of two bfloat16s.
         """
+        if self.axes is not None:
+            operand, _, result = spec.replace("->", ",").split(",")
+            spec = f"{operand},{self.axes}->{result}"
         return checkpoint_name(_matmul(spec, x, self.array), "projection")
 
     def lookup(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
@@ -109,31 +114,37 @@ class Fp8(_Scaled):
 
 @flax.struct.dataclass
 class Panels:
-    """A matrix [o, d] in panels of outputs that stand side by side, for each input: for the CPU's kernel."""
+    """A matrix [o, i] in panels of outputs that stand side by side, for each input: for the CPU's kernel."""
 
     SIZE: ClassVar[int] = 16  # outputs of a panel
 
-    panels: Float[Array, "o/16 d 16"]
+    panels: Float[Array, "o/16 i 16"]
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # of the outputs' axes but the first
 
     @classmethod
-    def of(cls, weight_od: Float[Array, "o d"]) -> Self:
-        return cls(weight_od.reshape(-1, cls.SIZE, weight_od.shape[1]).swapaxes(1, 2))
+    def of(cls, weight: Float[Array, "*o *i"], num_inputs: int = 1) -> Self:
+        """Makes it of an array whose last `num_inputs` axes a product sums over."""
+        outputs, inputs = weight.shape[:-num_inputs], weight.shape[-num_inputs:]
+        return cls(weight.reshape(-1, cls.SIZE, math.prod(inputs)).swapaxes(1, 2), outputs[1:])
 
-    def matmul(self, x_md: Float[Array, "m d"], spec: str = "md,od->mo") -> Float[Array, "m o"]:
+    def matmul(self, x: Float[Array, "*b *i"], spec: str) -> Float[Array, "*b *o"]:
         """Multiplies in float32, whatever the panels are kept in; the result has the dtype of x."""
         # imported when used: only decoding on a CPU multiplies panels
         from cartridges_jax.kernels.gathered_matmul import gathered_matmul
 
-        assert spec == "md,od->mo", spec
+        operand, axes, result = spec.replace("->", ",").split(",")
+        rows = x.shape[: len(set(operand) - set(axes))]
+        assert operand[: len(rows)] == result[: len(rows)], f"{spec}: what is summed stands last"
         panels = np.arange(self.panels.shape[0], dtype=np.int32)
-        left = np.zeros_like(panels)
-        return gathered_matmul(x_md[None], left, self.panels, panels, side_by_side=True).astype(x_md.dtype)
+        x_1mi = x.reshape(1, -1, self.panels.shape[1])
+        y_mo = gathered_matmul(x_1mi, np.zeros_like(panels), self.panels, panels, side_by_side=True)
+        return y_mo.astype(x.dtype).reshape(*rows, -1, *self.shape)
 
-    def lookup(self, ids: Int[Array, " m"]) -> Float[Array, "m d"]:
+    def lookup(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """Gives the rows of `ids`, of a table [v, d]."""
         own, here = collectives.local_token_ids(ids, self.panels.shape[0] * self.SIZE)
-        rows_md = self.panels[own // self.SIZE, :, own % self.SIZE]
-        return collectives.reduce_from_tp(jnp.where(here[:, None], rows_md, 0))
+        rows = self.panels[own // self.SIZE, :, own % self.SIZE]
+        return collectives.reduce_from_tp(jnp.where(here[..., None], rows, 0))
 
 
 Weight = Dense | Int8 | Fp8 | Panels

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -71,21 +72,21 @@ def local_kv_heads(tree: Any, config: ModelConfig, axis: int) -> Any:
     parts = _size("tensor")
     if config.num_kv_heads % parts == 0:
         return tree  # `tensor` splits them, and queries lie with their keys
-    queries, group = config.num_heads // parts, config.num_heads // config.num_kv_heads
-    count = num_local_kv_heads(config)
-    first = jax.lax.axis_index("tensor") * queries
-    heads = (first + queries // count * jnp.arange(count)) // group
+    heads = jnp.asarray(kv_heads_by_device(config, parts))[jax.lax.axis_index("tensor")]
     return jax.tree.map(lambda array: jnp.take(array, heads, axis=axis), tree)
 
 
 def num_local_kv_heads(config: ModelConfig) -> int:
     """Returns how many kv heads `local_kv_heads` takes for a device."""
-    parts = _size("tensor")
-    if config.num_kv_heads % parts == 0:
-        return config.num_kv_heads // parts
-    queries = config.num_heads // parts
+    return kv_heads_by_device(config, _size("tensor")).shape[1]
+
+
+def kv_heads_by_device(config: ModelConfig, parts: int) -> Int[np.ndarray, "parts k"]:
+    """Returns the kv heads that the query heads of each of so many devices read, an equal number of those each."""
+    queries, group = config.num_heads // parts, config.num_heads // config.num_kv_heads
     # so many neighbouring query heads share a kv head, wherever a device's first one stands
-    return queries // math.gcd(queries, config.num_heads // config.num_kv_heads)
+    shared = math.gcd(queries, group)
+    return (np.arange(parts)[:, None] * queries + np.arange(0, queries, shared)) // group
 
 
 def embedding_lookup(table: Float[Array, "v d"], ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:

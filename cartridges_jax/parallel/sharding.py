@@ -35,6 +35,7 @@ Specs = Any  # a PartitionSpec, or a tree of them
 
 PAGES = P(None, "tensor")  # pages k …: of serving; a device has the kv heads that its query heads read
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
+PLACEMENT = P(None, "tensor")  # l k: how many slots the heads of a cartridge have; its offset is a number
 BATCH = P(None, ROWS)  # accumulation b …
 LOGITS = P(None, None, "tensor")  # b t v: of small inputs, which every device has
 

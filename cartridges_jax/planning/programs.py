@@ -11,21 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.arrays import Placement, Slots
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, PageList, own_entries, shared_entries
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params, abstract_params, decode_specs, weight_specs
-from cartridges_jax.parallel import sharding
+from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic, traffic
 from cartridges_jax.serving.decoder import Step, to_decode_layout
 from cartridges_jax.serving.metadata import PAGE_SIZE
 from cartridges_jax.serving.sampling import SamplingParams
-from cartridges_jax.serving.steps import decode_step, new_pages
+from cartridges_jax.serving.steps import STEP, decode_step, empty_cache
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.losses import CHUNK
@@ -91,12 +91,13 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     sharding.check(model, mesh)
     sharding.check_rows(config.batch_size, mesh)
     tx = optimizer(config.optim, num_steps, config.init.num_frozen)
-    cartridge = jax.eval_shape(functools.partial(_cartridge, model, config))
-    state = TrainState(cartridge, jax.eval_shape(tx.init, cartridge), jax.ShapeDtypeStruct((), jnp.int32))
+    slots = jax.eval_shape(functools.partial(_slots, model, config))
+    state = TrainState(slots, jax.eval_shape(tx.init, slots), jax.ShapeDtypeStruct((), jnp.int32))
     given = {
         "state": sharding.abstract(state, sharding.CARTRIDGE, mesh),
         "weights": sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh),
         "batch": sharding.abstract(_batch(config), sharding.BATCH, mesh),
+        "placement": sharding.abstract(Placement(None, jax.ShapeDtypeStruct((), jnp.int32)), sharding.PLACEMENT, mesh),
     }
     rows = config.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     chunks = target_chunks(rows * config.seq_len)
@@ -134,37 +135,40 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
             "evenly: choose a multiple"
         )
     b, mesh = requests.count // engines, Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
-    shared = shared_entries(min(requests.cartridges, b) * math.ceil(config.init.num_slots / PAGE_SIZE))
-    own = own_entries(b * math.ceil(requests.length / PAGE_SIZE), b)
+    slots, tokens = (math.ceil(count / PAGE_SIZE) for count in (config.init.num_slots, requests.length))
+    shared, own = min(requests.cartridges, b) * slots, b * tokens
 
     def pages(count: int) -> Any:
-        shapes = new_pages.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
+        shapes = empty_cache.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
         return sharding.abstract(shapes, sharding.PAGES, mesh)
 
     given = sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh)
     with jax.set_mesh(mesh):
         weights = jax.eval_shape(functools.partial(to_decode_layout, config=model, mesh=mesh), given)
     weights = sharding.abstract(weights, decode_specs(model), mesh)
-    asked = sharding.abstract(_decode_inputs(b, shared, own), P(), mesh)
+    asked = _decode_inputs(b, slots + tokens, model, mesh)
     with jax.set_mesh(mesh):
         lowered = decode_step.lower(weights, pages(shared + own), *asked, config=model, mesh=mesh, num_top=TOP_K)
     held = {"weights": weights, "cartridge": pages(shared), "caches": pages(own), "requests": asked}
     return _compiled(lowered, held, mesh, 1)
 
 
-def _decode_inputs(b: int, shared: int, own: int) -> tuple[Any, ...]:
+def _decode_inputs(b: int, pages_each: int, model: ModelConfig, mesh: Mesh) -> tuple[Any, ...]:
     """Returns the shapes of a step's other arguments: last tokens, whose they are, the step, sampling parameters."""
 
     def of(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def page_list(count: int) -> PageList:
-        return PageList(*[of(np.int32, count)] * 3, of(np.int32))
-
-    ids_b, ids_b1 = of(np.int32, b), of(np.int32, b, 1)
-    metadata = AttentionMetadata(page_list(shared), of(np.bool_, shared, b), page_list(own), of(np.int32, own))
+    ids_b, ids_b1, table = of(np.int32, b), of(np.int32, b, 1), of(np.int32, b, pages_each)
+    heads = collectives.kv_heads_by_device(model, mesh.shape["tensor"]).size
+    metadata = AttentionMetadata(ids_b, table, ids_b, table, of(np.int32, model.num_layers, b, heads), ids_b)
     sampling_params = SamplingParams(of(np.float32, b), of(np.float32, b), ids_b, ids_b, ids_b, ids_b)
-    return ids_b, ids_b, Step(ids_b1, ids_b1, ids_b1, metadata), sampling_params
+    inputs = ids_b, ids_b, Step(ids_b1, ids_b1, metadata), sampling_params
+    return jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+        inputs,
+        (P(), P(), STEP, jax.tree.map(lambda _: P(), sampling_params)),
+    )
 
 
 def _compiled(lowered: Any, held: dict[str, Any], mesh: Mesh, unknown_trips: int) -> Program:
@@ -197,10 +201,10 @@ def _weights(model: ModelConfig, dtype: str) -> Params:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)), abstract_params(model))
 
 
-def _cartridge(model: ModelConfig, config: TrainConfig) -> Cartridge:
-    slots = jnp.zeros((model.num_layers, config.init.num_slots, model.num_kv_heads, model.head_dim))
-    bias = jnp.zeros(slots.shape[:3]) if config.init.kind == "attention_matching" else None
-    return Cartridge(slots, slots, bias, config.init.num_frozen)
+def _slots(model: ModelConfig, config: TrainConfig) -> Slots:
+    keys = jnp.zeros((model.num_layers, config.init.num_slots, model.num_kv_heads, model.head_dim))
+    bias = jnp.zeros(keys.shape[:3]) if config.init.kind == "attention_matching" else None
+    return Slots(keys, keys, bias)
 
 
 def _batch(config: TrainConfig) -> Batch:

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, lay_out_slots
 from cartridges_jax.models.language_model import LanguageModel
-from cartridges_jax.parallel import sharding
+from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving import decoder, metadata, steps
 from cartridges_jax.serving.cache import Prefix
-from cartridges_jax.serving.metadata import PAGE_SIZE
+from cartridges_jax.serving.metadata import PAGE_SIZE, Row
 from cartridges_jax.serving.sampling import SamplingParams
 from cartridges_jax.serving.scheduler import BlockTable, Sampled, Scored, SequenceInput
 
@@ -44,6 +45,7 @@ class Engine:
       max_top_logprobs: how many alternatives a request may ask for with each token.
       cache_tokens: how many positions the memory holds; by default enough for `max_num_seqs` requests of `max_length`.
       batch_sizes: the sizes that decoding is compiled for, `max_num_seqs` the largest; a smaller batch is padded.
+      attention: the implementation of `decode_attention`; by default the fastest that can run here.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Engine:
         max_top_logprobs: int = 20,
         cache_tokens: int | None = None,
         batch_sizes: Sequence[int] | None = None,
+        attention: str | None = None,
     ):
         if max_length > (most := model.config.max_position_embeddings):
             raise UserError(f"max_length is {max_length}, expected at most {model.name}'s window, {most}")
@@ -71,23 +74,34 @@ class Engine:
         self.page_size = PAGE_SIZE
         self._batch_sizes = batch_sizes or [*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
-        self._options = {"config": self._config, "mesh": self._mesh, "num_top": max_top_logprobs}
+        self._options: dict[str, Any] = {"config": self._config, "mesh": self._mesh, "implementation": attention}
         sharding.check(model.config, self._mesh)
         self._weights = decoder.to_decode_layout(model.params, model.config, self._mesh)
         all_pages = self.num_pages + self.pages_each  # scoring has pages of its own
-        self._cache = steps.new_pages(model.config, all_pages, self._weights["final_norm"].dtype, self._mesh)
+        dtype = self._weights["final_norm"].dtype
+        self._cache = steps.empty_cache(self._config, all_pages, dtype, self._mesh, attention)
+        self._heads = collectives.kv_heads_by_device(self._config, self._mesh.shape["tensor"])
+        self._no_slots = np.zeros((self._config.num_layers, self._heads.size), np.int32)
+        self._slot_lens: dict[int, np.ndarray] = {}  # of the cartridges in pages, by their first page
         self._nowhere = all_pages * PAGE_SIZE  # an index into a page that does not exist: a write there is dropped
         self._last = jnp.zeros(max_num_seqs, jnp.int32)  # the last token that was sampled for each sequence
 
     def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
         cartridge: Any = prefix.cartridge
-        keys, values, bias = cartridge.checked(self._config).prefix
-        bias = np.zeros(keys.shape[:3], np.float32) if bias is None else bias
-        whole = len(pages) * PAGE_SIZE
-        arrays = [np.pad(a, [(0, 0), (0, whole - a.shape[1])] + [(0, 0)] * (a.ndim - 2)) for a in (keys, values, bias)]
-        for i, page in enumerate(pages):
-            parts = [a[:, i * PAGE_SIZE : (i + 1) * PAGE_SIZE] for a in arrays]
-            self._cache = steps.load_page(self._cache, page, *parts, config=self._config, mesh=self._mesh)
+        keys, values, bias = cartridge.checked(self._config).at_offset(0, self._config).prefix
+        keys, values = np.asarray(keys), np.asarray(values)
+        bias = np.zeros(keys.shape[:3], np.float32) if bias is None else np.asarray(bias)
+        lengths = cartridge.all_lengths
+        laid = [
+            np.concatenate([lay_out_slots(a[:, :, own], lengths[:, own], PAGE_SIZE) for own in self._heads], axis=2)
+            for a in (keys, values, bias)
+        ]
+        for page, *part in zip(pages, *laid, strict=True):
+            self._load(page, part)
+        self._slot_lens[pages[0]] = lengths[:, self._heads.reshape(-1)]
+
+    def _load(self, page: int, slots: Sequence[np.ndarray]) -> None:
+        self._cache = steps.load_page(self._cache, page, *slots, mesh=self._mesh)
 
     def copy(self, source: int, target: int, count: int) -> None:
         self._cache = steps.copy_page(self._cache, source, target, count, mesh=self._mesh)
@@ -96,13 +110,13 @@ class Engine:
         while tokens:
             size = max(size for size, fewest in PREFILL_SIZES.items() if fewest <= len(tokens))
             step = self._chunk(tokens[:size], size, position, block_table)
-            self._cache = steps.prefill_step(self._weights, self._cache, step, config=self._config, mesh=self._mesh)
+            self._cache = steps.prefill_step(self._weights, self._cache, step, **self._options)
             tokens, position = tokens[size:], position + size
 
     def decode(self, inputs: Sequence[SequenceInput]) -> Any:
         batch = self._batch(inputs)  # which may clear pages of the cache
-        arguments = self._cache, self._last, *batch
-        self._cache, self._last, sampled = steps.decode_step(self._weights, *arguments, **self._options)
+        arguments = self._weights, self._cache, self._last, *batch
+        self._cache, self._last, sampled = steps.decode_step(*arguments, num_top=self.max_top_logprobs, **self._options)
         return sampled, len(inputs)
 
     def _batch(self, inputs: Sequence[SequenceInput]) -> tuple[np.ndarray, decoder.Step, SamplingParams]:
@@ -114,11 +128,13 @@ class Engine:
         padded = [*inputs, *padding]
         indices = np.array([i.index for i in padded], np.int32)
         tokens = np.array([-1 if i.token is None else i.token for i in padded], np.int32)
-        positions = np.array([i.position for i in padded], np.int32)
         written = [metadata.slot_index(i.block_table, i.position) for i in inputs] + [self._nowhere] * len(padding)
-        columns = (a[:, None] for a in (tokens, positions, np.array(written, np.int32)))
-        step = decoder.Step(*columns, metadata.batch_metadata(inputs, b, self.pages_each, self.num_pages))
+        rows = [Row(i.block_table, i.position, i.position) for i in inputs]
+        step = decoder.Step(tokens[:, None], np.array(written, np.int32)[:, None], self._metadata(rows, b))
         return indices, step, _sampling_params(padded)
+
+    def _metadata(self, rows: Sequence[Row], b: int) -> AttentionMetadata:
+        return metadata.attention_metadata(rows, b, self.pages_each, self._slot_lens, self._no_slots)
 
     def harvest(self, decoded: Any) -> list[Sampled]:
         sampled, count = decoded
@@ -133,10 +149,12 @@ class Engine:
         scored = []
         for start in range(0, len(tokens) - 1, SCORE_SIZE):
             part = tokens[start : start + SCORE_SIZE]
-            step = self._chunk(part, SCORE_SIZE, p + start, BlockTable(pages, p))
+            step = self._chunk(part, SCORE_SIZE, start, BlockTable(pages, p))
             following = np.zeros(SCORE_SIZE, np.int32)
             following[: len(tokens) - 1 - start] = tokens[start + 1 : start + SCORE_SIZE + 1]
-            self._cache, found = steps.score_step(self._weights, self._cache, step, following, **self._options)
+            self._cache, found = steps.score_step(
+                self._weights, self._cache, step, following, num_top=self.max_top_logprobs, **self._options
+            )
             rows = zip(following.tolist(), *(a.tolist() for a in jax.device_get(found)), strict=True)
             scored += [
                 Scored(Sampled(token, logprob, tuple(ids[:num_top]), tuple(logprobs[:num_top])), rank)
@@ -147,8 +165,7 @@ class Engine:
     def programs(self) -> list[Callable[[], object]]:
         """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
         first_pages = BlockTable(range(self.pages_each), 0)
-        c = self._config
-        zeros = np.zeros((c.num_layers, PAGE_SIZE, c.num_kv_heads, c.head_dim), np.float32)
+        zeros = np.zeros((*self._no_slots.shape, PAGE_SIZE, self._config.head_dim), np.float32)
 
         def decode(size: int) -> None:
             inputs = [SequenceInput(i, 0, 0, BlockTable([i], 0), 0.0, 1.0, 0, 0, 0) for i in range(size)]
@@ -157,13 +174,10 @@ class Engine:
         def prefill(size: int) -> None:
             self.prefill([0] * min(size, self.max_length), 0, first_pages)
 
-        def load() -> None:
-            self._cache = steps.load_page(self._cache, 0, zeros, zeros, zeros[..., 0], config=c, mesh=self._mesh)
-
         return [
             *(functools.partial(prefill, size) for size in PREFILL_SIZES),
             *(functools.partial(decode, size) for size in self._batch_sizes),
-            load,
+            functools.partial(self._load, 0, (zeros, zeros, zeros[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear_begun, first_pages, 0, 1),
             functools.partial(self.score, [0, 0], None, 1),
@@ -171,22 +185,20 @@ class Engine:
 
     def _clear_begun(self, block_table: BlockTable, position: int, count: int) -> None:
         """Clears the pages that begin with one of the `count` positions from this one on, which are written next."""
-        first = position - block_table.prefix_length
-        for start in range(-(-first // PAGE_SIZE) * PAGE_SIZE, first + count, PAGE_SIZE):
-            page = metadata.slot_index(block_table, block_table.prefix_length + start) // PAGE_SIZE
+        for start in range(-(-position // PAGE_SIZE) * PAGE_SIZE, position + count, PAGE_SIZE):
+            page = metadata.slot_index(block_table, start) // PAGE_SIZE
             values = steps.clear_page([p.values for p in self._cache], page, mesh=self._mesh)
-            self._cache = [p._replace(values=v) for p, v in zip(self._cache, values, strict=True)]
+            self._cache = [p.replace(values=v) for p, v in zip(self._cache, values, strict=True)]
 
     def _chunk(self, tokens: Sequence[int], size: int, position: int, block_table: BlockTable) -> decoder.Step:
         """A step for tokens of one request, padded to `size`."""
         self._clear_begun(block_table, position, len(tokens))
         padding = size - len(tokens)
         tokens_t = np.pad(np.asarray(tokens, np.int32), (0, padding))
-        positions_t = np.arange(position, position + size, dtype=np.int32)
         written = [metadata.slot_index(block_table, position + i) for i in range(len(tokens))]
         slot_mapping_t = np.array(written + [self._nowhere] * padding, np.int32)
-        seen = metadata.chunk_metadata(block_table, position + len(tokens) - 1, self.pages_each)
-        return decoder.Step(tokens_t[None], positions_t[None], slot_mapping_t[None], seen)
+        seen = self._metadata([Row(block_table, position, position + len(tokens) - 1)], 1)
+        return decoder.Step(tokens_t[None], slot_mapping_t[None], seen)
 
 
 def _sampling_params(inputs: Sequence[SequenceInput]) -> SamplingParams:

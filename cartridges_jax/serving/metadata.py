@@ -7,17 +7,23 @@ A sequence begins on a page with the slots of its cartridge, if it has one; its 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from cartridges_jax.kernels.prefix_decode_attention import AttentionMetadata, PageList, own_entries, shared_entries
-from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
+from cartridges_jax.serving.scheduler import BlockTable
 
 PAGE_SIZE = 128
-# To multiply so many rows of queries by a page, all but one of them for nothing, costs what reading it once more costs.
-ROWS_PER_USER = 8
+
+
+class Row(NamedTuple):
+    """One request's part of a step: its tokens from `start` to `last` are written, and those from `start` on ask."""
+
+    block_table: BlockTable
+    start: int
+    last: int
 
 
 def num_pages(length: int) -> int:
@@ -26,48 +32,32 @@ def num_pages(length: int) -> int:
 
 
 def slot_index(block_table: BlockTable, position: int) -> int:
-    """The index of a position behind the cartridge among all positions of all pages."""
-    page, offset = divmod(position - block_table.prefix_length, PAGE_SIZE)
+    """The index of a sequence's token among all positions of all pages."""
+    page, offset = divmod(position, PAGE_SIZE)
     return block_table.pages[num_pages(block_table.prefix_length) + page] * PAGE_SIZE + offset
 
 
-def chunk_metadata(block_table: BlockTable, position: int, pages_each: int) -> AttentionMetadata:
-    """The metadata of one request whose last token is at `position`; a request has at most `pages_each` pages."""
-    most = shared_entries(pages_each)
-    pages = PageList.of(_visible_pages(block_table, position), most)
-    return AttentionMetadata(pages, np.ones((most, 1), bool), PageList.of([], 0), np.zeros(0, np.int32))
+def attention_metadata(
+    rows: Sequence[Row], b: int, pages_each: int, slot_lens: Mapping[int, np.ndarray], no_slots: np.ndarray
+) -> AttentionMetadata:
+    """The metadata of a step for b requests, the last of which may be none.
 
-
-def batch_metadata(inputs: Sequence[SequenceInput], b: int, pages_each: int, all_pages: int) -> AttentionMetadata:
-    """The metadata of a batch that is padded to b requests.
-
-    A page that enough requests see is read once, and meets the queries of the whole batch. The lists have room for
-    whatever b requests of at most `pages_each` pages, on `all_pages` pages together, can come to see.
+    Args:
+      pages_each: how many pages a request has at most.
+      slot_lens: how many slots each head has, [l, k], of the cartridges that lie in pages, by the first of these pages.
+      no_slots: the same of no cartridge: zeros.
     """
-    visible = [_visible_pages(i.block_table, i.position) for i in inputs]
-    users = Counter(page for entries in visible for page, _, _ in entries)
-    fewest = max(2, b // ROWS_PER_USER) if b > 1 else 1
-    shared = {entry[0]: entry for entries in visible for entry in entries if users[entry[0]] >= fewest}
-    order = {page: c for c, page in enumerate(shared)}
-    shared_mask = np.zeros((shared_entries(pages_each if b == 1 else all_pages), b), bool)
-    own, owners = [], []
-    for row, entries in enumerate(visible):
-        for entry in entries:
-            if entry[0] in order:
-                shared_mask[order[entry[0]], row] = True
-            else:
-                own.append(entry)
-                owners.append(row)
-    most = 0 if b == 1 else own_entries(b * pages_each, b)
-    seq_ids = np.zeros(most, np.int32)
-    seq_ids[: len(owners)] = owners
-    shared_pages = PageList.of(list(shared.values()), len(shared_mask))
-    return AttentionMetadata(shared_pages, shared_mask, PageList.of(own, most), seq_ids)
-
-
-def _visible_pages(block_table: BlockTable, position: int) -> list[tuple[int, int, int]]:
-    """The pages that hold a sequence up to `position`, each with its filled positions and the first one's position."""
-    p, own = block_table.prefix_length, num_pages(block_table.prefix_length)
-    slots = [(block_table.pages[i], min(PAGE_SIZE, p - i * PAGE_SIZE), i * PAGE_SIZE) for i in range(own)]
-    count = (position - p) // PAGE_SIZE + 1
-    return slots + [(block_table.pages[own + i], PAGE_SIZE, p + i * PAGE_SIZE) for i in range(count)]
+    starts, cartridge_ids = np.zeros(b, np.int32), np.full(b, -1, np.int32)
+    tokens, slots = np.full((b, pages_each), -1, np.int32), np.zeros((b, pages_each), np.int32)
+    found: dict[int, int] = {}  # the cartridges of the step, by their first pages
+    for r, (block_table, start, last) in enumerate(rows):
+        pages, own = block_table.pages, num_pages(block_table.prefix_length)
+        starts[r] = start
+        count = last // PAGE_SIZE + 1
+        tokens[r, :count] = pages[own : own + count]
+        if own:
+            a = cartridge_ids[r] = found.setdefault(pages[0], len(found))
+            slots[a, :own] = pages[:own]
+    lens = [slot_lens[first] for first in found] + [no_slots] * (b - len(found))
+    most = np.array([num_pages(int(each.max())) for each in lens], np.int32)
+    return AttentionMetadata(starts, tokens, cartridge_ids, slots, np.stack(lens, axis=1), most)

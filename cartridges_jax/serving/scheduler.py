@@ -32,7 +32,7 @@ class SequenceInput:
 
     index: int  # which of the sequences that run together, below `max_num_seqs`
     token: int | None  # None: the one that the last step sampled for this sequence
-    position: int  # of the token in its sequence, the cartridge's slots counted
+    position: int  # of the token in its sequence, which begins behind the cartridge
     block_table: BlockTable
     temperature: float
     top_p: float
@@ -83,7 +83,7 @@ class Engine(Protocol):
         """Makes the target page a copy of the source's first `count` positions."""
 
     def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
-        """Writes the tokens' keys and values at `position`, `position` + 1, …"""
+        """Writes the tokens' keys and values at `position`, `position` + 1, … behind the cartridge."""
 
     def decode(self, inputs: Sequence[SequenceInput]) -> Any:
         """Writes each input's token at its position and samples the one that follows; need not wait for the result."""
@@ -278,8 +278,7 @@ class Scheduler:
         # The last prompt token is left for the first decode, which samples what follows it.
         chunk = prompt[seq.prefilled : -1][: self._prefill_chunk]
         if chunk:
-            block_table = _block_table(seq)
-            self._engine.prefill(chunk, block_table.prefix_length + seq.prefilled, block_table)
+            self._engine.prefill(chunk, seq.prefilled, _block_table(seq))
             seq.prefilled += len(chunk)
         if seq.prefilled == len(prompt) - 1:
             self._cache.insert(seq.allocation, prompt[:-1])
@@ -339,13 +338,13 @@ def _block_table(seq: _Sequence) -> BlockTable:
 
 
 def _input(seq: _Sequence) -> SequenceInput:
-    request, block_table = seq.request, _block_table(seq)
+    request = seq.request
     assert request is not None
     return SequenceInput(
         index=seq.index,
         token=None if seq.dispatched else request.prompt[-1],
-        position=block_table.prefix_length + len(request.prompt) - 1 + seq.dispatched,
-        block_table=block_table,
+        position=len(request.prompt) - 1 + seq.dispatched,
+        block_table=_block_table(seq),
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,

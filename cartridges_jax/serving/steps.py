@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.prefix_decode_attention import Pages
+from cartridges_jax.kernels.decode_attention import new_pages
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import decode_specs
 from cartridges_jax.parallel import collectives, sharding
@@ -22,52 +23,40 @@ from cartridges_jax.serving.decoder import Step, Weights, forward, logits
 from cartridges_jax.serving.metadata import PAGE_SIZE
 from cartridges_jax.serving.sampling import SamplingParams, normalizer, sample
 
+# Everything about a step lies on every device; of a cartridge's heads each has those that its query heads read.
+STEP = Step(P(), P(), AttentionMetadata(*[P()] * 4, sharding.CARTRIDGE, P()))  # type: ignore[arg-type]
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def new_pages(config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh) -> list[Pages]:
-    """Makes empty pages for every layer."""
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty_cache(
+    config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh, implementation: str | None = None
+) -> list[Pages]:
+    """Makes empty pages for every layer, as an implementation of `decode_attention` has them."""
 
     def local() -> list[Pages]:
-        k = collectives.num_local_kv_heads(config)
-        return [
-            Pages(
-                jnp.zeros((num_pages, k, config.head_dim, PAGE_SIZE), dtype),
-                jnp.zeros((num_pages, k, PAGE_SIZE, config.head_dim), dtype),
-                jnp.zeros((num_pages, k, PAGE_SIZE), jnp.float32),
-            )
-            for _ in range(config.num_layers)
-        ]
+        sizes = num_pages, collectives.num_local_kv_heads(config), PAGE_SIZE, config.head_dim
+        return [new_pages(*sizes, dtype, implementation) for _ in range(config.num_layers)]
 
     return sharding.on_mesh(local, mesh, (), sharding.PAGES)()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
 def load_page(
     cache: list[Pages],
     page: Int[Array, ""],
-    keys: Float[Array, "l z k h"],
-    values: Float[Array, "l z k h"],
-    bias: Float[Array, "l z k"],
+    keys: Float[Array, "l k z h"],
+    values: Float[Array, "l k z h"],
+    bias: Float[Array, "l k z"],
     *,
-    config: ModelConfig,
     mesh: Mesh,
 ) -> list[Pages]:
     """Writes a part of a cartridge to a page."""
 
-    def local(cache: list[Pages], page: Int[Array, ""], slots: tuple[Array, Array, Array]) -> list[Pages]:
-        keys, values, bias = collectives.local_kv_heads(slots, config, axis=2)
-        return [
-            Pages(
-                pages.keys.at[page].set(keys[l].transpose(1, 2, 0).astype(pages.keys.dtype)),
-                pages.values.at[page].set(values[l].swapaxes(0, 1).astype(pages.values.dtype)),
-                pages.bias.at[page].set(bias[l].T),
-            )
-            for l, pages in enumerate(cache)
-        ]
+    def local(cache: list[Pages], page: Array, *slots: Array) -> list[Pages]:
+        return [pages.load(page, *part) for pages, *part in zip(cache, *slots, strict=True)]
 
-    slots = keys, values, bias
-    in_specs = sharding.PAGES, P(), sharding.fitted(slots, sharding.CARTRIDGE, mesh)
-    return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(cache, page, slots)
+    in_specs = sharding.PAGES, P(), *[sharding.PAGES] * 3
+    return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(cache, page, keys, values, bias)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
@@ -76,16 +65,8 @@ def copy_page(
 ) -> list[Pages]:
     """Makes the target page a copy of the source's first `count` positions."""
 
-    def local(cache: list[Pages], source: Array, target: Array, count: Array) -> list[Pages]:
-        is_copied_z1 = jnp.arange(PAGE_SIZE)[:, None] < count
-        return [
-            Pages(
-                pages.keys.at[target].set(pages.keys[source]),
-                pages.values.at[target].set(jnp.where(is_copied_z1, pages.values[source], 0)),
-                pages.bias.at[target].set(pages.bias[source]),
-            )
-            for pages in cache
-        ]
+    def local(cache: list[Pages], *which: Array) -> list[Pages]:
+        return [pages.copy(*which) for pages in cache]
 
     return sharding.on_mesh(local, mesh, (sharding.PAGES, *[P()] * 3), sharding.PAGES)(cache, source, target, count)
 
@@ -100,18 +81,26 @@ def clear_page(values: list[Array], page: Int[Array, ""], *, mesh: Mesh) -> list
     return sharding.on_mesh(local, mesh, (sharding.PAGES, P()), sharding.PAGES)(values, page)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=1)
-def prefill_step(weights: Weights, cache: list[Pages], step: Step, *, config: ModelConfig, mesh: Mesh) -> list[Pages]:
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "implementation"), donate_argnums=1)
+def prefill_step(
+    weights: Weights,
+    cache: list[Pages],
+    step: Step,
+    *,
+    config: ModelConfig,
+    mesh: Mesh,
+    implementation: str | None = None,
+) -> list[Pages]:
     """Writes the keys and values of a chunk of a prompt."""
 
     def local(weights: Weights, cache: list[Pages], step: Step) -> list[Pages]:
-        return forward(weights, cache, step, config)[1]
+        return forward(weights, cache, step, config, implementation)[1]
 
-    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P()
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, STEP
     return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(weights, cache, step)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top"), donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top", "implementation"), donate_argnums=(1, 2))
 def decode_step(
     weights: Weights,
     cache: list[Pages],
@@ -123,6 +112,7 @@ def decode_step(
     config: ModelConfig,
     mesh: Mesh,
     num_top: int,
+    implementation: str | None = None,
 ) -> tuple[list[Pages], Array, Any]:
     """Writes a token of each request and samples the token that follows it.
 
@@ -133,16 +123,16 @@ def decode_step(
 
     def local(weights: Weights, cache: list[Pages], last: Array, indices: Array, step: Step, params: SamplingParams):
         tokens = jnp.where(step.tokens < 0, last[indices][:, None], step.tokens)
-        hidden_bd, cache = forward(weights, cache, step.replace(tokens=tokens), config)
-        sampled = sample(logits(weights, hidden_bd), params, num_top)
+        hidden_b1d, cache = forward(weights, cache, step.replace(tokens=tokens), config, implementation)
+        sampled = sample(logits(weights, hidden_b1d[:, 0]), params, num_top)
         return cache, last.at[indices].set(sampled[0], mode="drop"), sampled
 
-    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, *[P()] * 4
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), P(), STEP, P()
     run = sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P(), P()))
     return run(weights, cache, last, indices, step, sampling_params)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top", "implementation"), donate_argnums=1)
 def score_step(
     weights: Weights,
     cache: list[Pages],
@@ -152,17 +142,18 @@ def score_step(
     config: ModelConfig,
     mesh: Mesh,
     num_top: int,
+    implementation: str | None = None,
 ) -> tuple[list[Pages], Any]:
     """Writes a chunk of a prompt and scores the token that follows each of its tokens."""
 
     def local(weights: Weights, cache: list[Pages], step: Step, following: Array) -> tuple[list[Pages], Any]:
-        hidden_td, cache = forward(weights, cache, step, config)
-        logits_tv = logits(weights, hidden_td)
+        hidden_1td, cache = forward(weights, cache, step, config, implementation)
+        logits_tv = logits(weights, hidden_1td[0])
         normalizer_t1 = normalizer(logits_tv)
         own_t1 = jnp.take_along_axis(logits_tv, following[:, None], axis=-1)
         top_tj, ids_tj = jax.lax.top_k(logits_tv, num_top)
         rank_t = 1 + (logits_tv > own_t1).sum(-1)
         return cache, ((own_t1 - normalizer_t1)[:, 0], rank_t, ids_tj, top_tj - normalizer_t1)
 
-    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), P()
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, STEP, P()
     return sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P()))(weights, cache, step, following)

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge, Slots
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.parallel import processes, sharding
 from cartridges_jax.training.batch import Batch
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class Best:
-    """The cartridge whose watched loss was the lowest so far: the copy that a run with early stopping keeps."""
+    """The slots whose watched loss was the lowest so far: the copy that a run with early stopping keeps."""
 
-    cartridge: Cartridge
+    cartridge: Slots
     step: jax.Array  # how many steps it had behind it
     loss: jax.Array
     stale: jax.Array  # how many evaluations there were since, none of them better
 
     @classmethod
-    def of(cls, cartridge: Cartridge) -> Best:
-        copy = jax.tree.map(jnp.copy, cartridge)  # a training step overwrites the arrays that it is given
+    def of(cls, slots: Slots) -> Best:
+        copy = jax.tree.map(jnp.copy, slots)  # a training step overwrites the arrays that it is given
         none = jnp.zeros((), jnp.int32)
         return cls(copy, none, jnp.asarray(np.inf, jnp.float32), none)
 
@@ -68,6 +68,7 @@ class TrainingRun:
 
     config: TrainConfig
     model: LanguageModel
+    initial: Cartridge  # from which training starts
     rows: PackedRows
     tx: optax.GradientTransformation
     num_steps: int
@@ -90,12 +91,14 @@ def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoin
         state = _evaluated(run, state, BEFORE, writer)
     over = step >= run.num_steps or _out_of_time(config, seconds_before) or _out_of_patience(config, state)
     upcoming = _stacked(run, step)
+    placement = sharding.placed(run.initial.placement, sharding.PLACEMENT, run.mesh)
     pending = None
     while not over:
         train_state, metrics = train_step(
             state.train,
             run.model.params,
             next(upcoming),
+            placement,
             config=run.model.config,
             tx=run.tx,
             tail=config.tail,
@@ -136,7 +139,7 @@ def _out_of_patience(config: TrainConfig, state: RunState) -> bool:
 def _evaluated(run: TrainingRun, state: RunState, step: int, writer: MetricsWriter) -> RunState:
     """Evaluates the cartridge after update `step`, writes what is found, and returns the state with its best."""
     start = time.monotonic()
-    metrics, answers = run.evals.run(state.train.cartridge)
+    metrics, answers = run.evals.run(run.initial.with_slots(state.train.cartridge))
     writer.evaluation(step, metrics, answers, time.monotonic() - start)
     if state.best is None:
         return state

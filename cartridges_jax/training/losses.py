@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from cartridges_jax.cartridge.arrays import Cartridge, Placement, Slots
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
@@ -24,7 +25,6 @@ from cartridges_jax.parallel import collectives
 from cartridges_jax.training.batch import Batch
 
 if TYPE_CHECKING:
-    from cartridges_jax.cartridge.arrays import Cartridge
     from cartridges_jax.models.language_model import LanguageModel
 
 CHUNK = 128  # target positions whose logits exist at one time
@@ -51,12 +51,25 @@ def distillation_loss(
       reduction: "token" averages over targets and "entry" over their entries; "row" averages over the entries of each
         row and then over rows, as upstream does.
     """
-    checked = cartridge.checked(model.config)
-    total, count = loss_sum(checked, model.params, batch, config=model.config, tail=tail, reduction=reduction)
+    slots, placement = cartridge.checked(model.config).slots, cartridge.placement
+    total, count = _loss_sum(slots, placement, model.params, batch, model.config, tail, reduction)
     return total / jnp.maximum(count, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tail", "reduction", "remat"))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _loss_sum(
+    slots: Slots,
+    placement: Placement,
+    params: Params,
+    batch: Batch,
+    config: ModelConfig,
+    tail: Tail,
+    reduction: Reduction,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`loss_sum` as one program for all cartridges whose arrays have the same shapes."""
+    return loss_sum(Cartridge.of(slots, placement), params, batch, config=config, tail=tail, reduction=reduction)
+
+
 def loss_sum(
     cartridge: Cartridge,
     params: Params,
@@ -72,9 +85,10 @@ def loss_sum(
         raise UserError(
             f"tail is {tail!r} and reduction {reduction!r}, expected drop or bucket and token, entry or row"
         )
-    hidden_btd = hidden_states(
-        params, batch.tokens, batch.segment_ids, batch.positions, *cartridge.prefix, config=config, remat=remat
-    )
+    batch = jax.tree.map(jnp.asarray, batch)
+    inputs = batch.tokens, batch.segment_ids, batch.positions
+    slots = *cartridge.prefix, cartridge.lengths, cartridge.offset
+    hidden_btd = hidden_states(params, *inputs, *slots, config=config, remat=remat)
     mask_btj = batch.target_entries
     targets = hidden_btd, batch.target_ids, batch.target_logprobs, mask_btj
     head_vd = head_weights(params)

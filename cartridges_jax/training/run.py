@@ -75,8 +75,7 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     model = model or load_model(config.model, config.dtype, None if mesh.size == 1 else mesh)
     config = dataclasses.replace(config, dtype=str(model.params["embed"].dtype))  # which may have been "auto"
     model = model if config.quantization == "none" else quantized(model, config.quantization)
-    if config.init.kind != "pretrained":  # a pretrained file has its own number of slots, which is checked below
-        _check_window(config.init.num_slots, config, model)
+    _check_window(0, config, model)
     directory = Path(config.output_dir)
     day = _day(directory)
     model = dataclasses.replace(model, tokenizer=model.tokenizer.on(day))
@@ -92,16 +91,17 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     thinking = None if config.dataset is None else thinking_of(config.dataset)
     evals = Evals(config.evals, model, config.targets, config.tail, thinking)
     cartridge = _initial(config, model, corpus, examples)
-    _check_window(cartridge.num_slots, config, model)
-    evals.check_window(cartridge.num_slots)
+    _check_window(cartridge.offset, config, model)
+    evals.check_window(cartridge.offset)
     num_steps = len(rows) // step_rows
     num_steps = num_steps if config.num_steps is None else min(num_steps, config.num_steps)
     tx = optimizer(config.optim, num_steps, cartridge.num_frozen)
     _begin(directory, settings, cartridge, cache)
-    train_state = TrainState(cartridge, tx.init(cartridge), jnp.zeros((), jnp.int32))
-    best = None if config.evals.patience is None else Best.of(cartridge)
+    slots = jax.tree.map(jnp.asarray, cartridge.slots)
+    train_state = TrainState(slots, tx.init(slots), jnp.zeros((), jnp.int32))
+    best = None if config.evals.patience is None else Best.of(slots)
     state = sharding.placed(RunState(train_state, best, jnp.zeros((), jnp.float32)), sharding.CARTRIDGE, mesh)
-    run = TrainingRun(config, model, rows, tx, num_steps, mesh, evals)
+    run = TrainingRun(config, model, cartridge, rows, tx, num_steps, mesh, evals)
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
         restored = checkpoints.restore(state)
@@ -140,6 +140,7 @@ def _finish(run: TrainingRun, state: RunState, directory: Path, settings: dict[s
         raise UserError("the trained slots are not finite: training diverged, lower config.optim.lr")
     path = directory / "cartridge.safetensors"
     if processes.is_first():
+        trained = run.initial.with_slots(trained)
         _with_training(trained, run, kept, int(train_state.step), directory, settings["dataset_hash"]).save(path)
         write_training_report(directory, kept)
     processes.wait_for_all("the cartridge is saved")
@@ -153,11 +154,11 @@ def _metrics_writer(run: TrainingRun, state: RunState, directory: Path, settings
     return MetricsWriter(where, first, run.num_steps, run.tokens(first), peak, run.config, settings)
 
 
-def _check_window(num_slots: int, config: TrainConfig, model: LanguageModel) -> None:
-    if num_slots + config.seq_len > model.config.max_position_embeddings:
+def _check_window(offset: int, config: TrainConfig, model: LanguageModel) -> None:
+    if offset + config.seq_len > model.config.max_position_embeddings:
         raise UserError(
-            f"{num_slots} slots and rows of {config.seq_len} tokens exceed {model.name}'s window of "
-            f"{model.config.max_position_embeddings}: lower config.init.num_slots or config.seq_len"
+            f"a cartridge's offset of {offset} and rows of {config.seq_len} tokens exceed {model.name}'s window of "
+            f"{model.config.max_position_embeddings}: lower config.seq_len"
         )
 
 
@@ -221,7 +222,7 @@ def _recorded(directory: Path) -> dict[str, Any] | None:
 
 def _begin(directory: Path, settings: dict[str, Any], cartridge: Cartridge, cache: ExampleCache) -> None:
     """Writes what the run starts from: its config, its initial cartridge and its laid-out conversations."""
-    whole = sharding.gathered(cartridge)
+    whole = cartridge.with_slots(sharding.gathered(cartridge.slots))
     if processes.is_first():
         files.write_text(directory / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
         if not (directory / INITIAL).is_file():
@@ -256,4 +257,4 @@ def _with_training(
         thinking=thinking_of(config.dataset) if config.dataset else before.thinking,
         evaluation=json.dumps(evaluated, sort_keys=True) if evaluated else evaluation,
     )
-    return cartridge.replace(provenance=provenance)  # type: ignore[attr-defined]
+    return cartridge.replace(provenance=provenance)

@@ -116,8 +116,8 @@ def test_the_general_questions_are_a_fixed_set():
 
 
 def test_an_evaluation_that_fills_the_window_says_so():
-    cartridge = Cartridge.from_text(tiny.model(), tiny.TEXT, tiny.WINDOW - 8)
-    with pytest.raises(UserError, match="slots and a conversation of"):
+    cartridge = Cartridge.from_text(tiny.model(), tiny.TEXT, 8).at_offset(tiny.WINDOW - 8, tiny.model().config)
+    with pytest.raises(UserError, match=f"an offset of {tiny.WINDOW - 8} and a conversation of"):
         run(EvalsConfig(off_topic=True), cartridge)
 
 
@@ -140,8 +140,8 @@ def test_what_cannot_be_evaluated_is_refused_before_training(inputs: Path, tmp_p
         ({"generation": (GenerationEval("x", str(inputs / "questions.jsonl"), "choice"),)}, "without choices"),
         ({"loss": (LossEval("x", questions=str(tmp_path / "none.jsonl")),)}, "none.jsonl does not exist"),
         (
-            {"generation": (GenerationEval("x", str(inputs / "questions.jsonl"), max_tokens=tiny.WINDOW - 20),)},
-            r"the evaluation x needs \d+ tokens behind 16 slots, more than",
+            {"generation": (GenerationEval("x", str(inputs / "questions.jsonl"), max_tokens=tiny.WINDOW),)},
+            r"the evaluation x needs \d+ tokens behind an offset of 0, more than",
         ),
     ):
         config = config_of(settings_in(tmp_path, inputs), evals=EvalsConfig(**change))

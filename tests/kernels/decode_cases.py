@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from cartridges_jax.kernels.prefix_decode_attention import (
-    AttentionMetadata,
-    PageList,
-    Pages,
-    own_entries,
-    shared_entries,
-)
+from cartridges_jax.kernels.decode_attention import new_pages
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, lay_out_slots
 
-Entry = tuple[int, int, int]  # page, filled positions, position of the first
 # the cartridge of each request, and how many tokens it has behind it
 REQUESTS = [("a", 6), ("b", 1), (None, 9), ("a", 1), ("a", 17)]
 # rows of a batch, query tokens of each
 BATCHES = [([0, 1, 2, 3, 4], 1), ([4, 2], 1), ([3], 1), ([4], 9), ([2, 0], 3)]
+FIRST_PAGES = {"a": 30, "b": 36}
+NUM_PAGES, PAGES_EACH = 40, 12
+RAGGED = {"a": (19, 2, 0, 8), "b": (1, 3, 4, 0)}  # slots of the heads, again and again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,64 +28,92 @@ class Case:
     kv_heads: int = 2
     h: int = 8
     scale: int = 1
-    num_pages: int = 40
+    is_ragged: bool = False
 
     @property
     def z(self) -> int:
         return 4 * self.scale
 
-    def pages(self, rng: np.random.Generator) -> Pages:
+    def lengths(self, name: str) -> np.ndarray:
+        """How many slots each head has."""
+        uniform = {"a": (19,), "b": (3,)}
+        lengths = (RAGGED if self.is_ragged else uniform)[name]
+        return np.resize(np.array(lengths, np.int32), self.kv_heads) * self.scale
+
+    @functools.cached_property
+    def contents(self) -> dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Keys, values and biases of the cartridges, by name, and of the requests' tokens, by number."""
+        rng = np.random.default_rng(0)
+        counts = {name: int(self.lengths(name).max()) for name in FIRST_PAGES}
+        counts |= {r: tokens * self.scale for r, (_, tokens) in enumerate(REQUESTS)}
+
         def normal(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape).astype(np.float32)
 
-        n, k, h, z = self.num_pages, self.kv_heads, self.h, self.z
-        return Pages(normal(n, k, h, z), normal(n, k, z, h), normal(n, k, z))
+        made = {}
+        for name, count in counts.items():
+            bias = normal(count, self.kv_heads) if isinstance(name, str) else np.zeros((count, self.kv_heads))
+            made[name] = normal(count, self.kv_heads, self.h), normal(count, self.kv_heads, self.h), bias
+        return made
 
-    def cartridge(self, name: str | None) -> list[Entry]:
-        """Two of 19 and 3 slots, each on pages of its own, and together on more than are read in one turn."""
-        slots, first_page = {"a": (19 * self.scale, 30), "b": (3 * self.scale, 36), None: (0, 0)}[name]
-        z = self.z
-        return [(first_page + i, min(z, slots - i * z), i * z) for i in range(-(-slots // z))]
+    def pages(self, implementation: str | None) -> Pages:
+        """What is nobody's holds NaN, and so do keys and biases behind a request's last token."""
+        pages = new_pages(NUM_PAGES, self.kv_heads, self.z, self.h, jnp.float32, implementation)
+        pages = pages.replace(keys=pages.keys + np.nan, values=pages.values + np.nan, bias=pages.bias + np.nan)
+        for name, first in FIRST_PAGES.items():
+            lengths = self.lengths(name)[None]
+            laid = [lay_out_slots(a[None], lengths, self.z)[:, 0] for a in self.contents[name]]
+            for i, part in enumerate(zip(*laid, strict=True)):
+                pages = pages.load(first + i, *part)
+        for r, (_, tokens) in enumerate(REQUESTS):
+            own = 6 * r + np.arange(-(-tokens * self.scale // self.z))
+            pages = pages.replace(values=pages.values.at[own].set(0))
+            keys, values, _ = (a[None] for a in self.contents[r])
+            pages = pages.write((6 * r * self.z + np.arange(tokens * self.scale))[None], keys, values)
+        return pages
 
-    def sequence(self, r: int) -> list[Entry]:
-        """All pages of a request; its own are 6r, 6r + 1, …"""
+    def metadata(self, requests: list[int], t: int) -> AttentionMetadata:
+        """Of the requests, t query tokens each; those behind the batch's end are none."""
+        names = list(FIRST_PAGES)
+        starts = [REQUESTS[r][1] * self.scale - t for r in requests]
+        tokens = np.full((len(requests), PAGES_EACH), -1, np.int32)
+        for row, r in enumerate(requests):
+            count = -(-REQUESTS[r][1] * self.scale // self.z)
+            tokens[row, :count] = 6 * r + np.arange(count)
+        ids = [names.index(name) if name else -1 for name in (REQUESTS[r][0] for r in requests)]
+        lens = np.stack([self.lengths(name) for name in names])
+        slots = np.stack([FIRST_PAGES[name] + np.arange(PAGES_EACH) for name in names])
+        integers = (np.array(a, np.int32) for a in (starts, tokens, ids, slots, lens, -(-lens.max(1) // self.z)))
+        return AttentionMetadata(*integers)
+
+    def alone(
+        self,
+        q_tnh: np.ndarray,
+        r: int,
+        window: int | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        sinks: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The definition, of the last tokens of a request."""
         name, tokens = REQUESTS[r]
-        behind = self.cartridge(name)
-        p, z = sum(count for _, count, _ in behind), self.z
-        return behind + [(6 * r + i, z, p + i * z) for i in range(-(-tokens * self.scale // z))]
-
-    def last_positions(self, r: int, t: int) -> np.ndarray:
-        name, tokens = REQUESTS[r]
-        return sum(count for _, count, _ in self.cartridge(name)) + tokens * self.scale - t + np.arange(t)
-
-    def metadata(self, requests: list[int], shared: bool) -> AttentionMetadata:
-        together = [page for name in ("a", "b") for page in self.cartridge(name)] if shared else []
-        if len(requests) == 1:
-            together = self.sequence(requests[0])
-        listed = PageList.of(together, shared_entries(len(together) + 1))  # with padding that is not reached, or is
-        shared_mask = np.array([[page in self.sequence(r) for r in requests] for page in together], bool)
-        shared_mask = np.pad(
-            shared_mask.reshape(-1, len(requests)), ((0, len(listed.block_table) - len(together)), (0, 0))
-        )
-        own = [(row, page) for row, r in enumerate(requests) for page in self.sequence(r) if page not in together]
-        own_list = PageList.of([page for _, page in own], own_entries(len(own) + 1, len(requests)))
-        seq_ids = np.zeros(len(own_list.block_table), np.int32)
-        seq_ids[: len(own)] = [row for row, _ in own]
-        return AttentionMetadata(listed, shared_mask, own_list, seq_ids)
-
-    def alone(self, q_tnh: np.ndarray, positions_t: np.ndarray, r: int, pages: Pages) -> np.ndarray:
-        """The definition."""
-        keys_skh, values_skh, bias_sk, position_s = [], [], [], []
-        for page, count, first in self.sequence(r):
-            for i in range(count):
-                keys_skh.append(pages.keys[page, :, :, i])
-                values_skh.append(pages.values[page, :, i])
-                bias_sk.append(pages.bias[page, :, i])
-                position_s.append(first + i)
-        keys, values, bias = (np.array(a, np.float64) for a in (keys_skh, values_skh, bias_sk))
-        t, n, h = q_tnh.shape
+        tokens, (t, n, h) = tokens * self.scale, q_tnh.shape
+        keys, values, bias = (a.astype(np.float64) for a in self.contents[r])
+        seen_tk = np.arange(tokens)[None, :] <= tokens - t + np.arange(t)[:, None]
+        if window is not None:
+            seen_tk &= np.arange(tokens)[None, :] > tokens - t + np.arange(t)[:, None] - window
+        seen = np.repeat(seen_tk[:, None], self.kv_heads, axis=1)  # t k s
+        if name is not None:
+            pairs = zip(self.contents[name], (keys, values, bias), strict=True)
+            keys, values, bias = (np.concatenate(pair) for pair in pairs)
+            slots = np.arange(len(keys) - tokens) < self.lengths(name)[:, None]
+            seen = np.concatenate([np.repeat(slots[None], t, axis=0), seen], axis=2)
         q_tkgh = q_tnh.astype(np.float64).reshape(t, self.kv_heads, n // self.kv_heads, h)
-        scores = np.einsum("tkgh,skh->tkgs", q_tkgh, keys) * h**-0.5 + bias.T[None, :, None]
-        scores = np.where((np.array(position_s) <= positions_t[:, None])[:, None, None], scores, -np.inf)
-        probs = np.exp(scores - scores.max(-1, keepdims=True))
-        return np.einsum("tkgs,skh->tkgh", probs / probs.sum(-1, keepdims=True), values).reshape(t, n, h)
+        scores = np.einsum("tkgh,skh->tkgs", q_tkgh, keys) * (h**-0.5 if scale is None else scale)
+        scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+        scores = np.where(seen[:, :, None], scores + bias.T[None, :, None], -np.inf)
+        sink = (np.full(n, -np.inf) if sinks is None else sinks).reshape(self.kv_heads, -1)
+        running_max = np.maximum(scores.max(-1), sink)
+        probs = np.exp(scores - running_max[..., None])
+        denominator = probs.sum(-1) + np.exp(sink - running_max)
+        return np.einsum("tkgs,skh->tkgh", probs / denominator[..., None], values).reshape(t, n, h)

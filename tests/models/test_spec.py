@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 import cartridges_jax as cj
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
 from cartridges_jax.models import spec
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
@@ -28,11 +29,13 @@ from cartridges_jax.models.spec import MATRICES, ArraySpec, Family, Setting
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.parallel.sharding import mesh_of
 from cartridges_jax.serving.decoder import to_decode_layout
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.scheduler import BlockTable, Prefix, SequenceInput
 from cartridges_jax.training.losses import distillation_loss
 
 ROOT = Path(__file__).parents[2]
-# where the names of a layer's arrays may stand; of serving's block the last, until it is the same
-KNOWING = ("cartridges_jax/models/spec.py", "cartridges_jax/models/block.py", "cartridges_jax/serving/decoder.py")
+# where the names of a layer's arrays may stand
+KNOWING = ("cartridges_jax/models/spec.py", "cartridges_jax/models/block.py")
 COMMON = {"q", "k", "v", "o", "up", "down", "gate"}  # which are words for other things, too, unless they are keys
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY = 4, 24, 4, 2, 8, 40, 96
@@ -187,10 +190,24 @@ def test_what_a_config_says_otherwise_is_refused(toy: tuple[cj.LanguageModel, Te
     assert [layer.window for layer in ModelConfig.from_hf(CONFIG).layers] == [WINDOW, None] * 2
 
 
-def test_decoding_refuses_what_it_cannot_run_yet(toy: tuple[cj.LanguageModel, Tensors]):
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+def test_it_decodes_as_its_forward_pass(toy: tuple[cj.LanguageModel, Tensors], attention: str):
+    """A prompt in chunks, then token by token, behind a cartridge and behind none."""
     model, _ = toy
-    with pytest.raises(UserError, match=r"decoding runs models of .*, and this one is a toy"):
-        to_decode_layout(model.params, model.config, mesh_of(model.params))
+    engine = Engine(model, 1, 64, max_top_logprobs=VOCABULARY, batch_sizes=[1], attention=attention)
+    cartridge = cj.Cartridge.from_tokens(model, IDS[:7].tolist())
+    for prefix in (None, Prefix("slots", cartridge.num_slots, cartridge)):
+        logits = model.logits(IDS[None, 7:], cartridge=prefix and cartridge)[0]
+        wanted, tokens = np.asarray(jax.nn.log_softmax(logits)), IDS[7:].tolist()
+        block_table = BlockTable(range(engine.num_pages), 7 if prefix else 0)
+        if prefix:
+            engine.load(prefix, [0])
+        engine.prefill(tokens[:5], 0, block_table)
+        engine.prefill(tokens[5:9], 5, block_table)
+        for i in range(9, len(tokens)):
+            asked = SequenceInput(0, tokens[i], i, block_table, 0.0, 1.0, 0, 0, 0, VOCABULARY)
+            (said,) = engine.harvest(engine.decode([asked]))
+            assert_allclose(said.top_logprobs, wanted[i][list(said.top_ids)], rtol=0, atol=1e-5)
 
 
 def test_a_bias_stays_a_bias_where_a_matrix_of_as_many_rows_would_be_packed():
@@ -200,7 +217,8 @@ def test_a_bias_stays_a_bias_where_a_matrix_of_as_many_rows_would_be_packed():
     params = init_params(config, jax.random.key(0))
     (layer,) = to_decode_layout(params, config, mesh_of(params))["layers"]
     heads = [params["blocks"][name][0] for name in ("q_bias", "k_bias", "v_bias")]
-    np.testing.assert_array_equal(layer["qkv_bias"], np.concatenate(heads))
+    for name, head in zip(("q_bias", "k_bias", "v_bias"), heads, strict=True):
+        np.testing.assert_array_equal(layer[name], head)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cartridges_jax").rglob("*.py")), ids=lambda path: path.stem)

@@ -109,6 +109,7 @@ def test_causality_by_gradient(tiny_llama: cj.LanguageModel) -> None:
             keys,
             cartridge.values,
             cartridge.bias,
+            offset=cartridge.offset,
             config=tiny_llama.config,
         )
         return hidden[0] @ weight  # [t]
@@ -141,6 +142,7 @@ def test_implementations_and_remat_agree(tiny_model: cj.LanguageModel) -> None:
         jnp.ones_like(tokens),
         jnp.arange(tokens.shape[1])[None],
         *cartridge.prefix,
+        *cartridge.placement,
         config=tiny_model.config,
     )
     for options in ({"implementation": "reference"}, {"remat": "elementwise"}):
@@ -194,7 +196,7 @@ def test_bfloat16_stays_near_float32(tiny_llama: cj.LanguageModel) -> None:
 
 def test_what_logits_refuse(tiny_llama: cj.LanguageModel) -> None:
     window = tiny_llama.config.max_position_embeddings
-    with pytest.raises(UserError, match=f"4 slots and {window} tokens exceed tiny llama's window of {window}"):
+    with pytest.raises(UserError, match=f"an offset of 4 and {window} tokens exceed tiny llama's window of {window}"):
         tiny_llama.logits(np.zeros((1, window), np.int32), cartridge=random_cartridge(tiny_llama, 4))
     other = random_cartridge(tiny_llama, 4)
     with pytest.raises(UserError, match=r"expected \(3, 4, 2, 16\) as \[layers, slots, kv heads, head size\]"):

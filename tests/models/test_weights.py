@@ -71,7 +71,7 @@ def test_panels_multiply_and_look_up_as_the_matrix_does():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 8), (32, 8)))
     found, expected = Panels.of(w), Dense(w)
-    np.testing.assert_allclose(found.matmul(x), expected.matmul(x, "md,od->mo"), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.matmul(x, "md,od->mo"), expected.matmul(x, "md,od->mo"), rtol=0, atol=2e-6)
     ids = jnp.asarray([0, 15, 16, 31])
     np.testing.assert_array_equal(found.lookup(ids), expected.lookup(ids))
 

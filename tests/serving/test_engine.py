@@ -14,6 +14,7 @@ import tiny
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
 from cartridges_jax.serving.generate import generate, generate_ids, run
@@ -93,29 +94,29 @@ def fill(engine: Engine, block_table: BlockTable, name: str, tokens: Sequence[in
     if prefix is not None:
         engine.load(prefix, block_table.pages[: -(-prefix.length // PAGE_SIZE)])
     if tokens:
-        engine.prefill(tokens, slots_of(name), block_table)
+        engine.prefill(tokens, 0, block_table)
 
 
 def continue_greedily(
     engine: Engine, block_table: BlockTable, tokens: Sequence[int], count: int, index: int = 0
 ) -> list[Sampled]:
     """`tokens[:-1]` are in the cache already. Nothing is looked at before the last step has begun."""
-    position = block_table.prefix_length + len(tokens) - 1
+    position = len(tokens) - 1
     first = [engine.decode([inputs(block_table, index, tokens[-1], position)])]
     rest = [engine.decode([inputs(block_table, index, None, position + step, step)]) for step in range(1, count)]
     return [engine.harvest(decoded)[0] for decoded in first + rest]
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(tiny.model(), max_num_seqs=4, max_length=LENGTH)
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return Engine(tiny.model(), max_num_seqs=4, max_length=LENGTH, attention=request.param)
 
 
 @pytest.mark.parametrize("name", CARTRIDGES)
 def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
-    tokens, start, block_table = TOKENS[100:154], slots_of(name), block_table_of(engine, 1, name)
+    tokens, block_table = TOKENS[100:154], block_table_of(engine, 1, name)
     fill(engine, block_table, name, tokens[:30])
-    sampled = [decode(engine, [inputs(block_table, 1, tokens[i], start + i)])[0] for i in range(30, 54)]
+    sampled = [decode(engine, [inputs(block_table, 1, tokens[i], i)])[0] for i in range(30, 54)]
     log_probs = expected(tokens, name)
     for i, s in enumerate(sampled, start=30):
         same(s, log_probs[i])
@@ -147,7 +148,7 @@ def test_prefill_is_decoding_what_is_known(engine: Engine, token_by_token: bool)
     fill(engine, block_table, "biased", [] if token_by_token else tokens[:-1])
     if token_by_token:
         for i, token in enumerate(tokens[:-1]):
-            decode(engine, [inputs(block_table, 0, token, slots_of("biased") + i)])
+            decode(engine, [inputs(block_table, 0, token, i)])
     same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "biased")[-1])
 
 
@@ -161,7 +162,7 @@ def test_requests_with_different_cartridges_decode_together(engine: Engine):
         batch = {}
         for index, (name, prompt) in enumerate(prompts.items()):
             token = None if step else prompt[-1]
-            batch[name] = inputs(block_tables[name], index, token, slots_of(name) + len(prompt) - 1 + step)
+            batch[name] = inputs(block_tables[name], index, token, len(prompt) - 1 + step)
         if step % 2:
             batch = dict(
                 reversed(batch.items())
@@ -184,9 +185,9 @@ def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
     fill(engine, block_tables[2], name, [])
     prompts, names = [TOKENS[9 * i : 20 + 20 * i] for i in range(4)], [name] * 3 + ["none"]
     for block_table, prompt in zip(block_tables, prompts, strict=True):
-        engine.prefill(prompt[:-1], block_table.prefix_length, block_table)
+        engine.prefill(prompt[:-1], 0, block_table)
     batch = [
-        inputs(block_table, index, prompt[-1], block_table.prefix_length + len(prompt) - 1)
+        inputs(block_table, index, prompt[-1], len(prompt) - 1)
         for index, (block_table, prompt) in enumerate(zip(block_tables, prompts, strict=True))
     ]
     for sampled, prompt, of in zip(decode(engine, batch), prompts, names, strict=True):
@@ -202,7 +203,7 @@ def test_a_copy_goes_its_own_way(engine: Engine, name: str):
     own = -(-slots_of(name) // PAGE_SIZE)
     engine.copy(mine.pages[own], other.pages[own], len(common))
     for block_table, tokens in ((mine, ours), (other, theirs)):
-        engine.prefill(tokens[30:-1], slots_of(name) + 30, block_table)
+        engine.prefill(tokens[30:-1], 30, block_table)
         same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, name)[-1])
 
 
@@ -214,10 +215,10 @@ def test_prefill_of_any_size(engine: Engine, size: int):
 
 
 def test_prefill_in_pieces_is_prefill_at_once(engine: Engine):
-    tokens, start, block_table = TOKENS[:201], slots_of("a"), block_table_of(engine, 2, "a")
+    tokens, block_table = TOKENS[:201], block_table_of(engine, 2, "a")
     fill(engine, block_table, "a", [])
     for first, last in ((0, 3), (3, 20), (20, 36), (36, 200)):
-        engine.prefill(tokens[first:last], start + first, block_table)
+        engine.prefill(tokens[first:last], first, block_table)
     same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
@@ -226,14 +227,15 @@ def test_prefill_and_decoding_reach_the_last_position(engine: Engine, tail: int)
     """The padding of the last prefill lies past the pages: it must not wrap around or be clamped onto real tokens."""
     tokens, block_table = TOKENS[: LENGTH - slots_of("a")], block_table_of(engine, 1, "a")
     fill(engine, block_table, "a", tokens[: -tail - 1])
-    engine.prefill(tokens[-tail - 1 : -1], LENGTH - tail - 1, block_table)
+    engine.prefill(tokens[-tail - 1 : -1], len(tokens) - tail - 1, block_table)
     same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["none", "a"])
-def test_a_used_page_is_as_good_as_new(name: str):
+def test_a_used_page_is_as_good_as_new(name: str, attention: str):
     """Bit for bit: neither older tokens nor an older cartridge's bias are left."""
-    used, fresh = (Engine(tiny.model(), max_num_seqs=1, max_length=128) for _ in range(2))
+    used, fresh = (Engine(tiny.model(), max_num_seqs=1, max_length=128, attention=attention) for _ in range(2))
     pages = range(used.num_pages)
     fill(used, BlockTable(pages, slots_of("biased")), "biased", TOKENS[:100])
     used.copy(0, 1, 100)
@@ -376,8 +378,9 @@ def agree(found: Sequence[Sampled], wanted: Sequence[Sampled]) -> None:
     np.testing.assert_allclose([s.top_logprobs for s in found], [s.top_logprobs for s in wanted], atol=TOLERANCE)
 
 
-def test_a_request_answers_the_same_alone_as_among_others():
-    engine = Engine(tiny.model(), max_num_seqs=3, max_length=256)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+def test_a_request_answers_the_same_alone_as_among_others(attention: str):
+    engine = Engine(tiny.model(), max_num_seqs=3, max_length=256, attention=attention)
     requests = [request(i) for i in range(9)]
     together = sampled_tokens(engine, requests)
     backwards = sampled_tokens(engine, requests[::-1])
@@ -396,8 +399,9 @@ def test_with_too_little_memory_for_all_cartridges_each_is_loaded_again():
         agree(found[r.id], wanted[r.id])
 
 
-def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all():
-    engine = Engine(tiny.model(), max_num_seqs=4, max_length=512, batch_sizes=[4])
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all(attention: str):
+    engine = Engine(tiny.model(), max_num_seqs=4, max_length=512, batch_sizes=[4], attention=attention)
     requests = [replace(request(1), id=str(i), prompt=(*TOKENS[:300], *TOKENS[10 * i : 10 * i + 7])) for i in range(4)]
     started = [e for e in run(Scheduler(engine, 4), requests) if isinstance(e, Started)]
     assert [e.cached_tokens for e in started] == [0, 300, 300, 300]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,9 @@ import tiny
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels import gathered_matmul, prefix_decode_attention
-from cartridges_jax.models.language_model import LanguageModel, load_model
+from cartridges_jax.kernels import decode_attention, gathered_matmul
+from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
+from cartridges_jax.models.language_model import load_model
 from cartridges_jax.serving import decoder
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import generate_ids, run
@@ -96,32 +99,34 @@ def agree(found: Sequence[Sampled], wanted: Sequence[Sampled]) -> None:
     np.testing.assert_allclose([s.top_logprobs for s in found], [s.top_logprobs for s in wanted], atol=TOLERANCE)
 
 
-@pytest.fixture(scope="module", params=["kernel", "xla"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """Of a config of its own for each way: what was compiled for one must not serve the other."""
-    patch = pytest.MonkeyPatch()
-    if request.param == "xla":  # as accelerators take it
-        for module in (gathered_matmul, prefix_decode_attention, decoder):
+NewEngine = Callable[[], Engine]
+
+
+@pytest.fixture(scope="module", params=[*IMPLEMENTATIONS, "an accelerator's"])
+def new_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NewEngine:
+    """Makes engines with little memory, so that pages change hands at once; one way as accelerators take it."""
+    attention, width = request.param, 52
+    if attention not in IMPLEMENTATIONS:
+        patch = pytest.MonkeyPatch()
+        for module in (gathered_matmul, decode_attention, decoder):
             patch.setattr(module, "has_kernel", lambda platform: False)
         request.addfinalizer(patch.undo)
-    width = {"kernel": 52, "xla": 56}[request.param]
-    return load_model(str(tiny.write_model(tmp_path_factory.mktemp("model") / "m", intermediate_size=width)), "float32")
-
-
-def new_engine(model: LanguageModel) -> Engine:
-    """With little memory, so that pages change hands at once."""
-    return Engine(model, max_num_seqs=4, max_length=512, cache_tokens=14 * 128, batch_sizes=[1, 4])
+        attention, width = None, 56  # a config of its own, as what was compiled for another way must not serve this one
+    path = tiny.write_model(tmp_path_factory.mktemp("model") / "m", intermediate_size=width)
+    model = load_model(str(path), "float32")
+    sizes: dict[str, Any] = {"max_num_seqs": 4, "max_length": 512, "cache_tokens": 14 * 128, "batch_sizes": [1, 4]}
+    return functools.partial(Engine, model, attention=attention, **sizes)
 
 
 @pytest.fixture(scope="module")
-def engine(model: LanguageModel) -> Engine:
+def engine(new_engine: NewEngine) -> Engine:
     """One for all attacks: what one leaves behind is there in the next."""
-    return new_engine(model)
+    return new_engine()
 
 
 @pytest.fixture(scope="module")
-def wanted(model: LanguageModel) -> dict[str, list[Sampled]]:
-    engine = new_engine(model)
+def wanted(new_engine: NewEngine) -> dict[str, list[Sampled]]:
+    engine = new_engine()
     return {name: said for one in requests(range(8)) for name, said in answers(engine, [one])[0].items()}
 
 
@@ -141,8 +146,8 @@ def test_clean_requests_say_what_they_say_without_a_hostile_cartridge(engine: En
                 assert len(said[request.id]) == 6 or reasons[request.id] == "not_finite"
 
 
-def test_memory_full_of_nan_changes_nothing(engine: Engine, model: LanguageModel, wanted):
-    poisoned = new_engine(model)
+def test_memory_full_of_nan_changes_nothing(new_engine: NewEngine, wanted):
+    poisoned = new_engine()
     poisoned._cache = jax.tree.map(lambda array: jnp.full_like(array, math.nan), poisoned._cache)
     for asked in (requests(range(8)), requests([0]), requests([5, 1]), requests(range(8))[::-1]):
         for name, said in answers(poisoned, asked)[0].items():
@@ -150,11 +155,11 @@ def test_memory_full_of_nan_changes_nothing(engine: Engine, model: LanguageModel
     for tokens in (TOKENS[:200], TOKENS[:3]):
         for i in (0, 1):
             prefix = requests([i])[0].prefix
-            scores = [[s.sampled.logprob for s in e.score(tokens, prefix, 0)] for e in (poisoned, new_engine(model))]
+            scores = [[s.sampled.logprob for s in e.score(tokens, prefix, 0)] for e in (poisoned, new_engine())]
             np.testing.assert_allclose(*scores, atol=TOLERANCE)
 
 
-def test_scores_are_those_without_a_hostile_cartridge(engine: Engine, model: LanguageModel):
+def test_scores_are_those_without_a_hostile_cartridge(engine: Engine):
     before = [s.sampled for s in engine.score(TOKENS[:100], None, 3)]
     for kind in HOSTILE:
         prefix = attacks(kind, 1)[0].prefix
@@ -174,7 +179,7 @@ def test_a_copied_beginning_brings_nothing_else(engine: Engine, wanted):
         node for root in scheduler._cache._roots.values() for node in root.children.values() if root.key == "a copy"
     ]
     held = len(request.prompt) - 1
-    engine._cache = [p._replace(values=p.values.at[source.pages[0], :, held:].set(math.nan)) for p in engine._cache]
+    engine._cache = [p.replace(values=p.values.at[source.pages[0], :, held:].set(math.nan)) for p in engine._cache]
     said = [event.sampled for event in run(scheduler, [request]) if isinstance(event, Token)]
     agree(said, wanted[request.id])
 

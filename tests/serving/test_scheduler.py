@@ -76,7 +76,7 @@ class FakeEngine:
         self.cells[target][:count] = self.cells[source][:count]
 
     def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
-        assert tokens and position + len(tokens) <= self.max_length
+        assert tokens and block_table.prefix_length + position + len(tokens) <= self.max_length
         self.log.append("prefill")
         self.prefilled += len(tokens)
         for i, token in enumerate(tokens, start=position):
@@ -87,7 +87,7 @@ class FakeEngine:
         assert inputs and len({i.index for i in inputs}) == len(inputs)
         self.log.append("decode")
         for i in inputs:
-            assert i.position < self.max_length
+            assert i.block_table.prefix_length + i.position < self.max_length
             page, cell = self._where(i.block_table, i.position)
             self.cells[page][cell] = self.last[i.index] if i.token is None else i.token
         sampled = [next_token(self._read(i.block_table, i.position), i.seed, i.step, self.vocab) for i in inputs]
@@ -99,13 +99,14 @@ class FakeEngine:
         return decoded
 
     def _where(self, block_table: BlockTable, position: int) -> tuple[int, int]:
-        if position < block_table.prefix_length:
-            return block_table.pages[position // self.page_size], position % self.page_size
-        page, cell = divmod(position - block_table.prefix_length, self.page_size)
+        page, cell = divmod(position, self.page_size)
         return block_table.pages[math.ceil(block_table.prefix_length / self.page_size) + page], cell
 
     def _read(self, block_table: BlockTable, position: int) -> list[object]:
-        return [self.cells[page][cell] for page, cell in (self._where(block_table, i) for i in range(position + 1))]
+        slots = [divmod(i, self.page_size) for i in range(block_table.prefix_length)]
+        places = [(block_table.pages[i], cell) for i, cell in slots]
+        places += [self._where(block_table, i) for i in range(position + 1)]
+        return [self.cells[page][cell] for page, cell in places]
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
         return [

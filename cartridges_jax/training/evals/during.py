@@ -116,8 +116,8 @@ class Evals:
                 score("chrf", "a", "a")  # raises before training begins if sacrebleu is missing
         self._without = general_nll(model, None, thinking) if config.off_topic else None
 
-    def check_window(self, num_slots: int) -> None:
-        """Raises a UserError if an evaluation exceeds the model's window behind so many slots."""
+    def check_window(self, offset: int) -> None:
+        """Raises a UserError if an evaluation exceeds the model's window behind a cartridge of this offset."""
         examples = {name: [e for members in groups.values() for e in members] for name, groups in self._losses.items()}
         if self._without is not None:
             examples["off_topic"] = _general_examples(self._model, True, self._thinking)
@@ -126,9 +126,9 @@ class Evals:
             asked = [self._turn(question.asked(one.instruction)) for question in self._questions[one.name]]
             lengths[one.name] = max(lengths.get(one.name, 0), max(map(len, asked)) + one.max_tokens)
         for name, length in lengths.items():
-            if num_slots + length > (window := self._model.config.max_position_embeddings):
+            if offset + length > (window := self._model.config.max_position_embeddings):
                 raise UserError(
-                    f"the evaluation {name} needs {length} tokens behind {num_slots} slots, more than "
+                    f"the evaluation {name} needs {length} tokens behind an offset of {offset}, more than "
                     f"{self._model.name}'s window of {window}: ask or generate less there"
                 )
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.cartridge.arrays import Cartridge, Placement, Slots
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, no_prefix
@@ -28,14 +28,13 @@ def answer_loss(
     model: LanguageModel, prefix: Cartridge | None, examples: Sequence[Example], tail: Tail = "drop"
 ) -> tuple[float, int]:
     """Returns the loss summed over the targets, in nats, and their number; what exceeds the window is a UserError."""
-    # the cartridge without its provenance, which would compile the same program again for each cartridge
-    cartridge = Cartridge(*(no_prefix(model.config) if prefix is None else prefix.prefix), num_frozen=0)
+    cartridge = Cartridge(*no_prefix(model.config), num_frozen=0) if prefix is None else prefix
     length = max(ROW, *(len(example.tokens) for example in examples))
-    if cartridge.num_slots + length > model.config.max_position_embeddings:
+    if cartridge.offset + length > model.config.max_position_embeddings:
         length = max(len(example.tokens) for example in examples)
-    if cartridge.num_slots + length > model.config.max_position_embeddings:
+    if cartridge.offset + length > model.config.max_position_embeddings:
         raise UserError(
-            f"{cartridge.num_slots} slots and a conversation of {length} tokens exceed {model.name}'s window of "
+            f"an offset of {cartridge.offset} and a conversation of {length} tokens exceed {model.name}'s window of "
             f"{model.config.max_position_embeddings}: evaluate on shorter conversations"
         )
     mesh = sharding.mesh_of(model.params)
@@ -48,7 +47,8 @@ def answer_loss(
         group = rows[start : start + share]
         batch = Batch(**{name: np.stack([row[name] for row in group]) for name in group[0]})
         batch = sharding.placed(batch, P(sharding.ROWS), mesh)
-        loss, targets = _loss(cartridge, model.params, batch, config=model.config, tail=tail, mesh=mesh)
+        arrays = cartridge.slots, cartridge.placement, model.params, batch
+        loss, targets = _loss(*arrays, config=model.config, tail=tail, mesh=mesh)
         total, count = total + float(loss), count + float(targets)
     return total, int(count)
 
@@ -63,12 +63,13 @@ def answer_nll(
 
 @functools.partial(jax.jit, static_argnames=("config", "tail", "mesh"))
 def _loss(
-    cartridge: Cartridge, params: Params, batch: Batch, *, config: ModelConfig, tail: Tail, mesh: Mesh
+    slots: Slots, placement: Placement, params: Params, batch: Batch, *, config: ModelConfig, tail: Tail, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
-    def loss(cartridge: Cartridge, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        sums = loss_sum(cartridge, params, batch, config=config, tail=tail, reduction="token")
+    def loss(slots: Slots, placement: Placement, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        sums = loss_sum(Cartridge.of(slots, placement), params, batch, config=config, tail=tail, reduction="token")
         return collectives.sum_over_rows(sums)
 
-    tables = (cartridge, sharding.CARTRIDGE), (params, weight_specs(config)), (batch, P(sharding.ROWS))
-    specs = tuple(sharding.fitted(*pair, mesh) for pair in tables)
-    return sharding.on_mesh(loss, mesh, specs, (P(), P()))(cartridge, params, batch)
+    arrays = slots, placement, params, batch
+    tables = sharding.CARTRIDGE, sharding.PLACEMENT, weight_specs(config), P(sharding.ROWS)
+    specs = tuple(sharding.fitted(*pair, mesh) for pair in zip(arrays, tables, strict=True))
+    return sharding.on_mesh(loss, mesh, specs, (P(), P()))(*arrays)

@@ -38,8 +38,8 @@ def time_answers(
         start = time.perf_counter()
         if held is not None:
             engine.load(held, block_table.pages[: -(-p // engine.page_size)])
-        engine.prefill(prompt[:-1], p, block_table)
-        position = p + len(prompt) - 1
+        engine.prefill(prompt[:-1], 0, block_table)
+        position = len(prompt) - 1
         token = decode(prompt[-1], position, 0)
         first_token.append(time.perf_counter() - start)
         start = time.perf_counter()

@@ -1,0 +1,104 @@
+"""`decode_attention` as XLA computes it on any platform: every request's tokens at once, and cartridge by cartridge.
+
+The pages of tokens are gathered for each request, as many as the block table has room for. A cartridge is gathered once
+and meets the queries of the whole batch; the requests that do not see it are masked. The softmax is computed online:
+partial results are merged by their running maxima and denominators.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cartridges_jax.kernels.decode_attention.pages import (
+    AttentionMetadata,
+    Pages,
+    flat,
+    heads_apart,
+    heads_together,
+    sinks_together,
+    slot_pages,
+    visible,
+)
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, soft_capped
+
+POSITIONS_LAST = False
+State = tuple[Array, Array, Array]  # a softmax so far: running maximum, denominator, sum of the weighted values
+
+
+def xla_attention(
+    q: Float[Array, "r t n h"],
+    pages: Pages,
+    metadata: AttentionMetadata,
+    window: int | None,
+    scale: float | None,
+    soft_cap: float | None,
+    sinks: Float[Array, " n"] | None,
+) -> Float[Array, "r t n h"]:
+    t, k = q.shape[1], pages.bias.shape[1]
+    q_rkmh = heads_together(q, k, scale)
+    none_rkm = jnp.zeros(q_rkmh.shape[:3], jnp.float32)
+    state = none_rkm + MASKED, none_rkm, jnp.zeros(q_rkmh.shape, jnp.float32)
+    if sinks is not None:  # one more key, which has no value
+        state = none_rkm + sinks_together(sinks, k, t), none_rkm + 1, state[2]
+    absorb = functools.partial(_absorb, q_rkmh, soft_cap)
+    state = absorb(state, "rk", *_tokens(pages, metadata, window, t, q_rkmh.shape[2]))
+
+    def turn(cartridge: Int[Array, ""], state: State) -> State:
+        sees_r = metadata.cartridge_ids == cartridge
+        keys, values, bias, is_slot_ks = _slots(pages, metadata, cartridge)
+        return absorb(state, "k", keys, values, bias, sees_r[:, None, None, None] & is_slot_ks[:, None])
+
+    _, denominator_rkm, o_rkmh = jax.lax.fori_loop(0, metadata.cartridge_ids.max() + 1, turn, state)
+    o_rkmh = o_rkmh / jnp.maximum(denominator_rkm, 1e-30)[..., None]  # rows that pad a batch see nothing
+    return heads_apart(o_rkmh, t).astype(q.dtype)
+
+
+def _tokens(
+    pages: Pages, metadata: AttentionMetadata, window: int | None, t: int, m: int
+) -> tuple[Float[Array, "r k s h"], Float[Array, "r k s h"], Float[Array, ""], Bool[Array, "r 1 m s"]]:
+    """The keys and values of each request's tokens, their bias of zero, and which query sees which."""
+    table_rc, z = jnp.asarray(metadata.block_table), pages.page_size
+    exists_rs = jnp.repeat(table_rc >= 0, z, axis=1)
+    keys, values = (
+        jnp.moveaxis(a[table_rc], 2, 1).reshape(len(table_rc), a.shape[1], -1, a.shape[3])
+        for a in (pages.keys, pages.values)
+    )
+    position_rs = jnp.broadcast_to(jnp.arange(exists_rs.shape[1]), exists_rs.shape)
+    seen_rts = visible(metadata.starts, t, position_rs, window) & exists_rs[:, None]
+    # a page that is not the request's may hold anything, and zero times infinity is not a number
+    values = jnp.where(exists_rs[:, None, :, None], values, 0)
+    return keys, values, jnp.zeros(()), jnp.repeat(seen_rts, m // t, axis=1)[:, None]
+
+
+def _slots(
+    pages: Pages, metadata: AttentionMetadata, cartridge: Int[Array, ""]
+) -> tuple[Float[Array, "k s h"], Float[Array, "k s h"], Float[Array, "k 1 s"], Bool[Array, "k s"]]:
+    """The keys, values and biases of a cartridge, and which of them are slots."""
+    most, k = metadata.slot_block_table.shape[1], pages.bias.shape[1]
+    page_ek, count_ek = slot_pages(metadata, jnp.full(most, cartridge), jnp.arange(most), pages.page_size)
+    is_slot_ks = (jnp.arange(pages.page_size) < count_ek.T[..., None]).reshape(k, -1)
+    keys, values = (flat(a)[page_ek.T].reshape(k, -1, a.shape[3]) for a in (pages.keys, pages.values))
+    bias = flat(pages.bias)[page_ek.T].reshape(k, 1, -1)
+    return keys, jnp.where(is_slot_ks[..., None], values, 0), bias, is_slot_ks
+
+
+def _absorb(
+    q_rkmh: Array, soft_cap: float | None, state: State, of: str, keys: Array, values: Array, bias: Array, seen: Array
+) -> State:
+    """Adds keys and values, with the axes `of` before their positions, to a softmax."""
+    running_max_rkm, denominator_rkm, o_rkmh = state
+    wide = {"preferred_element_type": jnp.float32}
+    scores_rkms = soft_capped(jnp.einsum(f"rkmh,{of}sh->rkms", q_rkmh.astype(keys.dtype), keys, **wide), soft_cap)
+    scores_rkms = jnp.where(seen, scores_rkms + bias, MASKED)
+    new_max_rkm = jnp.maximum(running_max_rkm, scores_rkms.max(3))
+    probs_rkms = jnp.where(seen, jnp.exp(scores_rkms - new_max_rkm[..., None]), 0)
+    rescale_rkm = jnp.exp(running_max_rkm - new_max_rkm)
+    weighed_rkmh = jnp.einsum(f"rkms,{of}sh->rkmh", probs_rkms.astype(values.dtype), values, **wide)
+    # what a request does not see adds nothing to it, whatever number it is
+    weighed_rkmh = jnp.where(seen.any(3, keepdims=True), weighed_rkmh, 0)
+    denominator_rkm = denominator_rkm * rescale_rkm + probs_rkms.sum(3)
+    return new_max_rkm, denominator_rkm, o_rkmh * rescale_rkm[..., None] + weighed_rkmh
