@@ -8,8 +8,9 @@ import numpy as np
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.training.data import pack
 
-ROW = 512  # tokens of a packed row; a longer prompt makes the rows longer
+ROW = 512  # tokens that a packed row has at least, and hardly more than those that its examples need
 
 
 def answer_nlls(
@@ -17,9 +18,10 @@ def answer_nlls(
 ) -> list[float]:
     """Returns the negative log-likelihood of each answer behind its prompt and the prefix, in nats."""
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    length = -(-max(ROW, *lengths) // 64) * 64
+    longest = max(lengths)
+    length = -(-longest * -(-ROW // longest) // 128) * 128  # room for whole examples of the longest kind
     nlls: dict[int, float] = {}
-    for members in _packed(lengths, length):
+    for members in pack(lengths, length, range(len(lengths))):
         tokens, segment_ids, positions = (np.zeros((1, length), np.int32) for _ in range(3))
         starts, start = [], 0
         for segment, i in enumerate(members, start=1):
@@ -33,19 +35,6 @@ def answer_nlls(
             first = start + len(prompts[i]) - 1
             nlls[i] = _nll(logits_tv[first : first + len(answers[i])], answers[i])
     return [nlls[i] for i in range(len(lengths))]
-
-
-def _packed(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Returns the indices of the examples of each row, which holds at most so many tokens."""
-    rows: list[list[int]] = []
-    left = 0
-    for i, length in enumerate(lengths):
-        if length > left:
-            rows.append([])
-            left = most
-        rows[-1].append(i)
-        left -= length
-    return rows
 
 
 def _nll(logits_tv: np.ndarray, targets: Sequence[int]) -> float:
