@@ -30,7 +30,7 @@ from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.data import read_corpus, split_dataset
 from cartridges_jax.training.evals.conditions import EvalConfig, evaluate
 from cartridges_jax.training.evals.questions import questions_of
-from cartridges_jax.training.report import samples, table
+from cartridges_jax.training.report import class_table, samples, table
 from cartridges_jax.training.run import train
 
 CONFIG = "configs/quickstart.py"
@@ -155,7 +155,7 @@ def _show(report: dict[str, Any], cartridge: Path, config: ConfigDict, seconds: 
     python = shlex.quote(os.path.relpath(sys.executable)) if os.sep in sys.executable else sys.executable
     name = config.train.model
     gap = report["gap_closed"]
-    print(f"\n{table(report)}\n")
+    print("", *filter(None, [table(report), class_table(report)]), "", sep="\n\n")
     if gap is not None:
         print(f"The cartridge closes {gap:.0%} of the gap between knowing nothing and reading the full document.\n")
     print(printable(samples(report, report["config"]["num_samples"])))

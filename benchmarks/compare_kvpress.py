@@ -1,6 +1,6 @@
 """What NVIDIA's kvpress keeps of a document, as cells of a comparison: `make bench-compression`.
 
-    .venv-kvpress/bin/python benchmarks/compression.py --config=configs/compare/embedded.py [--presses=KVgrad,KVzip]
+    .venv-kvpress/bin/python benchmarks/compare_kvpress.py --config=configs/compare/embedded.py [--presses=KVgrad,KVzip]
         [--config.compare.documents="('manual',)"]
 
 The presses' own code, in torch, chooses which tokens every head keeps, the average over heads being a method's budget.
@@ -49,7 +49,7 @@ PRESSES: dict[str, Callable[[float], Any]] = {
     "ExpectedAttention": lambda ratio: ExpectedAttentionPress(compression_ratio=ratio),
 }
 EVICTED = -1e9  # of a bias
-LARGEST_DIFFERENCE = 5e-4  # of logits, between the two programs
+LARGEST_DIFFERENCE = 2e-4  # of logits, between the two programs
 
 
 def main() -> None:
