@@ -13,6 +13,7 @@ serves heads of different lengths.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ import torch
 from engine_transformers import write_model
 from kvpress import ExpectedAttentionPress, KVComposePress, KVgradPress, KVzipPress
 from kvpress.utils import compute_n_kept
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.config import build, load
@@ -65,7 +66,7 @@ def main() -> None:
     presses = args.presses.split(",")
     progress = Progress("compressing", len(groups) * len(presses) * len(config.shares), "cells")
     with tempfile.TemporaryDirectory() as folder:
-        theirs = torch_model(config.model, Path(folder))
+        theirs = torch_model(model, Path(folder))
         for group in groups:
             document = Document(model, theirs, group)
             for press in presses:
@@ -76,14 +77,32 @@ def main() -> None:
     progress.close()
 
 
-def torch_model(name: str, folder: Path) -> Any:
-    """Loads the model's weights in torch. The presses look for the tokenizer in the folder."""
-    files = hub.resolve(name)
+def torch_model(model: LanguageModel, folder: Path) -> Any:
+    """Loads the model's weights in torch. The presses look for a tokenizer in the folder."""
+    files = hub.resolve(model.name)
     path = files.directory
     if files.gguf is not None:
         write_model(files.gguf, folder)
         path = folder
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = _template(model)
+    tokenizer.save_pretrained(folder)
+    theirs.config.name_or_path = str(folder)
+    return theirs
+
+
+def _template(model: LanguageModel) -> str:
+    """Returns a chat template that puts its one message where the document stands: into the system message.
+
+    KVzip and its kind ask the template of a user's message what stands before the document, and score none of that. A
+    system message that the model's own template adds there would take the place of the document's first tokens.
+    """
+    mark = "\N{SYMBOL FOR NULL}"
+    render = model.tokenizer.render_chat
+    before = render([{"role": "system", "content": mark}], add_generation_prompt=False).partition(mark)[0]
+    after = render([{"role": "user", "content": mark}], add_generation_prompt=True).partition(mark)[2]
+    return f"{{{{ {json.dumps(before)} + messages[0]['content'] + {json.dumps(after)} }}}}"
 
 
 class Document:
