@@ -120,7 +120,7 @@ soak: install
 KVPRESS := .venv-kvpress
 $(KVPRESS)/.made: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(KVPRESS)
-	@grep -v -E '^(transformers|tokenizers|huggingface_hub|pyarrow)=' constraints.txt > $(KVPRESS)/constraints.txt
+	@grep -v -E '^(transformers|tokenizers|huggingface_hub|pandas)=' constraints.txt > $(KVPRESS)/constraints.txt
 	@$(KVPRESS)/bin/python $(PIP) --constraint $(KVPRESS)/constraints.txt --editable '.[compare]' 'torch==2.13.0' 'transformers==5.2.0' 'kvpress==0.5.5'
 	@touch $@
 
