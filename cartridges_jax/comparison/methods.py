@@ -14,7 +14,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line import files
 from cartridges_jax.comparison.config import Method
 from cartridges_jax.comparison.retrieval import bm25_retriever
-from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
+from cartridges_jax.initial.initializers import initial_cartridge
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.generate import generate_ids
 from cartridges_jax.training.config import TrainConfig
@@ -104,7 +104,9 @@ class Source:
         output, cost = folder / f"seed{seed}", folder / f"seed{seed}.json"
         if not cost.is_file():
             begun = time.monotonic()
-            init = InitConfig("pretrained", num_slots, self.train.init.num_frozen, str(folder / MATCHED))
+            init = dataclasses.replace(
+                self.train.init, kind="pretrained", num_slots=num_slots, path=str(folder / MATCHED)
+            )
             train(dataclasses.replace(self.train, init=init, seed=seed, output_dir=str(output)), self.model)
             files.write_text(cost, json.dumps({"seconds": time.monotonic() - begun}) + "\n")
         prefix = Cartridge.load(output / "cartridge.safetensors", model=self.model)
