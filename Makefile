@@ -12,7 +12,7 @@ MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.vers
 # `make test` leaves these out, and each of them has a command of its own below.
 OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not gpu
 
-.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot test-gpu golden fuzz fuzz-api soak lint
+.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot test-gpu golden fuzz fuzz-api soak bench-compression lint
 
 # Large arrays get large pages, for which glibc asks only if it is told to, and vectors are as wide as the CPU has them:
 # a training step is a fifth faster on AVX-512.
@@ -114,6 +114,18 @@ fuzz-api: install
 
 soak: install
 	$(BIN)/python benchmarks/soak.py
+
+# What NVIDIA's kvpress keeps of the documents of CONFIG, as cells for the table of `python -m cartridges_jax.compare`. It
+# needs torch, and a release of transformers that the pins do not have.
+KVPRESS := .venv-kvpress
+$(KVPRESS)/.made: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv --clear $(KVPRESS)
+	@grep -v -E '^(transformers|tokenizers|huggingface_hub|pandas)=' constraints.txt > $(KVPRESS)/constraints.txt
+	@$(KVPRESS)/bin/python $(PIP) --constraint $(KVPRESS)/constraints.txt --editable '.[compare]' 'torch==2.13.0' 'transformers==5.2.0' 'kvpress==0.5.5'
+	@touch $@
+
+bench-compression: $(KVPRESS)/.made
+	$(KVPRESS)/bin/python benchmarks/compare_kvpress.py --config=$(or $(CONFIG),configs/compare/embedded.py)
 
 lint: install
 	$(BIN)/ruff check --fix .

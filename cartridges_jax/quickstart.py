@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,12 +25,12 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import printable, stage
 from cartridges_jax.models import hub
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.serving.server_process import server_process
+from cartridges_jax.serving.self_study import DATASET, ServerConfig, self_study_server, synthesize
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.data import read_corpus, split_dataset
 from cartridges_jax.training.evals.conditions import EvalConfig, evaluate
 from cartridges_jax.training.evals.questions import questions_of
-from cartridges_jax.training.report import samples, table
+from cartridges_jax.training.report import class_table, samples, table
 from cartridges_jax.training.run import train
 
 CONFIG = "configs/quickstart.py"
@@ -107,23 +106,11 @@ def _run_directory(runs: Path, config: ConfigDict, document: Path, questions: Pa
 
 def _synthesize(config_path: str, overrides: list[str], config: ConfigDict, document: Path, directory: Path) -> Path:
     folder = directory / "synth"
-    dataset = folder / "dataset.parquet"
-    if dataset.is_file():
-        return dataset
-    flags = ["--port=0", "--max-queue=4096", f"--model={config.synth.client.model}", f"--dtype={config.server.dtype}"]
-    flags += [f"--max-num-seqs={config.server.max_num_seqs}", f"--max-length={config.server.max_length}"]
-    with server_process([*flags, f"--cartridges={directory}"], directory / "server.log") as url:
-        command = [sys.executable, "-m", "synth", f"--config={config_path}:synth"]
-        command += [o.replace("--config.synth.", "--config.") for o in overrides if o.startswith("--config.synth.")]
-        command += [
-            f"--config.output_dir={folder}",
-            f"--config.resource.path={document}",
-            f"--config.client.base_url={url}",
-        ]
-        if subprocess.run(command, check=False).returncode:
-            raise ChildProcessError(
-                f"synthesis stopped early, see above; the server's log is {directory / 'server.log'}"
-            )
+    dataset = folder / DATASET
+    if not dataset.is_file():
+        server = command_config.build(ServerConfig, config.server, "config.server")
+        with self_study_server(config.synth.client.model, server, directory) as url:
+            synthesize(config_path, overrides, document, url, folder)
     return dataset
 
 
@@ -168,7 +155,7 @@ def _show(report: dict[str, Any], cartridge: Path, config: ConfigDict, seconds: 
     python = shlex.quote(os.path.relpath(sys.executable)) if os.sep in sys.executable else sys.executable
     name = config.train.model
     gap = report["gap_closed"]
-    print(f"\n{table(report)}\n")
+    print("", *filter(None, [table(report), class_table(report)]), "", sep="\n\n")
     if gap is not None:
         print(f"The cartridge closes {gap:.0%} of the gap between knowing nothing and reading the full document.\n")
     print(printable(samples(report, report["config"]["num_samples"])))

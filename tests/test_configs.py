@@ -11,7 +11,10 @@ import pytest
 import yaml
 
 from cartridges_jax.command_line.config import build
+from cartridges_jax.comparison.config import CompareConfig
 from cartridges_jax.evaluate import EvalConfig
+from cartridges_jax.serving.self_study import ServerConfig
+from cartridges_jax.suites import load_suite
 from cartridges_jax.training.config import TrainConfig
 from synth.config import SynthConfig
 
@@ -32,6 +35,15 @@ def test_every_stage_builds(name: str):
     # A text file is the corpus itself. Synthesis writes down the text that it has read of anything else.
     corpus = made.resource.path if made.resource.found_kind() == "text" else f"{made.output_dir}/corpus.txt"
     assert trained.corpus == evaluated.corpus == corpus
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (FOLDER / "compare").glob("*.py")))
+def test_every_comparison_builds_and_has_a_suite(name: str):
+    config = stage(f"compare.{name}", CompareConfig, "compare")
+    assert load_suite(config.suite, config.suite_options).questions()
+    made, trained = stage(f"compare.{name}", SynthConfig, "synth"), stage(f"compare.{name}", TrainConfig, "train")
+    assert made.client.model == trained.model == config.model and trained.dtype == config.dtype
+    stage(f"compare.{name}", ServerConfig, "server")
 
 
 def test_longer_is_the_quickstart_with_more_of_it():

@@ -22,7 +22,7 @@ from cartridges_jax.training.evals.conditions import gap_closed
 from cartridges_jax.training.evals.loss import answer_nll
 from cartridges_jax.training.evals.questions import questions_of
 from cartridges_jax.training.evals.scorers import contains, normalized, token_f1
-from cartridges_jax.training.report import samples, table
+from cartridges_jax.training.report import class_table, samples, table
 
 
 def test_answer_nll_is_the_mean_over_answer_tokens_of_minus_log_softmax():
@@ -99,7 +99,14 @@ def test_a_whole_evaluation(tmp_path: Path):
     text = tiny.TEXT[:1500]
     document = model.tokenizer.encode(text)
     (tmp_path / "document.txt").write_text(text, encoding="utf-8")
-    lines = [{"question": f"What does the cat number {i} weigh?", "answer": f"{i * 7} grams"} for i in range(5)]
+    lines = [
+        {
+            "question": f"What does the cat number {i} weigh?",
+            "answer": f"{i * 7} grams",
+            "class": "heavy" if i else "light",
+        }
+        for i in range(5)
+    ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     cartridge = Cartridge.from_text(model, text)
     cartridge.save(tmp_path / "run" / "cartridge.safetensors")
@@ -128,6 +135,13 @@ def test_a_whole_evaluation(tmp_path: Path):
     assert marked.provenance.recipe == cartridge.provenance.recipe
     page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert table(report) in page and samples(report, 3) in page
+    assert class_table(report) in page and "| full document | 1.00, 0%" in class_table(report)
+    of_classes = [row["classes"] for row in report["rows"]]
+    assert [list(classes) for classes in of_classes] == [["light", "heavy"]] * 4
+    sizes = [len(model.tokenizer.encode(line["answer"])) for line in lines]
+    for row, classes in zip(report["rows"], of_classes, strict=True):  # a mean over tokens, like that of all questions
+        total = classes["light"]["nll"] * sizes[0] + classes["heavy"]["nll"] * sum(sizes[1:])
+        assert total == pytest.approx(row["nll"] * sum(sizes), abs=1e-3)
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert jnp.isfinite(jnp.array([row["nll"] for row in rows.values()])).all()
 

@@ -161,6 +161,15 @@ def test_the_async_side_of_serving_holds_no_arrays(module: str):
         waiting += [m for m in within(found, *PACKAGES) if m in MODULES and m not in seen]
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_suites_and_comparisons_are_known_to_nothing_beneath_them(module: str):
+    found = within(imports(module), "cartridges_jax.suites", "cartridges_jax.comparison")
+    if module.startswith("cartridges_jax.suites"):
+        assert not within(found, "cartridges_jax.comparison")
+    elif module != "cartridges_jax.compare" and not module.startswith("cartridges_jax.comparison"):
+        assert not found
+
+
 @pytest.mark.parametrize(
     "module", [m for m in MODULES if m.startswith(("cartridges_jax.models", "cartridges_jax.kernels"))]
 )

@@ -38,6 +38,19 @@ def table(report: Mapping[str, Any]) -> str:
     )
 
 
+def class_table(report: Mapping[str, Any]) -> str:
+    """Returns gap closed and contained answers by class of question as a Markdown table; "" if there are no classes."""
+    classes = list(report["rows"][0].get("classes", ()))  # which reports of earlier versions do not have
+    if not classes:
+        return ""
+    lines = [["gap closed, answer contained", *classes], ["---"] * (len(classes) + 1)]
+    for row in report["rows"]:
+        of_class = [row["classes"][kind] for kind in classes]
+        cells = [f"{_cell(one, 'gap_closed', '{:.2f}')}, {one['accuracy']:.0%}" for one in of_class]
+        lines.append([row["condition"], *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def samples(report: Mapping[str, Any], count: int) -> str:
     """Returns `count` questions, spread evenly over all of them, with the answer of every condition."""
     total = report["num_questions"]
@@ -66,6 +79,7 @@ def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> N
         f"{provenance['recipe']}; {provenance['training_tokens']:,} training tokens, "
         f"{provenance['training_flops']:.2g} training FLOPs. {report['num_questions']} questions.",
         table(report),
+        *filter(None, [class_table(report)]),
         "Gap closed = (NLL nothing - NLL) / (NLL nothing - NLL full document)"
         + ("." if gap is None else f"; of the cartridge **{gap:.2f}**."),
         f"Off the topic, on general questions: {report['off_topic']['alone']:.3f} nats per answer token alone, "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,11 @@ def _measure(
         shared = _shared_length(prompts)
         prefix = Cartridge.from_tokens(model, prompts[0][:shared])
         tails = [prompt[shared:] for prompt in prompts]
-    nll = answer_nll(model, prefix, tails, references)
+
+    def nll_of(chosen: Sequence[int]) -> float:
+        return answer_nll(model, prefix, [tails[i] for i in chosen], [references[i] for i in chosen])
+
+    nll = nll_of(range(len(questions)))
     progress.advance(note=f"{condition.name}: log-likelihood")
     # conditions with few tokens of context share compiled programs
     longest = max(map(len, prompts)) + max(config.max_answer_tokens, TIMED_TOKENS)
@@ -158,10 +162,25 @@ def _measure(
         "context_tokens": context_tokens,
         "kv_bytes": context_tokens * model.kv_bytes_per_token,
         **timing,
+        "classes": _by_class(questions, texts, nll_of),
         "answers": [
             {"question": q.question, "reference": q.answer, "answer": text}
             for q, text in zip(questions, texts, strict=True)
         ],
+    }
+
+
+def _by_class(
+    questions: Sequence[Question], texts: Sequence[str], nll: Callable[[Sequence[int]], float]
+) -> dict[str, dict[str, Any]]:
+    """Returns loss and contained answers of each class of questions; nothing, where questions have no class."""
+    places: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        if question.kind:
+            places.setdefault(question.kind, []).append(i)
+    return {
+        kind: {"nll": nll(chosen), "accuracy": statistics.mean(contains(texts[i], questions[i].answer) for i in chosen)}
+        for kind, chosen in places.items()
     }
 
 
@@ -198,6 +217,9 @@ def _report(
 ) -> dict[str, Any]:
     for row in rows:
         row["gap_closed"] = gap_closed(rows, row["condition"])
+        for kind, measured in row["classes"].items():
+            of_class = [{"condition": other["condition"], "nll": other["classes"][kind]["nll"]} for other in rows]
+            measured["gap_closed"] = gap_closed(of_class, row["condition"])
     provenance = dataclasses.asdict(cartridge.provenance)
     return {
         "config": dataclasses.asdict(config),

@@ -24,6 +24,7 @@ class Question:
     question: str
     answer: str
     choices: tuple[str, ...] = ()  # of a multiple-choice question; the answer is one of them
+    kind: str = ""  # its class, by which reports tell questions apart; "class" in a file
 
     def asked(self, instruction: str) -> str:
         """Returns what the model is asked: the instruction with {question} and {choices} filled in."""
@@ -49,7 +50,8 @@ def _parsed(lines: Iterable[tuple[int, str]], source: str) -> list[Question]:
         try:
             entry = files.parse_json(line, source)
             choices = tuple(choice.strip() for choice in entry.get("choices", ()))
-            question = Question(entry["question"].strip(), entry["answer"].strip(), choices)
+            kind = entry.get("class", "").strip()
+            question = Question(entry["question"].strip(), entry["answer"].strip(), choices, kind)
         except (UserError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{source}, line {number}: expected {EXPECTED}") from error
         if choices and question.answer not in choices:

@@ -1,0 +1,122 @@
+"""The methods: what each puts before a question in place of the document, and what it takes to make it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.command_line import files
+from cartridges_jax.comparison.config import Method
+from cartridges_jax.comparison.retrieval import bm25_retriever
+from cartridges_jax.initial.initializers import initial_cartridge
+from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.generate import generate_ids
+from cartridges_jax.training.config import TrainConfig
+from cartridges_jax.training.data import read_examples
+from cartridges_jax.training.run import train
+
+SUMMARIZE = "Summarize the text above in about {words} words, with all names and numbers."
+MATCHED = "attention_matching.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What stands before a question: slots, or a system message, which may be another for each question."""
+
+    prefix: Cartridge | None
+    system: Callable[[str], str] | None
+    num_tokens: int
+    kv_bytes: int
+    seconds_to_make: float = 0.0
+    tokens_to_make: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A document that methods are made from. In its folder lie what they keep, and the dataset of self-study."""
+
+    model: LanguageModel
+    text: str
+    folder: Path
+    train: TrainConfig  # with the document's dataset and corpus
+
+    def make(self, method: Method, num_tokens: int, seed: int) -> Context:
+        """Makes a method's context of so many tokens or slots; those without a budget take what they take."""
+        match method:
+            case "nothing":
+                return Context(None, None, 0, 0)
+            case "full document":
+                return self._written(self.text, 0.0, 0)
+            case "first tokens":
+                begun = time.monotonic()
+                prefix = jax.block_until_ready(Cartridge.from_text(self.model, self.text, num_tokens))
+                return _slots(prefix, time.monotonic() - begun, num_tokens)
+            case "summary":
+                return self._summary(num_tokens)
+            case "BM25":
+                begun = time.monotonic()
+                retrieve = bm25_retriever(self.text, num_tokens, self.model.tokenizer)
+                num_bytes = num_tokens * self.model.kv_bytes_per_token
+                return Context(None, retrieve, num_tokens, num_bytes, time.monotonic() - begun)
+            case "attention matching":
+                return self._matched(num_tokens)
+            case "cartridge":
+                return self._trained(num_tokens, seed)
+
+    def _written(self, text: str, seconds: float, tokens: int) -> Context:
+        num_tokens = len(self.model.tokenizer.encode(text))
+        return Context(None, lambda _: text, num_tokens, num_tokens * self.model.kv_bytes_per_token, seconds, tokens)
+
+    def _summary(self, num_tokens: int) -> Context:
+        begun, tokenizer = time.monotonic(), self.model.tokenizer
+        asked = [
+            {"role": "system", "content": self.text},
+            {"role": "user", "content": SUMMARIZE.format(words=num_tokens * 2 // 3)},
+        ]
+        prompt = tuple(tokenizer.chat_ids(asked, add_generation_prompt=True))
+        [ids] = generate_ids(self.model, [prompt], None, num_tokens)
+        return self._written(tokenizer.decode(ids).strip(), time.monotonic() - begun, len(prompt) + len(ids))
+
+    def _matched(self, num_slots: int) -> Context:
+        path = self.folder / str(num_slots) / MATCHED
+        cost = path.with_suffix(".json")
+        if not cost.is_file():
+            begun = time.monotonic()
+            examples = [] if self.train.dataset is None else read_examples(self.train.dataset, self.model.tokenizer)
+            init = dataclasses.replace(self.train.init, num_slots=num_slots)
+            prefix = jax.block_until_ready(initial_cartridge(init, self.model, self.text, examples, seed=0))
+            seconds, tokens = time.monotonic() - begun, sum(len(example.tokens) for example in examples)
+            prefix.save(path)
+            made = {"seconds": seconds, "tokens": tokens + len(self.model.tokenizer.encode(self.text))}
+            files.write_text(cost, json.dumps(made) + "\n")
+        made, studied = files.read_json(cost), self._self_study_seconds()
+        return _slots(Cartridge.load(path, model=self.model), studied + made["seconds"], made["tokens"])
+
+    def _trained(self, num_slots: int, seed: int) -> Context:
+        start = self._matched(num_slots)
+        folder = self.folder / str(num_slots)
+        output, cost = folder / f"seed{seed}", folder / f"seed{seed}.json"
+        if not cost.is_file():
+            begun = time.monotonic()
+            init = dataclasses.replace(
+                self.train.init, kind="pretrained", num_slots=num_slots, path=str(folder / MATCHED)
+            )
+            train(dataclasses.replace(self.train, init=init, seed=seed, output_dir=str(output)), self.model)
+            files.write_text(cost, json.dumps({"seconds": time.monotonic() - begun}) + "\n")
+        prefix = Cartridge.load(output / "cartridge.safetensors", model=self.model)
+        seconds = start.seconds_to_make + files.read_json(cost)["seconds"]
+        return _slots(prefix, seconds, start.tokens_to_make + prefix.provenance.training_tokens)
+
+    def _self_study_seconds(self) -> float:
+        path = self.folder / "self_study.json"
+        return files.read_json(path)["seconds"] if path.is_file() else 0.0
+
+
+def _slots(prefix: Cartridge, seconds: float, tokens: int) -> Context:
+    return Context(prefix, None, prefix.num_slots, prefix.num_bytes, seconds, tokens)
