@@ -98,7 +98,8 @@ class Engine:
         ]
         for page, *part in zip(pages, *laid, strict=True):
             self._load(page, part)
-        self._slot_lens[pages[0]] = lengths[:, self._heads.reshape(-1)]
+        if pages:  # a cartridge may have no slots
+            self._slot_lens[pages[0]] = lengths[:, self._heads.reshape(-1)]
 
     def _load(self, page: int, slots: Sequence[np.ndarray]) -> None:
         self._cache = steps.load_page(self._cache, page, *slots, mesh=self._mesh)

@@ -456,6 +456,12 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
         np.testing.assert_allclose(row_v[list(found.sampled.top_ids)], found.sampled.top_logprobs, atol=TOLERANCE)
 
 
+def test_a_cartridge_may_have_no_slots(engine: Engine):
+    none_lpkh = np.zeros((tiny.LAYERS, 0, tiny.KV_HEADS, tiny.HEAD_DIM), np.float32)
+    empty = Prefix("empty", 0, Cartridge(none_lpkh, none_lpkh, num_frozen=0))
+    assert engine.score(TOKENS[:7], empty, 1) == engine.score(TOKENS[:7], None, 1)
+
+
 def test_scoring_touches_no_request(engine: Engine):
     block_table = block_table_of(engine, engine.max_num_seqs - 1, "a")
     fill(engine, block_table, "a", TOKENS[:20])
