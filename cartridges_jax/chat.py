@@ -17,7 +17,16 @@ from pathlib import Path
 from cartridges_jax.command_line import config, files, progress
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
-from cartridges_jax.serving.scheduler import NOT_FINITE, Engine, Finished, Prefix, Request, Scheduler, Token
+from cartridges_jax.serving.scheduler import (
+    NOT_FINITE,
+    Engine,
+    Finished,
+    Prefix,
+    Request,
+    Scheduler,
+    Token,
+    most_tokens,
+)
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup, keep_programs
 
@@ -108,10 +117,11 @@ class Chat:
         mode = {} if thinking is None else {"thinking": thinking}
         prompt = tuple(encode(messages, add_generation_prompt=True, **mode))
         slots = prefix.length if prefix else 0
-        room = self._engine.max_length - slots - len(prompt)
+        most = most_tokens(self._engine, prefix)
+        room = most - len(prompt)
         if room < 1:
             raise UserError(
-                f"the window of {self._engine.max_length} positions is full ({slots} of the cartridge, {len(prompt)} "
+                f"the window of {slots + most} positions is full ({slots} of the cartridge, {len(prompt)} "
                 "of the conversation): /undo, /clear, or start again with a larger --max-length"
             )
         return Request(

@@ -41,7 +41,8 @@ class Engine:
 
     Args:
       max_num_seqs: how many requests may decode together.
-      max_length: how many positions a request may have: its cartridge's slots, its prompt and its answer.
+      max_length: how many positions a request may have in memory: its cartridge's slots, its prompt and its answer.
+        It may exceed the model's window, which holds prompt and answer only.
       max_top_logprobs: how many alternatives a request may ask for with each token.
       cache_tokens: how many positions the memory holds; by default enough for `max_num_seqs` requests of `max_length`.
       batch_sizes: the sizes that decoding is compiled for, `max_num_seqs` the largest; a smaller batch is padded.
@@ -58,8 +59,6 @@ class Engine:
         batch_sizes: Sequence[int] | None = None,
         attention: str | None = None,
     ):
-        if max_length > (most := model.config.max_position_embeddings):
-            raise UserError(f"max_length is {max_length}, expected at most {model.name}'s window, {most}")
         if max_num_seqs < 1:
             raise UserError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
         # a cartridge and the tokens behind it each end on a page of their own
@@ -71,7 +70,7 @@ class Engine:
                 f"{max_length} positions"
             )
         self.max_num_seqs, self.max_length, self.max_top_logprobs = max_num_seqs, max_length, max_top_logprobs
-        self.page_size = PAGE_SIZE
+        self.page_size, self.max_position_embeddings = PAGE_SIZE, model.config.max_position_embeddings
         self._batch_sizes = batch_sizes or [*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
         self._options: dict[str, Any] = {"config": self._config, "mesh": self._mesh, "implementation": attention}
@@ -98,7 +97,8 @@ class Engine:
         ]
         for page, *part in zip(pages, *laid, strict=True):
             self._load(page, part)
-        self._slot_lens[pages[0]] = lengths[:, self._heads.reshape(-1)]
+        if pages:  # a cartridge may have no slots
+            self._slot_lens[pages[0]] = lengths[:, self._heads.reshape(-1)]
 
     def _load(self, page: int, slots: Sequence[np.ndarray]) -> None:
         self._cache = steps.load_page(self._cache, page, *slots, mesh=self._mesh)

@@ -21,7 +21,17 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.protocol import SEEDS, ApiError
 from cartridges_jax.serving.requests import GenerationRequest
-from cartridges_jax.serving.scheduler import NOT_FINITE, Engine, Event, Finished, QueueFull, Request, Scheduler, Scored
+from cartridges_jax.serving.scheduler import (
+    NOT_FINITE,
+    Engine,
+    Event,
+    Finished,
+    QueueFull,
+    Request,
+    Scheduler,
+    Scored,
+    most_tokens,
+)
 from cartridges_jax.serving.warmup import Warmup
 
 logger = logging.getLogger(__name__)
@@ -157,7 +167,7 @@ class EngineThread:
             self._reject(pending, ApiError(400, str(error), PROMPT[pending.generation.kind], "context_length_exceeded"))
 
     def _complete(self, pending: PendingRequest, request: Request) -> Request:
-        room = self._engine.max_length - len(request.prompt) - (pending.prefix.length if pending.prefix else 0)
+        room = most_tokens(self._engine, pending.prefix) - len(request.prompt)
         max_tokens = pending.generation.max_tokens or max(room, 1)
         return replace(request, prefix=pending.prefix, max_tokens=max_tokens, deadline=pending.deadline)
 

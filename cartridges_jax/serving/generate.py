@@ -31,8 +31,8 @@ def generate(
       The continuations without stop tokens, in the order of the prompts.
 
     Raises:
-      UserError: a prompt without tokens, one that does not fit the model's window with its answer and the slots, or a
-        cartridge with which the model's numbers are not finite.
+      UserError: a prompt without tokens, one that does not fit the model's window with its answer, or a cartridge
+        with which the model's numbers are not finite.
     """
     if cartridge is None:
         ids = [model.tokenizer.encode(prompt, add_special_tokens=True) for prompt in prompts]
@@ -58,15 +58,14 @@ def generate_ids(
     if not all(prompts):
         raise UserError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens: expected at least one")
     prefix = None if cartridge is None else Prefix("cartridge", cartridge.num_slots, cartridge)
-    p = 0 if prefix is None else prefix.length
-    longest = p + max(map(len, prompts)) + max_tokens
+    longest = max(map(len, prompts)) + max_tokens
     if longest > model.config.max_position_embeddings:
         raise UserError(
-            f"{p} slots, a prompt of {max(map(len, prompts))} tokens and an answer of {max_tokens} exceed "
-            f"{model.name}'s window of {model.config.max_position_embeddings}: shorten one of them"
+            f"a prompt of {max(map(len, prompts))} tokens and an answer of {max_tokens} exceed {model.name}'s window "
+            f"of {model.config.max_position_embeddings}: shorten one of them"
         )
     if max_length is None:  # few sizes, so few compilations
-        max_length = min(-(-longest // 128) * 128, model.config.max_position_embeddings)
+        max_length = -(-((prefix.length if prefix else 0) + longest) // 128) * 128
     max_num_seqs = min(MAX_NUM_SEQS, len(prompts))
     # one size of batch: compiling others would take longer than running them saves
     engine = Engine(model, max_num_seqs, max_length, max_top_logprobs=1, batch_sizes=[max_num_seqs])

@@ -17,7 +17,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import protocol
 from cartridges_jax.serving.protocol import SEEDS, ApiError, Fields, refuse, shorten
-from cartridges_jax.serving.scheduler import Engine, Request
+from cartridges_jax.serving.scheduler import Engine, Request, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
@@ -179,7 +179,7 @@ class Reader:
         """The most log-probabilities that are kept until its answers are complete; none if they are streamed."""
         if generation.stream or not generation.logprobs:
             return 0
-        longest = self._engine.max_length
+        longest = most_tokens(self._engine, None)
         tokens = min(generation.max_tokens or longest, longest)
         return generation.num_choices * tokens * (1 + generation.requests[0].top_logprobs)
 

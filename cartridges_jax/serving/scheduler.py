@@ -67,11 +67,12 @@ class Engine(Protocol):
     """What the scheduler needs of a device: calls that are done in their order, also if one returns before it is done.
 
     At most `max_num_seqs` requests run together; a request's cartridge slots, prompt and answer are at most
-    `max_length` positions.
+    `max_length` positions in memory, and its prompt and answer at most the model's `max_position_embeddings`.
     """
 
     max_num_seqs: int
     max_length: int
+    max_position_embeddings: int
     max_top_logprobs: int
     num_pages: int
     page_size: int
@@ -189,7 +190,7 @@ class Scheduler:
 
         Besides those that will run at once, `max_queue` requests may wait.
         """
-        _check(request, self._engine.max_length)
+        _check(request, self._engine)
         needed = self._cache.pages_needed(request.prefix, len(request.prompt) + request.max_tokens)
         if needed > self._cache.num_pages:
             raise UserError(
@@ -318,17 +319,28 @@ class Scheduler:
             self._end(request, "length")
 
 
-def _check(request: Request, max_length: int) -> None:
+def most_tokens(engine: Engine, prefix: Prefix | None) -> int:
+    """How many tokens a prompt and its answer may have: slots take memory, and no positions of the model."""
+    return min(engine.max_length - (prefix.length if prefix else 0), engine.max_position_embeddings)
+
+
+def _check(request: Request, engine: Engine) -> None:
     if not request.prompt:
         raise UserError("the prompt is empty: give at least one token")
     if request.max_tokens < 1:
         raise UserError(f"max_tokens is {request.max_tokens}, expected at least 1")
     slots = request.prefix.length if request.prefix else 0
-    total = slots + len(request.prompt) + request.max_tokens
-    if total > max_length:
+    num_tokens = len(request.prompt) + request.max_tokens
+    if slots + num_tokens > engine.max_length:
         raise UserError(
-            f"the request needs {total} positions ({slots} of the cartridge + {len(request.prompt)} of the prompt + "
-            f"{request.max_tokens} of the answer) and may have {max_length}: shorten the prompt or lower max_tokens"
+            f"the request needs {slots + num_tokens} positions ({slots} of the cartridge + {len(request.prompt)} of "
+            f"the prompt + {request.max_tokens} of the answer) and may have {engine.max_length}: shorten the prompt or "
+            "lower max_tokens"
+        )
+    if num_tokens > engine.max_position_embeddings:
+        raise UserError(
+            f"{len(request.prompt)} tokens of the prompt and {request.max_tokens} of the answer exceed the model's "
+            f"window of {engine.max_position_embeddings}: shorten the prompt or lower max_tokens"
         )
 
 

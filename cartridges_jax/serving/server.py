@@ -29,7 +29,7 @@ from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
 from cartridges_jax.serving.requests import Reader
-from cartridges_jax.serving.scheduler import Engine
+from cartridges_jax.serving.scheduler import Engine, most_tokens
 from cartridges_jax.serving.store import CartridgeStore
 from cartridges_jax.serving.warmup import Warmup
 
@@ -220,13 +220,13 @@ class Server:
             "object": "model",
             "created": self._created,
             "owned_by": "cartridges-jax",
-            "max_model_len": self._engine.max_length,
+            "max_model_len": most_tokens(self._engine, None),
             "kv_bytes_per_token": self._kv_bytes_per_token,
         }
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         ids = await asyncio.to_thread(self._ids, await read_body(request))
-        reply = {"count": len(ids), "max_model_len": self._engine.max_length, "tokens": ids, "token_strs": None}
+        reply = {"count": len(ids), "max_model_len": most_tokens(self._engine, None), "tokens": ids, "token_strs": None}
         return _reply(reply)
 
     def _ids(self, fields: Fields) -> list[int]:

@@ -67,6 +67,9 @@ def test_chat_says_when_an_answer_is_cut():
     assert first == "abcabcabca [the window is full]"
     assert "20 positions is full (3 of the cartridge" in second
     assert talker.messages[0]["content"] == "x", "the refused question is not kept, /undo took the first"
+    engine = ScriptEngine(endless, 1, 100)
+    engine.max_position_embeddings = 17
+    assert talk(engine, ["hi", "again", "/undo", "x"], Prefix("key", 3, object()))[1] == told, "slots are not counted"
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_it():

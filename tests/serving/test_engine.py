@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -257,8 +258,6 @@ def test_a_request_that_waits_is_left_alone(engine: Engine):
 
 
 def test_an_engine_that_cannot_be_is_refused():
-    with pytest.raises(UserError, match=r"max_length is 1025, expected at most .* window, 1024"):
-        Engine(tiny.model(), max_length=1025)
     with pytest.raises(UserError, match="max_num_seqs is 0, expected at least 1"):
         Engine(tiny.model(), max_num_seqs=0, max_length=64)
     with pytest.raises(UserError, match="cache_tokens is 256, expected at least 384 for a request of 200 positions"):
@@ -343,16 +342,28 @@ def test_generation_gives_as_many_tokens_as_asked_for(monkeypatch: pytest.Monkey
 
 def test_what_does_not_fit_is_refused_in_one_sentence():
     model = tiny.model()
-    with pytest.raises(
-        ValueError, match=r"140 slots, a prompt of 900 tokens and an answer of 10 exceed .* 1024: shorten"
-    ):
-        generate_ids(model, [(1,), TOKENS[:900]], CARTRIDGES["b"], max_tokens=10)
+    with pytest.raises(ValueError, match=r"a prompt of 1020 tokens and an answer of 10 exceed .* 1024: shorten"):
+        generate_ids(model, [(1,), TOKENS[:1020]], CARTRIDGES["b"], max_tokens=10)
     with pytest.raises(UserError, match="prompt 1 has no tokens: expected at least one"):
         generate(model, ["a", ""])
     with pytest.raises(UserError, match="max_tokens is 0, expected at least 1"):
         generate(model, ["a"], max_tokens=0)
     assert generate(model, []) == []
-    assert len(generate_ids(model, [TOKENS[: 1024 - 140 - 4]], CARTRIDGES["b"], max_tokens=4)[0]) <= 4
+
+
+def test_slots_use_up_no_positions_of_the_model(tmp_path: Path):
+    """Slots, prompt and answer exceed the window together; prompt and answer fill it."""
+    model = tiny.load_model(str(tiny.write_model(tmp_path, max_position_embeddings=64)))
+    prompt, cartridge = TOKENS[:60], CARTRIDGES["b"]
+    [answer] = generate_ids(model, [prompt], cartridge, max_tokens=4)
+    logits = model.logits(np.asarray([[*prompt, *answer]]), cartridge=cartridge)
+    assert answer == np.argmax(logits[0, 59 : 59 + len(answer)], axis=-1).tolist() and answer
+    [told] = sampled_tokens(Engine(model, 1, 256), [Request("0", prompt, prefix_of("b"), 4, top_logprobs=3)]).values()
+    logits = model.logits(np.asarray([[*prompt, *(s.token for s in told[:-1])]]), cartridge=cartridge)
+    for sampled, log_probs in zip(told, np.asarray(jax.nn.log_softmax(logits))[0, 59:], strict=True):
+        same(sampled, log_probs)
+    with pytest.raises(UserError, match=r"61 tokens of the prompt and 4 of the answer exceed the model's window of 64"):
+        sampled_tokens(Engine(model, 1, 256), [Request("0", TOKENS[:61], prefix_of("b"), 4)])
 
 
 def sampled_tokens(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Sampled]]:
@@ -454,6 +465,12 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
         assert (row_v > own + TOLERANCE).sum() < found.rank <= 1 + (row_v > own - TOLERANCE).sum()
         np.testing.assert_allclose(found.sampled.top_logprobs, np.sort(row_v)[::-1][:5], atol=TOLERANCE)
         np.testing.assert_allclose(row_v[list(found.sampled.top_ids)], found.sampled.top_logprobs, atol=TOLERANCE)
+
+
+def test_a_cartridge_may_have_no_slots(engine: Engine):
+    none_lpkh = np.zeros((tiny.LAYERS, 0, tiny.KV_HEADS, tiny.HEAD_DIM), np.float32)
+    empty = Prefix("empty", 0, Cartridge(none_lpkh, none_lpkh, num_frozen=0))
+    assert engine.score(TOKENS[:7], empty, 1) == engine.score(TOKENS[:7], None, 1)
 
 
 def test_scoring_touches_no_request(engine: Engine):

@@ -53,6 +53,7 @@ class FakeEngine:
     max_top_logprobs: int = 4
     vocab: int = VOCAB
     page_size: int = 4
+    max_position_embeddings: int = 1 << 20
     num_pages: int = 0  # 0: enough for as many requests as run together
     prefilled: int = 0
     log: list[str] = field(default_factory=list)

@@ -271,6 +271,19 @@ def test_length_and_ignored_ends():
     serving(ScriptEngine(SAID, max_length=100), test)
 
 
+def test_an_answer_ends_where_the_model_s_window_does():
+    engine = ScriptEngine(SAID, max_length=400)
+    engine.max_position_embeddings = 100
+
+    async def test(client: Client) -> None:
+        _, reply = await client.chat(ignore_eos=True)
+        assert reply["usage"]["total_tokens"] == 100
+        _, reply = await client.post("/tokenize", json={"prompt": "hi"})
+        assert reply["max_model_len"] == 100
+
+    serving(engine, test)
+
+
 @pytest.mark.parametrize(
     ("stop", "left"),
     [("def", "abc"), (["xyz", "gh"], "abcdef"), (["cdefgh", "efx"], "ab"), ("fgx", "abcdefghabcdefg"), ("a", "")],

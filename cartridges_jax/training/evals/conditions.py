@@ -147,7 +147,7 @@ def _measure(
     progress.advance(note=f"{condition.name}: log-likelihood")
     # conditions with few tokens of context share compiled programs
     longest = max(map(len, prompts)) + max(config.max_answer_tokens, TIMED_TOKENS)
-    length = min(-(-(num_slots + longest) // 256) * 256, model.config.max_position_embeddings)
+    length = -(-(num_slots + longest) // 256) * 256
     answers = generate_ids(model, [tuple(tail) for tail in tails], prefix, config.max_answer_tokens, max_length=length)
     texts = [model.tokenizer.decode(answer).strip() for answer in answers]
     progress.advance(note=f"{condition.name}: answers")
