@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import make_golden
 import numpy as np
@@ -19,6 +20,16 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.models.tokenizer import Tokenizer
 
 WriteModel = Callable[..., Path]
+MOST_MAPS = 20_000  # regions of memory that compiled programs may take; Linux ends a process that maps 65,530
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Drops what was compiled when it has become too much for one process: every program maps memory of its own."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
