@@ -20,7 +20,7 @@ def answer_nlls(
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(lengths)
     length = -(-longest * -(-ROW // longest) // 128) * 128  # room for whole examples of the longest kind
-    room = model.config.max_position_embeddings - (0 if prefix is None else prefix.num_slots)
+    room = model.config.max_position_embeddings - (0 if prefix is None else prefix.offset)
     length = max(longest, min(length, room))
     nlls: dict[int, float] = {}
     for members in pack(lengths, length, range(len(lengths))):

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.comparison.cells import Asked
 from cartridges_jax.comparison.config import CompareConfig
@@ -16,7 +14,7 @@ from cartridges_jax.comparison.methods import Context
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.generate import generate_ids
 from cartridges_jax.suites import Suite, SuiteQuestion
-from cartridges_jax.training.evals.questions import Question, general_questions
+from cartridges_jax.training.evals.questions import Question, general_questions, shared_length
 from cartridges_jax.training.evals.timing import TIMED_TOKENS, time_answers
 
 SHARED = 256  # tokens that all prompts begin with, from which on they are read once for all
@@ -42,7 +40,7 @@ def measure(
     nlls = answer_nlls(model, prefix, tails, references)
     behind = (0 if context.prefix is None else context.prefix.num_slots) + max(map(len, prompts))
     longest = max(most_tokens, behind) + max(suite.max_answer_tokens, TIMED_TOKENS)
-    length = min(-(-longest // 256) * 256, model.config.max_position_embeddings)
+    length = -(-longest // 256) * 256
     chosen = _first_of_each_class(questions, config.answers_a_class)
     asked = [tuple(tails[i]) for i in chosen]
     answers = generate_ids(model, asked, prefix, suite.max_answer_tokens, max_length=length)
@@ -77,9 +75,7 @@ def _shared_beginning(
     model: LanguageModel, context: Context, prompts: list[list[int]]
 ) -> tuple[Cartridge | None, list[list[int]]]:
     """Returns the slots behind which all prompts stand and their rests; a long system message becomes slots, too."""
-    most = min(map(len, prompts)) - 1  # at least one token of each prompt is left
-    differs = (np.array([prompt[:most] for prompt in prompts]) != np.array(prompts[0][:most])).any(0)
-    shared = int(differs.argmax()) if differs.any() else most
+    shared = shared_length(prompts)
     if context.prefix is not None or shared < SHARED:
         return context.prefix, prompts
     return Cartridge.from_tokens(model, prompts[0][:shared]), [prompt[shared:] for prompt in prompts]

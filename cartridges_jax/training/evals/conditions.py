@@ -24,7 +24,7 @@ from cartridges_jax.serving.generate import generate_ids
 from cartridges_jax.training.data import exchanges, read_corpus
 from cartridges_jax.training.evals.during import general_nll
 from cartridges_jax.training.evals.loss import ROW, answer_nll
-from cartridges_jax.training.evals.questions import Question, questions_of
+from cartridges_jax.training.evals.questions import Question, questions_of, shared_length
 from cartridges_jax.training.evals.scorers import contains, exact, token_f1
 from cartridges_jax.training.evals.timing import TIMED_TOKENS, time_answers
 from cartridges_jax.training.metrics import METRICS
@@ -136,7 +136,7 @@ def _measure(
     prompts, references = ([pair[i] for pair in asked] for i in range(2))
     prefix, tails = condition.prefix, prompts
     if condition.system is not None:
-        shared = _shared_length(prompts)
+        shared = shared_length(prompts)
         prefix = Cartridge.from_tokens(model, prompts[0][:shared])
         tails = [prompt[shared:] for prompt in prompts]
 
@@ -182,13 +182,6 @@ def _by_class(
         kind: {"nll": nll(chosen), "accuracy": statistics.mean(contains(texts[i], questions[i].answer) for i in chosen)}
         for kind, chosen in places.items()
     }
-
-
-def _shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Returns how many leading tokens all prompts have in common; at least one token of each is left."""
-    first, shortest = prompts[0], min(map(len, prompts))
-    same = (all(prompt[i] == first[i] for prompt in prompts) for i in range(shortest - 1))
-    return next((i for i, is_same in enumerate(same) if not is_same), shortest - 1)
 
 
 def _asked(

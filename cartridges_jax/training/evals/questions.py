@@ -89,3 +89,10 @@ def answer_examples(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence
         tokens = np.asarray([*prompt, *answer], np.int32)
         examples.append(Example(tokens, index, np.asarray(answer, np.int32), np.zeros(len(answer), np.float32)))
     return examples
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Returns how many leading tokens all prompts have in common; at least one token of each is left."""
+    first, shortest = prompts[0], min(map(len, prompts))
+    same = (all(prompt[i] == first[i] for prompt in prompts) for i in range(shortest - 1))
+    return next((i for i, is_same in enumerate(same) if not is_same), shortest - 1)
