@@ -45,12 +45,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        parts = (self.document, self.method, "all" if self.share is None else self.share, f"seed{self.seed}")
-        return cell_name(*map(str, parts))
+        return cell_name(self.document, self.method, self.share, self.seed)
 
 
-def cell_name(*parts: str) -> str:
+def cell_name(document: str, method: str, share: int | None, seed: int) -> str:
     """Returns the name of a cell's file, without its folder."""
+    parts = document, method, "all" if share is None else str(share), f"seed{seed}"
     return "-".join(re.sub(r"[^\w.+]+", "_", part) for part in parts) + ".json"
 
 

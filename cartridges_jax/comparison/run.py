@@ -49,9 +49,7 @@ class Budget:
 
     @property
     def file(self) -> str:
-        return cell_name(
-            self.group.name, self.method, "all" if self.share is None else str(self.share), f"seed{self.seed}"
-        )
+        return cell_name(self.group.name, self.method, self.share, self.seed)
 
 
 def compare(
