@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
+from cartridges_jax.kernels.decode_attention.softmax import Options
 from cartridges_jax.kernels.gathered_matmul import has_kernel
 
 IMPLEMENTATIONS = ("reference", "xla", "cpu")
@@ -48,7 +49,7 @@ def decode_attention(
     """
     name = chosen(implementation)
     attention = getattr(_module(name), f"{name}_attention")
-    return attention(q, pages, metadata, window, scale, soft_cap, sinks)
+    return attention(q, pages, metadata, Options(window, scale, soft_cap, sinks))
 
 
 def new_pages(num_pages: int, k: int, page_size: int, h: int, dtype: Any, implementation: str | None = None) -> Pages:

@@ -3,8 +3,7 @@
 A page that enough requests see (of a cartridge, or of a beginning that their prompts have in common) meets the queries
 of the whole batch in one product, so that a step reads it once; the requests that do not see it are masked. Every other
 page meets the queries of its own request only. These pages stand in one list, whoever they belong to, so that a long
-request costs the others nothing. The softmax is computed online: partial results are merged by their running maxima and
-denominators as they come.
+request costs the others nothing. The softmax is computed online (`softmax.py`).
 
 Both loops run as often as there are pages: the number of pages is data, and one compiled program serves every length.
 
@@ -12,7 +11,7 @@ What a query does not see has no part in its result, whatever number it is. A pr
 since zero times infinity is not a number. So masked probabilities are zeros, also for a query all of whose scores lie
 below the mask's, and a page that several requests see adds nothing to the results of the others.
 
-Axis letters beyond those of `pages.py`: m the queries of a request that share a kv head (t times g), x those of all.
+Axis letters beyond those of `softmax.py`: x the queries of all requests that share a kv head.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ from cartridges_jax.kernels.decode_attention.pages import (
     AttentionMetadata,
     Pages,
     flat,
-    heads_apart,
-    heads_together,
-    sinks_together,
     slot_pages,
 )
+from cartridges_jax.kernels.decode_attention.softmax import Options, State, finished, heads_together, started
 from cartridges_jax.kernels.gathered_matmul import gathered_matmul
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, soft_capped
 
@@ -41,7 +38,6 @@ SHARED_AT_ONCE = 4  # pages that the whole batch reads in one turn of the loop
 MANY_QUERIES = 64  # with so many queries, a single page is work enough for a turn of the loop
 # To multiply so many rows of queries by a page, all but one of them for nothing, costs what reading it once more costs.
 ROWS_PER_USER = 8
-State = tuple[Array, Array, Array]  # a softmax so far: running maximum, denominator, sum of the weighted values
 
 
 class PageList(NamedTuple):
@@ -55,30 +51,17 @@ class PageList(NamedTuple):
 
 
 def cpu_attention(
-    q: Float[Array, "r t n h"],
-    pages: Pages,
-    metadata: AttentionMetadata,
-    window: int | None,
-    scale: float | None,
-    soft_cap: float | None,
-    sinks: Float[Array, " n"] | None,
+    q: Float[Array, "r t n h"], pages: Pages, metadata: AttentionMetadata, options: Options
 ) -> Float[Array, "r t n h"]:
-    r, t, _, h = q.shape
-    k = pages.bias.shape[1]
-    q_rkmh = heads_together(q, k, scale)
-    m = q_rkmh.shape[2]
-    none_rkm = jnp.zeros((r, k, m))
-    state = none_rkm + MASKED, none_rkm, jnp.zeros((r, k, m, h))
-    if sinks is not None:  # one more key, which has no value
-        state = none_rkm + sinks_together(sinks, k, t), none_rkm + 1, state[2]
-    shared, shared_mask, own = _reading_order(metadata, pages.page_size, _shared_at_once(r * m), _own_at_once(r))
-    options = window, soft_cap
+    r, t = q.shape[:2]
+    q_rkmh = heads_together(q, pages.bias.shape[1], options.scale)
+    at_once = _shared_at_once(r * q_rkmh.shape[2]), _own_at_once(r)
+    shared, shared_mask, own = _reading_order(metadata, pages.page_size, *at_once)
+    state = started(q_rkmh, t, options.sinks)
     state = _attend_shared(q_rkmh, metadata.starts, t, pages, shared, shared_mask, state, options)
     if r > 1:  # all pages of a request that is alone stand in the list of shared ones
         state = _attend_own(q_rkmh, metadata.starts, t, pages, own, state, options)
-    _, denominator_rkm, o_rkmh = state
-    o_rkmh = o_rkmh / jnp.maximum(denominator_rkm, 1e-30)[..., None]  # rows that pad a batch see nothing
-    return heads_apart(o_rkmh, t).astype(q.dtype)
+    return finished(state, t).astype(q.dtype)
 
 
 def _shared_at_once(num_queries: int) -> int:
@@ -139,10 +122,9 @@ def _attend_shared(
     listed: PageList,
     mask_er: Bool[Array, "e r"],
     state: State,
-    options: tuple[int | None, float | None],
+    options: Options,
 ) -> State:
     r, k, m, h = q_rkmh.shape
-    window, soft_cap = options
     at_once = _shared_at_once(r * m)
     q_kxh = q_rkmh.transpose(1, 0, 2, 3).reshape(k, r * m, h)
     position_x = jnp.repeat(starts_r[:, None] + jnp.arange(t), m // t, axis=1).reshape(-1)
@@ -150,11 +132,11 @@ def _attend_shared(
     def turn(i: Array, state: State) -> State:
         pages_ek, lens_ek, starts_e, _ = (_at(a, i * at_once, at_once) for a in listed[:4])
         sees_ex = jnp.repeat(_at(mask_er, i * at_once, at_once), m, axis=1)
-        first_e1x, limit_ekx = _range(position_x, starts_e[:, None], lens_ek[:, :, None], window)
+        first_e1x, limit_ekx = _range(position_x, starts_e[:, None], lens_ek[:, :, None], options.window)
         limit_ekx = jnp.where(sees_ex[:, None], limit_ekx, 0)
         seen_ekxz = _within(pages.page_size, first_e1x, limit_ekx)
         scores_ekxz = _by_pages(q_kxh, np.zeros(at_once, np.int32), pages.keys, pages_ek)
-        scores_ekxz = soft_capped(scores_ekxz, soft_cap) + flat(pages.bias)[pages_ek][:, :, None]
+        scores_ekxz = soft_capped(scores_ekxz, options.soft_cap) + flat(pages.bias)[pages_ek][:, :, None]
         scores_ekxz = jnp.where(seen_ekxz, scores_ekxz, MASKED)
         running_max_kx, denominator_kx, o_kxh = state
         new_max_kx = jnp.maximum(running_max_kx, scores_ekxz.max((0, 3)))
@@ -178,19 +160,18 @@ def _attend_own(
     pages: Pages,
     listed: PageList,
     state: State,
-    options: tuple[int | None, float | None],
+    options: Options,
 ) -> State:
     r, _, m, _ = q_rkmh.shape
-    window, soft_cap = options
     at_once = _own_at_once(r)
     position_rm = jnp.repeat(starts_r[:, None] + jnp.arange(t), m // t, axis=1)
 
     def turn(i: Array, state: State) -> State:
         pages_ek, lens_ek, starts_e, seq_e = (_at(a, i * at_once, at_once) for a in listed[:4])
-        first_e1m, limit_ekm = _range(position_rm[seq_e], starts_e[:, None], lens_ek[:, :, None], window)
+        first_e1m, limit_ekm = _range(position_rm[seq_e], starts_e[:, None], lens_ek[:, :, None], options.window)
         seen_ekmz = _within(pages.page_size, first_e1m, limit_ekm)
         scores_ekmz = _by_pages(q_rkmh, seq_e, pages.keys, pages_ek)
-        scores_ekmz = soft_capped(scores_ekmz, soft_cap) + flat(pages.bias)[pages_ek][:, :, None]
+        scores_ekmz = soft_capped(scores_ekmz, options.soft_cap) + flat(pages.bias)[pages_ek][:, :, None]
         scores_ekmz = jnp.where(seen_ekmz, scores_ekmz, MASKED)
         running_max_rkm, denominator_rkm, o_rkmh = state
         new_max_rkm = running_max_rkm.at[seq_e].max(scores_ekmz.max(3))

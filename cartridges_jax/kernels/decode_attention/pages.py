@@ -144,24 +144,6 @@ def visible(start: Int[Array, "*r"], t: int, position: Int[Array, "*r s"], windo
     return seen if window is None else seen & (position[..., None, :] > query - window)
 
 
-def heads_together(q: Float[Array, "*r t n h"], k: int, scale: float | None) -> Float[Array, "*r k m h"]:
-    """Scales the queries and puts those of each kv head side by side: m is t times n / k, with t first."""
-    *r, t, n, h = q.shape
-    q = (q * (h**-0.5 if scale is None else scale)).reshape(*r, t, k, n // k, h)
-    return jnp.moveaxis(q, -3, -4).reshape(*r, k, t * (n // k), h)
-
-
-def heads_apart(o: Float[Array, "*r k m h"], t: int) -> Float[Array, "*r t n h"]:
-    """Turns back what `heads_together` did to the queries."""
-    *r, k, m, h = o.shape
-    return jnp.moveaxis(o.reshape(*r, k, t, m // t, h), -4, -3).reshape(*r, t, k * (m // t), h)
-
-
-def sinks_together(sinks: Float[Array, " n"], k: int, t: int) -> Float[Array, "k m"]:
-    """The sinks' scores as `heads_together` lays the queries."""
-    return jnp.tile(sinks.reshape(k, 1, -1), (1, t, 1)).reshape(k, -1)
-
-
 def flat(array: Array) -> Array:
     """The pages [pages, k, …] counted head by head."""
     return jax.lax.collapse(array, 0, 2)

@@ -10,26 +10,19 @@ from cartridges_jax.kernels.decode_attention.pages import (
     AttentionMetadata,
     Pages,
     flat,
-    heads_apart,
-    heads_together,
-    sinks_together,
     slot_pages,
     visible,
 )
+from cartridges_jax.kernels.decode_attention.softmax import Options, heads_apart, heads_together, sinks_together
 from cartridges_jax.kernels.prefix_attention.blockwise import soft_capped
 
 POSITIONS_LAST = False
 
 
 def reference_attention(
-    q: Float[Array, "r t n h"],
-    pages: Pages,
-    metadata: AttentionMetadata,
-    window: int | None,
-    scale: float | None,
-    soft_cap: float | None,
-    sinks: Float[Array, " n"] | None,
+    q: Float[Array, "r t n h"], pages: Pages, metadata: AttentionMetadata, options: Options
 ) -> Float[Array, "r t n h"]:
+    window, scale, soft_cap, sinks = options
     t, n, k, z = *q.shape[1:3], *pages.bias.shape[1:]
     most = metadata.slot_block_table.shape[1]
 

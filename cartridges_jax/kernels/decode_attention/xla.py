@@ -1,8 +1,8 @@
 """`decode_attention` as XLA computes it on any platform: every request's tokens at once, and cartridge by cartridge.
 
 The pages of tokens are gathered for each request, as many as the block table has room for. A cartridge is gathered once
-and meets the queries of the whole batch; the requests that do not see it are masked. The softmax is computed online:
-partial results are merged by their running maxima and denominators.
+and meets the queries of the whole batch; the requests that do not see it are masked. The softmax is computed online
+(`softmax.py`).
 """
 
 from __future__ import annotations
@@ -17,44 +17,30 @@ from cartridges_jax.kernels.decode_attention.pages import (
     AttentionMetadata,
     Pages,
     flat,
-    heads_apart,
-    heads_together,
-    sinks_together,
     slot_pages,
     visible,
 )
+from cartridges_jax.kernels.decode_attention.softmax import Options, State, finished, heads_together, started
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, soft_capped
 
 POSITIONS_LAST = False
-State = tuple[Array, Array, Array]  # a softmax so far: running maximum, denominator, sum of the weighted values
 
 
 def xla_attention(
-    q: Float[Array, "r t n h"],
-    pages: Pages,
-    metadata: AttentionMetadata,
-    window: int | None,
-    scale: float | None,
-    soft_cap: float | None,
-    sinks: Float[Array, " n"] | None,
+    q: Float[Array, "r t n h"], pages: Pages, metadata: AttentionMetadata, options: Options
 ) -> Float[Array, "r t n h"]:
-    t, k = q.shape[1], pages.bias.shape[1]
-    q_rkmh = heads_together(q, k, scale)
-    none_rkm = jnp.zeros(q_rkmh.shape[:3], jnp.float32)
-    state = none_rkm + MASKED, none_rkm, jnp.zeros(q_rkmh.shape, jnp.float32)
-    if sinks is not None:  # one more key, which has no value
-        state = none_rkm + sinks_together(sinks, k, t), none_rkm + 1, state[2]
-    absorb = functools.partial(_absorb, q_rkmh, soft_cap)
-    state = absorb(state, "rk", *_tokens(pages, metadata, window, t, q_rkmh.shape[2]))
+    t = q.shape[1]
+    q_rkmh = heads_together(q, pages.bias.shape[1], options.scale)
+    absorb = functools.partial(_absorb, q_rkmh, options.soft_cap)
+    tokens = _tokens(pages, metadata, options.window, t, q_rkmh.shape[2])
+    state = absorb(started(q_rkmh, t, options.sinks), "rk", *tokens)
 
     def turn(cartridge: Int[Array, ""], state: State) -> State:
         sees_r = metadata.cartridge_ids == cartridge
         keys, values, bias, is_slot_ks = _slots(pages, metadata, cartridge)
         return absorb(state, "k", keys, values, bias, sees_r[:, None, None, None] & is_slot_ks[:, None])
 
-    _, denominator_rkm, o_rkmh = jax.lax.fori_loop(0, metadata.cartridge_ids.max() + 1, turn, state)
-    o_rkmh = o_rkmh / jnp.maximum(denominator_rkm, 1e-30)[..., None]  # rows that pad a batch see nothing
-    return heads_apart(o_rkmh, t).astype(q.dtype)
+    return finished(jax.lax.fori_loop(0, metadata.cartridge_ids.max() + 1, turn, state), t).astype(q.dtype)
 
 
 def _tokens(
