@@ -21,7 +21,7 @@ LARGEST_NUMBER = 1e300  # of FLOPs or tokens; a header that says more is not bel
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a cartridge comes from. It is hashable, so that it can be a static field of a pytree."""
+    """Where a cartridge comes from; no compiled program knows of it."""
 
     model: str = ""
     model_config: str = ""  # JSON of the ModelConfig, RoPE settings included

@@ -78,7 +78,7 @@ def _ends(ends: Params, config: ModelConfig, mesh: Mesh) -> Weights:
 
     def local(ends: Params) -> Weights:
         whole = {name: collectives.all_gather_fsdp(leaf, specs[name]) for name, leaf in ends.items()}
-        return {name: pack_panels(leaf, arrays[name]) if arrays[name].summed else leaf for name, leaf in whole.items()}
+        return {name: pack_panels(leaf, arrays[name]) for name, leaf in whole.items()}
 
     in_specs = (sharding.fitted(ends, specs, mesh),)
     return sharding.on_mesh(local, mesh, in_specs, {name: decode_specs(config)[name] for name in ends})(ends)
@@ -90,14 +90,16 @@ def _layer_to_decode_layout(blocks: Params, i: Int[Array, ""], config: ModelConf
 
     def local(blocks: Params, i: Int[Array, ""]) -> Weights:
         layer = decode_layer(jax.tree.map(lambda leaf: leaf[i], blocks), config)
-        return {name: pack_panels(leaf, first[name]) if first[name].summed else leaf for name, leaf in layer.items()}
+        return {name: pack_panels(leaf, first[name]) for name, leaf in layer.items()}
 
     in_specs = (sharding.fitted(blocks, weight_specs(config)["blocks"], mesh), P())
     return sharding.on_mesh(local, mesh, in_specs, decode_specs(config)["layers"])(blocks, i)
 
 
-def pack_panels(weight: Array, array: ArraySpec) -> Panels | Dense:
-    """A matrix whose outputs come first, in panels where a kernel multiplies those."""
+def pack_panels(weight: Array, array: ArraySpec) -> Panels | Dense | Array:
+    """A matrix whose outputs come first, in panels where a kernel multiplies those; what is none stays as it is."""
+    if not array.summed:
+        return weight
     num_inputs = len(array.summed_axes)
     num_outputs = math.prod(weight.shape[:-num_inputs])
     if not has_kernel(kernels.platform()) or num_outputs % Panels.SIZE:

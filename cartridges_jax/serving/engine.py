@@ -80,7 +80,7 @@ class Engine:
         dtype = self._weights["final_norm"].dtype
         self._cache = steps.empty_cache(self._config, all_pages, dtype, self._mesh, attention)
         self._heads = collectives.kv_heads_by_device(self._config, self._mesh.shape["tensor"])
-        self._no_slots = np.zeros((self._config.num_layers, self._heads.size), np.int32)
+        self._shape_lk = self._config.num_layers, self._heads.size
         self._slot_lens: dict[int, np.ndarray] = {}  # of the cartridges in pages, by their first page
         self._nowhere = all_pages * PAGE_SIZE  # an index into a page that does not exist: a write there is dropped
         self._last = jnp.zeros(max_num_seqs, jnp.int32)  # the last token that was sampled for each sequence
@@ -134,7 +134,7 @@ class Engine:
         return indices, step, _sampling_params(padded)
 
     def _metadata(self, rows: Sequence[Row], b: int) -> AttentionMetadata:
-        return metadata.attention_metadata(rows, b, self.pages_each, self._slot_lens, self._no_slots)
+        return metadata.attention_metadata(rows, b, self.pages_each, self._shape_lk, self._slot_lens)
 
     def harvest(self, decoded: Any) -> list[Sampled]:
         sampled, count = decoded
@@ -165,7 +165,7 @@ class Engine:
     def programs(self) -> list[Callable[[], object]]:
         """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
         first_pages = BlockTable(range(self.pages_each), 0)
-        zeros = np.zeros((*self._no_slots.shape, PAGE_SIZE, self._config.head_dim), np.float32)
+        zeros = np.zeros((*self._shape_lk, PAGE_SIZE, self._config.head_dim), np.float32)
 
         def decode(size: int) -> None:
             inputs = [SequenceInput(i, 0, 0, BlockTable([i], 0), 0.0, 1.0, 0, 0, 0) for i in range(size)]

@@ -38,14 +38,13 @@ def slot_index(block_table: BlockTable, position: int) -> int:
 
 
 def attention_metadata(
-    rows: Sequence[Row], b: int, pages_each: int, slot_lens: Mapping[int, np.ndarray], no_slots: np.ndarray
+    rows: Sequence[Row], b: int, pages_each: int, shape_lk: tuple[int, int], slot_lens: Mapping[int, np.ndarray]
 ) -> AttentionMetadata:
     """The metadata of a step for b requests, the last of which may be none.
 
     Args:
       pages_each: how many pages a request has at most.
       slot_lens: how many slots each head has, [l, k], of the cartridges that lie in pages, by the first of these pages.
-      no_slots: the same of no cartridge: zeros.
     """
     starts, cartridge_ids = np.zeros(b, np.int32), np.full(b, -1, np.int32)
     tokens, slots = np.full((b, pages_each), -1, np.int32), np.zeros((b, pages_each), np.int32)
@@ -58,6 +57,7 @@ def attention_metadata(
         if own:
             a = cartridge_ids[r] = found.setdefault(pages[0], len(found))
             slots[a, :own] = pages[:own]
-    lens = [slot_lens[first] for first in found] + [no_slots] * (b - len(found))
-    most = np.array([num_pages(int(each.max())) for each in lens], np.int32)
-    return AttentionMetadata(starts, tokens, cartridge_ids, slots, np.stack(lens, axis=1), most)
+    lens = np.zeros((shape_lk[0], b, shape_lk[1]), np.int32)
+    for first, a in found.items():
+        lens[:, a] = slot_lens[first]
+    return AttentionMetadata(starts, tokens, cartridge_ids, slots, lens, -(-lens.max((0, 2)) // PAGE_SIZE))
