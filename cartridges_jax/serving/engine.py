@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.decode_attention import chosen
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, lay_out_slots
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.parallel import collectives, sharding
@@ -73,6 +74,7 @@ class Engine:
         self.page_size, self.max_position_embeddings = PAGE_SIZE, model.config.max_position_embeddings
         self._batch_sizes = batch_sizes or [*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
+        attention = chosen(attention)  # once, since pages of one implementation's layout are no other's
         self._options: dict[str, Any] = {"config": self._config, "mesh": self._mesh, "implementation": attention}
         sharding.check(model.config, self._mesh)
         self._weights = decoder.to_decode_layout(model.params, model.config, self._mesh)

@@ -110,6 +110,7 @@ def new_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         patch = pytest.MonkeyPatch()
         for module in (gathered_matmul, decode_attention, decoder):
             patch.setattr(module, "has_kernel", lambda platform: False)
+        request.addfinalizer(jax.clear_caches)  # what was compiled this way must serve nobody else
         request.addfinalizer(patch.undo)
         attention, width = None, 56  # a config of its own, as what was compiled for another way must not serve this one
     path = tiny.write_model(tmp_path_factory.mktemp("model") / "m", intermediate_size=width)
