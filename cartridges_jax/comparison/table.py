@@ -12,6 +12,7 @@ import numpy as np
 
 from cartridges_jax.command_line import files
 from cartridges_jax.comparison.cells import Asked, Cell
+from cartridges_jax.training.report import markdown_table
 
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
@@ -152,7 +153,7 @@ def _table(
         name = row["method"] if row["seeds"] == 1 else f"{row['method']}, {row['seeds']} seeds"
         own = [name, share, f"{row['context_tokens']:.0f}", f"{row['kv_bytes'] / 1e6:.1f}"]
         lines.append([*own, *(cell(row, column) for column in columns)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(lines)
 
 
 def _cost(row: Mapping[str, Any], title: str) -> str:

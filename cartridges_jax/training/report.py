@@ -32,10 +32,8 @@ def table(report: Mapping[str, Any]) -> str:
     """Returns the report's rows, one for each condition, as a Markdown table."""
     lines = [[title for _, title, _ in COLUMNS], ["---"] * len(COLUMNS)]
     lines += [[_cell(row, key, style) for key, _, style in COLUMNS] for row in report["rows"]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return markdown_table([[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines])
 
 
 def class_table(report: Mapping[str, Any]) -> str:
@@ -48,6 +46,11 @@ def class_table(report: Mapping[str, Any]) -> str:
         of_class = [row["classes"][kind] for kind in classes]
         cells = [f"{_cell(one, 'gap_closed', '{:.2f}')}, {one['accuracy']:.0%}" for one in of_class]
         lines.append([row["condition"], *cells])
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table of its lines' cells, the titles and the rule beneath them included."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
