@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,9 @@ from scipy.optimize import nnls
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.initial.attention_matching import RIDGE, MatchingConfig, _fit_slots, _nnls, attention_matching
+from cartridges_jax.initial.attention_matching import RIDGE, _fit_slots, _match, _nnls, attention_matching
+from cartridges_jax.initial.budgets import BudgetConfig, BudgetKind
+from cartridges_jax.initial.chunks import MatchingConfig, chunks_of
 from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
 from cartridges_jax.training.data import Example, read_examples
 
@@ -60,7 +63,7 @@ def test_values_are_those_of_least_squares_with_a_ridge():
         rng.normal(size=(200, 4)),
     )
     arrays = (jnp.asarray(array, jnp.float32) for array in (shares, values, output))
-    found, bias = _fit_slots(*arrays, jnp.ones(200, bool))
+    found, bias = _fit_slots(*arrays, jnp.ones(200, bool), 10)
     weights = shares * np.exp(np.asarray(bias, np.float64))
     weights /= weights.sum(1, keepdims=True)
     ridge = np.sqrt(RIDGE * (weights**2).sum() / 10)
@@ -93,7 +96,7 @@ def test_the_sink_comes_first_and_keeps_its_key(examples: list[Example], documen
 
 
 def test_a_document_shorter_than_the_slots_is_refused(examples: list[Example]):
-    with pytest.raises(UserError, match="at least the 900 slots"):
+    with pytest.raises(UserError, match="num_slots is 900"):
         initial_cartridge(InitConfig("attention_matching", 900), tiny.model(), "A cat.", examples, seed=0)
 
 
@@ -118,5 +121,43 @@ def test_a_long_document_is_compacted_in_chunks(examples: list[Example], documen
     # beyond the window there is no other way
     long = attention_matching(tiny.model(), tiny.TEXT, examples, 60)
     assert long.num_slots == 60
-    with pytest.raises(UserError, match="two of them for each chunk"):
+    with pytest.raises(UserError, match="2 slots for each chunk at least"):
         attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 2, config=config)
+
+
+def test_heads_of_different_lengths_are_the_padded_fit(examples: list[Example]):
+    """What a head's size of array is changes nothing: a head's slots are those of a fit whose heads all have as many."""
+    model, text = tiny.model(), tiny.TEXT[:1200]
+    (chunk,) = chunks_of(model, text, examples, MatchingConfig())
+    shape = model.config.num_layers, model.config.num_kv_heads
+    lengths = np.full(shape, 40)
+    lengths[0] = np.arange(2, 2 + shape[1])  # only the first layer differs, on whose states the others are fitted
+    ragged, alike = _match(model, chunk, lengths), _match(model, chunk, np.full(shape, 40))
+    np.testing.assert_array_equal(ragged.lengths, lengths)
+    for head, length in enumerate(lengths[0]):
+        alone = _match(model, chunk, np.full(shape, length))
+        for name in ("keys", "values", "bias"):
+            mine, theirs = (np.asarray(getattr(c, name))[0, :, head] for c in (ragged, alone))
+            np.testing.assert_allclose(mine[:length], theirs, atol=1e-5)
+            assert not mine[length:].any()
+    assert alike.lengths is None
+
+
+@pytest.mark.parametrize("kind", ["profile", "attention"])
+@pytest.mark.parametrize("chunk_tokens", [4096, 220])
+def test_a_budget_has_the_average_that_was_asked_for(
+    kind: BudgetKind, chunk_tokens: int, examples: list[Example], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path))
+    config, budget = MatchingConfig(chunk_tokens=chunk_tokens), BudgetConfig(kind, max_share=3)
+    found = attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 40, config=config, budget=budget)
+    lengths = found.all_lengths
+    assert lengths.mean() == 40 and lengths.min() >= 2 and 40 < lengths.max() <= 120
+    assert ("profile" in kind) == any(tmp_path.rglob("*.json"))
+    uniform = attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 40, config=config)
+    assert _logits(found).shape == _logits(uniform).shape
+
+
+def test_a_budget_belongs_to_attention_matching():
+    with pytest.raises(UserError, match="set init.budget=uniform"):
+        InitConfig("text", budget="profile")

@@ -14,7 +14,9 @@ from cartridges_jax.cartridge.provenance import Provenance
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.initial import texts
-from cartridges_jax.initial.attention_matching import MatchingConfig, attention_matching
+from cartridges_jax.initial.attention_matching import attention_matching
+from cartridges_jax.initial.budgets import BudgetConfig, BudgetKind
+from cartridges_jax.initial.chunks import MatchingConfig
 from cartridges_jax.initial.texts import SummaryConfig
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.training.data import Example
@@ -38,12 +40,20 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
     kind: Kind = "attention_matching"
-    num_slots: int = 512  # p; a `pretrained` file has its own number, and a short `summary` as many as it has tokens
+    # of a head on average; a `pretrained` file has its own number, and a short `summary` as many as it has tokens
+    num_slots: int = 512
     num_frozen: int = 1
     path: str | None = None  # a cartridge in any format, hf:… or wandb:…; for `random_text`, a text file
     vectors: Literal["matched", "normal"] = "matched"  # spread like real keys and values, or N(0, 1) as in upstream
     summary: SummaryConfig = dataclasses.field(default_factory=SummaryConfig)
     matching: MatchingConfig = dataclasses.field(default_factory=MatchingConfig)
+    budget: BudgetKind = "uniform"  # how attention matching shares the slots out over layers and heads
+    max_share: float | None = None  # how many times the average a head may have; None means no cap
+    min_slots: int = 2  # of a head that has not as many as all others
+
+    @property
+    def budgets(self) -> BudgetConfig:
+        return BudgetConfig(self.budget, self.max_share, max(self.min_slots, self.num_frozen))
 
     def __post_init__(self) -> None:
         if self.num_slots < 1 or not 0 <= self.num_frozen <= self.num_slots:
@@ -55,6 +65,11 @@ class InitConfig:
             raise UserError(
                 f"init.kind is {self.kind!r} and init.path {self.path!r}: a path belongs to 'pretrained', which needs "
                 "one, or to 'random_text'"
+            )
+        if self.kind != "attention_matching" and self.budget != "uniform":
+            raise UserError(
+                f"init.kind is {self.kind!r} and init.budget {self.budget!r}: only 'attention_matching' gives heads "
+                "different numbers of slots, set init.budget=uniform"
             )
         if self.kind == "summary" and self.summary.base_url is None:
             raise UserError("init.kind is 'summary': set init.summary.base_url to the server that shall write it")
@@ -78,7 +93,8 @@ def initial_cartridge(
             loaded = Cartridge.load(config.path, model=model)
             return loaded.replace(num_frozen=config.num_frozen).checked(model.config)
         case "attention_matching":
-            return attention_matching(model, corpus, examples, config.num_slots, config.num_frozen, config.matching)
+            slots = config.num_slots, config.num_frozen
+            return attention_matching(model, corpus, examples, *slots, config.matching, config.budgets)
         case "random_vectors":
             return _random_vectors(config, model, corpus, seed)
         case "summary":
