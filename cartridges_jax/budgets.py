@@ -1,9 +1,8 @@
 """Measures how a model shares slots out over its heads: `python -m cartridges_jax.budgets --model=MODEL`.
 
-A few heads need nearly all of a document, most need almost nothing of it, and which ones hardly depends on the document.
-So this profile is measured once for a model; attention matching with `init.budget=profile` uses it. Where it has none, it
-measures one by itself and keeps it in the cache folder. The file is small and may be published; whoever has it beside a
-model of the same weights puts it there.
+A few heads need nearly all of a document, most need almost nothing of it, and which ones they are hardly depends on the
+document. So this profile is measured once for a model; attention matching with `init.budget=profile` uses it. Where a
+model has none, one is measured at first use and kept in the cache folder. The file is small and may be published.
 """
 
 from __future__ import annotations
@@ -16,15 +15,9 @@ from cartridges_jax.command_line.progress import stage
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cartridges_jax.budgets",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m cartridges_jax.budgets", description=__doc__)
     parser.add_argument("--model", required=True, help="a name, a Hub id, a folder or a .gguf file")
-    parser.add_argument(
-        "--text", type=Path, help="what it is measured on (default: a text of our own, of 2,000 tokens)"
-    )
+    parser.add_argument("--text", type=Path, help="what it is measured on (default: 2,000 tokens of our own)")
     parser.add_argument("--output", type=Path, help="the profile's file (default: in the cache folder)")
     args = parser.parse_args(argv)
 

@@ -126,7 +126,7 @@ def test_a_long_document_is_compacted_in_chunks(examples: list[Example], documen
 
 
 def test_heads_of_different_lengths_are_the_padded_fit(examples: list[Example]):
-    """What a head's size of array is changes nothing: a head's slots are those of a fit whose heads all have as many."""
+    """A head's slots do not depend on the size of its array: they are those of a fit whose heads all have as many."""
     model, text = tiny.model(), tiny.TEXT[:1200]
     (chunk,) = chunks_of(model, text, examples, MatchingConfig())
     shape = model.config.num_layers, model.config.num_kv_heads
@@ -153,11 +153,11 @@ def test_a_budget_has_the_average_that_was_asked_for(
     found = attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 40, config=config, budget=budget)
     lengths = found.all_lengths
     assert lengths.mean() == 40 and lengths.min() >= 2 and 40 < lengths.max() <= 120
-    assert ("profile" in kind) == any(tmp_path.rglob("*.json"))
+    assert (kind == "profile") == any(tmp_path.rglob("*.json"))
     uniform = attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 40, config=config)
     assert _logits(found).shape == _logits(uniform).shape
 
 
 def test_a_budget_belongs_to_attention_matching():
-    with pytest.raises(UserError, match="set init.budget=uniform"):
+    with pytest.raises(UserError, match=r"set init\.budget=uniform"):
         InitConfig("text", budget="profile")

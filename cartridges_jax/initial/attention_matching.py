@@ -73,8 +73,8 @@ def attention_matching(
     if any(not fewest <= num_slots // len(chunks) <= len(chunk.tokens) for chunk in chunks):
         raise UserError(
             f"the document has {len(chunks)} chunks of {len(chunks[0].tokens)} tokens and init.num_slots is "
-            f"{num_slots}, expected {fewest} slots for each chunk at least and as many as it has tokens at most: choose "
-            "another number, or another init.kind"
+            f"{num_slots}, expected {fewest} slots for each chunk at least, and at most as many as it has tokens: "
+            "choose another number, or another init.kind"
         )
     lengths_clk = head_lengths(budget, model, chunks, num_slots)
     # the second and later chunks fit one slot more, for the attention sink that their composition drops
