@@ -30,7 +30,14 @@ def main(argv: list[str]) -> int:
     from cartridges_jax.interop import formats, publish
 
     model = _model(args.model)
-    cartridge = Cartridge.load(args.source, model=model)
+    if args.uniform:
+        from cartridges_jax.training.run import fit_uniform
+
+        assert model is not None
+        with progress.stage("fitting as many slots for every head"):
+            cartridge = fit_uniform(Path(args.source), model)
+    else:
+        cartridge = Cartridge.load(args.source, model=model)
     if model is not None and not cartridge.provenance.weights_hash:
         cartridge = dataclasses.replace(cartridge, provenance=cartridge.provenance.made_for(model))
     cartridge = _changed(cartridge, args, model)
@@ -42,8 +49,9 @@ def main(argv: list[str]) -> int:
     else:
         formats.write(cartridge, Path(args.target), args.to, args.dtype)
         place = args.target
-    l, p, k, h = cartridge.keys.shape
-    print(f"{place}: {formats.FORMATS[args.to].title}, {p} slots, {l} layers, {k} heads of size {h}, {args.dtype}")
+    l, _, k, h = cartridge.keys.shape
+    size = f"{l} layers, {k} heads of size {h}, {args.dtype}"
+    print(f"{place}: {formats.FORMATS[args.to].title}, {cartridge.described()}, {size}")
     known = cartridge.provenance.weights_hash
     made_for = progress.printable(cartridge.provenance.model) or "an unknown model"
     print(f"made for {made_for}{'' if known else ' (its weights are unknown)'}")
@@ -59,12 +67,17 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="checks that the cartridge is this model's, and notes it down")
     parser.add_argument("--pad", action="store_true", help="adds slots to fill Tokasaurus' pages; needs --model")
     parser.add_argument("--fold-bias", type=Path, metavar="TEXT", help="moves a bias into the keys; needs --model")
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="SRC is a run's folder: fits as many slots for every head, from the run's inputs; needs --model",
+    )
     parser.add_argument("--report", type=Path, help="Markdown for the card of hf:…, such as evaluate's report.md")
     args = parser.parse_args(argv)
     if args.to is None:
         args.to = _format_of(args.target)
-    if (args.pad or args.fold_bias) and args.model is None:
-        raise UserError("--pad and --fold-bias change the slots as one model sees them: say which with --model")
+    if (args.pad or args.fold_bias or args.uniform) and args.model is None:
+        raise UserError("--pad, --fold-bias and --uniform need the model that sees the slots: say which with --model")
     if args.target.startswith("hf:") and args.to != "safetensors":
         raise UserError(f"{args.target} is pushed as cartridge.safetensors: convert to a folder for --to={args.to}")
     return args

@@ -217,6 +217,7 @@ def describe(cartridge: Cartridge) -> dict[str, Any]:
     provenance.pop("model_config", None)
     return {
         "bytes": cartridge.num_bytes,
+        "longest_head": int(cartridge.all_lengths.max(initial=0)),
         "num_frozen": cartridge.num_frozen,
         "provenance": provenance,
         "evaluation": _json_or_text(evaluation) if evaluation else None,

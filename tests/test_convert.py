@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import tiny
 from make_golden_formats import FORMATS as GOLDEN
+from tiny_runs import config_of, settings_in, write_inputs
 
 from cartridges_jax import convert
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import formats
+from cartridges_jax.training.run import train
 
 
 @pytest.fixture
@@ -38,7 +40,9 @@ def test_a_cartridge_travels_through_every_format_and_comes_home(
         here = tmp_path / name
     assert here.read_bytes() == source.read_bytes()
     said = capsys.readouterr().out.splitlines()
-    assert said[2] == f"{tmp_path / 'b'}: a PEFT CARTRIDGE adapter, 13 slots, 2 layers, 2 heads of size 8, float32"
+    assert (
+        said[2] == f"{tmp_path / 'b'}: a PEFT CARTRIDGE adapter, 13 slots, 0.0 MB, 2 layers, 2 heads of size 8, float32"
+    )
     assert set(said[1::2]) == {f"made for {tiny.model().name}"}
 
 
@@ -86,3 +90,22 @@ def test_a_target_of_no_known_format_is_refused(source: Path, tmp_path: Path):
         convert.main([str(source), "hf:a/b", "--to=peft"])
     with pytest.raises(FileNotFoundError, match="does not exist: expected a cartridge's file or folder"):
         convert.main([str(tmp_path / "none"), str(tmp_path / "c.pt")])
+
+
+def test_a_run_gives_a_cartridge_whose_heads_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Heads of different lengths travel in our own file only; a run's inputs make one that other formats hold."""
+    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "cache"))
+    inputs = write_inputs(tmp_path)
+    settings = settings_in(tmp_path / "run", inputs)
+    settings |= {"init": {"kind": "attention_matching", "num_slots": 12, "budget": "profile"}, "num_steps": 1}
+    path = train(config_of(settings), tiny.model())
+    assert np.ptp(Cartridge.load(path).all_lengths) > 0
+    with pytest.raises(UserError, match="make one whose heads are alike, with `convert --uniform`"):
+        convert.main([str(path), str(tmp_path / "a.pt")])
+    model = f"--model={tiny.folder()}"
+    text = f"--fold-bias={inputs / 'corpus.txt'}"
+    assert convert.main([str(path.parent), str(tmp_path / "a.pt"), model, "--uniform", text]) == 0
+    made = Cartridge.load(tmp_path / "a.pt")
+    assert (made.num_slots, made.lengths, made.bias) == (12, None, None)
+    with pytest.raises(UserError, match="holds no run"):
+        convert.main([str(tmp_path), str(tmp_path / "b.pt"), model, "--uniform"])

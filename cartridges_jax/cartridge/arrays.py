@@ -136,6 +136,11 @@ class Cartridge:
         return self.keys.shape[1]
 
     @property
+    def average_slots(self) -> int:
+        """How many slots a head has on average, rounded up: the memory of so many tokens."""
+        return math.ceil(self.all_lengths.mean()) if self.keys.shape[0] * self.keys.shape[2] else 0
+
+    @property
     def thinking(self) -> bool | None:
         """The mode of thinking in which the cartridge was trained to answer; requests may say another."""
         return self.provenance.thinking
@@ -147,8 +152,14 @@ class Cartridge:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the slots in memory, in the dtype that they have here."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        """The size of the slots that there are, in the dtype that they have here."""
+        bytes_each = sum(leaf.nbytes // max(math.prod(leaf.shape[:3]), 1) for leaf in jax.tree.leaves(self))
+        return int(self.all_lengths.sum()) * bytes_each
+
+    def described(self) -> str:
+        """Says for people how many slots the heads have and what they take in memory."""
+        longest = f" on average, {self.all_lengths.max(initial=0)} at most" if self.lengths is not None else ""
+        return f"{self.average_slots} slots{longest}, {self.num_bytes / 1e6:.1f} MB"
 
     def checked(self, config: ModelConfig) -> Cartridge:
         """Returns the cartridge unchanged if its shapes fit a model of this config; otherwise raises a UserError."""

@@ -13,8 +13,9 @@ Method = Literal[
     "first tokens",
     "summary",  # written by the model itself, with the document before it
     "BM25",  # the passages that fit a question's words best
-    "attention matching",
-    "cartridge",  # trained, from the state of attention matching
+    "attention matching",  # to the document being repeated: without self-study
+    "uniform attention matching",  # the same with as many slots for every head
+    "cartridge",  # trained on self-study, from a state of attention matching
 ]
 WITHOUT_BUDGET = ("nothing", "full document")
 BY_CHANCE = ("cartridge",)  # which more than one seed can tell more of
@@ -35,6 +36,7 @@ class CompareConfig:
         "first tokens",
         "summary",
         "BM25",
+        "uniform attention matching",
         "attention matching",
         "cartridge",
     )

@@ -38,7 +38,7 @@ def measure(
     prompts, references = _laid_out(model, context, questions, suite.instruction)
     prefix, tails = _shared_beginning(model, context, prompts)
     nlls = answer_nlls(model, prefix, tails, references)
-    behind = (0 if context.prefix is None else context.prefix.num_slots) + max(map(len, prompts))
+    behind = (0 if context.prefix is None else context.prefix.average_slots) + max(map(len, prompts))
     longest = max(most_tokens, behind) + max(suite.max_answer_tokens, TIMED_TOKENS)
     length = -(-longest // 256) * 256
     chosen = _first_of_each_class(questions, config.answers_a_class)

@@ -14,7 +14,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line import files
 from cartridges_jax.comparison.config import Method
 from cartridges_jax.comparison.retrieval import bm25_retriever
-from cartridges_jax.initial.initializers import initial_cartridge
+from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.generate import generate_ids
 from cartridges_jax.training.config import TrainConfig
@@ -22,7 +22,6 @@ from cartridges_jax.training.data import read_examples
 from cartridges_jax.training.run import train
 
 SUMMARIZE = "Summarize the text above in about {words} words, with all names and numbers."
-MATCHED = "attention_matching.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,9 @@ class Source:
                 num_bytes = num_tokens * self.model.kv_bytes_per_token
                 return Context(None, retrieve, num_tokens, num_bytes, time.monotonic() - begun)
             case "attention matching":
-                return self._matched(num_tokens)
+                return self._matched(dataclasses.replace(self.train.init, num_slots=num_tokens))
+            case "uniform attention matching":
+                return self._matched(dataclasses.replace(self.train.init, num_slots=num_tokens, budget="uniform"))
             case "cartridge":
                 return self._trained(num_tokens, seed)
 
@@ -83,35 +84,26 @@ class Source:
         [ids] = generate_ids(self.model, [prompt], None, num_tokens)
         return self._written(tokenizer.decode(ids).strip(), time.monotonic() - begun, len(prompt) + len(ids))
 
-    def _matched(self, num_slots: int) -> Context:
-        path = self.folder / str(num_slots) / MATCHED
-        cost = path.with_suffix(".json")
-        if not cost.is_file():
-            begun = time.monotonic()
-            examples = [] if self.train.dataset is None else read_examples(self.train.dataset, self.model.tokenizer)
-            init = dataclasses.replace(self.train.init, num_slots=num_slots)
-            prefix = jax.block_until_ready(initial_cartridge(init, self.model, self.text, examples, seed=0))
-            seconds, tokens = time.monotonic() - begun, sum(len(example.tokens) for example in examples)
-            prefix.save(path)
-            made = {"seconds": seconds, "tokens": tokens + len(self.model.tokenizer.encode(self.text))}
-            files.write_text(cost, json.dumps(made) + "\n")
-        made, studied = files.read_json(cost), self._self_study_seconds()
-        return _slots(Cartridge.load(path, model=self.model), studied + made["seconds"], made["tokens"])
+    def _matched(self, init: InitConfig) -> Context:
+        begun, tokens = time.monotonic(), len(self.model.tokenizer.encode(self.text))
+        prefix = jax.block_until_ready(initial_cartridge(init, self.model, self.text, [], seed=0))
+        return _slots(prefix, time.monotonic() - begun, tokens)
 
     def _trained(self, num_slots: int, seed: int) -> Context:
-        start = self._matched(num_slots)
-        folder = self.folder / str(num_slots)
-        output, cost = folder / f"seed{seed}", folder / f"seed{seed}.json"
+        output = self.folder / str(num_slots) / f"seed{seed}"
+        cost = output.with_suffix(".json")
         if not cost.is_file():
             begun = time.monotonic()
-            init = dataclasses.replace(
-                self.train.init, kind="pretrained", num_slots=num_slots, path=str(folder / MATCHED)
-            )
+            init = dataclasses.replace(self.train.init, num_slots=num_slots)
             train(dataclasses.replace(self.train, init=init, seed=seed, output_dir=str(output)), self.model)
             files.write_text(cost, json.dumps({"seconds": time.monotonic() - begun}) + "\n")
         prefix = Cartridge.load(output / "cartridge.safetensors", model=self.model)
-        seconds = start.seconds_to_make + files.read_json(cost)["seconds"]
-        return _slots(prefix, seconds, start.tokens_to_make + prefix.provenance.training_tokens)
+        seconds = self._self_study_seconds() + files.read_json(cost)["seconds"]
+        # attention matching reads the document, and self-study's conversations, before training does
+        assert self.train.dataset is not None
+        read = sum(len(example.tokens) for example in read_examples(self.train.dataset, self.model.tokenizer))
+        tokens = len(self.model.tokenizer.encode(self.text)) + read + prefix.provenance.training_tokens
+        return _slots(prefix, seconds, tokens)
 
     def _self_study_seconds(self) -> float:
         path = self.folder / "self_study.json"
@@ -119,4 +111,4 @@ class Source:
 
 
 def _slots(prefix: Cartridge, seconds: float, tokens: int) -> Context:
-    return Context(prefix, None, prefix.num_slots, prefix.num_bytes, seconds, tokens)
+    return Context(prefix, None, prefix.average_slots, prefix.num_bytes, seconds, tokens)

@@ -23,7 +23,7 @@ from cartridges_jax.serving.self_study import DATASET, ServerConfig, self_study_
 from cartridges_jax.suites import Suite, SuiteQuestion, load_suite
 from cartridges_jax.training.config import TrainConfig
 
-STUDYING = ("attention matching", "cartridge")  # methods that need conversations about the document
+STUDYING = ("cartridge",)  # methods that need conversations about the document
 CELLS = "cells"
 # What may differ between runs that fill one table.
 CHANGEABLE = ("output_dir", "methods", "shares", "seeds", "documents")

@@ -30,8 +30,8 @@ EXPLAINED = f"""\
 Gap closed is (loss with nothing - loss) / (loss with nothing - loss with the full document), of the expected answers.
 Answers counts those of the model's own answers that contain the expected one; of a question that the document does not
 answer, those that say so. In brackets: 95 % of {RESAMPLES:,} samples of the questions, drawn with replacement.
-What it takes to make a method's context is for one document, once; for attention matching and cartridges it includes
-self-study. Loss off topic is that of general questions, in nats per token."""
+What it takes to make a method's context is for one document, once; for cartridges it includes self-study. Loss off
+topic is that of general questions, in nats per token."""
 
 
 def write_table(directory: Path, cells: Sequence[Cell]) -> Path:

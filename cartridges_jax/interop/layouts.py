@@ -87,8 +87,8 @@ def as_keys_and_values(cartridge: Cartridge, target: str) -> Cartridge:
       UserError: it has a bias or heads of different lengths, for which `target` has no place, or its keys would have
         to be rotated and it does not say how its model does that.
     """
-    refuse_bias(cartridge, target)
     refuse_lengths(cartridge, target)
+    refuse_bias(cartridge, target)
     return cartridge.at_offset(cartridge.num_slots)
 
 
@@ -96,8 +96,8 @@ def refuse_lengths(cartridge: Cartridge, target: str) -> None:
     """Raises a UserError if the heads have different numbers of slots, for which `target` has no place."""
     if cartridge.lengths is not None and np.any(np.asarray(cartridge.lengths) != cartridge.num_slots):
         raise UserError(
-            f"the heads of this cartridge have different numbers of slots, for which {target} has no place: keep it as "
-            "cartridge.safetensors, or train one whose heads are alike"
+            f"the heads of this cartridge have different numbers of slots, for which {target} has no place: make one "
+            "whose heads are alike, with `convert --uniform` from its run's folder or with init.budget=uniform"
         )
 
 

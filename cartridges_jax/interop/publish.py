@@ -18,13 +18,13 @@ from cartridges_jax.models.hub import HUB_ID, hub_errors
 
 CARD = """# {title}
 
-A *cartridge* ([arXiv 2506.06266](https://arxiv.org/abs/2506.06266)): {slots} key/value slots per layer that stand in
+A *cartridge* ([arXiv 2506.06266](https://arxiv.org/abs/2506.06266)): {slots} key/value slots per head that stand in
 for a text in the context of `{model}`, made with cartridges_jax. It means nothing to another model.
 
 | | |
 |---|---|
 | model | `{model}` |
-| slots | {slots}, of which {frozen} frozen; {megabytes:.1f} MB in memory |
+| slots of a head | {described}; {frozen} frozen |
 | layout | {layers} layers, {heads} kv heads of size {size}{bias} |
 | made by | {recipe} |
 | training | {training} |
@@ -97,13 +97,13 @@ def card(cartridge: Cartridge, repo: str, report: str = "") -> str:
     metadata: dict[str, Any] = {"library_name": "cartridges_jax", "tags": ["cartridge", "kv-cache"]}
     if HUB_ID.fullmatch(p.model):
         metadata["base_model"] = p.model
-    l, slots, k, h = cartridge.keys.shape
+    l, _, k, h = cartridge.keys.shape
     text = CARD.format(
         title=repo.rpartition("/")[2],
         model=(p.model if HUB_ID.fullmatch(p.model) else Path(p.model).name) or UNKNOWN,
-        slots=slots,
+        slots=cartridge.average_slots,
+        described=cartridge.described(),
         frozen=cartridge.num_frozen,
-        megabytes=cartridge.num_bytes / 1e6,
         **{"layers": l, "heads": k, "size": h, "repo": repo, "name": repo.rpartition("/")[2]},
         bias="" if cartridge.bias is None else ", with a log-weight for each slot",
         recipe=p.recipe or UNKNOWN,

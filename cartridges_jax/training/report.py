@@ -78,7 +78,7 @@ def write_report(directory: Path, report: Mapping[str, Any], metrics: Path) -> N
     provenance = report["provenance"]
     gap = report["gap_closed"]
     text = [
-        f"# Cartridge of {report['num_slots']} slots for {report['model']}",
+        f"# Cartridge for {report['model']}: {report['described']}",
         f"{provenance['recipe']}; {provenance['training_tokens']:,} training tokens, "
         f"{provenance['training_flops']:.2g} training FLOPs. {report['num_questions']} questions.",
         table(report),

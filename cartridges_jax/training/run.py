@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.addresses import without_credentials
+from cartridges_jax.command_line.config import build
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import stage
 from cartridges_jax.initial.initializers import initial_cartridge
@@ -31,7 +32,15 @@ from cartridges_jax.parallel.device import matmul_peak
 from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.training.checkpoint import Checkpoints
 from cartridges_jax.training.config import TrainConfig
-from cartridges_jax.training.data import Example, PackedRows, check_lengths, dataset_hash, read_corpus, thinking_of
+from cartridges_jax.training.data import (
+    Example,
+    PackedRows,
+    check_lengths,
+    dataset_hash,
+    read_corpus,
+    read_examples,
+    thinking_of,
+)
 from cartridges_jax.training.evals.during import Evals
 from cartridges_jax.training.example_cache import ExampleCache
 from cartridges_jax.training.loop import Best, RunState, TrainingRun, run_loop
@@ -114,6 +123,24 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
     finally:
         checkpoints.close()
     return _finish(run, state, directory, settings)
+
+
+def fit_uniform(directory: Path, model: LanguageModel) -> Cartridge:
+    """Fits a cartridge anew from a run's inputs, with as many slots for every head, which other formats can hold.
+
+    It is what attention matching makes; it is not trained.
+
+    Raises:
+      FileNotFoundError, UserError: the folder holds no run, or the run's inputs are gone.
+    """
+    settings = _recorded(directory)
+    if settings is None:
+        raise UserError(f"{directory} holds no run with a config.json: expected the folder of a training run")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    config = build(TrainConfig, {key: value for key, value in settings.items() if key in known}, str(directory))
+    examples = [] if config.dataset is None else read_examples(config.dataset, model.tokenizer, config.targets)
+    init = dataclasses.replace(config.init, kind="attention_matching", path=None, budget="uniform")
+    return initial_cartridge(init, model, read_corpus(config.corpus), examples, config.seed)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,8 @@ async function describe() {
     if ($("cartridge").value !== id) return;
     const from = found.provenance ?? {};
     const facts = [
-      ["slots", count(found.slots)],
+      ["slots", count(found.slots)
+        + (found.longest_head > found.slots ? ` on average, ${count(found.longest_head)} at most` : "")],
       ["in memory", bytes(found.bytes ?? 0)],
       ["made by", from.recipe],
       ["training", from.training_tokens && `${count(from.training_tokens)} tokens`],

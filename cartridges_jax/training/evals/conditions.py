@@ -1,8 +1,9 @@
 """What a cartridge is worth: the same questions, asked with it and under other conditions.
 
-The questions are asked with nothing, with the document's first p tokens, with the state that training started from,
-with the cartridge, and with the full document in the prompt. Every condition is a prefix of keys and values. That of
-the full document is computed once for all questions, which changes nothing in what the model sees.
+The questions are asked with nothing, with the document's first tokens, with what attention matching makes without
+self-study, with the state that training started from, with the cartridge, and with the full document in the prompt.
+Every condition is a prefix of keys and values. That of the full document is computed once for all questions, which
+changes nothing in what the model sees.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class EvalConfig:
     cartridge: str  # a file or folder in any format, hf:… or wandb:…
     corpus: str
     output_dir: str
+    fitted: str | None = None  # another cartridge, made without self-study, which gets a row of its own
     questions: str | None = None  # JSON lines of {"question", "answer"}
     held_out: str | None = None  # instead of questions: conversations that were kept out of training
     model: str = "smollm2-135m"
@@ -79,7 +81,9 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
         config = dataclasses.replace(config, thinking=cartridge.thinking)
     conditions = _conditions(config, model, corpus, cartridge)
     progress = Progress("evaluating", len(conditions) * 3, "parts")
-    rows = [_measure(condition, questions, cartridge.num_slots, config, model, progress) for condition in conditions]
+    rows = [
+        _measure(condition, questions, cartridge.average_slots, config, model, progress) for condition in conditions
+    ]
     progress.close()
     report = _report(config, model, cartridge, rows)
     write_report(Path(config.output_dir), report, Path(config.cartridge).parent / METRICS)
@@ -111,8 +115,10 @@ def read_questions(config: EvalConfig) -> list[Question]:
 
 def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge: Cartridge) -> list[Condition]:
     """Returns the conditions that can be measured: the full document only if the model's window holds it."""
-    first = Cartridge.from_text(model, corpus, cartridge.num_slots)
+    first = Cartridge.from_text(model, corpus, cartridge.average_slots)
     conditions = [Condition("nothing", None), Condition("first p tokens", first)]
+    if config.fitted is not None:
+        conditions.append(Condition("without self-study", Cartridge.load(config.fitted, model=model)))
     initial = Path(config.cartridge).parent / INITIAL
     if initial.is_file():
         conditions.append(Condition("initial state", Cartridge.load(initial, model=model)))
@@ -153,7 +159,7 @@ def _measure(
     progress.advance(note=f"{condition.name}: answers")
     timing = time_answers(model, condition.prefix, prompts[: config.num_samples], length)
     progress.advance(note=f"{condition.name}: timing")
-    slots = condition.prefix.num_slots if condition.prefix else 0
+    slots = condition.prefix.average_slots if condition.prefix else 0
     context_tokens = slots if condition.system is None else len(model.tokenizer.encode(condition.system))
     return {
         "condition": condition.name,
@@ -218,7 +224,9 @@ def _report(
         "config": dataclasses.asdict(config),
         "model": model.name,
         "num_questions": len(rows[0]["answers"]),
-        "num_slots": cartridge.num_slots,
+        "num_slots": cartridge.average_slots,
+        "longest_head": int(cartridge.all_lengths.max(initial=0)),
+        "described": cartridge.described(),
         "gap_closed": gap_closed(rows, "cartridge"),
         "off_topic": {
             "alone": general_nll(model, None, config.thinking),

@@ -22,7 +22,7 @@ def time_answers(
 
     The seconds include those in which the prefix is loaded. `length` is that of the cache, in tokens.
     """
-    held = None if prefix is None else Prefix("timed", prefix.num_slots, prefix)
+    held = None if prefix is None else Prefix("timed", prefix.average_slots, prefix)
     p = 0 if held is None else held.length
     engine = Engine(model, 1, length, max_top_logprobs=1)
     block_table = BlockTable(range(engine.num_pages), p)
