@@ -57,6 +57,14 @@ KEY = "eval_questions/loss"
 CARTRIDGE = "cartridge.safetensors"  # of a training run
 STARTS = ("attention_matching", "text", "sampled_chunks", "random_text", "random_vectors")
 SIZES = (40, 20, 10, 4, 2)  # p is the document's tokens over this
+BUDGETS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "profile": {"budget": "profile"},
+    "attention": {"budget": "attention"},
+    "profile, at most 4 times the average": {"budget": "profile", "max_share": 4.0},
+    "profile, at most 8 times the average": {"budget": "profile", "max_share": 8.0},
+    "profile, at most 16 times the average": {"budget": "profile", "max_share": 16.0},
+}
 MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -96,12 +104,14 @@ class Trial:
     kind: str = "attention_matching"
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_frozen: int = 1
+    budget: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the initial state
 
     def run_name(self, seed: int) -> str:
         """Of what is trained, whatever study asks for it."""
         changes = repr((str(self.document.dataset), sorted(self.changes.items()))).encode()
         digest = hashlib.sha256(changes).hexdigest()[:8]
-        return f"{self.document.name}-{self.kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
+        kind = "-".join([self.kind, *map(str, self.budget.values())])
+        return f"{self.document.name}-{kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
 
     def start_name(self, seed: int) -> str:
         """Of the initial state, which trials share."""
@@ -152,6 +162,8 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
         yield Trial(f"starts-{share}", kind, document, share, kind)
     for share in SIZES:
         yield Trial("sizes", f"1 of {share}", document, share)
+    for share, (label, budget) in itertools.product(args.shares, BUDGETS.items()):
+        yield Trial(f"budgets-{share}", label, document, share, budget=budget)
     if args.five and args.generic:
         for label, dataset in (("five", args.five), ("generic", args.generic)):
             other = dataclasses.replace(document, dataset=dataset)
@@ -177,6 +189,7 @@ class Bench:
             num_slots=tokens // trial.share,
             num_frozen=trial.num_frozen,
             summary=self._summary if trial.kind == "summary" else SummaryConfig(),
+            **trial.budget,
         )
         settings: dict[str, Any] = {"tail": "bucket", "optim": MATCHED if "matching" in trial.kind else PLAIN}
         settings |= trial.changes
@@ -202,7 +215,7 @@ class Bench:
         each = [b - a for a, b in itertools.pairwise(taken)]
         curve = [(line["step"] + 1, (nothing - line[KEY]) / (nothing - full)) for line in lines if KEY in line]
         result = {
-            "slots": cartridge.num_slots,
+            "slots": cartridge.average_slots,
             "steps": len(taken),
             "init_seconds": init_seconds,
             "step_seconds": statistics.median(each) if each else None,
@@ -235,7 +248,7 @@ class Bench:
             if path.is_file():
                 result = json.loads(path.read_text(encoding="utf-8"))
                 result["seed"] = seed
-                result["start"] = trial.document.name, trial.kind, result["slots"]
+                result["start"] = trial.start_name(0)
                 result["step"] = trial.changes.get("quantization"), result["slots"]
                 studies[trial.study][trial.label].append(result)
         _put_on_one_clock([r for results in studies.values() for of_label in results.values() for r in of_label])

@@ -23,7 +23,15 @@ from cartridges_jax.planning import chips, sweep
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.costs import Costs, decode_costs, received, train_costs
 from cartridges_jax.planning.economics import Query, economics
-from cartridges_jax.planning.programs import STEPS, Program, Requests, decode_program, train_program, with_dtype
+from cartridges_jax.planning.programs import (
+    STEPS,
+    Program,
+    Requests,
+    decode_program,
+    longest_head,
+    train_program,
+    with_dtype,
+)
 from cartridges_jax.training.config import TrainConfig
 
 
@@ -74,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 def _print_device(
     config: TrainConfig, chip: Chip, mesh: tuple[int, ...], program: Program, costs: Costs, seconds: float
 ) -> None:
+    longest = longest_head(config)
+    of_longest = f" on average, about {longest} at most" if longest > config.init.num_slots else ""
+    print(f"the cartridge: {config.init.num_slots} slots a head{of_longest}")
     print(f"mesh data={mesh[0]} fsdp={mesh[1]} tensor={mesh[2]}, {config.dtype}; each device:")
     for name, size in {**program.arguments, "activations": program.activations, "peak": program.peak}.items():
         print(f"  {name:12} {_size(size)}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic
-from cartridges_jax.planning.programs import TARGETS, TOP_K, Requests, target_chunks
+from cartridges_jax.planning.programs import TARGETS, TOP_K, Requests, longest_head, target_chunks
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.losses import CHUNK
 
@@ -139,7 +139,7 @@ def least_memory(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
 
 def _cartridge_numbers(config: TrainConfig, model: ModelConfig) -> int:
     of_a_slot = 2 * model.head_dim + (config.init.kind == "attention_matching")  # whose slots have a bias
-    return model.num_layers * config.init.num_slots * model.num_kv_heads * of_a_slot
+    return model.num_layers * longest_head(config) * model.num_kv_heads * of_a_slot
 
 
 def _states(model: ModelConfig, tensor: int) -> float:

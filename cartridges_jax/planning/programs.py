@@ -34,6 +34,7 @@ from cartridges_jax.training.step import TrainState, train_step
 
 STEPS = 1000  # assumed of a run whose config leaves their number to its dataset
 TOP_K = 20  # the teacher's entries for a position
+LONGEST_SHARE = 10  # the longest head of a profile, times the average, at a tenth of a document
 TARGETS = 0.5  # the share of positions that have a target: the answers of conversations
 # A lower effort compiles several times as fast, and came to 1 % more memory where both were measured. On a CPU the
 # program is never run, and its sizes and collectives do not depend on the machine code.
@@ -97,7 +98,7 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
         "state": sharding.abstract(state, sharding.CARTRIDGE, mesh),
         "weights": sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh),
         "batch": sharding.abstract(_batch(config), sharding.BATCH, mesh),
-        "placement": sharding.abstract(Placement(None, jax.ShapeDtypeStruct((), jnp.int32)), sharding.PLACEMENT, mesh),
+        "placement": sharding.abstract(_placement(model, config), sharding.PLACEMENT, mesh),
     }
     rows = config.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     chunks = target_chunks(rows * config.seq_len)
@@ -202,9 +203,21 @@ def _weights(model: ModelConfig, dtype: str) -> Params:
 
 
 def _slots(model: ModelConfig, config: TrainConfig) -> Slots:
-    keys = jnp.zeros((model.num_layers, config.init.num_slots, model.num_kv_heads, model.head_dim))
+    keys = jnp.zeros((model.num_layers, longest_head(config), model.num_kv_heads, model.head_dim))
     bias = jnp.zeros(keys.shape[:3]) if config.init.kind == "attention_matching" else None
     return Slots(keys, keys, bias)
+
+
+def longest_head(config: TrainConfig) -> int:
+    """Returns how long a cartridge's arrays are in training: as its longest head, which a plan can only estimate."""
+    if config.init.budget == "uniform":
+        return config.init.num_slots
+    return int(config.init.num_slots * (config.init.max_share or LONGEST_SHARE))
+
+
+def _placement(model: ModelConfig, config: TrainConfig) -> Placement:
+    lengths = jax.ShapeDtypeStruct((model.num_layers, model.num_kv_heads), jnp.int32)
+    return Placement(None if config.init.budget == "uniform" else lengths, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def _batch(config: TrainConfig) -> Batch:
