@@ -39,6 +39,7 @@ import jax
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.cartridge.composition import compose
 from cartridges_jax.command_line import files
+from cartridges_jax.initial.chunks import MatchingConfig
 from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
 from cartridges_jax.initial.texts import SummaryConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
@@ -57,13 +58,15 @@ KEY = "eval_questions/loss"
 CARTRIDGE = "cartridge.safetensors"  # of a training run
 STARTS = ("attention_matching", "text", "sampled_chunks", "random_text", "random_vectors")
 SIZES = (40, 20, 10, 4, 2)  # p is the document's tokens over this
+ALONE = {"matching": MatchingConfig("repeat")}  # the queries are those of the document being repeated
 BUDGETS: dict[str, dict[str, Any]] = {
-    "uniform": {},
-    "profile": {"budget": "profile"},
-    "attention": {"budget": "attention"},
-    "profile, at most 4 times the average": {"budget": "profile", "max_share": 4.0},
-    "profile, at most 8 times the average": {"budget": "profile", "max_share": 8.0},
-    "profile, at most 16 times the average": {"budget": "profile", "max_share": 16.0},
+    "uniform": ALONE,
+    "profile": {"budget": "profile", **ALONE},
+    "profile, queries of conversations too": {"budget": "profile"},
+    "the document's own attention": {"budget": "attention", **ALONE},
+    "profile, at most 4 times the average": {"budget": "profile", "max_share": 4.0, **ALONE},
+    "profile, at most 8 times the average": {"budget": "profile", "max_share": 8.0, **ALONE},
+    "profile, at most 16 times the average": {"budget": "profile", "max_share": 16.0, **ALONE},
 }
 MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
@@ -104,14 +107,14 @@ class Trial:
     kind: str = "attention_matching"
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     num_frozen: int = 1
-    budget: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the initial state
+    init: dict[str, Any] = dataclasses.field(default_factory=dict)  # settings of the initial state
 
     def run_name(self, seed: int) -> str:
         """Of what is trained, whatever study asks for it."""
-        changes = repr((str(self.document.dataset), sorted(self.changes.items()))).encode()
+        init = [sorted(self.init.items())] if self.init else []
+        changes = repr((str(self.document.dataset), sorted(self.changes.items()), *init)).encode()
         digest = hashlib.sha256(changes).hexdigest()[:8]
-        kind = "-".join([self.kind, *map(str, self.budget.values())])
-        return f"{self.document.name}-{kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
+        return f"{self.document.name}-{self.kind}-{self.share}-{self.num_frozen}-{digest}-seed{seed}"
 
     def start_name(self, seed: int) -> str:
         """Of the initial state, which trials share."""
@@ -162,8 +165,8 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
         yield Trial(f"starts-{share}", kind, document, share, kind)
     for share in SIZES:
         yield Trial("sizes", f"1 of {share}", document, share)
-    for share, (label, budget) in itertools.product(args.shares, BUDGETS.items()):
-        yield Trial(f"budgets-{share}", label, document, share, budget=budget)
+    for share, (label, init) in itertools.product(args.shares, BUDGETS.items()):
+        yield Trial(f"budgets-{share}", label, document, share, init=init)
     if args.five and args.generic:
         for label, dataset in (("five", args.five), ("generic", args.generic)):
             other = dataclasses.replace(document, dataset=dataset)
@@ -189,7 +192,7 @@ class Bench:
             num_slots=tokens // trial.share,
             num_frozen=trial.num_frozen,
             summary=self._summary if trial.kind == "summary" else SummaryConfig(),
-            **trial.budget,
+            **trial.init,
         )
         settings: dict[str, Any] = {"tail": "bucket", "optim": MATCHED if "matching" in trial.kind else PLAIN}
         settings |= trial.changes

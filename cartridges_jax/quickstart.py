@@ -7,7 +7,6 @@ run's directory, and a second run takes what is there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -24,7 +23,6 @@ from cartridges_jax.command_line import config as command_config
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import printable, stage
-from cartridges_jax.initial.initializers import initial_cartridge
 from cartridges_jax.models import hub
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.serving.self_study import DATASET, ServerConfig, self_study_server, synthesize
@@ -62,8 +60,7 @@ def main(argv: list[str]) -> int:
             dataset, held_out = split_dataset(dataset, config.num_held_out, directory)
         if not cartridge.is_file():
             _train(config, corpus, dataset, cartridge.parent)
-        fitted = _fitted(config, corpus, directory)
-        _evaluate(config, corpus, questions, held_out, cartridge, fitted, directory)
+        _evaluate(config, corpus, questions, held_out, cartridge, directory)
     try:
         shown = json.loads(report.read_bytes())
     except ValueError as error:
@@ -119,30 +116,10 @@ def _synthesize(config_path: str, overrides: list[str], config: ConfigDict, docu
 
 def _train(config: ConfigDict, corpus: Path, dataset: Path, folder: Path) -> None:
     model = _load(config, config.train.dtype)
-    files_of_run = {"dataset": str(dataset), "corpus": str(corpus), "output_dir": str(folder)}
-    train(dataclasses.replace(_train_config(config, read_corpus(corpus), model), **files_of_run), model)
-
-
-def _train_config(config: ConfigDict, text: str, model: LanguageModel) -> TrainConfig:
-    settings = config.train.to_dict()
-    most = len(model.tokenizer.encode(text)) // LARGEST_SHARE
-    settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], most))
-    return command_config.build(TrainConfig, settings, "config.train")
-
-
-def _fitted(config: ConfigDict, corpus: Path, directory: Path) -> Path | None:
-    """Makes the cartridge that attention matching fits to the document alone, without self-study and training."""
-    path = directory / "fitted.safetensors"
-    if config.train.init.kind != "attention_matching" or config.train.init.matching.queries == "conversations":
-        return None
-    if not path.is_file():
-        model, text = _load(config, config.train.dtype), read_corpus(corpus)
-        begun = time.monotonic()
-        with stage("attention matching without self-study"):
-            made = initial_cartridge(_train_config(config, text, model).init, model, text, [], config.train.seed)
-            made.save(path)
-        files.write_text(path.with_suffix(".json"), json.dumps({"seconds": time.monotonic() - begun}) + "\n")
-    return path
+    settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(corpus), "output_dir": str(folder)}
+    tokens = len(model.tokenizer.encode(read_corpus(corpus)))
+    settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
+    train(command_config.build(TrainConfig, settings, "config.train"), model)
 
 
 def _load(config: ConfigDict, dtype: str) -> LanguageModel:
@@ -156,12 +133,10 @@ def _evaluate(
     questions: Path | None,
     held_out: Path | None,
     cartridge: Path,
-    fitted: Path | None,
     directory: Path,
 ) -> None:
     settings = config.evaluate.to_dict() | {
         "cartridge": str(cartridge),
-        "fitted": None if fitted is None else str(fitted),
         "corpus": str(corpus),
         "output_dir": str(directory),
         "questions": None if questions is None else str(questions),
@@ -185,9 +160,6 @@ def _show(report: dict[str, Any], cartridge: Path, config: ConfigDict, seconds: 
     if gap is not None:
         print(f"It closes {gap:.0%} of the gap between knowing nothing and reading the full document.", end="")
     print("\n")
-    if (fitted := report["config"]["fitted"]) is not None:
-        made = files.read_json(Path(fitted).with_suffix(".json"))
-        print(f"The one without self-study took {made['seconds']:.0f} seconds of attention matching: {fitted}\n")
     print(printable(samples(report, report["config"]["num_samples"])))
     print(f"""
 It took {seconds / 60:.1f} minutes. What to do next:

@@ -1,9 +1,8 @@
 """What a cartridge is worth: the same questions, asked with it and under other conditions.
 
-The questions are asked with nothing, with the document's first tokens, with what attention matching makes without
-self-study, with the state that training started from, with the cartridge, and with the full document in the prompt.
-Every condition is a prefix of keys and values. That of the full document is computed once for all questions, which
-changes nothing in what the model sees.
+The questions are asked with nothing, with the document's first tokens, with the state that training started from,
+with the cartridge, and with the full document in the prompt. Every condition is a prefix of keys and values. That of
+the full document is computed once for all questions, which changes nothing in what the model sees.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ class EvalConfig:
     cartridge: str  # a file or folder in any format, hf:… or wandb:…
     corpus: str
     output_dir: str
-    fitted: str | None = None  # another cartridge, made without self-study, which gets a row of its own
     questions: str | None = None  # JSON lines of {"question", "answer"}
     held_out: str | None = None  # instead of questions: conversations that were kept out of training
     model: str = "smollm2-135m"
@@ -117,8 +115,6 @@ def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge
     """Returns the conditions that can be measured: the full document only if the model's window holds it."""
     first = Cartridge.from_text(model, corpus, cartridge.average_slots)
     conditions = [Condition("nothing", None), Condition("first p tokens", first)]
-    if config.fitted is not None:
-        conditions.append(Condition("without self-study", Cartridge.load(config.fitted, model=model)))
     initial = Path(config.cartridge).parent / INITIAL
     if initial.is_file():
         conditions.append(Condition("initial state", Cartridge.load(initial, model=model)))
