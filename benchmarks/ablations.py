@@ -58,15 +58,14 @@ KEY = "eval_questions/loss"
 CARTRIDGE = "cartridge.safetensors"  # of a training run
 STARTS = ("attention_matching", "text", "sampled_chunks", "random_text", "random_vectors")
 SIZES = (40, 20, 10, 4, 2)  # p is the document's tokens over this
-ALONE = {"matching": MatchingConfig("repeat")}  # the queries are those of the document being repeated
 BUDGETS: dict[str, dict[str, Any]] = {
-    "uniform": ALONE,
-    "profile": {"budget": "profile", **ALONE},
-    "profile, queries of conversations too": {"budget": "profile"},
-    "the document's own attention": {"budget": "attention", **ALONE},
-    "profile, at most 4 times the average": {"budget": "profile", "max_share": 4.0, **ALONE},
-    "profile, at most 8 times the average": {"budget": "profile", "max_share": 8.0, **ALONE},
-    "profile, at most 16 times the average": {"budget": "profile", "max_share": 16.0, **ALONE},
+    "uniform": {},
+    "profile": {"budget": "profile"},
+    "profile, queries of conversations too": {"budget": "profile", "matching": MatchingConfig("both")},
+    "the document's own attention": {"budget": "attention"},
+    "profile, at most 4 times the average": {"budget": "profile", "max_share": 4.0},
+    "profile, at most 8 times the average": {"budget": "profile", "max_share": 8.0},
+    "profile, at most 16 times the average": {"budget": "profile", "max_share": 16.0},
 }
 MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start

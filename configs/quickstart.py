@@ -64,12 +64,7 @@ def get_config(stage: str = "") -> ConfigDict:
                 "num_steps": config_dict.placeholder(int),  # 0: the cartridge of attention matching alone, in seconds
                 "max_minutes": config_dict.placeholder(float),
                 "checkpoint_every": 10,
-                "init": {
-                    "kind": "attention_matching",
-                    "num_slots": 200,
-                    "budget": "profile",
-                    "matching": {"queries": "repeat"},  # which needs no self-study
-                },
+                "init": {"kind": "attention_matching", "num_slots": 200, "budget": "profile"},
                 "evals": {"every": config_dict.placeholder(int), "off_topic": False},
                 "track": {"tensorboard": False, "wandb": "off"},
                 "tail": "bucket",

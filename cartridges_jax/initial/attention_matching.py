@@ -59,8 +59,8 @@ def attention_matching(
     """Compacts a document, in a system message as the teacher saw it, into a cartridge.
 
     Args:
-      examples: conversations about the corpus, whose tokens are reference queries. Without any, the document being
-        repeated gives all of them.
+      examples: conversations about the corpus, whose tokens are reference queries if `config.queries` says so. Without
+        any, the document being repeated gives all of them.
       num_slots: how many slots a head has on average.
       budget: how the slots are shared out over layers and heads; by default all heads have as many.
 

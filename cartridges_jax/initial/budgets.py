@@ -72,7 +72,7 @@ class Profile:
     @classmethod
     def measured(cls, model: LanguageModel, text: str) -> Profile:
         """Measures the profile of a model on a text of one chunk, which takes less time than attention matching."""
-        chunk = chunks_of(model, text, [], MatchingConfig("repeat"))[0]
+        chunk = chunks_of(model, text, [], MatchingConfig())[0]
         received_lks, num_tokens = measure_attention(model, chunk), len(chunk.tokens)
         lengths = [by_threshold(received_lks, num_tokens // ratio, 1, num_tokens) for ratio in RATIOS]
         shares_rlk = np.stack([lengths_lk / lengths_lk.mean() for lengths_lk in lengths])

@@ -22,7 +22,7 @@ QUERY_TOKENS = 1024  # tokens of conversations whose queries are used; p slots n
 
 @dataclasses.dataclass(frozen=True)
 class MatchingConfig:
-    queries: Literal["both", "conversations", "repeat"] = "both"
+    queries: Literal["repeat", "conversations", "both"] = "repeat"  # the document being repeated needs no self-study
     chunk_tokens: int = 4096  # tokens that are compacted at once; memory grows with their square
 
     def __post_init__(self) -> None:
