@@ -111,4 +111,4 @@ def _block_sizes(shape: sizes.Attention, tiny: bool) -> Iterator[tuple[Line, Att
 
 
 def _with(kernel: Attend, *arrays: Any, **blocks: Any) -> Any:
-    return kernel(*arrays, bias=None, window=None, **blocks)
+    return kernel(*arrays, bias=None, lengths=None, window=None, **blocks)

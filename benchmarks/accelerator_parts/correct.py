@@ -80,7 +80,7 @@ def attention_checks(tiny: bool) -> Iterator[Check]:
             case = functools.cache(functools.partial(_attention_case, shape, dtype))
             for name in names:
                 what = {"check": "prefix attention", "of": f"{name} {shape}", "dtype": dtype}
-                yield what, functools.partial(_attention_error, case, name, shape.window, dtype)
+                yield what, functools.partial(_attention_error, case, name, (shape.window, shape.lengths), dtype)
 
 
 def _attention_case(shape: Shape, dtype: str) -> tuple[Any, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -90,16 +90,16 @@ def _attention_case(shape: Shape, dtype: str) -> tuple[Any, np.ndarray, np.ndarr
     exact = {n: a if a is None or n == "bias" else _rounded_to(dtype, a) for n, a in drawn.items()}
     given = {n: a if a is None else jnp.asarray(a, dtype if n in "qkv" else None) for n, a in exact.items()}
     cotangent = _rounded_to(dtype, cotangent)
-    return given, segment_ids, cotangent, definition(exact, segment_ids, cotangent, shape.window)
+    return given, segment_ids, cotangent, definition(exact, segment_ids, cotangent, shape.window, shape.lengths)
 
 
 def _rounded_to(dtype: str, array: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.asarray(array, dtype), np.float32)
 
 
-def _attention_error(case: Callable[[], Any], name: str, window: int | None, dtype: str) -> Line:
+def _attention_error(case: Callable[[], Any], name: str, options: Any, dtype: str) -> Line:
     given, segment_ids, cotangent, expected = case()
-    found = outputs(given, segment_ids, cotangent, name, window)
+    found = outputs(given, segment_ids, cotangent, name, *options)
     real = (segment_ids > 0)[..., None, None]
     errors = {
         n: _error(found[n] * real if n == "o" else found[n], a * real if n == "o" else a) for n, a in expected.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ def attend(implementation: str | None, interpret: Any = True, **arguments: Any) 
     """`prefix_attention`, or a kernel of another platform, interpreted."""
     if not is_interpreted(implementation):
         return prefix_attention(implementation=implementation, **arguments)
-    arguments = {"bias": None, "window": None} | arguments
+    arguments = {"bias": None, "lengths": None, "window": None} | arguments
     if implementation == "gpu":
         return gpu_attention(block_sizes=GPU_BLOCK_SIZES, **arguments)
     g = arguments["q"].shape[2] // arguments["k"].shape[2]
@@ -41,11 +42,13 @@ def outputs(
     cotangent: np.ndarray,
     implementation: str | None,
     window: int | None = None,
+    lengths: Sequence[int] | None = None,
     interpret: Any = True,
 ) -> dict[str, np.ndarray]:
     """The output "o" and the gradient of each input."""
     differentiate = hurried if is_interpreted(implementation) else jitted
-    found = differentiate(arrays, segment_ids, cotangent, implementation, window, interpret)
+    lengths_k = None if lengths is None else np.asarray(lengths, np.int32)
+    found = differentiate(arrays, segment_ids, cotangent, implementation, window, interpret, lengths_k)
     return {name: np.asarray(a) for name, a in found.items()}
 
 
@@ -57,9 +60,11 @@ def jitted(
     implementation: str | None,
     window: int | None = None,
     interpret: Any = True,
+    lengths: Any = None,
 ) -> dict[str, Any]:
     def of(differentiated: dict[str, Any]) -> Any:
-        return attend(implementation, interpret, segment_ids=segment_ids, window=window, **differentiated)
+        options = {"segment_ids": segment_ids, "window": window, "lengths": lengths}
+        return attend(implementation, interpret, **options, **differentiated)
 
     o, pullback = jax.vjp(of, {name: a for name, a in arrays.items() if a is not None})
     return {"o": o, **pullback(cotangent.astype(o.dtype))[0]}
@@ -71,11 +76,15 @@ hurried = jax.jit(jitted.__wrapped__, static_argnums=(3, 4, 5), compiler_options
 
 
 def definition(
-    arrays: dict[str, np.ndarray | None], segment_ids: np.ndarray, cotangent: np.ndarray, window: int | None = None
+    arrays: dict[str, np.ndarray | None],
+    segment_ids: np.ndarray,
+    cotangent: np.ndarray,
+    window: int | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         wide = {name: None if a is None else a.astype(np.float64) for name, a in arrays.items()}
-        found = outputs(wide, segment_ids, cotangent.astype(np.float64), "reference", window)
+        found = outputs(wide, segment_ids, cotangent.astype(np.float64), "reference", window, lengths)
     assert all(a.dtype == np.float64 for a in found.values())
     return found
 

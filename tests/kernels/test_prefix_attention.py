@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from numpy.testing import assert_allclose, assert_array_equal
 
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels.prefix_attention import prefix_attention
+from cartridges_jax.kernels.prefix_attention import gpu, prefix_attention, tpu, xla
 from cartridges_jax.kernels.prefix_attention.shapes import LARGE, SMALL, Shape
 
 IMPLEMENTATIONS = ["xla", "reference"]
@@ -28,11 +29,12 @@ INTERPRETED = [(name, shape) for name in KERNELS for shape in SMALL]
 @pytest.mark.parametrize(("implementation", "shape"), EVERYWHERE + INTERPRETED, ids=str)
 def test_output_and_gradients(implementation: str, shape: Shape) -> None:
     drawn = shape.draw()
-    assert_close(outputs(*drawn, implementation, shape.window), definition(*drawn, shape.window), 2e-6)
+    options = shape.window, shape.lengths
+    assert_close(outputs(*drawn, implementation, *options), definition(*drawn, *options), 2e-6)
 
 
 @pytest.mark.parametrize(
-    ("implementation", "shape"), [("xla", SMALL[2]), ("xla", LARGE[4]), ("tpu", SMALL[2]), ("gpu", SMALL[2])], ids=str
+    ("implementation", "shape"), [("xla", SMALL[2]), ("xla", LARGE[4]), ("tpu", SMALL[5]), ("gpu", SMALL[5])], ids=str
 )
 def test_bfloat16(implementation: str, shape: Shape) -> None:
     # Rows in bfloat16, slots and bias in float32 as a cartridge holds them. The definition gets the rounded inputs, so
@@ -40,9 +42,10 @@ def test_bfloat16(implementation: str, shape: Shape) -> None:
     arrays, segment_ids, cotangent = shape.draw()
     rounded = {n: a if a is None or n == "bias" else _to_bfloat16(a) for n, a in arrays.items()}
     given = {n: a.astype(jnp.bfloat16) if n in "qkv" else a for n, a in rounded.items() if a is not None}
-    found = outputs(given, segment_ids, _to_bfloat16(cotangent), implementation, shape.window)
+    options = shape.window, shape.lengths
+    found = outputs(given, segment_ids, _to_bfloat16(cotangent), implementation, *options)
     assert {n: a.dtype for n, a in found.items()} == {n: given[n].dtype for n in given} | {"o": jnp.bfloat16}
-    assert_close(found, definition(rounded, segment_ids, _to_bfloat16(cotangent), shape.window), 3 * 2**-8)
+    assert_close(found, definition(rounded, segment_ids, _to_bfloat16(cotangent), *options), 3 * 2**-8)
 
 
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
@@ -149,6 +152,95 @@ def test_a_slot_of_no_weight_is_no_slot(implementation: str) -> None:
     assert_close(with_it, without, 2e-6)
 
 
+RAGGED = SMALL[5]
+SLOTS = ("prefix_k", "prefix_v", "bias")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS + KERNELS)
+def test_what_is_no_slot_may_be_any_number_and_gets_no_gradient(implementation: str) -> None:
+    arrays, *rest = RAGGED.draw()
+    missing_pk = np.arange(RAGGED.p)[:, None] >= np.array(RAGGED.lengths)
+    others = [np.nan, np.inf, -np.inf, np.float32(3e38)]
+    filled = dict(arrays)
+    for name in SLOTS:
+        filled[name] = np.nan_to_num(arrays[name])
+        arrays[name] = filled[name].copy()
+        filled[name][missing_pk] = np.resize(others, arrays[name][missing_pk].shape)
+        arrays[name][missing_pk] = 0
+    found, zeros = (outputs(a, *rest, implementation, None, RAGGED.lengths) for a in (filled, arrays))
+    for name, array in zeros.items():
+        assert_array_equal(found[name], array, err_msg=name)
+    for name in SLOTS:
+        assert not found[name][missing_pk].any() and found[name][~missing_pk].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS + KERNELS)
+def test_a_head_attends_as_if_its_slots_were_all_there_are(implementation: str) -> None:
+    arrays, segment_ids, cotangent = RAGGED.draw()
+    found = outputs(arrays, segment_ids, cotangent, implementation, None, RAGGED.lengths)
+    g = RAGGED.n // RAGGED.k
+    assert RAGGED.lengths is not None
+    for head, length in enumerate(RAGGED.lengths):
+        queries, keys = np.s_[:, :, head * g : (head + 1) * g], np.s_[:, :, head : head + 1]
+        places = {"q": queries, "o": queries, "k": keys, "v": keys}
+        places |= dict.fromkeys(SLOTS, np.s_[:length, head : head + 1])
+        alone = definition({n: a[places[n]] for n, a in arrays.items()}, segment_ids, cotangent[queries])
+        assert_close({name: array[places[name]] for name, array in found.items()}, alone, 2e-6)
+
+
+@pytest.mark.parametrize("kernel", [tpu, gpu])
+def test_kernels_do_not_visit_blocks_that_a_head_does_not_have(kernel: Any, monkeypatch: Any) -> None:
+    """A poisoned block would spread wherever it is read."""
+    shape = dataclasses.replace(RAGGED, p=96, lengths=(40, 3))
+    arrays, *rest = shape.draw()
+    implementation = kernel.__name__.split(".")[-1]
+    expected = outputs(arrays, *rest, implementation, None, shape.lengths)
+    is_unvisited_pk = np.arange(shape.p)[:, None] >= 16 * -(-np.array(shape.lengths) // 16)
+    visible_slots = kernel.visible_slots
+
+    def poisoned(*arguments: Any) -> Any:
+        slots = visible_slots(*arguments)
+        return tuple(jnp.where(is_unvisited_pk.reshape(96, 2, *[1] * (a.ndim - 2)), jnp.nan, a) for a in slots)
+
+    monkeypatch.setattr(kernel, "visible_slots", poisoned)
+    jax.clear_caches()
+    found = outputs(arrays, *rest, implementation, None, shape.lengths)
+    jax.clear_caches()
+    for name, array in expected.items():
+        assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_xla_visits_about_as_many_slots_as_heads_have(monkeypatch: Any) -> None:
+    visited, read = [], xla._slots
+
+    def counted(slots: Any, block: Any) -> Any:
+        jax.debug.callback(lambda _: visited.append(block.size), block.start)
+        return read(slots, block)
+
+    monkeypatch.setattr(xla, "_slots", counted)
+    shape = dataclasses.replace(RAGGED, n=4, k=4, p=1600, lengths=(1600, 62, 0, 2))
+    jax.clear_caches()
+    outputs(*shape.draw(), "xla", None, shape.lengths)
+    jax.effects_barrier()
+    jax.clear_caches()
+    assert 2 * shape.b * sum(shape.lengths) <= sum(visited) <= 2 * shape.b * (sum(shape.lengths) * 4 / 3 + 16)
+
+
+def test_one_program_serves_the_lengths_of_all_layers() -> None:
+    arrays, segment_ids, _ = SMALL[2].draw()
+    lengths_lk = np.array([[13, 2], [0, 5], [1, 0]], np.int32)
+
+    def layer(_: None, lengths: Any) -> tuple[None, jax.Array]:
+        return None, prefix_attention(segment_ids=segment_ids, lengths=lengths, **arrays)
+
+    scanned = jax.jit(lambda lengths: jax.lax.scan(layer, None, lengths)[1])
+    for lengths in (lengths_lk, lengths_lk[::-1]):
+        o_lbtnh = scanned(lengths)
+        for own, o in zip(lengths, o_lbtnh, strict=True):
+            assert_allclose(o, layer(None, own)[1], rtol=0, atol=2e-6)
+    assert scanned._cache_size() == 1
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bias_counts_as_copies(implementation: str) -> None:
     """log 3 on a slot is that slot three times, and bias zero is no bias (arXiv 2602.16284)."""
@@ -188,6 +280,7 @@ def test_large_scores_stay_finite(implementation: str) -> None:
         ("bias", (2, 3)),
         ("segment_ids", (2, 10)),
         ("segment_ids", (1, 9)),
+        ("lengths", (3,)),
     ],
 )
 def test_shapes_that_do_not_belong_together(name: str, shape: tuple[int, ...]) -> None:
@@ -195,7 +288,7 @@ def test_shapes_that_do_not_belong_together(name: str, shape: tuple[int, ...]) -
     given = {
         **arrays,
         "segment_ids": segment_ids,
-        name: np.ones(shape, np.int32 if name == "segment_ids" else np.float32),
+        name: np.ones(shape, np.int32 if name in ("segment_ids", "lengths") else np.float32),
     }
     with pytest.raises(UserError, match="do not belong together: expected"):
         prefix_attention(**{n: jnp.asarray(a) for n, a in given.items()})
@@ -277,12 +370,13 @@ def _check_layout(implementation: str, choice: Any, t: int, cuts: set[int], seed
 
 
 @pytest.mark.slow
-def test_no_race_nor_unwritten_memory_on_tpu() -> None:
+@pytest.mark.parametrize("shape", [SMALL[2], SMALL[5]], ids=str)
+def test_no_race_nor_unwritten_memory_on_tpu(shape: Shape) -> None:
     """The TPU's memories and their transfers are simulated: slow, so a small shape."""
-    drawn = SMALL[2].draw()
+    drawn = shape.draw()
     # where the interpreter keeps what it found has no public name
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     simulated = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    assert_close(outputs(*drawn, "tpu", None, simulated), definition(*drawn), 2e-6)
+    assert_close(outputs(*drawn, "tpu", None, shape.lengths, simulated), definition(*drawn, None, shape.lengths), 2e-6)
     assert not interpret_pallas_call.races.races_found

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 KERNELS = ("tpu", "gpu")  # written in Pallas, each for the platform of its name
@@ -50,7 +49,9 @@ def prefix_attention(
       scale: what a query's products with the keys are multiplied by; None means h**-0.5.
       soft_cap: what no score may exceed before its bias: cap * tanh(score / cap); None means no limit.
       sinks: for each query head, the score of one more key, which has no value; frozen, it gets no gradient.
-      lengths: how many slots each kv head has; the others of the p, which have to be finite, are not seen.
+      lengths: how many of the p slots each kv head has, from 0 to p; None means all. What stands in the others, which
+        may be any number, NaN too, is not seen and gets a gradient of zero. Only blocks that hold slots of a head are
+        computed, so that a call costs about what the sum of the lengths costs; one program serves all lengths.
 
     Returns:
       The weighted values of each query, in the dtype of q.
@@ -62,19 +63,18 @@ def prefix_attention(
     b, t, n, h = q.shape
     kv_heads, p = k.shape[2], prefix_k.shape[0]
     expected = [(b, t, kv_heads, h), (b, t, kv_heads, h), (p, kv_heads, h), (p, kv_heads, h), (b, t), (p, kv_heads)]
+    expected.append((kv_heads,))
     given = [k.shape, v.shape, prefix_k.shape, prefix_v.shape, segment_ids.shape]
-    given += [(p, kv_heads) if bias is None else bias.shape]
+    given += [(p, kv_heads) if bias is None else bias.shape, (kv_heads,) if lengths is None else lengths.shape]
     if n % kv_heads or given != expected:
         raise UserError(
             f"queries {q.shape}, keys {k.shape}, values {v.shape}, slots {prefix_k.shape} and {prefix_v.shape}, "
-            f"segment ids {segment_ids.shape} and bias {None if bias is None else bias.shape} do not belong together: "
-            "expected [b,t,n,h], twice [b,t,k,h], twice [p,k,h], [b,t] and [p,k] with n a multiple of k"
+            f"segment ids {segment_ids.shape}, bias {None if bias is None else bias.shape} and lengths "
+            f"{None if lengths is None else lengths.shape} do not belong together: expected [b,t,n,h], twice "
+            "[b,t,k,h], twice [p,k,h], [b,t], [p,k] and [k] with n a multiple of k"
         )
     if isinstance(window, int) and window < 1:
         raise UserError(f"window is {window}, expected at least 1 key, or None for all of the segment")
-    if lengths is not None:
-        bias = jnp.zeros((p, kv_heads), jnp.float32) if bias is None else bias
-        bias = jnp.where(jnp.arange(p)[:, None] < lengths, bias, MASKED)
     extras = {"soft_cap": soft_cap, "sinks": sinks}
     lacking = [option for option, value in extras.items() if value is not None]
     name = _choice(implementation, h, {q.dtype, k.dtype, v.dtype}, lacking)
@@ -83,7 +83,7 @@ def prefix_attention(
     module = importlib.import_module(f"{__name__}.{name}")
     attention = getattr(module, f"{name}_attention")
     options = {} if name in KERNELS else extras
-    return attention(q, k, v, prefix_k, prefix_v, segment_ids, bias, window, scale, **options)
+    return attention(q, k, v, prefix_k, prefix_v, segment_ids, bias, lengths, window, scale, **options)
 
 
 def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype], lacking: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 MASKED = -1e30  # the score of a key that a query does not see: finite, so that a fully masked block gives no NaN
 
@@ -26,6 +26,25 @@ def first_key(segment_ids: Int[Array, "b t"], window: int | Array | None) -> Int
 def last_query(segment_ids: Int[Array, "b t"], window: int | Array | None) -> Int[Array, "b t"]:
     """Gives the last query that sees each key; the first is its own. The result never falls along a row."""
     return segment_ids.shape[1] - 1 - first_key(segment_ids[:, ::-1], window)[:, ::-1]
+
+
+def visible_slots(
+    slot_k: Float[Array, "p k h"],
+    slot_v: Float[Array, "p k h"],
+    bias: Float[Array, "p k"] | None,
+    lengths: Int[Array, " k"] | None,
+) -> tuple[Float[Array, "p k h"], Float[Array, "p k h"], Float[Array, "p k"]]:
+    """Gives the slots and their bias in float32; where a head has no slot, with zeros and a bias that hides them.
+
+    What stood there may have been any number, and gets a gradient of zero.
+    """
+    p, kv_heads, _ = slot_k.shape
+    bias_pk = jnp.zeros((p, kv_heads), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    if lengths is None:
+        return slot_k, slot_v, bias_pk
+    is_slot_pk = jnp.arange(p)[:, None] < lengths
+    slot_k, slot_v = (jnp.where(is_slot_pk[..., None], a, 0) for a in (slot_k, slot_v))
+    return slot_k, slot_v, jnp.where(is_slot_pk, bias_pk, MASKED)
 
 
 def soft_capped(scores: Array, cap: float | None) -> Array:

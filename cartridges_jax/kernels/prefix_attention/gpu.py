@@ -15,7 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import gpu_kernels
-from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, cast_slots, first_key, last_query, pad_to_multiple
+from cartridges_jax.kernels.prefix_attention.blockwise import (
+    MASKED,
+    cast_slots,
+    first_key,
+    last_query,
+    pad_to_multiple,
+    visible_slots,
+)
 from cartridges_jax.kernels.prefix_attention.gpu_kernels import BlockSizes, Inputs
 
 PassSizes = tuple[BlockSizes, BlockSizes]  # those of the forward and of the backward pass
@@ -37,6 +44,7 @@ def gpu_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
+    lengths: Int[Array, " k"] | None,
     window: int | Array | None,
     scale: float | Array | None = None,
     block_sizes: PassSizes | None = None,
@@ -48,11 +56,12 @@ def gpu_attention(
     scale = h**-0.5 if scale is None else scale
     size = max(max(sizes.queries, sizes.keys) for sizes in block_sizes)
     rows = (pad_to_multiple(a, 1, size) for a in ((q * scale).astype(q.dtype), k, v))
-    slots = (pad_to_multiple(a, 0, size) for a in (prefix_k, prefix_v))
-    bias_pk = jnp.zeros((p, kv_heads)) if bias is None else bias.astype(jnp.float32)
+    *slots, bias_pk = visible_slots(prefix_k, prefix_v, bias, lengths)
+    slots = (pad_to_multiple(a, 0, size) for a in slots)
     bias_kp = pad_to_multiple(bias_pk, 0, size, constant_values=MASKED).T
     ranges = (pad_to_multiple(a(segment_ids, window), 1, size, mode="edge") for a in (first_key, last_query))
-    return _attention(block_sizes, Inputs(*rows, *slots, bias_kp, *ranges))[:, :t]
+    lengths_k = jnp.full(kv_heads, p, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    return _attention(block_sizes, Inputs(*rows, *slots, bias_kp, lengths_k, *ranges))[:, :t]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,7 +84,7 @@ def _backward(block_sizes: PassSizes, saved: Any, do: Float[Array, "b t n h"]) -
     dk, dv = gpu_kernels.own_gradients(*arguments)
     d_slot_k, d_slot_v, d_bias = gpu_kernels.slot_gradients(*arguments)
     d_slots = d_slot_k.astype(inputs.slot_k.dtype), d_slot_v.astype(inputs.slot_v.dtype), d_bias
-    return (Inputs(gpu_kernels.query_gradient(*arguments), dk, dv, *d_slots, None, None),)
+    return (Inputs(gpu_kernels.query_gradient(*arguments), dk, dv, *d_slots, None, None, None),)
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,9 +1,9 @@
 """The four kernels of `gpu.py` compute the output and the gradients of queries, of own keys and values, and of slots.
 
 Own keys are those of the rows themselves. A program owns one block of its result and loops over what that depends on:
-for a block of queries of one head, the slots and the own keys that it sees; for a block of own keys, the queries that
-see it; for a block of slots, all queries of some rows. Every sum stays in registers, in float32 and in a fixed order:
-nothing is added atomically.
+for a block of queries of one head, the blocks of slots that the head has and the own keys that it sees; for a block of
+own keys, the queries that see it; for a block of slots, all queries of some rows. Every sum stays in registers, in
+float32 and in a fixed order: nothing is added atomically.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
     slot_k: Float[Array, "p k h"]
     slot_v: Float[Array, "p k h"]
     bias: Float[Array, "k p"]
+    lengths: Int[Array, " k"]  # how many slots a head has
     first_key: Int[Array, "b t"]  # of each query, the first key it sees
     last_query: Int[Array, "b t"]  # of each key, the last query that sees it
 
@@ -112,6 +113,7 @@ def slot_gradients(
     of_q = pl.BlockSpec((b, t, g, h), lambda j, head, part: (0, 0, head, 0))
     of_slots = pl.BlockSpec((sizes.keys, None, h), lambda j, head, part: (j, head, 0))
     of_bias = pl.BlockSpec((None, sizes.keys), lambda j, head, part: (head, j))
+    of_length = pl.BlockSpec((None,), lambda j, head, part: (head,))
     of_stats = pl.BlockSpec((b, g, t), lambda j, head, part: (0, head, 0))
     of_sums = pl.BlockSpec((None, sizes.keys, None, h), lambda j, head, part: (part, j, head, 0))
     of_bias_sums = pl.BlockSpec((None, None, sizes.keys), lambda j, head, part: (part, head, j))
@@ -120,10 +122,10 @@ def slot_gradients(
         functools.partial(_slot_gradients_kernel, sizes, rows),
         [jax.ShapeDtypeStruct((parts, *a.shape), jnp.float32) for a in outputs],
         grid=(p // sizes.keys, kv_heads, parts),
-        in_specs=[of_q, of_slots, of_slots, of_bias, of_q, of_stats, of_stats],
+        in_specs=[of_q, of_slots, of_slots, of_bias, of_length, of_q, of_stats, of_stats],
         out_specs=[of_sums, of_sums, of_bias_sums],
         **_options(sizes),
-    )(inputs.q, *outputs, do, running_max, delta)
+    )(inputs.q, *outputs, inputs.lengths, do, running_max, delta)
     return tuple(a.sum(0) for a in sums)
 
 
@@ -142,24 +144,28 @@ def _over_keys(
     of_k = pl.BlockSpec((None, t, None, h), lambda i, head, row: (row, 0, jax.lax.div(head, g), 0))
     of_slots = pl.BlockSpec((max(p, sizes.keys), None, h), lambda i, head, row: (0, jax.lax.div(head, g), 0))
     of_bias = pl.BlockSpec((None, max(p, sizes.keys)), lambda i, head, row: (jax.lax.div(head, g), 0))
+    of_length = pl.BlockSpec((None,), lambda i, head, row: (jax.lax.div(head, g),))
     of_first_key = pl.BlockSpec((None, sizes.queries), lambda i, head, row: (row, i))
     of_stats = pl.BlockSpec((None, None, sizes.queries), lambda i, head, row: (row, head, i))
     per_query = [of_q, of_stats, of_stats]
     return pl.pallas_call(
-        functools.partial(kernel, sizes, p // sizes.keys),
+        functools.partial(kernel, sizes),
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs],
         grid=(t // sizes.queries, n, b),
-        in_specs=[of_q, of_k, of_k, of_slots, of_slots, of_bias, of_first_key, *per_query[: len(of_queries)]],
+        in_specs=[
+            *[of_q, of_k, of_k, of_slots, of_slots, of_bias, of_length, of_first_key],
+            *per_query[: len(of_queries)],
+        ],
         out_specs=per_query[: len(outputs)],
         **_options(sizes),
-    )(inputs.q, inputs.k, inputs.v, *slots, inputs.first_key, *of_queries)
+    )(inputs.q, inputs.k, inputs.v, *slots, inputs.lengths, inputs.first_key, *of_queries)
 
 
 def _options(sizes: BlockSizes) -> dict[str, Any]:
     return {"compiler_params": plgpu.CompilerParams(num_warps=sizes.warps, num_stages=2), "interpret": sizes.interpret}
 
 
-def _attend_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> None:
+def _attend_kernel(sizes: BlockSizes, *refs: Any) -> None:
     q_ref, *key_refs, o_ref, running_max_ref, denominator_ref = refs
     q_qh = q_ref[...]
 
@@ -173,12 +179,12 @@ def _attend_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> None:
 
     zeros_q = jnp.zeros(sizes.queries, jnp.float32)
     carry = zeros_q + MASKED, zeros_q, jnp.zeros(q_qh.shape, jnp.float32)
-    running_max_q, denominator_q, o_qh = _visit_keys(sizes, slot_blocks, q_qh, key_refs, visit, carry)
+    running_max_q, denominator_q, o_qh = _visit_keys(sizes, q_qh, key_refs, visit, carry)
     o_ref[...] = (o_qh / denominator_q[:, None]).astype(o_ref.dtype)
     running_max_ref[...], denominator_ref[...] = running_max_q, denominator_q
 
 
-def _query_gradient_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> None:
+def _query_gradient_kernel(sizes: BlockSizes, *refs: Any) -> None:
     q_ref, *key_refs, do_ref, running_max_ref, delta_ref, dq_ref = refs
     q_qh, do_qh, running_max_q, delta_q = q_ref[...], do_ref[...], running_max_ref[...], delta_ref[...]
 
@@ -187,15 +193,13 @@ def _query_gradient_kernel(sizes: BlockSizes, slot_blocks: int, *refs: Any) -> N
         d_scores_qs = probs_qs * (_dot(do_qh, v_sh.T) - delta_q[:, None])
         return dq_qh + _dot(d_scores_qs.astype(k_sh.dtype), k_sh)
 
-    dq_qh = _visit_keys(sizes, slot_blocks, q_qh, key_refs, visit, jnp.zeros(q_qh.shape, jnp.float32))
+    dq_qh = _visit_keys(sizes, q_qh, key_refs, visit, jnp.zeros(q_qh.shape, jnp.float32))
     dq_ref[...] = dq_qh.astype(dq_ref.dtype)
 
 
-def _visit_keys(
-    sizes: BlockSizes, slot_blocks: int, q_qh: Array, refs: Sequence[Any], visit: Callable[..., Any], carry: Any
-) -> Any:
+def _visit_keys(sizes: BlockSizes, q_qh: Array, refs: Sequence[Any], visit: Callable[..., Any], carry: Any) -> Any:
     """Folds `visit(carry, scores, keys, values)` over the slots, then over the own keys that the block sees."""
-    k_ref, v_ref, slot_k_ref, slot_v_ref, bias_ref, first_key_ref = refs
+    k_ref, v_ref, slot_k_ref, slot_v_ref, bias_ref, length_ref, first_key_ref = refs
     start, first_key_q = pl.program_id(0) * sizes.queries, first_key_ref[...]
     query_q = start + jnp.arange(sizes.queries)
 
@@ -211,7 +215,7 @@ def _visit_keys(
         seen_qs = (key_s >= first_key_q[:, None]) & (key_s <= query_q[:, None])
         return visit(carry, jnp.where(seen_qs, _dot(q_qh, k_sh.T), MASKED), k_sh, v_sh)
 
-    carry = jax.lax.fori_loop(0, slot_blocks, slots, carry)
+    carry = jax.lax.fori_loop(0, pl.cdiv(length_ref[...], sizes.keys), slots, carry)
     blocks = jax.lax.div(first_key_q.min(), sizes.keys), jax.lax.div(start + sizes.queries - 1, sizes.keys) + 1
     return jax.lax.fori_loop(*blocks, own, carry)
 
@@ -240,7 +244,7 @@ def _own_gradients_kernel(sizes: BlockSizes, *refs: Any) -> None:
 
 
 def _slot_gradients_kernel(sizes: BlockSizes, rows: int, *refs: Any) -> None:
-    q_ref, k_ref, v_ref, bias_ref, do_ref, running_max_ref, delta_ref, dk_ref, dv_ref, d_bias_ref = refs
+    q_ref, k_ref, v_ref, bias_ref, length_ref, do_ref, running_max_ref, delta_ref, dk_ref, dv_ref, d_bias_ref = refs
     b, t, g, _ = q_ref.shape
     blocks = t // sizes.queries
     first = pl.program_id(2) * rows
@@ -255,7 +259,8 @@ def _slot_gradients_kernel(sizes: BlockSizes, rows: int, *refs: Any) -> None:
         return tuple(a + b for a, b in zip(carry, found, strict=True))
 
     zeros_sh = jnp.zeros(k_sh.shape, jnp.float32)
-    steps = jnp.minimum(rows, b - first) * blocks * g
+    is_empty = pl.program_id(0) * sizes.keys >= length_ref[...]
+    steps = jnp.where(is_empty, 0, jnp.minimum(rows, b - first) * blocks * g)
     carry = zeros_sh, zeros_sh, jnp.zeros(sizes.keys, jnp.float32)
     dk_ref[...], dv_ref[...], d_bias_ref[...] = jax.lax.fori_loop(0, steps, visit, carry)
 

@@ -17,6 +17,7 @@ def reference_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
+    lengths: Int[Array, " k"] | None,
     window: int | Array | None,
     scale: float | Array,
     soft_cap: float | None,
@@ -24,11 +25,14 @@ def reference_attention(
 ) -> Float[Array, "b t n h"]:
     b, t, n, h = q.shape
     p, kv_heads, _ = prefix_k.shape
+    bias_pk = jnp.zeros((p, kv_heads), q.dtype) if bias is None else bias.astype(q.dtype)
+    if lengths is not None:  # where a head has no slot, nothing is read of what stands there
+        is_slot_pk = jnp.arange(p)[:, None] < lengths
+        prefix_k, prefix_v = (jnp.where(is_slot_pk[..., None], a, 0) for a in (prefix_k, prefix_v))
+        bias_pk = jnp.where(is_slot_pk, bias_pk, -jnp.inf)
     keys_bskh = jnp.concatenate([jnp.broadcast_to(prefix_k, (b, *prefix_k.shape)).astype(k.dtype), k], axis=1)
     values_bskh = jnp.concatenate([jnp.broadcast_to(prefix_v, (b, *prefix_v.shape)).astype(v.dtype), v], axis=1)
-    bias_ks = jnp.zeros((kv_heads, p + t), q.dtype)
-    if bias is not None:
-        bias_ks = bias_ks.at[:, :p].set(bias.T.astype(q.dtype))
+    bias_ks = jnp.zeros((kv_heads, p + t), q.dtype).at[:, :p].set(bias_pk.T)
     q_btkgh = q.reshape(b, t, kv_heads, n // kv_heads, h)
     products_bkgts = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, keys_bskh) * jnp.asarray(scale, q.dtype)
     scores_bkgts = soft_capped(products_bkgts, soft_cap) + bias_ks[None, :, None, None]

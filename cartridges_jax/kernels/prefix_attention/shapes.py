@@ -21,16 +21,18 @@ class Shape:
     segments: tuple[int, ...] = ()  # lengths in every row, padding after them; none means one whole segment
     bias: bool = False
     window: int | None = None
+    lengths: tuple[int, ...] | None = None  # how many slots each kv head has; None means p
 
     def __str__(self) -> str:
         sizes = f"b{self.b}-t{self.t}-n{self.n}-k{self.k}-h{self.h}-p{self.p}"
         parts = [sizes, *map(str, self.segments), *["bias"] * self.bias]
+        parts += ["lengths", *map(str, self.lengths)] if self.lengths else []
         return "-".join(parts) + (f"-w{self.window}" if self.window else "")
 
     def draw(self, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """Draws float32 arguments (the bias may be None), segment ids, and a cotangent.
 
-        The segments stand in another order in each row.
+        The segments stand in another order in each row. Where a head has no slot, there is NaN.
         """
         rng = np.random.default_rng(seed)
 
@@ -41,6 +43,10 @@ class Shape:
         arrays = {"q": 2 * normal(self.b, self.t, self.n, self.h), "k": normal(*own), "v": normal(*own)}
         arrays |= {"prefix_k": normal(*slots), "prefix_v": normal(*slots)}
         arrays["bias"] = normal(self.p, self.k) if self.bias else None
+        if self.lengths is not None:
+            for name in ("prefix_k", "prefix_v", "bias"):
+                if arrays[name] is not None:
+                    arrays[name][np.arange(self.p)[:, None] >= self.lengths] = np.nan
         segment_ids = np.zeros((self.b, self.t), np.int32)
         for row in segment_ids:
             lengths = rng.permutation(self.segments or (self.t,))
@@ -55,6 +61,8 @@ SMALL = (
     Shape(b=3, t=33, n=6, k=2, h=16, p=13, segments=(5, 1, 20), bias=True),
     Shape(b=2, t=64, n=4, k=2, h=8, p=16, segments=(64,), bias=True, window=9),
     Shape(b=2, t=50, n=4, k=1, h=64, p=37, segments=(11, 30), bias=True, window=40),
+    Shape(b=2, t=33, n=6, k=2, h=16, p=40, segments=(5, 1, 20), bias=True, lengths=(40, 3)),
+    Shape(b=1, t=20, n=9, k=9, h=8, p=72, window=9, lengths=(72, 0, 1, 2, 0, 0, 1, 3, 2)),  # one of 8 times the average
 )
 # just below, at and above the block sizes of `xla.py`
 LARGE = (
@@ -64,6 +72,8 @@ LARGE = (
     Shape(b=1, t=512, n=3, k=1, h=8, p=0, segments=(100, 300, 60), window=256),
     Shape(b=2, t=543, n=6, k=2, h=8, p=70, segments=(200, 255, 60), bias=True, window=100),
     Shape(b=1, t=5, n=2, k=1, h=8, p=600, bias=True),
+    Shape(b=2, t=300, n=6, k=3, h=8, p=600, segments=(260, 30), bias=True, lengths=(600, 0, 193)),
+    Shape(b=1, t=9, n=9, k=9, h=8, p=500, bias=True, lengths=(500, 1, 16, 17, 384, 191, 97, 32, 320)),
 )
 # a few blocks for every kernel as it runs on an accelerator; the last block is not full
 ON_DEVICE = (
@@ -72,6 +82,7 @@ ON_DEVICE = (
     Shape(b=2, t=512, n=9, k=3, h=64, p=500, segments=(100, 200, 150), bias=True),
     Shape(b=1, t=300, n=8, k=4, h=256, p=130, bias=True, window=64),
     Shape(b=2, t=1024, n=32, k=8, h=128, p=700, segments=(300, 724)),
+    Shape(b=2, t=300, n=18, k=9, h=64, p=1152, bias=True, lengths=(1152, 0, 1, 2, 62, 20, 40, 16, 3)),
 )
 # one layer of a model in training; head sizes 64, 128 and 256
 MODELS = {

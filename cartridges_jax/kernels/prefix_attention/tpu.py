@@ -18,14 +18,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import tpu_kernels
-from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, cast_slots, first_key, last_query, pad_to_multiple
+from cartridges_jax.kernels.prefix_attention.blockwise import (
+    MASKED,
+    cast_slots,
+    first_key,
+    last_query,
+    pad_to_multiple,
+    visible_slots,
+)
 from cartridges_jax.kernels.prefix_attention.tpu_kernels import BlockSizes, Inputs, Range
 
 
-def default_block_sizes(t: int, g: int, p: int) -> BlockSizes:
-    """Gives blocks of about 1,024 lanes of queries by 512 keys, whose float32 scores take 2 MB."""
+def default_block_sizes(t: int, g: int, p: int, is_ragged: bool = False) -> BlockSizes:
+    """Gives blocks of about 1,024 lanes of queries by 512 keys, whose float32 scores take 2 MB.
+
+    If heads have lengths of their own, their blocks of slots are as small as blocks can be.
+    """
     queries, slot_blocks = max(1024 // g // 128, 1) * 128, max(-(-p // 512), 1)
-    return BlockSizes(g, min(_aligned(t), queries), min(_aligned(t), 512), _aligned(-(-p // slot_blocks)))
+    slots = _aligned(1 if is_ragged else -(-p // slot_blocks))
+    return BlockSizes(g, min(_aligned(t), queries), min(_aligned(t), 512), slots)
 
 
 def _aligned(size: int) -> int:
@@ -41,6 +52,7 @@ def tpu_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
+    lengths: Int[Array, " k"] | None,
     window: int | Array | None,
     scale: float | Array | None = None,
     block_sizes: BlockSizes | None = None,
@@ -49,7 +61,7 @@ def tpu_attention(
     b, t, n, h = q.shape
     p, kv_heads, _ = prefix_k.shape
     g = n // kv_heads
-    block_sizes = block_sizes or default_block_sizes(t, g, p)
+    block_sizes = block_sizes or default_block_sizes(t, g, p, lengths is not None)
     scale = h**-0.5 if scale is None else scale
     first_bt, last_bt = first_key(segment_ids, window), last_query(segment_ids, window)
     bounds_b2t = jnp.stack([first_bt, jnp.broadcast_to(jnp.arange(t), (b, t))], axis=1)
@@ -57,11 +69,12 @@ def tpu_attention(
     q_btkgh = pad_to_multiple((q * scale).astype(q.dtype), 1, block_sizes.queries).reshape(b, -1, kv_heads, g, h)
     q_bkmh = q_btkgh.transpose(0, 2, 1, 3, 4).reshape(b, kv_heads, -1, h)
     k_bkth, v_bkth = (pad_to_multiple(a, 1, block_sizes.keys).transpose(0, 2, 1, 3) for a in (k, v))
-    slot_k_kph, slot_v_kph = (pad_to_multiple(a, 0, block_sizes.slots).transpose(1, 0, 2) for a in (prefix_k, prefix_v))
-    bias_pk = jnp.zeros((p, kv_heads)) if bias is None else bias.astype(jnp.float32)
+    *slots_pkh, bias_pk = visible_slots(prefix_k, prefix_v, bias, lengths)
+    slot_k_kph, slot_v_kph = (pad_to_multiple(a, 0, block_sizes.slots).transpose(1, 0, 2) for a in slots_pkh)
     bias_k1p = pad_to_multiple(bias_pk, 0, block_sizes.slots, constant_values=MASKED).T[:, None]
     inputs = Inputs(q_bkmh, k_bkth, v_bkth, slot_k_kph, slot_v_kph, bias_k1p, bounds_b2m)
-    o_bkmh = _attention(block_sizes, inputs, *_ranges(first_bt, last_bt, block_sizes))
+    slot_blocks_k = -(-(jnp.full(kv_heads, p) if lengths is None else lengths) // block_sizes.slots)
+    o_bkmh = _attention(block_sizes, inputs, slot_blocks_k, *_ranges(first_bt, last_bt, block_sizes))
     o_btkgh = o_bkmh.reshape(b, kv_heads, -1, g, h).transpose(0, 2, 1, 3, 4)
     return o_btkgh.reshape(b, -1, n, h)[:, :t]
 
@@ -79,29 +92,32 @@ def _ranges(first: Int[Array, "b t"], last: Int[Array, "b t"], block_sizes: Bloc
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(block_sizes: BlockSizes, inputs: Inputs, *ranges: Range) -> Float[Array, "b k m h"]:
-    return _forward(block_sizes, inputs, *ranges)[0]
+def _attention(
+    block_sizes: BlockSizes, inputs: Inputs, slot_blocks: Int[Array, " k"], *ranges: Range
+) -> Float[Array, "b k m h"]:
+    return _forward(block_sizes, inputs, slot_blocks, *ranges)[0]
 
 
 def _forward(
-    block_sizes: BlockSizes, inputs: Inputs, key_blocks: Range, query_blocks: Range
+    block_sizes: BlockSizes, inputs: Inputs, slot_blocks: Int[Array, " k"], key_blocks: Range, query_blocks: Range
 ) -> tuple[Float[Array, "b k m h"], Any]:
-    found = tpu_kernels.attend(block_sizes, key_blocks, cast_slots(inputs))
+    found = tpu_kernels.attend(block_sizes, slot_blocks, key_blocks, cast_slots(inputs))
     o, stats = (checkpoint_name(a, "attention") for a in found)
-    return o, (inputs, key_blocks, query_blocks, o, stats)
+    return o, (inputs, slot_blocks, key_blocks, query_blocks, o, stats)
 
 
-def _backward(block_sizes: BlockSizes, saved: Any, do: Float[Array, "b k m h"]) -> tuple[Inputs, None, None]:
-    inputs, key_blocks, query_blocks, o, stats = saved
+def _backward(block_sizes: BlockSizes, saved: Any, do: Float[Array, "b k m h"]) -> tuple[Inputs, None, None, None]:
+    inputs, slot_blocks, key_blocks, query_blocks, o, stats = saved
     # the kernels' probabilities lack their denominator: dividing the gradient of o once makes up for it
     running_max_bkm, denominator_bkm = stats[:, :, 0], stats[:, :, 1]
     do = do.astype(jnp.float32) / denominator_bkm[..., None]
     stats = jnp.stack([running_max_bkm, (o.astype(jnp.float32) * do).sum(-1)], axis=2)
     arguments = cast_slots(inputs), do.astype(o.dtype), stats
     dk, dv = tpu_kernels.own_gradients(block_sizes, query_blocks, *arguments)
-    d_slot_k, d_slot_v, d_bias = tpu_kernels.slot_gradients(block_sizes, *arguments)
+    d_slot_k, d_slot_v, d_bias = tpu_kernels.slot_gradients(block_sizes, slot_blocks, *arguments)
     d_slots = d_slot_k.astype(inputs.slot_k.dtype), d_slot_v.astype(inputs.slot_v.dtype), d_bias
-    return Inputs(tpu_kernels.query_gradient(block_sizes, key_blocks, *arguments), dk, dv, *d_slots, None), None, None
+    dq = tpu_kernels.query_gradient(block_sizes, slot_blocks, key_blocks, *arguments)
+    return Inputs(dq, dk, dv, *d_slots, None), None, None, None
 
 
 _attention.defvjp(_forward, _backward)

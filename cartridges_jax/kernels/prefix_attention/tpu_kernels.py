@@ -2,8 +2,9 @@
 
 Own keys are those of the rows themselves. For a block of queries the grid walks the slots' blocks, then the blocks of
 own keys from the first that it sees; for a block of own keys, the blocks of queries that see it; for a block of slots,
-all queries of all rows. The ranges are prefetched as scalars, and the grid is only as long as the widest of them, so
-that a packed row costs what its conversations cost. Every sum stays in VMEM, in float32, from the first step of the
+all queries of all rows. The ranges, and how many blocks of slots each head has, are prefetched as scalars, and the grid
+is only as long as the widest of them, so that a packed row costs what its conversations cost. A step that has no block
+left fetches and computes nothing. Every sum stays in VMEM, in float32, from the first step of the
 last grid axis to its last, hence in a fixed order.
 
 Scores lie as [s, m], keys down and queries across: what belongs to a query (maximum, sum, range of keys) is then a row,
@@ -57,18 +58,28 @@ class Inputs(NamedTuple):
 
 
 def attend(
-    sizes: BlockSizes, key_blocks: Range, inputs: Inputs
+    sizes: BlockSizes, slot_blocks: Int[Array, " k"], key_blocks: Range, inputs: Inputs
 ) -> tuple[Float[Array, "b k m h"], Float[Array, "b k 2 m"]]:
-    """Computes the output and `stats`: each query's softmax maximum and its denominator relative to that."""
+    """Computes the output and `stats`: each query's softmax maximum and its denominator relative to that.
+
+    Args:
+      slot_blocks: how many blocks of slots a head has, here and in the functions below.
+      key_blocks: the blocks of own keys that each block of queries sees.
+    """
     b, kv_heads, m, h = inputs.q.shape
     shapes = [inputs.q, jax.ShapeDtypeStruct((b, kv_heads, 2, m), jnp.float32)]
     scratch = [(1, sizes.m), (1, sizes.m), (h, sizes.m)]
-    o, stats = _over_keys(_attend_kernel, sizes, key_blocks, inputs, (), shapes, scratch)
+    o, stats = _over_keys(_attend_kernel, sizes, slot_blocks, key_blocks, inputs, (), shapes, scratch)
     return o, stats
 
 
 def query_gradient(
-    sizes: BlockSizes, key_blocks: Range, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
+    sizes: BlockSizes,
+    slot_blocks: Int[Array, " k"],
+    key_blocks: Range,
+    inputs: Inputs,
+    do: Float[Array, "b k m h"],
+    stats: Float[Array, "b k 2 m"],
 ) -> Float[Array, "b k m h"]:
     """Computes the gradient of q.
 
@@ -77,7 +88,10 @@ def query_gradient(
       stats: the maximum of each query's scores, and the product of its o and do.
     """
     scratch = [(inputs.q.shape[3], sizes.m)]
-    return _over_keys(_query_gradient_kernel, sizes, key_blocks, inputs, (do, stats), [inputs.q], scratch)[0]
+    of_queries = do, stats
+    return _over_keys(_query_gradient_kernel, sizes, slot_blocks, key_blocks, inputs, of_queries, [inputs.q], scratch)[
+        0
+    ]
 
 
 def own_gradients(
@@ -106,7 +120,11 @@ def own_gradients(
 
 
 def slot_gradients(
-    sizes: BlockSizes, inputs: Inputs, do: Float[Array, "b k m h"], stats: Float[Array, "b k 2 m"]
+    sizes: BlockSizes,
+    slot_blocks: Int[Array, " k"],
+    inputs: Inputs,
+    do: Float[Array, "b k m h"],
+    stats: Float[Array, "b k 2 m"],
 ) -> tuple[Float[Array, "k p h"], Float[Array, "k p h"], Float[Array, "k 1 p"]]:
     """Computes the gradients of the slots' keys, values and bias in float32, summed over the rows of the batch."""
     q, slot_k, slot_v, bias = inputs.q, inputs.slot_k, inputs.slot_v, inputs.bias
@@ -114,22 +132,29 @@ def slot_gradients(
     kv_heads, p, h = slot_k.shape
     blocks = m // sizes.m
 
-    def query(head: Any, j: Any, step: Any) -> tuple[Any, ...]:
+    def query(head: Any, j: Any, step: Any, count: Any) -> tuple[Any, ...]:
+        # past the head's last block the last queries stay: nothing more is fetched
+        step = jnp.where(j < count[head], step, b * blocks - 1)
         return jax.lax.div(step, blocks), head, jax.lax.rem(step, blocks)
+
+    def slot(head: Any, j: Any, count: Any) -> Any:
+        return jnp.minimum(j, jnp.maximum(count[head], 1) - 1)
 
     sums = jax.ShapeDtypeStruct(slot_k.shape, jnp.float32)
     if not p:
         return jnp.zeros_like(sums), jnp.zeros_like(sums), jnp.zeros_like(bias)
     queries, _, of_stats = _query_specs(sizes, h, query)
-    slots = pl.BlockSpec((None, sizes.slots, h), lambda head, j, _: (head, j, 0))
-    of_bias = pl.BlockSpec((None, 1, sizes.slots), lambda head, j, _: (head, 0, j))
+    slots = pl.BlockSpec((None, sizes.slots, h), lambda head, j, _, count: (head, slot(head, j, count), 0))
+    of_bias = pl.BlockSpec((None, 1, sizes.slots), lambda head, j, _, count: (head, 0, slot(head, j, count)))
+    of_sums = pl.BlockSpec((None, sizes.slots, h), lambda head, j, *_: (head, j, 0))
+    of_bias_sums = pl.BlockSpec((None, 1, sizes.slots), lambda head, j, *_: (head, 0, j))
     return _call(
         _slot_gradients_kernel,
         sizes,
         (kv_heads, p // sizes.slots, b * blocks),
-        (),
+        (slot_blocks,),
         [(q, queries), (slot_k, slots), (slot_v, slots), (bias, of_bias), (do, queries), (stats, of_stats)],
-        [(sums, slots), (sums, slots), (bias, of_bias)],
+        [(sums, of_sums), (sums, of_sums), (bias, of_bias_sums)],
         [(sizes.slots, h), (sizes.slots, h), (sizes.slots, 1)],
     )
 
@@ -137,6 +162,7 @@ def slot_gradients(
 def _over_keys(
     kernel: Callable[..., None],
     sizes: BlockSizes,
+    slot_blocks: Int[Array, " k"],
     key_blocks: Range,
     inputs: Inputs,
     of_queries: Sequence[Array],
@@ -146,29 +172,32 @@ def _over_keys(
     """Runs a kernel that walks the slots and own keys for each block of queries."""
     q, k, v, slot_k, slot_v, bias, bounds = inputs
     b, kv_heads, m, h = q.shape
-    slot_blocks = slot_k.shape[1] // sizes.slots
-    if not slot_blocks:  # no step visits them, but a block must be there
+    if not slot_k.shape[1]:  # no step visits them, but a block must be there
         slot_k = slot_v = jnp.zeros((kv_heads, sizes.slots, h), k.dtype)
         bias = jnp.zeros((kv_heads, 1, sizes.slots))
 
-    def key(row: Any, head: Any, i: Any, step: Any, first: Any, last: Any) -> tuple[Any, ...]:
+    def key(row: Any, head: Any, i: Any, step: Any, count: Any, first: Any, last: Any) -> tuple[Any, ...]:
         # during the slots' steps the first block waits; past the last one nothing more is fetched
-        return row, head, jnp.clip(first[row, i] + step - slot_blocks, first[row, i], last[row, i]), 0
+        return row, head, jnp.clip(first[row, i] + step - count[head], first[row, i], last[row, i]), 0
 
-    def slot(step: Any) -> Any:
-        return jnp.minimum(step, max(slot_blocks, 1) - 1)
+    def slot(head: Any, step: Any, count: Any) -> Any:
+        return jnp.minimum(step, jnp.maximum(count[head], 1) - 1)
 
     queries, of_bounds, of_stats = _query_specs(sizes, h, lambda row, head, i, *_: (row, head, i))
     keys = pl.BlockSpec((None, None, sizes.keys, h), key)
-    slots = pl.BlockSpec((None, sizes.slots, h), lambda row, head, i, step, *_: (head, slot(step), 0))
-    of_bias = pl.BlockSpec((None, 1, sizes.slots), lambda row, head, i, step, *_: (head, 0, slot(step)))
+    slots = pl.BlockSpec(
+        (None, sizes.slots, h), lambda row, head, i, step, count, *_: (head, slot(head, step, count), 0)
+    )
+    of_bias = pl.BlockSpec(
+        (None, 1, sizes.slots), lambda row, head, i, step, count, *_: (head, 0, slot(head, step, count))
+    )
     given = [(q, queries), (k, keys), (v, keys)]
     given += [(slot_k, slots), (slot_v, slots), (bias, of_bias), (bounds, of_bounds)]
     return _call(
-        functools.partial(kernel, sizes, slot_blocks),
+        functools.partial(kernel, sizes),
         sizes,
-        (b, kv_heads, m // sizes.m, slot_blocks + _widest(key_blocks)),
-        key_blocks,
+        (b, kv_heads, m // sizes.m, jnp.max(slot_blocks) + _widest(key_blocks)),
+        (slot_blocks, *key_blocks),
         given + list(zip(of_queries, (queries, of_stats), strict=False)),
         list(zip(outputs, (queries, of_stats), strict=False)),
         scratch,
@@ -220,7 +249,7 @@ def _call(
     )(*scalars, *arrays)
 
 
-def _attend_kernel(sizes: BlockSizes, slot_blocks: int, first_ref: Any, last_ref: Any, *refs: Any) -> None:
+def _attend_kernel(sizes: BlockSizes, count_ref: Any, first_ref: Any, last_ref: Any, *refs: Any) -> None:
     *inputs, o_ref, stats_ref, running_max_ref, denominator_ref, sums_ref = refs
     step = pl.program_id(3)
 
@@ -237,7 +266,7 @@ def _attend_kernel(sizes: BlockSizes, slot_blocks: int, first_ref: Any, last_ref
         denominator_ref[...] = denominator_ref[...] * rescale_1m + probs_sm.sum(0, keepdims=True)
         sums_ref[...] = sums_ref[...] * rescale_1m + _dot(v_sh, probs_sm.astype(v_sh.dtype), (0, 0))
 
-    _visit_keys(sizes, slot_blocks, first_ref, last_ref, Inputs(*inputs), visit)
+    _visit_keys(sizes, count_ref, first_ref, last_ref, Inputs(*inputs), visit)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
@@ -245,7 +274,7 @@ def _attend_kernel(sizes: BlockSizes, slot_blocks: int, first_ref: Any, last_ref
         stats_ref[:1], stats_ref[1:] = running_max_ref[...], denominator_ref[...]
 
 
-def _query_gradient_kernel(sizes: BlockSizes, slot_blocks: int, first_ref: Any, last_ref: Any, *refs: Any) -> None:
+def _query_gradient_kernel(sizes: BlockSizes, count_ref: Any, first_ref: Any, last_ref: Any, *refs: Any) -> None:
     *inputs, do_ref, stats_ref, dq_ref, sums_ref = refs
     step = pl.program_id(3)
 
@@ -257,7 +286,7 @@ def _query_gradient_kernel(sizes: BlockSizes, slot_blocks: int, first_ref: Any, 
         _, d_scores_sm = _probs_and_gradient(scores_sm, v_sh, do_ref, stats_ref)
         sums_ref[...] += _dot(k_sh, d_scores_sm.astype(k_sh.dtype), (0, 0))
 
-    _visit_keys(sizes, slot_blocks, first_ref, last_ref, Inputs(*inputs), visit)
+    _visit_keys(sizes, count_ref, first_ref, last_ref, Inputs(*inputs), visit)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
@@ -285,19 +314,21 @@ def _own_gradients_kernel(sizes: BlockSizes, first_ref: Any, last_ref: Any, *ref
         dv_ref[...] = dv_sums_ref[...].astype(dv_ref.dtype)
 
 
-def _slot_gradients_kernel(*refs: Any) -> None:
+def _slot_gradients_kernel(count_ref: Any, *refs: Any) -> None:
     q_ref, k_ref, v_ref, bias_ref, do_ref, stats_ref, dk_ref, dv_ref, d_bias_ref, *sums_refs = refs
     dk_sums_ref, dv_sums_ref, bias_sums_ref = sums_refs
-    step = pl.program_id(2)
+    head, j, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     @pl.when(step == 0)
     def _() -> None:
         _zero(*sums_refs)
 
-    probs_sm, d_scores_sm = _probs_and_gradient(_slot_scores(q_ref, k_ref, bias_ref), v_ref[...], do_ref, stats_ref)
-    dk_sums_ref[...] += _dot(d_scores_sm.astype(q_ref.dtype), q_ref[...], (1, 0))
-    dv_sums_ref[...] += _dot(probs_sm.astype(do_ref.dtype), do_ref[...], (1, 0))
-    bias_sums_ref[...] += d_scores_sm.sum(1, keepdims=True)
+    @pl.when(j < count_ref[head])
+    def _() -> None:
+        probs_sm, d_scores_sm = _probs_and_gradient(_slot_scores(q_ref, k_ref, bias_ref), v_ref[...], do_ref, stats_ref)
+        dk_sums_ref[...] += _dot(d_scores_sm.astype(q_ref.dtype), q_ref[...], (1, 0))
+        dv_sums_ref[...] += _dot(probs_sm.astype(do_ref.dtype), do_ref[...], (1, 0))
+        bias_sums_ref[...] += d_scores_sm.sum(1, keepdims=True)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
@@ -306,14 +337,15 @@ def _slot_gradients_kernel(*refs: Any) -> None:
 
 def _visit_keys(
     sizes: BlockSizes,
-    slot_blocks: int,
+    count_ref: Any,
     first_ref: Any,
     last_ref: Any,
     refs: Inputs,
     visit: Callable[[Array, Array, Array], None],
 ) -> None:
     """Calls `visit(scores, keys, values)` for this step's block of slots or of own keys, if it has one."""
-    row, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    row, head, i, step = (pl.program_id(axis) for axis in range(4))
+    slot_blocks = count_ref[head]
     j = first_ref[row, i] + step - slot_blocks
 
     @pl.when(step < slot_blocks)

@@ -5,13 +5,18 @@ scores of one block. The backward pass computes a block's probabilities again fr
 (FlashAttention-2, arXiv 2307.08691, saves their log-sum-exp, whose rounding in float32 shifts all probabilities of a
 query). The slots are held once, in float32; so is their gradient, added up block after block in a fixed order.
 
-Axis letters beyond the usual ones: m the queries of a block times the g heads that share their keys, c blocks.
+The kv heads of a row are computed together, since they have as many slots each. Heads that have `lengths` of their own
+are computed one after the other, and each visits the blocks of slots that it has.
+
+Axis letters beyond the usual ones: x the rows, or each head of each row; k the kv heads that are computed together;
+m the queries of a block times the g heads that share their keys; c blocks.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,37 @@ from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_key,
 
 BLOCK = 256  # how many queries a block has, and how many keys of their rows
 SLOT_BLOCK = 512  # how many slots: SmolLM2's float32 scores of a block are then 256 x 3 x 512, 1.5 MB, for each kv head
+# if heads have lengths of their own: blocks of the first size while they are full, then one that just holds the rest
+RAGGED_SLOT_BLOCKS = 192, 128, 96, 64, 32, 16
+
+
+class Inputs(NamedTuple):
+    """The arguments of attention; the queries are scaled."""
+
+    q: Float[Array, "x c k m h"]
+    k: Float[Array, "x k t h"]
+    v: Float[Array, "x k t h"]
+    slot_k: Float[Array, "p kv h"]
+    slot_v: Float[Array, "p kv h"]
+    bias: Float[Array, "p kv"]
+    first_key: Int[Array, "x t"]  # of each query, the first key it sees
+    head: Int[Array, " x"]  # the first of the kv heads
+    length: Int[Array, " x"]  # how many slots they have
+    sinks: Float[Array, "x k m"] | None
+
+
+class SlotBlock(NamedTuple):
+    """The slots from `start` on, `size` of them, of `num_heads` heads from `head` on, which have `length` slots."""
+
+    start: Array
+    size: int
+    head: Array
+    num_heads: int
+    length: Array
+
+    def begins(self, p: int) -> Array:
+        """Gives where the block is read: it overlaps the one before if it would reach beyond all p slots."""
+        return jnp.minimum(self.start, p - self.size)
 
 
 def xla_attention(
@@ -32,65 +68,66 @@ def xla_attention(
     prefix_v: Float[Array, "p k h"],
     segment_ids: Int[Array, "b t"],
     bias: Float[Array, "p k"] | None,
+    lengths: Int[Array, " k"] | None,
     window: int | Array | None,
     scale: float | Array,
     soft_cap: float | None,
     sinks: Float[Array, " n"] | None,
 ) -> Float[Array, "b t n h"]:
     b, t, n, h = q.shape
-    kv_heads = k.shape[2]
-    c = -(-t // BLOCK)
+    p, kv_heads, _ = prefix_k.shape
+    g, c = n // kv_heads, -(-t // BLOCK)
     size = -(-t // c)
     padding = c * size - t
     q, k, v = (jnp.pad(a, ((0, 0), (0, padding), (0, 0), (0, 0))) for a in (q, k, v))
     first_bt = first_key(jnp.pad(segment_ids, ((0, 0), (0, padding))), window)
-    g = n // kv_heads
-    q_bckmh = (q * scale).astype(q.dtype).reshape(b, c, size, kv_heads, g, h).transpose(0, 1, 3, 2, 4, 5)
-    q_bckmh = q_bckmh.reshape(b, c, kv_heads, size * g, h)
-    k_bkth, v_bkth = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    slots = _slot_blocks(prefix_k, prefix_v, bias)
-    sinks_km = None if sinks is None else jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, g), (1, size))
-    o_bckmh = _attention(soft_cap, q_bckmh, k_bkth, v_bkth, *slots, first_bt, sinks_km)
-    o = o_bckmh.reshape(b, c, kv_heads, size, g, h).transpose(0, 1, 3, 2, 4, 5).reshape(b, t + padding, n, h)
-    return o[:, :t]
+    together = kv_heads if lengths is None else 1
+    parts = kv_heads // together  # of a row
+    q_bcspkgh = (q * scale).astype(q.dtype).reshape(b, c, size, parts, together, g, h)
+    q_xckmh = q_bcspkgh.transpose(0, 3, 1, 4, 2, 5, 6).reshape(b * parts, c, together, size * g, h)
+    k_xkth, v_xkth = (a.transpose(0, 2, 1, 3).reshape(b * parts, together, -1, h) for a in (k, v))
+    bias_pk = jnp.zeros((p, kv_heads)) if bias is None else bias.astype(jnp.float32)
+    lengths_k = jnp.full(1, p) if lengths is None else lengths
+    inputs = Inputs(
+        q_xckmh,
+        k_xkth,
+        v_xkth,
+        prefix_k,
+        prefix_v,
+        bias_pk,
+        jnp.repeat(first_bt, parts, axis=0),
+        head=jnp.tile(jnp.arange(0, kv_heads, together), b),
+        length=jnp.tile(lengths_k, b),
+        sinks=None if sinks is None else jnp.tile(sinks.astype(jnp.float32).reshape(parts, together, g), (b, 1, size)),
+    )
+    o_xckmh = _attention(soft_cap, _slot_block_sizes(p, lengths is not None), inputs)
+    o_bcspkgh = o_xckmh.reshape(b, parts, c, together, size, g, h).transpose(0, 2, 4, 1, 3, 5, 6)
+    return o_bcspkgh.reshape(b, t + padding, n, h)[:, :t]
 
 
-def _slot_blocks(
-    prefix_k: Float[Array, "p k h"], prefix_v: Float[Array, "p k h"], bias: Float[Array, "p k"] | None
-) -> tuple[Float[Array, "c k s h"], Float[Array, "c k s h"], Float[Array, "c k s"]]:
-    """Cuts the slots into equal blocks; those that fill up the last one get a bias that hides them."""
-    p, kv_heads, h = prefix_k.shape
-    blocks = -(-p // SLOT_BLOCK)
-    size = -(-p // max(blocks, 1))
-    padding = blocks * size - p
-    bias = jnp.zeros((p, kv_heads)) if bias is None else bias
-    bias_ck = jnp.pad(bias.astype(jnp.float32), ((0, padding), (0, 0)), constant_values=MASKED)
-    k, v = (jnp.pad(a, ((0, padding), (0, 0), (0, 0))) for a in (prefix_k, prefix_v))
-    k_cksh, v_cksh = (a.reshape(blocks, size, kv_heads, h).transpose(0, 2, 1, 3) for a in (k, v))
-    return k_cksh, v_cksh, bias_ck.reshape(blocks, size, kv_heads).transpose(0, 2, 1)
+def _slot_block_sizes(p: int, is_ragged: bool) -> tuple[int, ...]:
+    """Gives the sizes that a block of slots can have, the largest first: only one, if all heads have p slots."""
+    if not p:
+        return ()
+    if not is_ragged:
+        return (-(-p // -(-p // SLOT_BLOCK)),)
+    return min(p, RAGGED_SLOT_BLOCKS[0]), *(size for size in RAGGED_SLOT_BLOCKS[1:] if size < p)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(soft_cap: float | None, *inputs: Array | None) -> Array:
-    return _forward(soft_cap, *inputs)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(soft_cap: float | None, slot_sizes: tuple[int, ...], inputs: Inputs) -> Float[Array, "x c k m h"]:
+    return _forward(soft_cap, slot_sizes, inputs)[0]
 
 
 def _forward(
-    soft_cap: float | None,
-    q: Float[Array, "b c k m h"],
-    k: Float[Array, "b k t h"],
-    v: Float[Array, "b k t h"],
-    slot_k: Float[Array, "c k s h"],
-    slot_v: Float[Array, "c k s h"],
-    bias: Float[Array, "c k s"],
-    first: Int[Array, "b t"],
-    sinks: Float[Array, "k m"] | None,
-) -> tuple[Float[Array, "b c k m h"], Any]:
+    soft_cap: float | None, slot_sizes: tuple[int, ...], inputs: Inputs
+) -> tuple[Float[Array, "x c k m h"], Any]:
+    q, k, v, slot_k, slot_v, bias, *of_rows = inputs
     size = k.shape[2] // q.shape[1]
-    slot_blocks = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
+    all_slots = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
 
     def row(_: None, inputs: Any) -> tuple[None, Any]:
-        q_ckmh, k_kth, v_kth, first_t = inputs
+        q_ckmh, k_kth, v_kth, first_t, head, length, sinks_km = inputs
 
         def block(_: None, inputs: Any) -> tuple[None, Any]:
             q_kmh, i = inputs
@@ -105,9 +142,10 @@ def _forward(
                 o_kmh = o_kmh * rescale_km[..., None] + _einsum("kms,ksh->kmh", probs_kms.astype(v.dtype), v_ksh)
                 return new_max_km, denominator_km * rescale_km + probs_kms.sum(-1), o_kmh
 
-            def slots(carry: Any, block: Any) -> tuple[Any, None]:
-                slot_k_ksh, slot_v_ksh, bias_ks = block
-                return visit(carry, slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[:, None]), None
+            def slots(size: int, start: Array, carry: Any) -> Any:
+                at = SlotBlock(start, size, head, q.shape[2], length)
+                k_ksh, v_ksh, bias_ks = _slots(all_slots, at)
+                return visit(carry, k_ksh, v_ksh, lambda scores: scores + bias_ks[:, None])
 
             def own(j: Array, carry: Any) -> Any:
                 hidden_ms = _hidden_keys(first_t, i, j, size, q_kmh.shape[1])
@@ -116,27 +154,29 @@ def _forward(
 
             zeros_km = jnp.zeros(q_kmh.shape[:2])
             # a sink is a key without a value, from which the softmax starts
-            start = (zeros_km + MASKED, zeros_km) if sinks is None else (sinks, zeros_km + 1)
-            carry = (*start, jnp.zeros(q_kmh.shape))
-            carry, _ = jax.lax.scan(slots, carry, slot_blocks)
+            start = (zeros_km + MASKED, zeros_km) if sinks_km is None else (sinks_km, zeros_km + 1)
+            carry = _over_slots(slot_sizes, length, slots, (*start, jnp.zeros(q_kmh.shape)))
             running_max_km, denominator_km, o_kmh = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, carry)
             return None, ((o_kmh / denominator_km[..., None]).astype(q.dtype), running_max_km, denominator_km)
 
         return None, jax.lax.scan(block, None, (q_ckmh, jnp.arange(q.shape[1])))[1]
 
-    results = jax.lax.scan(row, None, (q, k, v, first))[1]
+    results = jax.lax.scan(row, None, (q, k, v, *of_rows))[1]
     o, running_max, denominator = (checkpoint_name(a, "attention") for a in results)
-    return o, (q, k, v, slot_k, slot_v, bias, first, o, running_max, denominator)
+    return o, (inputs, o, running_max, denominator)
 
 
-def _backward(soft_cap: float | None, saved: Any, do: Float[Array, "b c k m h"]) -> tuple[Array | None, ...]:
-    q, k, v, slot_k, slot_v, bias, first, o, running_max, denominator = saved
+def _backward(
+    soft_cap: float | None, slot_sizes: tuple[int, ...], saved: Any, do: Float[Array, "x c k m h"]
+) -> tuple[Inputs]:
+    inputs, o, running_max, denominator = saved
+    q, k, v, slot_k, slot_v, bias, first, heads, lengths, _ = inputs
     size = k.shape[2] // q.shape[1]
-    slot_blocks = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
+    all_slots = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
 
     def row(d_slots: Any, inputs: Any) -> tuple[Any, Any]:
-        q_ckmh, k_kth, v_kth, first_t, *saved_c = inputs
+        q_ckmh, k_kth, v_kth, first_t, head, length, *saved_c = inputs
 
         def block(carry: Any, inputs: Any) -> tuple[Any, Array]:
             q_kmh, i, o_kmh, do_kmh, running_max_km, denominator_km = inputs
@@ -159,10 +199,13 @@ def _backward(soft_cap: float | None, saved: Any, do: Float[Array, "b c k m h"])
                 dq_khm = _einsum("khs,ksm->khm", k_ksh.transpose(0, 2, 1), d_products_ksm.astype(k.dtype))
                 return dk_ksh, dv_ksh, dq_khm, d_scores_ksm
 
-            def slots(dq_khm: Array, block: Any) -> tuple[Array, Any]:
-                slot_k_ksh, slot_v_ksh, bias_ks, *sums = block
-                dk, dv, dq, ds = visit(slot_k_ksh, slot_v_ksh, lambda scores: scores + bias_ks[..., None])
-                return dq_khm + dq, tuple(a + b for a, b in zip(sums, (dk, dv, ds.sum(-1)), strict=True))
+            def slots(size: int, start: Array, carry: Any) -> Any:
+                dq_khm, *sums = carry
+                at = SlotBlock(start, size, head, q.shape[2], length)
+                k_ksh, v_ksh, bias_ks = _slots(all_slots, at)
+                dk, dv, dq, ds = visit(k_ksh, v_ksh, lambda scores: scores + bias_ks[..., None])
+                found = dk, dv, ds.sum(-1)
+                return dq_khm + dq, *(_add_to_slots(a, b, at) for a, b in zip(sums, found, strict=True))
 
             def own(j: Array, carry: Any) -> Any:
                 dq_khm, dk_kth, dv_kth = carry
@@ -173,7 +216,7 @@ def _backward(soft_cap: float | None, saved: Any, do: Float[Array, "b c k m h"])
 
             dk_kth, dv_kth, *d_slots = carry
             dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
-            dq_khm, d_slots = jax.lax.scan(slots, dq_khm, (*slot_blocks, *d_slots))
+            dq_khm, *d_slots = _over_slots(slot_sizes, length, slots, (dq_khm, *d_slots))
             dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, (dq_khm, dk_kth, dv_kth))
             return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
 
@@ -183,8 +226,10 @@ def _backward(soft_cap: float | None, saved: Any, do: Float[Array, "b c k m h"])
         return tuple(d_slots), (dq_ckmh, dk_kth.astype(k.dtype), dv_kth.astype(v.dtype))
 
     d_slots = zeros(slot_k.shape), zeros(slot_v.shape), zeros(bias.shape)
-    d_slots, (dq, dk, dv) = jax.lax.scan(row, d_slots, (q, k, v, first, o, do, running_max, denominator))
-    return dq, dk, dv, d_slots[0].astype(slot_k.dtype), d_slots[1].astype(slot_v.dtype), d_slots[2], None, None
+    rows = (q, k, v, first, heads, lengths, o, do, running_max, denominator)
+    (d_slot_k, d_slot_v, d_bias), d_rows = jax.lax.scan(row, d_slots, rows)
+    d_slots = d_slot_k.astype(slot_k.dtype), d_slot_v.astype(slot_v.dtype), d_bias
+    return (Inputs(*d_rows, *d_slots, None, None, None, None),)
 
 
 _attention.defvjp(_forward, _backward)
@@ -192,6 +237,45 @@ _attention.defvjp(_forward, _backward)
 
 def _einsum(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _over_slots(sizes: Sequence[int], length: Array, visit: Callable[..., Any], carry: Any) -> Any:
+    """Folds `visit(size, start, carry)` over blocks that hold the first `length` slots."""
+    if not sizes:
+        return carry
+
+    def step(size: int, first: Array | int, i: Array, carry: Any) -> Any:
+        return visit(size, first + i * size, carry)
+
+    largest = sizes[0]
+    rest = length % largest
+    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+        first, count = length - rest, ((smaller < rest) & (rest <= size)).astype(jnp.int32)
+        if size == largest:
+            first, count = 0, length // largest + count
+        carry = jax.lax.fori_loop(0, count, functools.partial(step, size, first), carry)
+    return carry
+
+
+def _slots(slots: tuple[Array, Array, Array], block: SlotBlock) -> tuple[Array, Array, Array]:
+    """Gives the keys [k,s,h], values [k,s,h] and bias [k,s] of a block, with what is no slot of it hidden."""
+    begin = block.begins(len(slots[0]))
+    index_s = begin + jnp.arange(block.size)
+    is_slot_s = (index_s >= block.start) & (index_s < block.length)
+
+    def cut(a: Array, otherwise: float) -> Array:
+        rest = a.shape[2:]
+        a_sk = jax.lax.dynamic_slice(a, (begin, block.head, *[0] * len(rest)), (block.size, block.num_heads, *rest))
+        return jnp.where(is_slot_s.reshape(-1, *[1] * len(rest)), a_sk.swapaxes(0, 1), otherwise)
+
+    k_ksh, v_ksh, bias_ks = (cut(a, otherwise) for a, otherwise in zip(slots, (0, 0, MASKED), strict=True))
+    return k_ksh, v_ksh, bias_ks
+
+
+def _add_to_slots(a: Array, b_ks: Array, block: SlotBlock) -> Array:
+    b_sk = b_ks.swapaxes(0, 1)
+    at = block.begins(len(a)), block.head, *[0] * (a.ndim - 2)
+    return jax.lax.dynamic_update_slice(a, jax.lax.dynamic_slice(a, at, b_sk.shape) + b_sk, at)
 
 
 def _hidden_keys(first: Int[Array, " t"], i: Array, j: Array, size: int, m: int) -> Array:
