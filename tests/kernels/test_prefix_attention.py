@@ -18,6 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.prefix_attention import gpu, prefix_attention, tpu, xla
+from cartridges_jax.kernels.prefix_attention.blockwise import MASKED
 from cartridges_jax.kernels.prefix_attention.shapes import LARGE, SMALL, Shape
 
 IMPLEMENTATIONS = ["xla", "reference"]
@@ -190,21 +191,21 @@ def test_a_head_attends_as_if_its_slots_were_all_there_are(implementation: str) 
 
 @pytest.mark.parametrize("kernel", [tpu, gpu])
 def test_kernels_do_not_visit_blocks_that_a_head_does_not_have(kernel: Any, monkeypatch: Any) -> None:
-    """A poisoned block would spread wherever it is read."""
+    """A poisoned block would spread wherever it is read, into its own gradient too."""
     shape = dataclasses.replace(RAGGED, p=96, lengths=(40, 3))
-    drawn = shape.draw()
+    arrays, *rest = shape.draw()
+    arrays |= {name: np.nan_to_num(arrays[name], nan=MASKED if name == "bias" else 0) for name in SLOTS}
     is_unvisited_pk = np.arange(shape.p)[:, None] >= 16 * -(-np.array(shape.lengths) // 16)
-    visible_slots = kernel.visible_slots
 
-    def poisoned(*arguments: Any) -> Any:
-        slots = visible_slots(*arguments)
-        return tuple(jnp.where(is_unvisited_pk.reshape(96, 2, *[1] * (a.ndim - 2)), jnp.nan, a) for a in slots)
+    def poisoned(*slots_and_lengths: Any) -> Any:
+        slots = slots_and_lengths[:3]
+        return tuple(a + np.where(is_unvisited_pk.reshape(96, 2, *[1] * (a.ndim - 2)), np.nan, 0) for a in slots)
 
     monkeypatch.setattr(kernel, "visible_slots", poisoned)
     jax.clear_caches()
-    found = outputs(*drawn, kernel.__name__.split(".")[-1], None, shape.lengths)
+    found = outputs(arrays, *rest, kernel.__name__.split(".")[-1], None, shape.lengths)
     jax.clear_caches()
-    assert_close(found, definition(*drawn, None, shape.lengths), 2e-6)
+    assert_close(found, definition(arrays, *rest, None, shape.lengths), 2e-6)
 
 
 def test_xla_visits_about_as_many_slots_as_heads_have(monkeypatch: Any) -> None:
