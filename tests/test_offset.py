@@ -242,6 +242,27 @@ def test_slots_beyond_a_heads_length_have_no_weight_no_gradient_and_no_update():
         assert there.sum() == LENGTHS.sum() - LENGTHS.size, "all but the frozen first slot of each head"
 
 
+def test_training_moves_no_byte_of_what_is_no_slot():
+    cartridge = ragged_cartridge()
+    missing_lpk = np.arange(12)[:, None] >= LENGTHS[:, None]
+    others = np.array([np.nan, np.inf, -np.inf, -0.0, 0.0, 2e-38, 3e38], np.float32)
+    filled = {name: np.array(getattr(cartridge, name)) for name in ("keys", "values", "bias")}
+    for array in filled.values():
+        array[missing_lpk] = np.resize(others, array[missing_lpk].shape)
+    expected, _ = training(cartridge)
+    after, metrics = training(cartridge.replace(**filled))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    for name, before in filled.items():
+        found = np.asarray(getattr(after.cartridge, name))
+        np.testing.assert_array_equal(found[missing_lpk].view(np.uint32), before[missing_lpk].view(np.uint32))
+        there = np.asarray(getattr(expected.cartridge, name))[~missing_lpk]
+        np.testing.assert_array_equal(found[~missing_lpk], there)
+    moments = [a for a in jax.tree.leaves(after.opt_state) if a.shape[:3] == missing_lpk.shape]
+    assert len(moments) == 6, "two each of keys, values and bias"
+    for moment in moments:
+        assert not np.asarray(moment)[missing_lpk].any() and np.asarray(moment)[~missing_lpk].any()
+
+
 def test_loss_and_gradient_are_the_same_at_any_offset():
     batch = cj.Batch(*(np.ones((1, 8), np.int32),) * 3, *(np.ones((1, 8, 2), np.int32),) * 2, np.ones((1, 8, 2), bool))
     batch = batch.replace(positions=np.arange(8)[None], target_logprobs=np.full((1, 8, 2), np.log(0.3), np.float32))

@@ -46,16 +46,18 @@ def compiled(device: str, shape: Shape, dtype: Any) -> Any:
     def argument(size: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(on, spec))
 
-    def local(arrays: dict[str, Any], segment_ids: Any) -> Any:
-        return prefix_attention(segment_ids=segment_ids, window=shape.window, **arrays)
+    def local(arrays: dict[str, Any], segment_ids: Any, lengths: Any) -> Any:
+        return prefix_attention(segment_ids=segment_ids, window=shape.window, lengths=lengths, **arrays)
 
-    def run(arrays: dict[str, Any], segment_ids: Any, cotangent: Any) -> Any:
+    def run(arrays: dict[str, Any], segment_ids: Any, lengths: Any, cotangent: Any) -> Any:
         # without check_vma, its transpose adds up the gradients of slots and bias over the batch's devices
-        attend = jax.shard_map(local, mesh=on, in_specs=(SPECS, P(BATCH)), out_specs=SPECS["q"], check_vma=False)
-        o, pullback = jax.vjp(lambda arrays: attend(arrays, segment_ids), arrays)
+        specs = SPECS, P(BATCH), P(HEADS)
+        attend = jax.shard_map(local, mesh=on, in_specs=specs, out_specs=SPECS["q"], check_vma=False)
+        o, pullback = jax.vjp(lambda arrays: attend(arrays, segment_ids, lengths), arrays)
         return o, pullback(cotangent)[0]
 
     small = dataclasses.replace(shape, b=1, t=1, segments=()).draw()[0]
+    lengths = None if shape.lengths is None else argument((shape.k,), jnp.int32, P(HEADS))
     b, t, p = shape.b, shape.t, shape.p
     arrays = {
         name: argument((b, t, *a.shape[2:]), dtype, SPECS[name])
@@ -64,7 +66,7 @@ def compiled(device: str, shape: Shape, dtype: Any) -> Any:
         for name, a in small.items()
     }
     with jax.set_mesh(on):
-        lowered = jax.jit(run).lower(arrays, argument((b, t), jnp.int32, P(BATCH)), arrays["q"])
+        lowered = jax.jit(run).lower(arrays, argument((b, t), jnp.int32, P(BATCH)), lengths, arrays["q"])
         return lowered.compile({"exec_time_optimization_effort": -1.0} if device != "h100" else None)
 
 
@@ -90,9 +92,10 @@ def test_both_passes_compile_on_eight_devices(device: str, name: str) -> None:
     [
         (MODELS["gemma-3-4b"], jnp.bfloat16),  # head size 256, a window
         (dataclasses.replace(MODELS["gemma-3-4b"], t=2048), jnp.float32),
+        (dataclasses.replace(MODELS["llama-3.1-8b"], lengths=(2048, 0, 1, 2, 62, 20, 40, 16)), jnp.bfloat16),
         (dataclasses.replace(MODELS["llama-3.1-8b"], n=14, k=2, t=3000, p=0), jnp.bfloat16),  # 7 heads share keys
     ],
-    ids=["h256-window", "h256-float32", "g7-odd-length-no-slots"],
+    ids=["h256-window", "h256-float32", "lengths", "g7-odd-length-no-slots"],
 )
 @pytest.mark.parametrize("device", ["v5e", "h100"])
 def test_other_head_sizes_dtypes_and_odd_lengths(device: str, shape: Shape, dtype: Any) -> None:
