@@ -53,18 +53,24 @@ CARTRIDGES = {"none": None, "a": cartridge_of(7, 0), "b": cartridge_of(140, 1), 
 
 def prefix_of(name: str) -> Prefix | None:
     cartridge = CARTRIDGES[name]
-    return None if cartridge is None else Prefix(name, cartridge.num_slots, cartridge)
+    return None if cartridge is None else Prefix.of(name, cartridge)
 
 
 def slots_of(name: str) -> int:
-    cartridge = CARTRIDGES[name]
-    return 0 if cartridge is None else cartridge.num_slots
+    prefix = prefix_of(name)
+    return 0 if prefix is None else prefix.length
 
 
 def block_table_of(engine: Engine, index: int, name: str) -> BlockTable:
-    """Pages that no other sequence has."""
+    """Pages that no other sequence has, the first of them whole ones for the cartridge."""
     each = engine.num_pages // engine.max_num_seqs
-    return BlockTable(range(index * each, (index + 1) * each), slots_of(name))
+    return block_table_in(engine, range(index * each, (index + 1) * each), name)
+
+
+def block_table_in(engine: Engine, pages: Sequence[int], name: str) -> BlockTable:
+    prefix = prefix_of(name)
+    own = 0 if prefix is None else -(-engine.head_pages(prefix) // engine.heads_per_page)
+    return BlockTable(pages[own:], [page * engine.heads_per_page for page in pages[:own]])
 
 
 def inputs(block_table: BlockTable, index: int, token: int | None, position: int, step: int = 0) -> SequenceInput:
@@ -93,7 +99,7 @@ def same(sampled: Sampled, log_probs: np.ndarray) -> None:
 def fill(engine: Engine, block_table: BlockTable, name: str, tokens: Sequence[int]) -> None:
     prefix = prefix_of(name)
     if prefix is not None:
-        engine.load(prefix, block_table.pages[: -(-prefix.length // PAGE_SIZE)])
+        engine.load(prefix, block_table.slots)
     if tokens:
         engine.prefill(tokens, 0, block_table)
 
@@ -127,7 +133,7 @@ def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
 def test_every_family_decodes_as_its_forward_pass(tiny_model: LanguageModel):
     tokens = np.random.default_rng(0).integers(0, tiny_model.config.vocab_size, 30).tolist()
     engine = Engine(tiny_model, 1, 64, batch_sizes=[1])
-    block_table = BlockTable(range(engine.num_pages), 0)
+    block_table = BlockTable(range(engine.num_pages))
     engine.prefill(tokens[:10], 0, block_table)
     wanted = np.asarray(jax.nn.log_softmax(tiny_model.logits(np.asarray([tokens]))))[0]
     for i in range(10, 30):
@@ -179,10 +185,10 @@ def test_requests_with_different_cartridges_decode_together(engine: Engine):
 @pytest.mark.parametrize("name", ["b", "biased"])
 def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
     """Two share one, a third has its own and a fourth none."""
-    cartridge = [engine.num_pages - 2, engine.num_pages - 1][: -(-slots_of(name) // PAGE_SIZE)]
-    fill(engine, BlockTable(cartridge, slots_of(name)), name, [])
-    block_tables = [BlockTable([*cartridge, 2 * i, 2 * i + 1], slots_of(name)) for i in range(2)]
-    block_tables += [block_table_of(engine, 2, name), BlockTable([4], 0)]
+    shared = block_table_in(engine, [engine.num_pages - 2, engine.num_pages - 1], name)
+    fill(engine, shared, name, [])
+    block_tables = [BlockTable([2 * i, 2 * i + 1], shared.slots) for i in range(2)]
+    block_tables += [block_table_of(engine, 2, name), BlockTable([4])]
     fill(engine, block_tables[2], name, [])
     prompts, names = [TOKENS[9 * i : 20 + 20 * i] for i in range(4)], [name] * 3 + ["none"]
     for block_table, prompt in zip(block_tables, prompts, strict=True):
@@ -201,8 +207,7 @@ def test_a_copy_goes_its_own_way(engine: Engine, name: str):
     mine, other = block_table_of(engine, 0, name), block_table_of(engine, 3, name)
     fill(engine, mine, name, common)
     fill(engine, other, name, TOKENS[50:150])  # what the copy must overwrite
-    own = -(-slots_of(name) // PAGE_SIZE)
-    engine.copy(mine.pages[own], other.pages[own], len(common))
+    engine.copy(mine.pages[0], other.pages[0], len(common))
     for block_table, tokens in ((mine, ours), (other, theirs)):
         engine.prefill(tokens[30:-1], 30, block_table)
         same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, name)[-1])
@@ -238,10 +243,10 @@ def test_a_used_page_is_as_good_as_new(name: str, attention: str):
     """Bit for bit: neither older tokens nor an older cartridge's bias are left."""
     used, fresh = (Engine(tiny.model(), max_num_seqs=1, max_length=128, attention=attention) for _ in range(2))
     pages = range(used.num_pages)
-    fill(used, BlockTable(pages, slots_of("biased")), "biased", TOKENS[:100])
+    fill(used, block_table_in(used, pages, "biased"), "biased", TOKENS[:100])
     used.copy(0, 1, 100)
     tokens = TOKENS[200:225]
-    block_table = BlockTable(pages, slots_of(name))
+    block_table = block_table_in(used, pages, name)
     answers = []
     for engine in (used, fresh):
         fill(engine, block_table, name, tokens[:-1])

@@ -66,7 +66,7 @@ def requests(which: Sequence[int]) -> list[Request]:
     made = []
     for i in which:
         name = (None, "a", "b")[i % 3]
-        prefix = None if name is None else Prefix(name, CLEAN[name].num_slots, CLEAN[name])
+        prefix = None if name is None else Prefix.of(name, CLEAN[name])
         prompt = (*TOKENS[: 150 * (i % 2)], *TOKENS[11 * i : 11 * i + 6 + i])
         made.append(
             Request(
@@ -171,7 +171,7 @@ def test_scores_are_those_without_a_hostile_cartridge(engine: Engine):
 def test_a_copied_beginning_brings_nothing_else(engine: Engine, wanted):
     """What stands behind it in the page that is copied belongs to somebody else."""
     scheduler, (request,) = Scheduler(engine, 8), requests([2])
-    prefix = Prefix("a copy", CLEAN["b"].num_slots, CLEAN["b"])
+    prefix = Prefix.of("a copy", CLEAN["b"])
     request = replace(request, prefix=prefix)
     other = replace(request, id="other", prompt=(*request.prompt[:-1], *TOKENS[60:90]))
     for _ in run(scheduler, [other]):
@@ -180,7 +180,9 @@ def test_a_copied_beginning_brings_nothing_else(engine: Engine, wanted):
         node for root in scheduler._cache._roots.values() for node in root.children.values() if root.key == "a copy"
     ]
     held = len(request.prompt) - 1
-    engine._cache = [p.replace(values=p.values.at[source.pages[0], :, held:].set(math.nan)) for p in engine._cache]
+    heads = engine.heads_per_page
+    values = engine._cache.values.at[source.pages[0] * heads : (source.pages[0] + 1) * heads, held:].set(math.nan)
+    engine._cache = engine._cache.replace(values=values)
     said = [event.sampled for event in run(scheduler, [request]) if isinstance(event, Token)]
     agree(said, wanted[request.id])
 
