@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from engine_context import log_normal_lengths
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
+from cartridges_jax.kernels.decode_attention.pages import lay_out_slots
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.cache import PageCache
 from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
 from cartridges_jax.serving.generate import generate, generate_ids, run
 from cartridges_jax.serving.scheduler import (
@@ -49,10 +52,13 @@ def cartridge_of(num_slots: int, seed: int, with_bias: bool = False) -> Cartridg
 
 
 CARTRIDGES = {"none": None, "a": cartridge_of(7, 0), "b": cartridge_of(140, 1), "biased": cartridge_of(12, 2, True)}
+# of these heads one is longer than a request may be in memory, while their average is 167
+RAGGED = cartridge_of(600, 3, True).replace(lengths=np.array([[600, 2], [0, 66]]), num_frozen=0)
+KNOWN = CARTRIDGES | {"ragged": RAGGED}
 
 
 def prefix_of(name: str) -> Prefix | None:
-    cartridge = CARTRIDGES[name]
+    cartridge = KNOWN[name]
     return None if cartridge is None else Prefix.of(name, cartridge)
 
 
@@ -85,7 +91,7 @@ def expected(tokens: Sequence[int], name: str) -> np.ndarray:
     """Log-probabilities after each token, by the forward pass; padded, so that one length is compiled."""
     padded = np.zeros((1, LENGTH), np.int32)
     padded[0, : len(tokens)] = tokens
-    logits = tiny.model().logits(padded, cartridge=CARTRIDGES[name])
+    logits = tiny.model().logits(padded, cartridge=KNOWN[name])
     return np.asarray(jax.nn.log_softmax(logits))[0, : len(tokens)]
 
 
@@ -119,7 +125,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return Engine(tiny.model(), max_num_seqs=4, max_length=LENGTH, attention=request.param)
 
 
-@pytest.mark.parametrize("name", CARTRIDGES)
+@pytest.mark.parametrize("name", KNOWN)
 def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
     tokens, block_table = TOKENS[100:154], block_table_of(engine, 1, name)
     fill(engine, block_table, name, tokens[:30])
@@ -182,7 +188,7 @@ def test_requests_with_different_cartridges_decode_together(engine: Engine):
             same(sampled, log_probs[len(prompt) - 1 + i])
 
 
-@pytest.mark.parametrize("name", ["b", "biased"])
+@pytest.mark.parametrize("name", ["b", "biased", "ragged"])
 def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
     """Two share one, a third has its own and a fourth none."""
     shared = block_table_in(engine, [engine.num_pages - 2, engine.num_pages - 1], name)
@@ -458,7 +464,7 @@ def test_a_short_top_p_is_greedy():
 
 
 @pytest.mark.parametrize("length", [2, 64, 65, 150])
-@pytest.mark.parametrize("name", ["none", "a", "biased"])
+@pytest.mark.parametrize("name", ["none", "a", "biased", "ragged"])
 def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: str, length: int):
     prompt = TOKENS[:length]
     scored = engine.score(prompt, prefix_of(name), 5)
@@ -470,6 +476,25 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
         assert (row_v > own + TOLERANCE).sum() < found.rank <= 1 + (row_v > own - TOLERANCE).sum()
         np.testing.assert_allclose(found.sampled.top_logprobs, np.sort(row_v)[::-1][:5], atol=TOLERANCE)
         np.testing.assert_allclose(row_v[list(found.sampled.top_ids)], found.sampled.top_logprobs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mean", [50, 100, 200])
+def test_a_cartridge_takes_the_memory_of_its_slots(mean: int):
+    """Of a model of SmolLM2's heads, whose cartridge has many short ones and a few long ones."""
+    lengths = log_normal_lengths(30, 3, mean)
+    shape = 30, int(lengths.max()), 3
+    laid = [lay_out_slots(np.zeros((*shape, *h), np.float32), lengths, PAGE_SIZE) for h in ([64], [64], [])]
+    cache = PageCache(20, PAGE_SIZE, 90, lambda prefix: len(laid[0]))
+    allocations = [cache.allocate(Prefix(str(i), mean, None), [0], 1) for i in range(3)]
+    assert all(a is not None for a in allocations)
+    taken = {head_page for a in allocations for head_page in head_pages_of(a.slots, len(laid[0]), 90)}
+    assert len(taken) == 3 * len(laid[0]), "what several have in common is no head page"
+    slots = 2 * 64 * 4 * int(lengths.sum())
+    assert slots < sum(a.nbytes for a in laid) <= 1.15 * slots
+
+
+def head_pages_of(slots: Sequence[int], count: int, heads: int) -> list[int]:
+    return [slots[i // heads] + i % heads for i in range(count)]
 
 
 def test_a_cartridge_may_have_no_slots(engine: Engine):

@@ -147,6 +147,22 @@ def test_clean_requests_say_what_they_say_without_a_hostile_cartridge(engine: En
                 assert len(said[request.id]) == 6 or reasons[request.id] == "not_finite"
 
 
+@pytest.mark.parametrize("kind", ["values of NaN", "infinite keys", "a bias of NaN"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_hostile_cartridge_in_the_same_page_changes_nothing(engine: Engine, wanted, kind: str, is_first: bool):
+    clean, hostile = requests([1]), attacks(kind, 1)
+    scheduler = Scheduler(engine, 8)
+    said = [
+        e.sampled
+        for e in run(scheduler, [*hostile, *clean] if is_first else [*clean, *hostile])
+        if isinstance(e, Token) and e.id == clean[0].id
+    ]
+    fragments = [scheduler._cache._roots[key].fragment for key in ("a", kind)]
+    assert fragments[0] is not None and fragments[1] is not None
+    assert fragments[0].page == fragments[1].page and fragments[0] != fragments[1]
+    agree(said, wanted[clean[0].id])
+
+
 def test_memory_full_of_nan_changes_nothing(new_engine: NewEngine, wanted):
     poisoned = new_engine()
     poisoned._cache = jax.tree.map(lambda array: jnp.full_like(array, math.nan), poisoned._cache)

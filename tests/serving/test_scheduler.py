@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.serving.cache import Allocation, PageCache
 from cartridges_jax.serving.scheduler import (
     BlockTable,
     Event,
@@ -380,6 +381,33 @@ def test_what_is_dropped_is_what_was_used_longest_ago_and_it_is_loaded_again():
     assert ask(None, 24) == []  # 7 more pages, which are there
     assert ask(a, 18) == []  # 4 more: those of b, used before a's
     assert ask(b, 2) == ["load"]
+
+
+def test_the_ends_of_cartridges_share_pages_and_none_is_lost():
+    """Of pages with 8 head pages, cartridges take 3, 5, 11 and 2: whole pages and parts of others."""
+    counts = {"a": 3, "b": 5, "c": 11, "d": 2}
+    cache = PageCache(6, 4, 8, lambda prefix: counts[prefix.key])
+
+    def allocate(key: str) -> Allocation:
+        found = cache.allocate(Prefix(key, 1, None), [0], 1)
+        assert found is not None
+        return found
+
+    def head_pages(allocation: Allocation, key: str) -> set[int]:
+        return {allocation.slots[i // 8] + i % 8 for i in range(counts[key])}
+
+    held = {key: allocate(key) for key in "abc"}
+    a, b, c = (head_pages(held[key], key) for key in "abc")
+    assert len(a | b | c) == 3 + 5 + 11
+    assert {page // 8 for page in a} == {page // 8 for page in b}, "3 and 5 fill a page"
+    assert len({page // 8 for page in a | b | c}) == 3
+    assert cache.allocate(Prefix("d", 1, None), [0], 1) is None, "c's second page has room for it, and no page is left"
+    cache.free(held["b"], [0])
+    held["d"] = allocate("d")  # takes the page of b's token, and what is free beside c's end
+    assert head_pages(held["d"], "d") < {8 * (held["c"].slots[-1] // 8) + i for i in range(8)}
+    for key in "acd":
+        cache.free(held[key], [0])
+    assert cache.allocate(None, range(24), 24) is not None, "everything that is idle makes room"
 
 
 def test_a_deadline_ends_a_request_where_it_stands():
