@@ -18,8 +18,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Prefix:
@@ -37,15 +35,15 @@ class Prefix:
     def of(cls, key: str, cartridge: Any) -> Prefix:
         """Takes the length and the mode from the cartridge; few formats know the latter, or lengths by head."""
         lengths = getattr(cartridge, "lengths", None)
-        length = cartridge.num_slots if lengths is None else math.ceil(np.mean(lengths))
+        length = cartridge.num_slots if lengths is None else math.ceil(lengths.mean())
         return cls(key, length, cartridge, getattr(cartridge, "thinking", None))
 
 
 class Fragment(NamedTuple):
-    """Head pages `first` to `first` + `count` - 1 of a page."""
+    """Head pages `start` to `start` + `count` - 1 of a page."""
 
     page: int
-    first: int
+    start: int
     count: int
 
 
@@ -200,8 +198,8 @@ class PageCache:
         """The smallest free part, of the pages that have fragments, that has so many head pages."""
         gaps = []
         for page, taken in fragments.items():
-            ends = [0, *sorted(end for f in taken for end in (f.first, f.first + f.count)), self.heads_per_page]
-            gaps += [(end - first, page, first) for first, end in zip(ends[::2], ends[1::2], strict=True) if taken]
+            ends = [0, *sorted(end for f in taken for end in (f.start, f.start + f.count)), self.heads_per_page]
+            gaps += [(end - start, page, start) for start, end in zip(ends[::2], ends[1::2], strict=True) if taken]
         found = min((gap for gap in gaps if gap[0] >= count), default=None)
         return None if found is None else Fragment(found[1], found[2], count)
 
@@ -213,7 +211,7 @@ class PageCache:
     def _slots(self, root: Node) -> tuple[int, ...]:
         firsts = [page * self.heads_per_page for page in root.pages]
         if root.fragment is not None:
-            firsts.append(root.fragment.page * self.heads_per_page + root.fragment.first)
+            firsts.append(root.fragment.page * self.heads_per_page + root.fragment.start)
         return tuple(firsts)
 
     def _drop(self, node: Node) -> None:

@@ -50,7 +50,7 @@ class Runs(NamedTuple):
     pages of the request's cartridge, then some of its tokens'. The last axis of each field is that of runs.
     """
 
-    first: Int[Array, "*l i"]  # the run's first number; those up to `slots_end` are the cartridge's, the rest tokens'
+    start: Int[Array, "*l i"]  # the run's first number; those up to `slots_end` are the cartridge's, the rest tokens'
     slots_end: Int[Array, "*l i"]
     end: Int[Array, "*l i"]
     slot_page: Int[Array, "*l i"]  # added to a number, it gives that of the head page in the cartridge
@@ -76,7 +76,7 @@ class Entries(NamedTuple):
     head_page: Int[Array, " e"]  # -1: there is none
     is_slots: Bool[Array, " e"]  # whether slots lie in it, or tokens
     column: Int[Array, " e"]  # of tokens: where the block table has the page
-    first: Int[Array, " e"]  # from which of its positions on it is read, and up to which; of tokens all may be
+    start: Int[Array, " e"]  # from which of its positions on it is read, and up to which; of tokens all may be
     limit: Int[Array, " e"]
 
 
@@ -122,13 +122,13 @@ def ordered(metadata: AttentionMetadata, z: int) -> Order:
         num_slot_pages_lrk = jnp.where(reads_slots_r[:, None], slot_pages_lrk, 0)
         count_lrk = num_slot_pages_lrk + num_pages_r[:, None]
         end_lrk = jnp.cumsum(count_lrk.reshape(len(count_lrk), -1), axis=1).reshape(count_lrk.shape)
-        first_lrk = end_lrk - count_lrk
-        slots_end_lrk = first_lrk + num_slot_pages_lrk
+        begin_lrk = end_lrk - count_lrk
+        slots_end_lrk = begin_lrk + num_slot_pages_lrk
         fields = Runs(
-            first_lrk,
+            begin_lrk,
             slots_end_lrk,
             end_lrk,
-            starts_lrk // z - first_lrk,
+            starts_lrk // z - begin_lrk,
             column_r[:, None] - slots_end_lrk,
             starts_lrk,
             starts_lrk + lens_lrk,
@@ -164,12 +164,13 @@ def _attend(
         entries = _entries(runs, metadata, pages.page_size, i * at_once + jnp.arange(at_once))
         row_e = entries.run % k if is_shared else entries.run
         position_ex = position_wx if is_shared else position_wx[row_e]
-        first_ex, limit_ex = _range(position_ex, entries, pages.page_size, options.window)
+        start_ex, limit_ex = _range(position_ex, entries, pages.page_size, options.window)
         if is_shared and len(metadata.starts) > 1:
             sees_er = _sees(entries, metadata, k)
             limit_ex = jnp.where(jnp.repeat(sees_er, q_wxh.shape[1] // sees_er.shape[1], axis=1), limit_ex, 0)
+        start_ex, limit_ex = jax.lax.optimization_barrier((start_ex, limit_ex))
         at_z = jnp.arange(pages.page_size)
-        seen_exz = (at_z >= first_ex[..., None]) & (at_z < limit_ex[..., None])
+        seen_exz = (at_z >= start_ex[..., None]) & (at_z < limit_ex[..., None])
         scores_exz = gathered_matmul(q_wxh.astype(keys.dtype), row_e, keys, entries.head_page)
         bias_ez = jnp.where(entries.is_slots[:, None], bias[entries.head_page], 0)
         scores_exz = soft_capped(scores_exz, options.soft_cap) + bias_ez[:, None]
@@ -192,7 +193,7 @@ def _entries(runs: Int[Array, "i fields"], metadata: AttentionMetadata, z: int, 
     """Finds the head pages of these numbers of a layer's runs."""
     k = metadata.kv_heads
     # unsigned, since for a number that may be negative every index and every division would take further steps
-    run_e = (Runs(*runs.T).first <= number_e[:, None]).sum(1, dtype=jnp.uint32) - 1
+    run_e = (Runs(*runs.T).start <= number_e[:, None]).sum(1, dtype=jnp.uint32) - 1
     run = Runs(*runs[run_e].T)
     request_e = run_e // k
     is_slots_e = number_e < run.slots_end
@@ -228,8 +229,8 @@ def _range(
 ) -> tuple[Int[Array, "e _x"], Int[Array, "e x"]]:
     """From which and up to which of a head page's positions a query sees; of tokens, those up to its own."""
     behind_ex = position_ex - entries.column[:, None] * z + 1
-    is_slots_e1, first_e1, limit_e1 = (a[:, None] for a in (entries.is_slots, entries.first, entries.limit))
+    is_slots_e1, start_e1, limit_e1 = (a[:, None] for a in (entries.is_slots, entries.start, entries.limit))
     limit_ex = jnp.where(is_slots_e1, limit_e1, jnp.minimum(behind_ex, limit_e1))
     if window is None:
-        return first_e1, limit_ex
-    return jnp.where(is_slots_e1, first_e1, behind_ex - window), limit_ex
+        return start_e1, limit_ex
+    return jnp.where(is_slots_e1, start_e1, behind_ex - window), limit_ex
