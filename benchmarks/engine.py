@@ -85,7 +85,7 @@ def ours() -> Iterator[Measures]:
 
     def bare(n: int) -> float:
         each = engine.pages_each
-        block_tables = [BlockTable(range(i * each, (i + 1) * each), 0) for i in range(n)]
+        block_tables = [BlockTable(range(i * each, (i + 1) * each)) for i in range(n)]
         for block_table in block_tables:
             engine.prefill([5] * PROMPT, 0, block_table)
         batches = [

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cartridges_jax as cj
-from cartridges_jax.kernels.decode_attention import decode_attention, new_pages
+from cartridges_jax.kernels.decode_attention import decode_attention, new_pages, ordered
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
 from cartridges_jax.models.weights import Panels
 from cartridges_jax.serving.engine import Engine
@@ -82,22 +82,27 @@ def attention(requests: int, dtype: Any) -> Callable[[], Any]:
     count = requests * PAGES_EACH
     block_table = np.arange(count, dtype=np.int32).reshape(requests, PAGES_EACH)
     starts, none = np.full(requests, PAGES_EACH * PAGE - 1, np.int32), np.full(requests, -1, np.int32)
-    no_slots = 0 * block_table, np.zeros((requests, K), np.int32), 0 * none
-    metadata = AttentionMetadata(starts, block_table, none, *no_slots)
-    values = jax.random.normal(jax.random.key(0), (count, K, PAGE, H), dtype)
-    pages = new_pages(count, K, PAGE, H, dtype)
-    cache = [pages.replace(keys=values.reshape(pages.keys.shape) + i, values=values + i) for i in range(LAYERS)]
+    no_slots = np.zeros((LAYERS, requests, K), np.int32)
+    metadata = AttentionMetadata(starts, block_table, none, 0 * block_table, no_slots, no_slots)
+    values = jax.random.normal(jax.random.key(0), (count * LAYERS * K, PAGE, H), dtype)
+    pages = new_pages(len(values), PAGE, H, dtype)
+    pages = pages.replace(keys=values.reshape(pages.keys.shape), values=values)
     q = jnp.ones((requests, 1, N, H), dtype)
-    run = jax.jit(lambda cache, metadata: [decode_attention(q, pages, metadata) for pages in cache])
-    return lambda: run(cache, metadata)
+
+    @jax.jit
+    def run(pages: Any, metadata: AttentionMetadata) -> list[jax.Array]:
+        metadata = ordered(metadata, PAGE)
+        return [decode_attention(q, pages, metadata.of_layer(layer)) for layer in range(LAYERS)]
+
+    return lambda: run(pages, metadata)
 
 
 def step(model: cj.LanguageModel, size: int) -> Callable[[], Any]:
     """A step of decoding for `size` requests of 300 tokens, or a prefill of `size` tokens if there are more than 64."""
     engine = Engine(model, min(size, 64), 512, batch_sizes=[min(size, 64)])
     if size > 64:
-        return lambda: (engine.prefill([5] * size, 0, BlockTable(range(engine.pages_each), 0)), engine._cache)[1]
-    block_tables = [BlockTable(range(i * engine.pages_each, (i + 1) * engine.pages_each), 0) for i in range(size)]
+        return lambda: (engine.prefill([5] * size, 0, BlockTable(range(engine.pages_each))), engine._cache)[1]
+    block_tables = [BlockTable(range(i * engine.pages_each, (i + 1) * engine.pages_each)) for i in range(size)]
     inputs = [SequenceInput(i, 5, 300, block_table, 0.0, 1.0, 0, 0, 1) for i, block_table in enumerate(block_tables)]
     return lambda: engine.decode(inputs)
 

@@ -276,7 +276,7 @@ def main(argv: list[str]) -> int:
         if name in store.list():
             return store.get(name)
         cartridge = load_file(name)
-        return Prefix(f"{name}@{time.monotonic_ns()}", cartridge.average_slots, cartridge, cartridge.thinking)
+        return Prefix.of(f"{name}@{time.monotonic_ns()}", cartridge)
 
     prefix = None if args.cartridge is None else load(args.cartridge)
     chat = Chat(

@@ -117,7 +117,7 @@ def served(config: ModelConfig, shape: tuple[int, int, int], text: Path | None =
     scored = [s.sampled for s in engine.score(list(range(30)), prefix, 5)]
     found = [sampled for _, _, sampled in tokens] + scored
     if text is not None:
-        batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0], 0), 0.0, 1.0, 0, 0, 0)] * 3)
+        batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0]), 0.0, 1.0, 0, 0, 0)] * 3)
         options = {"config": config, "mesh": mesh, "num_top": 5}
         text.write_text(
             decode_step.lower(engine._weights, engine._cache, engine._last, *batch, **options).compile().as_text()

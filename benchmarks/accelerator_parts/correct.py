@@ -126,7 +126,7 @@ def decode_checks(tiny: bool) -> Iterator[Check]:
 def _decode_error(case: Case, requests: list[int], t: int, name: str) -> Line:
     q = np.random.default_rng(1).standard_normal((len(requests), t, 4 * case.kv_heads, case.h)).astype(np.float32)
     run = jax.jit(functools.partial(decode_attention, implementation=name))
-    found = run(2 * q, case.pages(name), case.metadata(requests, t))
+    found = run(2 * q, case.pages(name), case.metadata(requests, t, name))
     return _verdict(_error(found, [case.alone(2 * q[row], r) for row, r in enumerate(requests)]), MOST["float32"])
 
 

@@ -33,7 +33,7 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 Specs = Any  # a PartitionSpec, or a tree of them
 
-PAGES = P(None, "tensor")  # pages k …: of serving; a device has the kv heads that its query heads read
+PAGES = P("tensor")  # head pages …: of serving; a device has those of the kv heads that its query heads read
 CARTRIDGE = P(None, None, "tensor")  # l p k, with h for keys and values; the optimizer's moments lie like it
 PLACEMENT = P(None, "tensor")  # l k: how many slots the heads of a cartridge have; its offset is a number
 BATCH = P(None, ROWS)  # accumulation b …

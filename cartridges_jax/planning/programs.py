@@ -137,7 +137,8 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
         )
     b, mesh = requests.count // engines, Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
     slots, tokens = (math.ceil(count / PAGE_SIZE) for count in (config.init.num_slots, requests.length))
-    shared, own = min(requests.cartridges, b) * slots, b * tokens
+    # the ends of cartridges share pages
+    shared, own = math.ceil(min(requests.cartridges, b) * config.init.num_slots / PAGE_SIZE), b * tokens
 
     def pages(count: int) -> Any:
         shapes = empty_cache.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
@@ -162,7 +163,8 @@ def _decode_inputs(b: int, pages_each: int, model: ModelConfig, mesh: Mesh) -> t
 
     ids_b, ids_b1, table = of(np.int32, b), of(np.int32, b, 1), of(np.int32, b, pages_each)
     heads = collectives.kv_heads_by_device(model, mesh.shape["tensor"]).size
-    metadata = AttentionMetadata(ids_b, table, ids_b, table, of(np.int32, model.num_layers, b, heads), ids_b)
+    by_head = of(np.int32, model.num_layers, b, heads)
+    metadata = AttentionMetadata(ids_b, table, ids_b, table, by_head, by_head)
     sampling_params = SamplingParams(of(np.float32, b), of(np.float32, b), ids_b, ids_b, ids_b, ids_b)
     inputs = ids_b, ids_b, Step(ids_b1, ids_b1, metadata), sampling_params
     return jax.tree.map(

@@ -5,30 +5,54 @@ that a path spells the beginning of a prompt. A request has acquired the nodes o
 nobody else sees. A node that no request uses stays until its pages are wanted; the one that was used longest ago is
 dropped first. Whoever uses a node uses its parents and releases them last, so that the end of a path is always dropped
 before its beginning. No JAX is needed here.
+
+A page has a head page for every kv head of every layer. Tokens take whole pages. A cartridge takes as many head pages
+as it needs: whole pages, and for the rest a *fragment* of a page, which it shares with the fragments of others.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A loaded cartridge: `key` is its identity, version included, and `length` its number of slots p."""
+    """A loaded cartridge: `key` is its identity, version included, and `length` how many slots a head has.
+
+    Where heads have different numbers of slots, it is their average, rounded up.
+    """
 
     key: str
     length: int
     cartridge: object = field(compare=False)
     thinking: bool | None = None  # the mode in which it was trained to answer; None: as the chat template has it
 
+    @classmethod
+    def of(cls, key: str, cartridge: Any) -> Prefix:
+        """Takes the length and the mode from the cartridge; few formats know the latter, or lengths by head."""
+        lengths = getattr(cartridge, "lengths", None)
+        length = cartridge.num_slots if lengths is None else math.ceil(lengths.mean())
+        return cls(key, length, cartridge, getattr(cartridge, "thinking", None))
+
+
+class Fragment(NamedTuple):
+    """Head pages `start` to `start` + `count` - 1 of a page."""
+
+    page: int
+    start: int
+    count: int
+
 
 @dataclass(eq=False)
 class Node:
-    """A cartridge's pages, or one page of tokens (all of whose parents' pages are full)."""
+    """A cartridge's pages and its fragment of one, or one page of tokens (all of whose parents' pages are full)."""
 
     pages: list[int]
+    fragment: Fragment | None = None
     tokens: tuple[int, ...] = ()
     parent: Node | None = None
     key: str | None = None  # of a root
@@ -38,30 +62,44 @@ class Node:
 
 @dataclass
 class Allocation:
-    """A request's pages: those of the nodes of `path`, and `own`. Its first `cached` tokens are written already."""
+    """A request's pages: those of the nodes of `path`, and `own`. Its first `cached` tokens are written already.
+
+    In `slots` it is said where the head pages of its cartridge begin, page by page, as in a `BlockTable`.
+    """
 
     path: list[Node]
     own: list[int]
+    slots: tuple[int, ...]
     cached: int
-    load: bool = False  # whether the cartridge has still to be written to the path's first pages
+    load: bool = False  # whether the cartridge has still to be written to its head pages
     copy: tuple[int, int] | None = None  # a page and the first own one, to which it is copied before all else
 
     @property
     def pages(self) -> list[int]:
-        return [page for node in self.path for page in node.pages] + self.own
+        """The pages of its tokens."""
+        return [page for node in self.path[1:] for page in node.pages] + self.own
 
 
 class PageCache:
-    """Allocates the pages of requests, and remembers what those that were used hold."""
+    """Allocates the pages of requests, and remembers what those that were used hold.
 
-    def __init__(self, num_pages: int, page_size: int):
-        self.num_pages, self.page_size = num_pages, page_size
+    Args:
+      heads_per_page: how many head pages a page has.
+      head_pages: how many of them a cartridge takes.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, heads_per_page: int, head_pages: Callable[[Prefix], int]):
+        self.num_pages, self.page_size, self.heads_per_page = num_pages, page_size, heads_per_page
+        self._head_pages = head_pages
         self._free_pages = list(range(num_pages))[::-1]
+        self._fragments: dict[int, set[Fragment]] = {}  # those that are taken, by the pages that have any
         self._roots: dict[str | None, Node] = {}
         self._idle: dict[Node, None] = {}  # nodes that no request uses; the one used longest ago comes first
 
     def pages_needed(self, prefix: Prefix | None, num_tokens: int) -> int:
-        return self._count(prefix.length if prefix else 0) + self._count(num_tokens)
+        """How many pages a request takes if it has nothing in common with others; part of a page counts as one."""
+        slots = -(-self._head_pages(prefix) // self.heads_per_page) if prefix else 0
+        return slots + self._count(num_tokens)
 
     def allocate(self, prefix: Prefix | None, prompt: Sequence[int], num_tokens: int) -> Allocation | None:
         """Allocates pages for a prompt and its answer, `num_tokens` together; None if there are too few.
@@ -71,23 +109,27 @@ class PageCache:
         """
         key = prefix.key if prefix else None
         root = self._roots.setdefault(key, Node([], key=key))
-        missing = self._count(prefix.length) if prefix and not root.pages else 0
+        is_missing = prefix is not None and not root.pages and root.fragment is None
+        whole, rest = divmod(self._head_pages(prefix), self.heads_per_page) if prefix and is_missing else (0, 0)
         path = [root, *self._known(root, prompt[:-1])]
         known = (len(path) - 1) * self.page_size
         self._acquire(path)
-        wanted = missing + self._count(num_tokens - known)
+        wanted = whole + self._count(num_tokens - known)
         source, copied = _longest(path[-1], prompt[known:-1])
-        taken = self._take(wanted, source)
-        if taken is None:
+        is_there = self._make_room(wanted, rest, source)
+        if not is_there:
             source, copied = None, 0
-            taken = self._take(wanted, None)
-        if taken is None:
+            is_there = self._make_room(wanted, rest, None)
+        if not is_there:
             self._release(path)
             return None
-        root.pages += taken[:missing]
-        own = taken[missing:]
+        if rest:
+            root.fragment = self._take_fragment(rest)
+        taken = [self._free_pages.pop() for _ in range(wanted)]
+        root.pages += taken[:whole]
+        own = taken[whole:]
         copy = (source.pages[0], own[0]) if source else None
-        return Allocation(path, own, known + copied, missing > 0, copy)
+        return Allocation(path, own, self._slots(root), known + copied, whole + rest > 0, copy)
 
     def insert(self, allocation: Allocation, tokens: Sequence[int]) -> None:
         """Lets others use what a request has written: `tokens`, from the first behind the cartridge."""
@@ -104,7 +146,7 @@ class PageCache:
             page = allocation.own.pop(0)
             node = parent.children.get(part)
             if node is None:
-                node = parent.children[part] = Node([page], part, parent)
+                node = parent.children[part] = Node([page], tokens=part, parent=parent)
             elif len(part) < size:  # the page of another request, which goes on writing there
                 allocation.own.insert(0, page)
                 return
@@ -130,21 +172,58 @@ class PageCache:
             path.append(node := child)
         return path
 
-    def _take(self, count: int, spare: Node | None) -> list[int] | None:
-        """Takes `count` pages, for which idle nodes other than `spare` may be dropped; None if that is not enough."""
+    def _make_room(self, count: int, rest: int, spare: Node | None) -> bool:
+        """Drops idle nodes other than `spare` until `count` pages and a fragment of `rest` head pages are free.
+
+        If dropping all of them were not enough, none is dropped, and the result is False.
+        """
         idle = [node for node in self._idle if node is not spare]
-        if count > len(self._free_pages) + sum(len(node.pages) for node in idle):
-            return None
+        if not self._has_room(count, rest, idle):
+            return False
         for node in idle:
-            if len(self._free_pages) >= count:
+            if self._has_room(count, rest, ()):
                 break
             self._drop(node)
-        return [self._free_pages.pop() for _ in range(count)]
+        return True
+
+    def _has_room(self, count: int, rest: int, gone: Collection[Node]) -> bool:
+        """Whether so much would be free if these nodes were dropped."""
+        dropped = {node.fragment for node in gone}
+        kept = {page: taken - dropped for page, taken in self._fragments.items()}
+        emptied = sum(not taken for taken in kept.values())
+        pages = len(self._free_pages) + sum(len(node.pages) for node in gone) + emptied
+        return pages >= count + (rest > 0 and self._gap(rest, kept) is None)
+
+    def _gap(self, count: int, fragments: dict[int, set[Fragment]]) -> Fragment | None:
+        """The smallest free part, of the pages that have fragments, that has so many head pages."""
+        gaps = []
+        for page, taken in fragments.items():
+            ends = [0, *sorted(end for f in taken for end in (f.start, f.start + f.count)), self.heads_per_page]
+            gaps += [(end - start, page, start) for start, end in zip(ends[::2], ends[1::2], strict=True) if taken]
+        found = min((gap for gap in gaps if gap[0] >= count), default=None)
+        return None if found is None else Fragment(found[1], found[2], count)
+
+    def _take_fragment(self, count: int) -> Fragment:
+        fragment = self._gap(count, self._fragments) or Fragment(self._free_pages.pop(), 0, count)
+        self._fragments.setdefault(fragment.page, set()).add(fragment)
+        return fragment
+
+    def _slots(self, root: Node) -> tuple[int, ...]:
+        firsts = [page * self.heads_per_page for page in root.pages]
+        if root.fragment is not None:
+            firsts.append(root.fragment.page * self.heads_per_page + root.fragment.start)
+        return tuple(firsts)
 
     def _drop(self, node: Node) -> None:
         assert not node.children
         del self._idle[node]
         self._free_pages += node.pages
+        if node.fragment is not None:
+            page = node.fragment.page
+            self._fragments[page].remove(node.fragment)
+            if not self._fragments[page]:
+                del self._fragments[page]
+                self._free_pages.append(page)
         if node.parent is None:
             del self._roots[node.key]
         else:

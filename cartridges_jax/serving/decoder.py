@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.decode_attention import decode_attention
+from cartridges_jax.kernels.decode_attention import decode_attention, ordered
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
 from cartridges_jax.kernels.gathered_matmul import has_kernel
 from cartridges_jax.models.block import Rope, block, decode_layer, embedded, norm, rope_table
@@ -108,18 +108,17 @@ def pack_panels(weight: Array, array: ArraySpec) -> Panels | Dense | Array:
 
 
 def forward(
-    weights: Weights, cache: list[Pages], step: Step, config: ModelConfig, implementation: str | None
-) -> tuple[Float[Array, "b t d"], list[Pages]]:
+    weights: Weights, cache: Pages, step: Step, config: ModelConfig, implementation: str | None
+) -> tuple[Float[Array, "b t d"], Pages]:
     """Returns the tokens' final, normed hidden states, and the cache with their keys and values written."""
     positions_bt = step.metadata.starts[:, None] + jnp.arange(step.tokens.shape[1])
     ropes = {kind: rope_table(positions_bt, kind, config.head_dim) for kind in dict.fromkeys(config.layers)}
     x_btd = embedded(weights["embed"], step.tokens, config).astype(weights["final_norm"].dtype)
-    written = []
-    for i, (layer, pages, kind) in enumerate(zip(weights["layers"], cache, config.layers, strict=True)):
-        seen = step.metadata.of_layer(i)
-        x_btd, pages = _layer(layer, pages, x_btd, ropes[kind], step.slot_mapping, seen, kind, config, implementation)
-        written.append(pages)
-    return norm(x_btd, weights["final_norm"], config), written
+    metadata = ordered(step.metadata, cache.page_size, implementation)
+    for i, (layer, kind) in enumerate(zip(weights["layers"], config.layers, strict=True)):
+        seen = metadata.of_layer(i)
+        x_btd, cache = _layer(layer, cache, x_btd, ropes[kind], step.slot_mapping, seen, kind, config, implementation)
+    return norm(x_btd, weights["final_norm"], config), cache
 
 
 # one jit inside another: layers of one kind are traced once
@@ -136,7 +135,8 @@ def _layer(
     implementation: str | None,
 ) -> tuple[Array, Pages]:
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
-        written = pages.write(slot_mapping, k, v)
+        page_bt, offset_bt = jnp.divmod(slot_mapping, pages.page_size)
+        written = pages.write(page_bt * metadata.heads + metadata.layer * metadata.kv_heads, offset_bt, k, v)
         options = kind.window, kind.scale, config.soft_cap, layer.get("sinks")
         return decode_attention(q, written, metadata, implementation, *options), written
 

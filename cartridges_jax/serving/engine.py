@@ -21,7 +21,7 @@ import numpy as np
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention import chosen
-from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, lay_out_slots
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, lay_out_slots, slot_starts
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving import decoder, metadata, steps
@@ -62,7 +62,7 @@ class Engine:
     ):
         if max_num_seqs < 1:
             raise UserError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
-        # a cartridge and the tokens behind it each end on a page of their own
+        # a cartridge and the tokens behind it each end on a page of their own, as far as a request is concerned
         self.pages_each = metadata.num_pages(max_length) + 1
         self.num_pages = max_num_seqs * self.pages_each if cache_tokens is None else metadata.num_pages(cache_tokens)
         if self.num_pages < self.pages_each:
@@ -82,31 +82,47 @@ class Engine:
         dtype = self._weights["final_norm"].dtype
         self._cache = steps.empty_cache(self._config, all_pages, dtype, self._mesh, attention)
         self._heads = collectives.kv_heads_by_device(self._config, self._mesh.shape["tensor"])
+        self.heads_per_page = self._config.num_layers * self._heads.shape[1]
         self._shape_lk = self._config.num_layers, self._heads.size
-        self._slot_lens: dict[int, np.ndarray] = {}  # of the cartridges in pages, by their first page
+        # of the cartridges in pages, where the slots of each head start and how many they are, by the first head page
+        self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._nowhere = all_pages * PAGE_SIZE  # an index into a page that does not exist: a write there is dropped
         self._last = jnp.zeros(max_num_seqs, jnp.int32)  # the last token that was sampled for each sequence
 
-    def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
+    def head_pages(self, prefix: Prefix) -> int:
+        cartridge: Any = prefix.cartridge
+        lengths = cartridge.checked(self._config).all_lengths
+        return max(-(-int(lengths[:, own].sum()) // PAGE_SIZE) for own in self._heads)
+
+    def load(self, prefix: Prefix, slots: Sequence[int]) -> None:
+        if not slots:  # a cartridge may have none
+            return
         cartridge: Any = prefix.cartridge
         keys, values, bias = cartridge.checked(self._config).at_offset(0, self._config).prefix
         keys, values = np.asarray(keys), np.asarray(values)
         bias = np.zeros(keys.shape[:3], np.float32) if bias is None else np.asarray(bias)
         lengths = cartridge.all_lengths
-        laid = [
-            np.concatenate([lay_out_slots(a[:, :, own], lengths[:, own], PAGE_SIZE) for own in self._heads], axis=2)
-            for a in (keys, values, bias)
-        ]
-        for page, *part in zip(pages, *laid, strict=True):
-            self._load(page, part)
-        if pages:  # a cartridge may have no slots
-            self._slot_lens[pages[0]] = lengths[:, self._heads.reshape(-1)]
+        laid = [self._by_device(a, lengths) for a in (keys, values, bias)]
+        num_head_pages = len(laid[0])
+        for i, first in enumerate(slots):
+            done = i * self.heads_per_page
+            count = min(num_head_pages - done, self.heads_per_page)
+            self._load(first, count, [a[done : done + count] for a in laid])
+        starts = np.concatenate([slot_starts(lengths[:, own]) for own in self._heads], axis=1)
+        self._loaded[slots[0]] = starts, lengths[:, self._heads.reshape(-1)]
 
-    def _load(self, page: int, slots: Sequence[np.ndarray]) -> None:
-        self._cache = steps.load_page(self._cache, page, *slots, mesh=self._mesh)
+    def _by_device(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Lays out the slots of each device's heads, [e, devices, z, …]; e is what the fullest device has."""
+        laid = [lay_out_slots(slots[:, :, own], lengths[:, own], PAGE_SIZE) for own in self._heads]
+        most = max(map(len, laid))
+        return np.stack([np.pad(a, [(0, most - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in laid], axis=1)
+
+    def _load(self, first: int, count: int, slots: Sequence[np.ndarray]) -> None:
+        full = [np.pad(a, [(0, self.heads_per_page - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in slots]
+        self._cache = steps.load_slots(self._cache, first, count, *full, mesh=self._mesh)
 
     def copy(self, source: int, target: int, count: int) -> None:
-        self._cache = steps.copy_page(self._cache, source, target, count, mesh=self._mesh)
+        self._cache = steps.copy_page(self._cache, source, target, count, heads=self.heads_per_page, mesh=self._mesh)
 
     def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
         while tokens:
@@ -126,7 +142,7 @@ class Engine:
         b = next(size for size in self._batch_sizes if size >= len(inputs))
         for i in inputs:
             self._clear_begun(i.block_table, i.position, 1)
-        padding = [SequenceInput(self.max_num_seqs, 0, 0, BlockTable((), 0), 0.0, 1.0, 0, 0, 0)] * (b - len(inputs))
+        padding = [SequenceInput(self.max_num_seqs, 0, 0, BlockTable(()), 0.0, 1.0, 0, 0, 0)] * (b - len(inputs))
         padded = [*inputs, *padding]
         indices = np.array([i.index for i in padded], np.int32)
         tokens = np.array([-1 if i.token is None else i.token for i in padded], np.int32)
@@ -136,7 +152,9 @@ class Engine:
         return indices, step, _sampling_params(padded)
 
     def _metadata(self, rows: Sequence[Row], b: int) -> AttentionMetadata:
-        return metadata.attention_metadata(rows, b, self.pages_each, self._shape_lk, self._slot_lens)
+        # if all slots are one device's, it has so many times the average
+        slot_pages_each = self.pages_each * self._mesh.shape["tensor"]
+        return metadata.attention_metadata(rows, b, self.pages_each, slot_pages_each, self._shape_lk, self._loaded)
 
     def harvest(self, decoded: Any) -> list[Sampled]:
         sampled, count = decoded
@@ -144,14 +162,20 @@ class Engine:
         return [Sampled(token, logprob, tuple(ids), tuple(logprobs)) for token, logprob, ids, logprobs in rows]
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
-        p = prefix.length if prefix else 0
         pages = range(self.num_pages, self.num_pages + self.pages_each)
+        taken = -(-self.head_pages(prefix) // self.heads_per_page) if prefix else 0
+        if taken + metadata.num_pages(len(tokens)) > len(pages):
+            raise UserError(
+                f"a prompt of {len(tokens)} tokens behind this cartridge needs "
+                f"{taken + metadata.num_pages(len(tokens))} pages and may have {len(pages)}: shorten the prompt"
+            )
+        block_table = BlockTable(pages[taken:], [page * self.heads_per_page for page in pages[:taken]])
         if prefix is not None:
-            self.load(prefix, pages[: metadata.num_pages(p)])
+            self.load(prefix, block_table.slots)
         scored = []
         for start in range(0, len(tokens) - 1, SCORE_SIZE):
             part = tokens[start : start + SCORE_SIZE]
-            step = self._chunk(part, SCORE_SIZE, start, BlockTable(pages, p))
+            step = self._chunk(part, SCORE_SIZE, start, block_table)
             following = np.zeros(SCORE_SIZE, np.int32)
             following[: len(tokens) - 1 - start] = tokens[start + 1 : start + SCORE_SIZE + 1]
             self._cache, found = steps.score_step(
@@ -166,11 +190,11 @@ class Engine:
 
     def programs(self) -> list[Callable[[], object]]:
         """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
-        first_pages = BlockTable(range(self.pages_each), 0)
-        zeros = np.zeros((*self._shape_lk, PAGE_SIZE, self._config.head_dim), np.float32)
+        first_pages = BlockTable(range(self.pages_each))
+        nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
         def decode(size: int) -> None:
-            inputs = [SequenceInput(i, 0, 0, BlockTable([i], 0), 0.0, 1.0, 0, 0, 0) for i in range(size)]
+            inputs = [SequenceInput(i, 0, 0, BlockTable([i]), 0.0, 1.0, 0, 0, 0) for i in range(size)]
             self.harvest(self.decode(inputs))
 
         def prefill(size: int) -> None:
@@ -179,7 +203,7 @@ class Engine:
         return [
             *(functools.partial(prefill, size) for size in PREFILL_SIZES),
             *(functools.partial(decode, size) for size in self._batch_sizes),
-            functools.partial(self._load, 0, (zeros, zeros, zeros[..., 0])),
+            functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear_begun, first_pages, 0, 1),
             functools.partial(self.score, [0, 0], None, 1),
@@ -189,8 +213,8 @@ class Engine:
         """Clears the pages that begin with one of the `count` positions from this one on, which are written next."""
         for start in range(-(-position // PAGE_SIZE) * PAGE_SIZE, position + count, PAGE_SIZE):
             page = metadata.slot_index(block_table, start) // PAGE_SIZE
-            values = steps.clear_page([p.values for p in self._cache], page, mesh=self._mesh)
-            self._cache = [p.replace(values=v) for p, v in zip(self._cache, values, strict=True)]
+            values = steps.clear_page(self._cache.values, page, heads=self.heads_per_page, mesh=self._mesh)
+            self._cache = self._cache.replace(values=values)
 
     def _chunk(self, tokens: Sequence[int], size: int, position: int, block_table: BlockTable) -> decoder.Step:
         """A step for tokens of one request, padded to `size`."""

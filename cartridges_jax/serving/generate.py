@@ -57,7 +57,7 @@ def generate_ids(
         return []
     if not all(prompts):
         raise UserError(f"prompt {[bool(p) for p in prompts].index(False)} has no tokens: expected at least one")
-    prefix = None if cartridge is None else Prefix("cartridge", cartridge.average_slots, cartridge)
+    prefix = None if cartridge is None else Prefix.of("cartridge", cartridge)
     longest = max(map(len, prompts)) + max_tokens
     if longest > model.config.max_position_embeddings:
         raise UserError(

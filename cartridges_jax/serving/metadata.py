@@ -1,8 +1,6 @@
 """Where tokens lie in the pages of keys and values, and which pages a step of the engine reads.
 
 All of it is worked out on the host, in numpy.
-
-A sequence begins on a page with the slots of its cartridge, if it has one; its tokens begin on the next page.
 """
 
 from __future__ import annotations
@@ -34,30 +32,39 @@ def num_pages(length: int) -> int:
 def slot_index(block_table: BlockTable, position: int) -> int:
     """The index of a sequence's token among all positions of all pages."""
     page, offset = divmod(position, PAGE_SIZE)
-    return block_table.pages[num_pages(block_table.prefix_length) + page] * PAGE_SIZE + offset
+    return block_table.pages[page] * PAGE_SIZE + offset
 
 
 def attention_metadata(
-    rows: Sequence[Row], b: int, pages_each: int, shape_lk: tuple[int, int], slot_lens: Mapping[int, np.ndarray]
+    rows: Sequence[Row],
+    b: int,
+    pages_each: int,
+    slot_pages_each: int,
+    shape_lk: tuple[int, int],
+    loaded: Mapping[int, tuple[np.ndarray, np.ndarray]],
 ) -> AttentionMetadata:
     """The metadata of a step for b requests, the last of which may be none.
 
     Args:
-      pages_each: how many pages a request has at most.
-      slot_lens: how many slots each head has, [l, k], of the cartridges that lie in pages, by the first of these pages.
+      pages_each: how many pages the tokens of a request have at most.
+      slot_pages_each: how many pages a cartridge has at most.
+      loaded: where the slots of each head start and how many they are, [l, k], of the cartridges that lie in pages,
+        by their first head pages.
     """
     starts, cartridge_ids = np.zeros(b, np.int32), np.full(b, -1, np.int32)
-    tokens, slots = np.full((b, pages_each), -1, np.int32), np.zeros((b, pages_each), np.int32)
-    found: dict[int, int] = {}  # the cartridges of the step, by their first pages
+    tokens, slots = np.full((b, pages_each), -1, np.int32), np.zeros((b, slot_pages_each), np.int32)
+    slot_starts, slot_lens = (np.zeros((shape_lk[0], b, shape_lk[1]), np.int32) for _ in range(2))
+    found: dict[int, int] = {}  # the cartridges of the step, by their first head pages
     for r, (block_table, start, last) in enumerate(rows):
-        pages, own = block_table.pages, num_pages(block_table.prefix_length)
         starts[r] = start
         count = last // PAGE_SIZE + 1
-        tokens[r, :count] = pages[own : own + count]
-        if own:
-            a = cartridge_ids[r] = found.setdefault(pages[0], len(found))
-            slots[a, :own] = pages[:own]
-    lens = np.zeros((shape_lk[0], b, shape_lk[1]), np.int32)
-    for first, a in found.items():
-        lens[:, a] = slot_lens[first]
-    return AttentionMetadata(starts, tokens, cartridge_ids, slots, lens, -(-lens.max((0, 2)) // PAGE_SIZE))
+        tokens[r, :count] = block_table.pages[:count]
+        if not block_table.slots:
+            continue
+        first = block_table.slots[0]
+        if first not in found:
+            a = found[first] = len(found)
+            slots[a, : len(block_table.slots)] = block_table.slots
+            slot_starts[:, a], slot_lens[:, a] = loaded[first]
+        cartridge_ids[r] = found[first]
+    return AttentionMetadata(starts, tokens, cartridge_ids, slots, slot_starts, slot_lens)

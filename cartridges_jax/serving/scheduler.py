@@ -20,10 +20,14 @@ Reason = Literal["stop", "length", "cancelled", "deadline", "not_finite"]
 
 @dataclass(frozen=True)
 class BlockTable:
-    """The pages of a sequence: its cartridge's `prefix_length` slots in the first ones, its tokens from the next on."""
+    """Where a sequence lies: the pages of its tokens, and where its cartridge's head pages begin, page by page.
+
+    Head pages are counted over all pages, of each as many as the engine's `heads_per_page`. The last of a cartridge's
+    pages may be shared with other cartridges.
+    """
 
     pages: Sequence[int]
-    prefix_length: int
+    slots: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Engine(Protocol):
 
     At most `max_num_seqs` requests run together; a request's cartridge slots, prompt and answer are at most
     `max_length` positions in memory, and its prompt and answer at most the model's `max_position_embeddings`.
+
+    A page has a head page for each of its `heads_per_page`, which are all kv heads of all layers.
     """
 
     max_num_seqs: int
@@ -76,9 +82,13 @@ class Engine(Protocol):
     max_top_logprobs: int
     num_pages: int
     page_size: int
+    heads_per_page: int
 
-    def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
-        """Writes a cartridge to these pages."""
+    def head_pages(self, prefix: Prefix) -> int:
+        """How many head pages a cartridge takes. Raises: UserError, if it does not fit the model."""
+
+    def load(self, prefix: Prefix, slots: Sequence[int]) -> None:
+        """Writes a cartridge to the head pages that begin here, as in a `BlockTable`."""
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Makes the target page a copy of the source's first `count` positions."""
@@ -174,7 +184,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._prefills_per_step = prefills_per_step
         self._prefill_chunk = prefill_chunk
-        self._cache = PageCache(engine.num_pages, engine.page_size)
+        self._cache = PageCache(engine.num_pages, engine.page_size, engine.heads_per_page, engine.head_pages)
         self._queue: deque[Request] = deque()
         self._sequences = [_Sequence(i) for i in range(engine.max_num_seqs)]
         self._filling: _Sequence | None = None  # the one sequence whose prompt is not written yet
@@ -262,7 +272,7 @@ class Scheduler:
         self._queue.popleft()
         if allocation.load:
             assert request.prefix is not None
-            self._engine.load(request.prefix, allocation.path[0].pages)
+            self._engine.load(request.prefix, allocation.slots)
         if allocation.copy is not None:
             self._engine.copy(*allocation.copy, allocation.cached % self._engine.page_size)
         seq.request, seq.allocation = request, allocation
@@ -345,8 +355,8 @@ def _check(request: Request, engine: Engine) -> None:
 
 
 def _block_table(seq: _Sequence) -> BlockTable:
-    assert seq.request is not None and seq.allocation is not None
-    return BlockTable(seq.allocation.pages, seq.request.prefix.length if seq.request.prefix else 0)
+    assert seq.allocation is not None
+    return BlockTable(seq.allocation.pages, seq.allocation.slots)
 
 
 def _input(seq: _Sequence) -> SequenceInput:

@@ -24,59 +24,62 @@ from cartridges_jax.serving.metadata import PAGE_SIZE
 from cartridges_jax.serving.sampling import SamplingParams, normalizer, sample
 
 # Everything about a step lies on every device; of a cartridge's heads each has those that its query heads read.
-STEP = Step(P(), P(), AttentionMetadata(*[P()] * 4, sharding.CARTRIDGE, P()))  # type: ignore[arg-type]
+STEP = Step(P(), P(), AttentionMetadata(*[P()] * 4, sharding.CARTRIDGE, sharding.CARTRIDGE))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty_cache(
     config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh, implementation: str | None = None
-) -> list[Pages]:
-    """Makes empty pages for every layer, as an implementation of `decode_attention` has them."""
+) -> Pages:
+    """Makes empty pages, as an implementation of `decode_attention` has them."""
 
-    def local() -> list[Pages]:
-        sizes = num_pages, collectives.num_local_kv_heads(config), PAGE_SIZE, config.head_dim
-        return [new_pages(*sizes, dtype, implementation) for _ in range(config.num_layers)]
+    def local() -> Pages:
+        num_head_pages = num_pages * config.num_layers * collectives.num_local_kv_heads(config)
+        return new_pages(num_head_pages, PAGE_SIZE, config.head_dim, dtype, implementation)
 
     return sharding.on_mesh(local, mesh, (), sharding.PAGES)()
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
-def load_page(
-    cache: list[Pages],
-    page: Int[Array, ""],
-    keys: Float[Array, "l k z h"],
-    values: Float[Array, "l k z h"],
-    bias: Float[Array, "l k z"],
+def load_slots(
+    cache: Pages,
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+    keys: Float[Array, "e devices z h"],
+    values: Float[Array, "e devices z h"],
+    bias: Float[Array, "e devices z"],
     *,
     mesh: Mesh,
-) -> list[Pages]:
-    """Writes a part of a cartridge to a page."""
+) -> Pages:
+    """Writes a part of a cartridge, for each device of `tensor` its own, to `count` head pages from `first` on."""
 
-    def local(cache: list[Pages], page: Array, *slots: Array) -> list[Pages]:
-        return [pages.load(page, *part) for pages, *part in zip(cache, *slots, strict=True)]
+    def local(cache: Pages, first: Array, count: Array, *slots: Array) -> Pages:
+        return cache.load(first, count, *(part[:, 0] for part in slots))
 
-    in_specs = sharding.PAGES, P(), *[sharding.PAGES] * 3
-    return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(cache, page, keys, values, bias)
+    in_specs = sharding.PAGES, P(), P(), *[P(None, "tensor")] * 3
+    run = sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)
+    return run(cache, first, count, keys, values, bias)
 
 
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("heads", "mesh"), donate_argnums=0)
 def copy_page(
-    cache: list[Pages], source: Int[Array, ""], target: Int[Array, ""], count: Int[Array, ""], *, mesh: Mesh
-) -> list[Pages]:
-    """Makes the target page a copy of the source's first `count` positions."""
+    cache: Pages, source: Int[Array, ""], target: Int[Array, ""], count: Int[Array, ""], *, heads: int, mesh: Mesh
+) -> Pages:
+    """Makes the target page, which has so many `heads` on each device, a copy of the source's first positions."""
 
-    def local(cache: list[Pages], *which: Array) -> list[Pages]:
-        return [pages.copy(*which) for pages in cache]
+    def local(cache: Pages, *which: Array) -> Pages:
+        return cache.copy(*which, heads)
 
     return sharding.on_mesh(local, mesh, (sharding.PAGES, *[P()] * 3), sharding.PAGES)(cache, source, target, count)
 
 
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
-def clear_page(values: list[Array], page: Int[Array, ""], *, mesh: Mesh) -> list[Array]:
+@functools.partial(jax.jit, static_argnames=("heads", "mesh"), donate_argnums=0)
+def clear_page(values: Array, page: Int[Array, ""], *, heads: int, mesh: Mesh) -> Array:
     """Sets the values of a page to zeros in every layer."""
 
-    def local(values: list[Array], page: Array) -> list[Array]:
-        return [layer.at[page].set(0) for layer in values]
+    def local(values: Array, page: Array) -> Array:
+        zeros = jnp.zeros((heads, *values.shape[1:]), values.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(values, zeros, page * heads, 0)
 
     return sharding.on_mesh(local, mesh, (sharding.PAGES, P()), sharding.PAGES)(values, page)
 
@@ -84,16 +87,16 @@ def clear_page(values: list[Array], page: Int[Array, ""], *, mesh: Mesh) -> list
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "implementation"), donate_argnums=1)
 def prefill_step(
     weights: Weights,
-    cache: list[Pages],
+    cache: Pages,
     step: Step,
     *,
     config: ModelConfig,
     mesh: Mesh,
     implementation: str | None = None,
-) -> list[Pages]:
+) -> Pages:
     """Writes the keys and values of a chunk of a prompt."""
 
-    def local(weights: Weights, cache: list[Pages], step: Step) -> list[Pages]:
+    def local(weights: Weights, cache: Pages, step: Step) -> Pages:
         return forward(weights, cache, step, config, implementation)[1]
 
     in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, STEP
@@ -103,7 +106,7 @@ def prefill_step(
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top", "implementation"), donate_argnums=(1, 2))
 def decode_step(
     weights: Weights,
-    cache: list[Pages],
+    cache: Pages,
     last: Int[Array, " seqs"],
     indices: Int[Array, " b"],
     step: Step,
@@ -113,7 +116,7 @@ def decode_step(
     mesh: Mesh,
     num_top: int,
     implementation: str | None = None,
-) -> tuple[list[Pages], Array, Any]:
+) -> tuple[Pages, Array, Any]:
     """Writes a token of each request and samples the token that follows it.
 
     Args:
@@ -121,7 +124,7 @@ def decode_step(
       indices: the sequences in `last` to which the rows of the batch belong; a row that only pads has none.
     """
 
-    def local(weights: Weights, cache: list[Pages], last: Array, indices: Array, step: Step, params: SamplingParams):
+    def local(weights: Weights, cache: Pages, last: Array, indices: Array, step: Step, params: SamplingParams):
         tokens = jnp.where(step.tokens < 0, last[indices][:, None], step.tokens)
         hidden_b1d, cache = forward(weights, cache, step.replace(tokens=tokens), config, implementation)
         sampled = sample(logits(weights, hidden_b1d[:, 0]), params, num_top)
@@ -135,7 +138,7 @@ def decode_step(
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top", "implementation"), donate_argnums=1)
 def score_step(
     weights: Weights,
-    cache: list[Pages],
+    cache: Pages,
     step: Step,
     following: Int[Array, " t"],
     *,
@@ -143,10 +146,10 @@ def score_step(
     mesh: Mesh,
     num_top: int,
     implementation: str | None = None,
-) -> tuple[list[Pages], Any]:
+) -> tuple[Pages, Any]:
     """Writes a chunk of a prompt and scores the token that follows each of its tokens."""
 
-    def local(weights: Weights, cache: list[Pages], step: Step, following: Array) -> tuple[list[Pages], Any]:
+    def local(weights: Weights, cache: Pages, step: Step, following: Array) -> tuple[Pages, Any]:
         hidden_1td, cache = forward(weights, cache, step, config, implementation)
         logits_tv = logits(weights, hidden_1td[0])
         normalizer_t1 = normalizer(logits_tv)

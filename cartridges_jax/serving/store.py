@@ -156,7 +156,7 @@ class CartridgeStore:
         if composed is None:
             assert self._compose is not None
             cartridge = self._compose([part.cartridge for part in parts])
-            composed = self._insert(_names(references), _prefix(key, cartridge))
+            composed = self._insert(_names(references), Prefix.of(key, cartridge))
         return composed
 
     def pin(self, reference: Reference, pinned: bool) -> None:
@@ -212,7 +212,7 @@ class CartridgeStore:
         # Read before loading: a file replaced meanwhile then looks changed at the next use, and is loaded again.
         key = self._key(reference)
         cartridge = self._load(self.path(reference))
-        return self._insert((reference.name,), _prefix(key, cartridge))
+        return self._insert((reference.name,), Prefix.of(key, cartridge))
 
     def _current(self, reference: Reference) -> Prefix | None:
         try:
@@ -267,10 +267,6 @@ class CartridgeStore:
 def version(prefix: Prefix) -> str:
     """A short name of a cartridge's content, for people to compare."""
     return hashlib.sha256(prefix.key.encode()).hexdigest()[:12]
-
-
-def _prefix(key: str, cartridge: Loaded) -> Prefix:
-    return Prefix(key, cartridge.num_slots, cartridge, getattr(cartridge, "thinking", None))  # few formats know it
 
 
 def _names(references: Sequence[Reference]) -> tuple[str, ...]:

@@ -9,15 +9,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cartridges_jax.kernels.decode_attention import new_pages
-from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, lay_out_slots
+from cartridges_jax.kernels.decode_attention import new_pages, ordered
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, lay_out_slots, slot_starts
 
 # the cartridge of each request, and how many tokens it has behind it
 REQUESTS = [("a", 6), ("b", 1), (None, 9), ("a", 1), ("a", 17)]
 # rows of a batch, query tokens of each
 BATCHES = [([0, 1, 2, 3, 4], 1), ([4, 2], 1), ([3], 1), ([4], 9), ([2, 0], 3)]
-FIRST_PAGES = {"a": 30, "b": 36}
 NUM_PAGES, PAGES_EACH = 40, 12
+WHOLE_PAGES, SHARED_PAGE = {"a": 30, "b": 35}, 39  # the cartridges' ends lie in one page
+LAYERS, LAYER = 2, 1  # the one that is asked for; in the other one, each head of a cartridge has one slot
 RAGGED = {"a": (19, 2, 0, 8), "b": (1, 3, 4, 0)}  # slots of the heads, again and again
 
 
@@ -35,16 +36,28 @@ class Case:
         return 4 * self.scale
 
     def lengths(self, name: str) -> np.ndarray:
-        """How many slots each head has."""
+        """How many slots each head of each layer has."""
         uniform = {"a": (19,), "b": (3,)}
         lengths = (RAGGED if self.is_ragged else uniform)[name]
-        return np.resize(np.array(lengths, np.int32), self.kv_heads) * self.scale
+        asked = np.resize(np.array(lengths, np.int32), self.kv_heads)
+        return np.stack([np.ones_like(asked), asked]) * self.scale
+
+    @property
+    def tables(self) -> dict[str, list[int]]:
+        """Where the cartridges' head pages begin: whole pages, and of the last one each a part."""
+        heads, offset, tables = LAYERS * self.kv_heads, 0, {}
+        for name, first in WHOLE_PAGES.items():
+            whole, rest = divmod(-(-int(self.lengths(name).sum()) // self.z), heads)
+            assert 0 < rest <= heads - offset
+            tables[name] = [page * heads for page in range(first, first + whole)] + [SHARED_PAGE * heads + offset]
+            offset += rest
+        return tables
 
     @functools.cached_property
     def contents(self) -> dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Keys, values and biases of the cartridges, by name, and of the requests' tokens, by number."""
         rng = np.random.default_rng(0)
-        counts = {name: int(self.lengths(name).max()) for name in FIRST_PAGES}
+        counts = {name: int(self.lengths(name).max()) for name in WHOLE_PAGES}
         counts |= {r: tokens * self.scale for r, (_, tokens) in enumerate(REQUESTS)}
 
         def normal(*shape: int) -> np.ndarray:
@@ -56,35 +69,48 @@ class Case:
             made[name] = normal(count, self.kv_heads, self.h), normal(count, self.kv_heads, self.h), bias
         return made
 
-    def pages(self, implementation: str | None) -> Pages:
-        """What is nobody's holds NaN, and so do keys and biases behind a request's last token."""
-        pages = new_pages(NUM_PAGES, self.kv_heads, self.z, self.h, jnp.float32, implementation)
+    def pages(self, implementation: str | None, without: str = "") -> Pages:
+        """What is nobody's holds NaN, and so do keys and biases behind a request's last token, and other layers.
+
+        Slots of a cartridge `without` are NaN, too.
+        """
+        heads = LAYERS * self.kv_heads
+        pages = new_pages(NUM_PAGES * heads, self.z, self.h, jnp.float32, implementation)
         pages = pages.replace(keys=pages.keys + np.nan, values=pages.values + np.nan, bias=pages.bias + np.nan)
-        for name, first in FIRST_PAGES.items():
-            lengths = self.lengths(name)[None]
-            laid = [lay_out_slots(a[None], lengths, self.z)[:, 0] for a in self.contents[name]]
-            for i, part in enumerate(zip(*laid, strict=True)):
-                pages = pages.load(first + i, *part)
+        for name, table in self.tables.items():
+            by_layer = [np.stack([a + 1, a]) for a in self.contents[name]]
+            laid = [lay_out_slots(a, self.lengths(name), self.z) for a in by_layer]
+            laid = [a * np.nan if name == without else a for a in laid]
+            for i, first in enumerate(table):
+                part = [a[i * heads : (i + 1) * heads] for a in laid]
+                pages = pages.load(first, len(part[0]), *part)
         for r, (_, tokens) in enumerate(REQUESTS):
-            own = 6 * r + np.arange(-(-tokens * self.scale // self.z))
+            own = np.arange(6 * r * heads, (6 * r + -(-tokens * self.scale // self.z)) * heads)
             pages = pages.replace(values=pages.values.at[own].set(0))
+            page, offset = np.divmod(np.arange(tokens * self.scale)[None], self.z)
             keys, values, _ = (a[None] for a in self.contents[r])
-            pages = pages.write((6 * r * self.z + np.arange(tokens * self.scale))[None], keys, values)
+            pages = pages.write((6 * r + page) * heads + LAYER * self.kv_heads, offset, keys, values)
         return pages
 
-    def metadata(self, requests: list[int], t: int) -> AttentionMetadata:
+    def metadata(self, requests: list[int], t: int, implementation: str | None) -> AttentionMetadata:
         """Of the requests, t query tokens each; those behind the batch's end are none."""
-        names = list(FIRST_PAGES)
+        return ordered(self.given(requests, t), self.z, implementation).of_layer(LAYER)
+
+    def given(self, requests: list[int], t: int) -> AttentionMetadata:
+        """The same, as it is given for every implementation and all layers."""
+        names = list(WHOLE_PAGES)
         starts = [REQUESTS[r][1] * self.scale - t for r in requests]
         tokens = np.full((len(requests), PAGES_EACH), -1, np.int32)
         for row, r in enumerate(requests):
             count = -(-REQUESTS[r][1] * self.scale // self.z)
             tokens[row, :count] = 6 * r + np.arange(count)
         ids = [names.index(name) if name else -1 for name in (REQUESTS[r][0] for r in requests)]
-        lens = np.stack([self.lengths(name) for name in names])
-        slots = np.stack([FIRST_PAGES[name] + np.arange(PAGES_EACH) for name in names])
-        integers = (np.array(a, np.int32) for a in (starts, tokens, ids, slots, lens, -(-lens.max(1) // self.z)))
-        return AttentionMetadata(*integers)
+        slots = np.zeros((len(names), PAGES_EACH))
+        for row, table in zip(slots, self.tables.values(), strict=True):
+            row[: len(table)] = table
+        lens = np.stack([self.lengths(name) for name in names], axis=1)
+        firsts = np.stack([slot_starts(self.lengths(name)) for name in names], axis=1)
+        return AttentionMetadata(*(np.array(a, np.int32) for a in (starts, tokens, ids, slots, firsts, lens)))
 
     def alone(
         self,
@@ -106,7 +132,7 @@ class Case:
         if name is not None:
             pairs = zip(self.contents[name], (keys, values, bias), strict=True)
             keys, values, bias = (np.concatenate(pair) for pair in pairs)
-            slots = np.arange(len(keys) - tokens) < self.lengths(name)[:, None]
+            slots = np.arange(len(keys) - tokens) < self.lengths(name)[LAYER][:, None]
             seen = np.concatenate([np.repeat(slots[None], t, axis=0), seen], axis=2)
         q_tkgh = q_tnh.astype(np.float64).reshape(t, self.kv_heads, n // self.kv_heads, h)
         scores = np.einsum("tkgh,skh->tkgs", q_tkgh, keys) * (h**-0.5 if scale is None else scale)

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from engine_context import log_normal_lengths
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
+from cartridges_jax.kernels.decode_attention.pages import lay_out_slots
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.serving.cache import PageCache
 from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
 from cartridges_jax.serving.generate import generate, generate_ids, run
 from cartridges_jax.serving.scheduler import (
@@ -49,22 +52,31 @@ def cartridge_of(num_slots: int, seed: int, with_bias: bool = False) -> Cartridg
 
 
 CARTRIDGES = {"none": None, "a": cartridge_of(7, 0), "b": cartridge_of(140, 1), "biased": cartridge_of(12, 2, True)}
+# of these heads one is longer than a request may be in memory, while their average is 167
+RAGGED = cartridge_of(600, 3, True).replace(lengths=np.array([[600, 2], [0, 66]]), num_frozen=0)
+KNOWN = CARTRIDGES | {"ragged": RAGGED}
 
 
 def prefix_of(name: str) -> Prefix | None:
-    cartridge = CARTRIDGES[name]
-    return None if cartridge is None else Prefix(name, cartridge.num_slots, cartridge)
+    cartridge = KNOWN[name]
+    return None if cartridge is None else Prefix.of(name, cartridge)
 
 
 def slots_of(name: str) -> int:
-    cartridge = CARTRIDGES[name]
-    return 0 if cartridge is None else cartridge.num_slots
+    prefix = prefix_of(name)
+    return 0 if prefix is None else prefix.length
 
 
 def block_table_of(engine: Engine, index: int, name: str) -> BlockTable:
-    """Pages that no other sequence has."""
+    """Pages that no other sequence has, the first of them whole ones for the cartridge."""
     each = engine.num_pages // engine.max_num_seqs
-    return BlockTable(range(index * each, (index + 1) * each), slots_of(name))
+    return block_table_in(engine, range(index * each, (index + 1) * each), name)
+
+
+def block_table_in(engine: Engine, pages: Sequence[int], name: str) -> BlockTable:
+    prefix = prefix_of(name)
+    own = 0 if prefix is None else -(-engine.head_pages(prefix) // engine.heads_per_page)
+    return BlockTable(pages[own:], [page * engine.heads_per_page for page in pages[:own]])
 
 
 def inputs(block_table: BlockTable, index: int, token: int | None, position: int, step: int = 0) -> SequenceInput:
@@ -79,7 +91,7 @@ def expected(tokens: Sequence[int], name: str) -> np.ndarray:
     """Log-probabilities after each token, by the forward pass; padded, so that one length is compiled."""
     padded = np.zeros((1, LENGTH), np.int32)
     padded[0, : len(tokens)] = tokens
-    logits = tiny.model().logits(padded, cartridge=CARTRIDGES[name])
+    logits = tiny.model().logits(padded, cartridge=KNOWN[name])
     return np.asarray(jax.nn.log_softmax(logits))[0, : len(tokens)]
 
 
@@ -93,7 +105,7 @@ def same(sampled: Sampled, log_probs: np.ndarray) -> None:
 def fill(engine: Engine, block_table: BlockTable, name: str, tokens: Sequence[int]) -> None:
     prefix = prefix_of(name)
     if prefix is not None:
-        engine.load(prefix, block_table.pages[: -(-prefix.length // PAGE_SIZE)])
+        engine.load(prefix, block_table.slots)
     if tokens:
         engine.prefill(tokens, 0, block_table)
 
@@ -113,7 +125,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return Engine(tiny.model(), max_num_seqs=4, max_length=LENGTH, attention=request.param)
 
 
-@pytest.mark.parametrize("name", CARTRIDGES)
+@pytest.mark.parametrize("name", KNOWN)
 def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
     tokens, block_table = TOKENS[100:154], block_table_of(engine, 1, name)
     fill(engine, block_table, name, tokens[:30])
@@ -127,7 +139,7 @@ def test_step_by_step_decoding_is_the_forward_pass(engine: Engine, name: str):
 def test_every_family_decodes_as_its_forward_pass(tiny_model: LanguageModel):
     tokens = np.random.default_rng(0).integers(0, tiny_model.config.vocab_size, 30).tolist()
     engine = Engine(tiny_model, 1, 64, batch_sizes=[1])
-    block_table = BlockTable(range(engine.num_pages), 0)
+    block_table = BlockTable(range(engine.num_pages))
     engine.prefill(tokens[:10], 0, block_table)
     wanted = np.asarray(jax.nn.log_softmax(tiny_model.logits(np.asarray([tokens]))))[0]
     for i in range(10, 30):
@@ -176,13 +188,13 @@ def test_requests_with_different_cartridges_decode_together(engine: Engine):
             same(sampled, log_probs[len(prompt) - 1 + i])
 
 
-@pytest.mark.parametrize("name", ["b", "biased"])
+@pytest.mark.parametrize("name", ["b", "biased", "ragged"])
 def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
     """Two share one, a third has its own and a fourth none."""
-    cartridge = [engine.num_pages - 2, engine.num_pages - 1][: -(-slots_of(name) // PAGE_SIZE)]
-    fill(engine, BlockTable(cartridge, slots_of(name)), name, [])
-    block_tables = [BlockTable([*cartridge, 2 * i, 2 * i + 1], slots_of(name)) for i in range(2)]
-    block_tables += [block_table_of(engine, 2, name), BlockTable([4], 0)]
+    shared = block_table_in(engine, [engine.num_pages - 2, engine.num_pages - 1], name)
+    fill(engine, shared, name, [])
+    block_tables = [BlockTable([2 * i, 2 * i + 1], shared.slots) for i in range(2)]
+    block_tables += [block_table_of(engine, 2, name), BlockTable([4])]
     fill(engine, block_tables[2], name, [])
     prompts, names = [TOKENS[9 * i : 20 + 20 * i] for i in range(4)], [name] * 3 + ["none"]
     for block_table, prompt in zip(block_tables, prompts, strict=True):
@@ -201,8 +213,7 @@ def test_a_copy_goes_its_own_way(engine: Engine, name: str):
     mine, other = block_table_of(engine, 0, name), block_table_of(engine, 3, name)
     fill(engine, mine, name, common)
     fill(engine, other, name, TOKENS[50:150])  # what the copy must overwrite
-    own = -(-slots_of(name) // PAGE_SIZE)
-    engine.copy(mine.pages[own], other.pages[own], len(common))
+    engine.copy(mine.pages[0], other.pages[0], len(common))
     for block_table, tokens in ((mine, ours), (other, theirs)):
         engine.prefill(tokens[30:-1], 30, block_table)
         same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, name)[-1])
@@ -238,10 +249,10 @@ def test_a_used_page_is_as_good_as_new(name: str, attention: str):
     """Bit for bit: neither older tokens nor an older cartridge's bias are left."""
     used, fresh = (Engine(tiny.model(), max_num_seqs=1, max_length=128, attention=attention) for _ in range(2))
     pages = range(used.num_pages)
-    fill(used, BlockTable(pages, slots_of("biased")), "biased", TOKENS[:100])
+    fill(used, block_table_in(used, pages, "biased"), "biased", TOKENS[:100])
     used.copy(0, 1, 100)
     tokens = TOKENS[200:225]
-    block_table = BlockTable(pages, slots_of(name))
+    block_table = block_table_in(used, pages, name)
     answers = []
     for engine in (used, fresh):
         fill(engine, block_table, name, tokens[:-1])
@@ -453,7 +464,7 @@ def test_a_short_top_p_is_greedy():
 
 
 @pytest.mark.parametrize("length", [2, 64, 65, 150])
-@pytest.mark.parametrize("name", ["none", "a", "biased"])
+@pytest.mark.parametrize("name", ["none", "a", "biased", "ragged"])
 def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: str, length: int):
     prompt = TOKENS[:length]
     scored = engine.score(prompt, prefix_of(name), 5)
@@ -465,6 +476,25 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
         assert (row_v > own + TOLERANCE).sum() < found.rank <= 1 + (row_v > own - TOLERANCE).sum()
         np.testing.assert_allclose(found.sampled.top_logprobs, np.sort(row_v)[::-1][:5], atol=TOLERANCE)
         np.testing.assert_allclose(row_v[list(found.sampled.top_ids)], found.sampled.top_logprobs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mean", [50, 100, 200])
+def test_a_cartridge_takes_the_memory_of_its_slots(mean: int):
+    """Of a model of SmolLM2's heads, whose cartridge has many short ones and a few long ones."""
+    lengths = log_normal_lengths(30, 3, mean)
+    shape = 30, int(lengths.max()), 3
+    laid = [lay_out_slots(np.zeros((*shape, *h), np.float32), lengths, PAGE_SIZE) for h in ([64], [64], [])]
+    cache = PageCache(20, PAGE_SIZE, 90, lambda prefix: len(laid[0]))
+    allocations = [cache.allocate(Prefix(str(i), mean, None), [0], 1) for i in range(3)]
+    assert all(a is not None for a in allocations)
+    taken = {head_page for a in allocations for head_page in head_pages_of(a.slots, len(laid[0]), 90)}
+    assert len(taken) == 3 * len(laid[0]), "what several have in common is no head page"
+    slots = 2 * 64 * 4 * int(lengths.sum())
+    assert slots < sum(a.nbytes for a in laid) <= 1.15 * slots
+
+
+def head_pages_of(slots: Sequence[int], count: int, heads: int) -> list[int]:
+    return [slots[i // heads] + i % heads for i in range(count)]
 
 
 def test_a_cartridge_may_have_no_slots(engine: Engine):

@@ -27,7 +27,7 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
     config, rows = mesh_programs.CONFIG, 3
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), mesh_programs.inputs(config)[0])
     engine = Engine(LanguageModel("tiny", config, params, None, ""), rows, 256, batch_sizes=[rows], attention="xla")  # type: ignore[arg-type]
-    batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0], 0), 0.0, 1.0, 0, 0, 0)] * rows)
+    batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0]), 0.0, 1.0, 0, 0, 0)] * rows)
     mesh = sharding.make_mesh(MeshConfig(tensor=4), devices_of(topology)[1][:4])
 
     with jax.set_mesh(mesh):  # a CPU's own weights lie otherwise

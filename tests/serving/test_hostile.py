@@ -66,7 +66,7 @@ def requests(which: Sequence[int]) -> list[Request]:
     made = []
     for i in which:
         name = (None, "a", "b")[i % 3]
-        prefix = None if name is None else Prefix(name, CLEAN[name].num_slots, CLEAN[name])
+        prefix = None if name is None else Prefix.of(name, CLEAN[name])
         prompt = (*TOKENS[: 150 * (i % 2)], *TOKENS[11 * i : 11 * i + 6 + i])
         made.append(
             Request(
@@ -147,6 +147,22 @@ def test_clean_requests_say_what_they_say_without_a_hostile_cartridge(engine: En
                 assert len(said[request.id]) == 6 or reasons[request.id] == "not_finite"
 
 
+@pytest.mark.parametrize("kind", ["values of NaN", "infinite keys", "a bias of NaN"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_hostile_cartridge_in_the_same_page_changes_nothing(engine: Engine, wanted, kind: str, is_first: bool):
+    clean, hostile = requests([1]), attacks(kind, 1)
+    scheduler = Scheduler(engine, 8)
+    said = [
+        e.sampled
+        for e in run(scheduler, [*hostile, *clean] if is_first else [*clean, *hostile])
+        if isinstance(e, Token) and e.id == clean[0].id
+    ]
+    fragments = [scheduler._cache._roots[key].fragment for key in ("a", kind)]
+    assert fragments[0] is not None and fragments[1] is not None
+    assert fragments[0].page == fragments[1].page and fragments[0] != fragments[1]
+    agree(said, wanted[clean[0].id])
+
+
 def test_memory_full_of_nan_changes_nothing(new_engine: NewEngine, wanted):
     poisoned = new_engine()
     poisoned._cache = jax.tree.map(lambda array: jnp.full_like(array, math.nan), poisoned._cache)
@@ -171,7 +187,7 @@ def test_scores_are_those_without_a_hostile_cartridge(engine: Engine):
 def test_a_copied_beginning_brings_nothing_else(engine: Engine, wanted):
     """What stands behind it in the page that is copied belongs to somebody else."""
     scheduler, (request,) = Scheduler(engine, 8), requests([2])
-    prefix = Prefix("a copy", CLEAN["b"].num_slots, CLEAN["b"])
+    prefix = Prefix.of("a copy", CLEAN["b"])
     request = replace(request, prefix=prefix)
     other = replace(request, id="other", prompt=(*request.prompt[:-1], *TOKENS[60:90]))
     for _ in run(scheduler, [other]):
@@ -180,7 +196,9 @@ def test_a_copied_beginning_brings_nothing_else(engine: Engine, wanted):
         node for root in scheduler._cache._roots.values() for node in root.children.values() if root.key == "a copy"
     ]
     held = len(request.prompt) - 1
-    engine._cache = [p.replace(values=p.values.at[source.pages[0], :, held:].set(math.nan)) for p in engine._cache]
+    heads = engine.heads_per_page
+    values = engine._cache.values.at[source.pages[0] * heads : (source.pages[0] + 1) * heads, held:].set(math.nan)
+    engine._cache = engine._cache.replace(values=values)
     said = [event.sampled for event in run(scheduler, [request]) if isinstance(event, Token)]
     agree(said, wanted[request.id])
 

@@ -7,12 +7,14 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.serving.cache import Allocation, PageCache
 from cartridges_jax.serving.scheduler import (
     BlockTable,
     Event,
@@ -41,18 +43,23 @@ def next_token(context: Sequence[object], seed: int, step: int, vocab: int = VOC
 
 
 def slots_of(prefix: Prefix | None) -> list[object]:
-    return [(prefix.key, i) for i in range(prefix.length)] if prefix else []
+    """Those of all heads; the last of them has one slot less than the others."""
+    return [(prefix.key, i) for i in range(prefix.length * FakeEngine.heads_per_page - 1)] if prefix else []
 
 
 @dataclass
 class FakeEngine:
-    """Cells instead of keys and values; nothing is ever wiped, so whatever reads a stale cell answers wrongly."""
+    """Cells instead of keys and values; nothing is ever wiped, so whatever reads a stale cell answers wrongly.
+
+    Every head page has its cells; a token stands in all of its page's.
+    """
 
     max_num_seqs: int = 2
     max_length: int = 40
     max_top_logprobs: int = 4
     vocab: int = VOCAB
     page_size: int = 4
+    heads_per_page: ClassVar[int] = 3
     max_position_embeddings: int = 1 << 20
     num_pages: int = 0  # 0: enough for as many requests as run together
     prefilled: int = 0
@@ -60,37 +67,43 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.num_pages = self.num_pages or self.max_num_seqs * (math.ceil(self.max_length / self.page_size) + 1)
-        self.cells: list[list[object]] = [["garbage"] * self.page_size for _ in range(self.num_pages)]
+        num_head_pages = self.num_pages * self.heads_per_page
+        self.cells: list[list[object]] = [["garbage"] * self.page_size for _ in range(num_head_pages)]
+        self.loaded: dict[int, int] = {}  # how many slots lie in the head pages whose first one this is
         self.last: dict[int, int] = {}
 
-    def load(self, prefix: Prefix, pages: Sequence[int]) -> None:
+    def head_pages(self, prefix: Prefix) -> int:
+        return math.ceil(len(slots_of(prefix)) / self.page_size)
+
+    def load(self, prefix: Prefix, slots: Sequence[int]) -> None:
         self.log.append("load")
         held = slots_of(prefix)
-        assert len(pages) == math.ceil(len(held) / self.page_size)
-        for i, page in enumerate(pages):
-            part = held[i * self.page_size : (i + 1) * self.page_size]
-            self.cells[page][: len(part)] = part
+        assert len(slots) == math.ceil(self.head_pages(prefix) / self.heads_per_page)
+        self.loaded[slots[0]] = len(held)
+        for i, slot in enumerate(held):
+            head_page, cell = self._slot(slots, i)
+            self.cells[head_page][cell] = slot
 
     def copy(self, source: int, target: int, count: int) -> None:
         assert source != target and 0 < count < self.page_size
         self.log.append("copy")
-        self.cells[target][:count] = self.cells[source][:count]
+        for cell in range(count):
+            self._write((target, cell), self._token((source, cell)))
 
     def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
-        assert tokens and block_table.prefix_length + position + len(tokens) <= self.max_length
+        assert tokens and position + len(tokens) <= self.max_length
         self.log.append("prefill")
         self.prefilled += len(tokens)
         for i, token in enumerate(tokens, start=position):
-            page, cell = self._where(block_table, i)
-            self.cells[page][cell] = token
+            self._write(self._where(block_table, i), token)
 
     def decode(self, inputs: Sequence[SequenceInput]) -> list[Sampled]:
         assert inputs and len({i.index for i in inputs}) == len(inputs)
         self.log.append("decode")
         for i in inputs:
-            assert i.block_table.prefix_length + i.position < self.max_length
-            page, cell = self._where(i.block_table, i.position)
-            self.cells[page][cell] = self.last[i.index] if i.token is None else i.token
+            assert i.position < self.max_length
+            token = self.last[i.index] if i.token is None else i.token
+            self._write(self._where(i.block_table, i.position), token)
         sampled = [next_token(self._read(i.block_table, i.position), i.seed, i.step, self.vocab) for i in inputs]
         self.last |= {i.index: s.token for i, s in zip(inputs, sampled, strict=True)}
         return sampled
@@ -101,13 +114,27 @@ class FakeEngine:
 
     def _where(self, block_table: BlockTable, position: int) -> tuple[int, int]:
         page, cell = divmod(position, self.page_size)
-        return block_table.pages[math.ceil(block_table.prefix_length / self.page_size) + page], cell
+        return block_table.pages[page], cell
+
+    def _slot(self, slots: Sequence[int], i: int) -> tuple[int, int]:
+        number, cell = divmod(i, self.page_size)
+        return slots[number // self.heads_per_page] + number % self.heads_per_page, cell
+
+    def _write(self, where: tuple[int, int], token: object) -> None:
+        page, cell = where
+        for head in range(self.heads_per_page):
+            self.cells[page * self.heads_per_page + head][cell] = token
+
+    def _token(self, where: tuple[int, int]) -> object:
+        page, cell = where
+        found = {self.cells[page * self.heads_per_page + head][cell] for head in range(self.heads_per_page)}
+        return found.pop() if len(found) == 1 else "torn"
 
     def _read(self, block_table: BlockTable, position: int) -> list[object]:
-        slots = [divmod(i, self.page_size) for i in range(block_table.prefix_length)]
-        places = [(block_table.pages[i], cell) for i, cell in slots]
-        places += [self._where(block_table, i) for i in range(position + 1)]
-        return [self.cells[page][cell] for page, cell in places]
+        count = self.loaded[block_table.slots[0]] if block_table.slots else 0
+        places = [self._slot(block_table.slots, i) for i in range(count)]
+        slots = [self.cells[head_page][cell] for head_page, cell in places]
+        return [*slots, *(self._token(self._where(block_table, i)) for i in range(position + 1))]
 
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
         return [
@@ -354,6 +381,33 @@ def test_what_is_dropped_is_what_was_used_longest_ago_and_it_is_loaded_again():
     assert ask(None, 24) == []  # 7 more pages, which are there
     assert ask(a, 18) == []  # 4 more: those of b, used before a's
     assert ask(b, 2) == ["load"]
+
+
+def test_the_ends_of_cartridges_share_pages_and_none_is_lost():
+    """Of pages with 8 head pages, cartridges take 3, 5, 11 and 2: whole pages and parts of others."""
+    counts = {"a": 3, "b": 5, "c": 11, "d": 2}
+    cache = PageCache(6, 4, 8, lambda prefix: counts[prefix.key])
+
+    def allocate(key: str) -> Allocation:
+        found = cache.allocate(Prefix(key, 1, None), [0], 1)
+        assert found is not None
+        return found
+
+    def head_pages(allocation: Allocation, key: str) -> set[int]:
+        return {allocation.slots[i // 8] + i % 8 for i in range(counts[key])}
+
+    held = {key: allocate(key) for key in "abc"}
+    a, b, c = (head_pages(held[key], key) for key in "abc")
+    assert len(a | b | c) == 3 + 5 + 11
+    assert {page // 8 for page in a} == {page // 8 for page in b}, "3 and 5 fill a page"
+    assert len({page // 8 for page in a | b | c}) == 3
+    assert cache.allocate(Prefix("d", 1, None), [0], 1) is None, "c's second page has room for it, and no page is left"
+    cache.free(held["b"], [0])
+    held["d"] = allocate("d")  # takes the page of b's token, and what is free beside c's end
+    assert head_pages(held["d"], "d") < {8 * (held["c"].slots[-1] // 8) + i for i in range(8)}
+    for key in "acd":
+        cache.free(held[key], [0])
+    assert cache.allocate(None, range(24), 24) is not None, "everything that is idle makes room"
 
 
 def test_a_deadline_ends_a_request_where_it_stands():

@@ -32,12 +32,14 @@ def decode_attention(
     """Each query attends to all slots of its request's cartridge and to the request's tokens up to its own.
 
     Scores, softmax and sums are in float32. What a query does not see has no part in its result, whatever number it is,
-    as long as the request's own pages hold zeros behind its last token (`serving.engine` takes care of that).
+    as long as values are finite that stand behind the last token of its own pages, and beside its cartridge's slots in
+    the cartridge's head pages: `serving.engine` fills both with zeros. (Values that are not, in slots of other heads of
+    the same cartridge, may reach it.)
 
     Args:
       q: the rotated queries of t tokens of each request, one behind the other; n is a multiple of k.
-      pages: the layer's, made by `new_pages` for this implementation, with the queries' own keys and values in them.
-      metadata: the layer's (`AttentionMetadata.of_layer`).
+      pages: the pool, made by `new_pages` for this implementation, with the queries' own keys and values in it.
+      metadata: a layer's (`AttentionMetadata.of_layer`) of what `ordered` gives for this implementation.
       implementation: "reference", "xla", "cpu", or None for the fastest that can run here.
       window: how many tokens a query sees, its own included; None means all. Slots are always seen.
       scale: what a query's products with the keys are multiplied by; None means h**-0.5.
@@ -52,9 +54,15 @@ def decode_attention(
     return attention(q, pages, metadata, Options(window, scale, soft_cap, sinks))
 
 
-def new_pages(num_pages: int, k: int, page_size: int, h: int, dtype: Any, implementation: str | None = None) -> Pages:
-    """Makes a layer's empty pages in the layout of an implementation."""
-    return Pages.empty(num_pages, k, page_size, h, dtype, _module(chosen(implementation)).POSITIONS_LAST)
+def new_pages(num_head_pages: int, page_size: int, h: int, dtype: Any, implementation: str | None = None) -> Pages:
+    """Makes an empty pool of so many head pages in the layout of an implementation."""
+    return Pages.empty(num_head_pages, page_size, h, dtype, _module(chosen(implementation)).POSITIONS_LAST)
+
+
+def ordered(metadata: AttentionMetadata, page_size: int, implementation: str | None = None) -> AttentionMetadata:
+    """Adds to the metadata what an implementation works out once for all layers of a step."""
+    name = chosen(implementation)
+    return metadata._replace(order=_module(name).ordered(metadata, page_size)) if name == "cpu" else metadata
 
 
 def chosen(implementation: str | None) -> str:

@@ -6,13 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cartridges_jax.kernels.decode_attention.pages import (
-    AttentionMetadata,
-    Pages,
-    flat,
-    slot_pages,
-    visible,
-)
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, slot_head_page, visible
 from cartridges_jax.kernels.decode_attention.softmax import Options, heads_apart, heads_together, sinks_together
 from cartridges_jax.kernels.prefix_attention.blockwise import soft_capped
 
@@ -23,24 +17,24 @@ def reference_attention(
     q: Float[Array, "r t n h"], pages: Pages, metadata: AttentionMetadata, options: Options
 ) -> Float[Array, "r t n h"]:
     window, scale, soft_cap, sinks = options
-    t, n, k, z = *q.shape[1:3], *pages.bias.shape[1:]
-    most = metadata.slot_block_table.shape[1]
+    t, n, k, z = *q.shape[1:3], metadata.kv_heads, pages.page_size
+    layer, room = metadata.layer, metadata.slot_block_table.shape[1] * metadata.heads
+    starts_ak, lens_ak = (jnp.asarray(a)[layer] for a in (metadata.slot_starts, metadata.slot_lens))
 
     def alone(
         q_tnh: Array, start: Int[Array, ""], table_c: Int[Array, " c"], cartridge: Int[Array, ""]
     ) -> Float[Array, "t n h"]:
-        slot_page_ek, count_ek = slot_pages(metadata, jnp.full(most, cartridge), jnp.arange(most), z)
-        is_slot_kez = (jnp.arange(z) < count_ek.T[..., None]) & (cartridge >= 0)
-        token_page_ck = table_c[:, None] * k + jnp.arange(k)
+        slot_page_e = slot_head_page(metadata, cartridge, jnp.arange(room))
+        after_start_ks = jnp.arange(room * z) - starts_ak[cartridge][:, None]
+        is_slot_ks = (after_start_ks >= 0) & (after_start_ks < lens_ak[cartridge][:, None]) & (cartridge >= 0)
+        token_page_kc = table_c * metadata.heads + (layer * k + jnp.arange(k))[:, None]
         seen_ts = visible(start, t, jnp.arange(len(table_c) * z), window) & jnp.repeat(table_c >= 0, z)
-        seen_kts = jnp.concatenate(
-            [jnp.tile(is_slot_kez.reshape(k, 1, -1), (1, t, 1)), jnp.tile(seen_ts, (k, 1, 1))], axis=2
-        )
-        page_ke = jnp.concatenate([slot_page_ek, token_page_ck]).T
+        seen_kts = jnp.concatenate([jnp.tile(is_slot_ks[:, None], (1, t, 1)), jnp.tile(seen_ts, (k, 1, 1))], axis=2)
+        page_ke = jnp.concatenate([jnp.tile(slot_page_e, (k, 1)), token_page_kc], axis=1)
         keys_ksh, values_ksh = (
-            flat(a)[page_ke].reshape(k, -1, a.shape[-1]).astype(jnp.float32) for a in (pages.keys, pages.values)
+            a[page_ke].reshape(k, -1, a.shape[-1]).astype(jnp.float32) for a in (pages.keys, pages.values)
         )
-        bias_ks = flat(pages.bias)[page_ke].reshape(k, -1)
+        bias_ks = jnp.where(jnp.arange(page_ke.shape[1] * z) < room * z, pages.bias[page_ke].reshape(k, -1), 0)
         q_kmh = heads_together(q_tnh.astype(jnp.float32), k, scale)
         scores_kms = soft_capped(jnp.einsum("kmh,ksh->kms", q_kmh, keys_ksh), soft_cap) + bias_ks[:, None]
         seen_kms = jnp.repeat(seen_kts, n // k, axis=1)

@@ -1,8 +1,9 @@
 """`decode_attention` as XLA computes it on any platform: every request's tokens at once, and cartridge by cartridge.
 
 The pages of tokens are gathered for each request, as many as the block table has room for. A cartridge is gathered once
-and meets the queries of the whole batch; the requests that do not see it are masked. The softmax is computed online
-(`softmax.py`).
+and meets the queries of the whole batch; the requests that do not see it are masked. Of each head
+as many head pages are gathered at once as a cartridge has whose heads are equally long, and of longer heads the rest in
+further turns. The softmax is computed online (`softmax.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from cartridges_jax.kernels.decode_attention.pages import (
     AttentionMetadata,
     Pages,
-    flat,
-    slot_pages,
+    slot_head_page,
+    slot_page_counts,
     visible,
 )
 from cartridges_jax.kernels.decode_attention.softmax import Options, State, finished, heads_together, started
@@ -29,18 +30,28 @@ POSITIONS_LAST = False
 def xla_attention(
     q: Float[Array, "r t n h"], pages: Pages, metadata: AttentionMetadata, options: Options
 ) -> Float[Array, "r t n h"]:
-    t = q.shape[1]
-    q_rkmh = heads_together(q, pages.bias.shape[1], options.scale)
+    t, k = q.shape[1], metadata.kv_heads
+    q_rkmh = heads_together(q, k, options.scale)
     absorb = functools.partial(_absorb, q_rkmh, options.soft_cap)
     tokens = _tokens(pages, metadata, options.window, t, q_rkmh.shape[2])
     state = absorb(started(q_rkmh, t, options.sinks), "rk", *tokens)
+    starts_ak, lens_ak = (jnp.asarray(a)[metadata.layer] for a in (metadata.slot_starts, metadata.slot_lens))
+    at_once = metadata.slot_block_table.shape[1] + 1  # slots that do not begin with a page may reach into one more
+    turns_a = -(-slot_page_counts(starts_ak, lens_ak, pages.page_size).max(1) // at_once)
 
-    def turn(cartridge: Int[Array, ""], state: State) -> State:
+    def of_cartridge(cartridge: Int[Array, ""], state: State) -> State:
         sees_r = metadata.cartridge_ids == cartridge
-        keys, values, bias, is_slot_ks = _slots(pages, metadata, cartridge)
-        return absorb(state, "k", keys, values, bias, sees_r[:, None, None, None] & is_slot_ks[:, None])
 
-    return finished(jax.lax.fori_loop(0, metadata.cartridge_ids.max() + 1, turn, state), t).astype(q.dtype)
+        def turn(i: Int[Array, ""], state: State) -> State:
+            numbers = i * at_once + jnp.arange(at_once)
+            slots = _slots(pages, metadata, cartridge, numbers, starts_ak[cartridge], lens_ak[cartridge])
+            keys, values, bias, is_slot_ks = slots
+            return absorb(state, "k", keys, values, bias, sees_r[:, None, None, None] & is_slot_ks[:, None])
+
+        return jax.lax.fori_loop(0, turns_a[cartridge], turn, state)
+
+    state = jax.lax.fori_loop(0, metadata.cartridge_ids.max() + 1, of_cartridge, state)
+    return finished(state, t).astype(q.dtype)
 
 
 def _tokens(
@@ -49,10 +60,9 @@ def _tokens(
     """The keys and values of each request's tokens, their bias of zero, and which query sees which."""
     table_rc, z = jnp.asarray(metadata.block_table), pages.page_size
     exists_rs = jnp.repeat(table_rc >= 0, z, axis=1)
-    keys, values = (
-        jnp.moveaxis(a[table_rc], 2, 1).reshape(len(table_rc), a.shape[1], -1, a.shape[3])
-        for a in (pages.keys, pages.values)
-    )
+    k = metadata.kv_heads
+    head_page_rkc = table_rc[:, None] * metadata.heads + (metadata.layer * k + jnp.arange(k))[:, None]
+    keys, values = (a[head_page_rkc].reshape(len(table_rc), k, -1, a.shape[2]) for a in (pages.keys, pages.values))
     position_rs = jnp.broadcast_to(jnp.arange(exists_rs.shape[1]), exists_rs.shape)
     seen_rts = visible(metadata.starts, t, position_rs, window) & exists_rs[:, None]
     # a page that is not the request's may hold anything, and zero times infinity is not a number
@@ -61,14 +71,21 @@ def _tokens(
 
 
 def _slots(
-    pages: Pages, metadata: AttentionMetadata, cartridge: Int[Array, ""]
+    pages: Pages,
+    metadata: AttentionMetadata,
+    cartridge: Int[Array, ""],
+    numbers: Int[Array, " e"],
+    starts_k: Int[Array, " k"],
+    lens_k: Int[Array, " k"],
 ) -> tuple[Float[Array, "k s h"], Float[Array, "k s h"], Float[Array, "k 1 s"], Bool[Array, "k s"]]:
-    """The keys, values and biases of a cartridge, and which of them are slots."""
-    most, k = metadata.slot_block_table.shape[1], pages.bias.shape[1]
-    page_ek, count_ek = slot_pages(metadata, jnp.full(most, cartridge), jnp.arange(most), pages.page_size)
-    is_slot_ks = (jnp.arange(pages.page_size) < count_ek.T[..., None]).reshape(k, -1)
-    keys, values = (flat(a)[page_ek.T].reshape(k, -1, a.shape[3]) for a in (pages.keys, pages.values))
-    bias = flat(pages.bias)[page_ek.T].reshape(k, 1, -1)
+    """The keys, values and biases in the head pages of these numbers of each head, and which of them are its slots."""
+    z, k = pages.page_size, len(starts_k)
+    number_ke = (starts_k // z)[:, None] + numbers
+    page_ke = slot_head_page(metadata, cartridge, number_ke)
+    index_ks = (number_ke[..., None] * z + jnp.arange(z)).reshape(k, -1)
+    is_slot_ks = (index_ks >= starts_k[:, None]) & (index_ks < (starts_k + lens_k)[:, None])
+    keys, values = (a[page_ke].reshape(k, -1, a.shape[2]) for a in (pages.keys, pages.values))
+    bias = pages.bias[page_ke].reshape(k, 1, -1)
     return keys, jnp.where(is_slot_ks[..., None], values, 0), bias, is_slot_ks
 
 

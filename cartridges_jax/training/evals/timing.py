@@ -22,10 +22,10 @@ def time_answers(
 
     The seconds include those in which the prefix is loaded. `length` is that of the cache, in tokens.
     """
-    held = None if prefix is None else Prefix("timed", prefix.average_slots, prefix)
-    p = 0 if held is None else held.length
+    held = None if prefix is None else Prefix.of("timed", prefix)
     engine = Engine(model, 1, length, max_top_logprobs=1)
-    block_table = BlockTable(range(engine.num_pages), p)
+    own = 0 if held is None else -(-engine.head_pages(held) // engine.heads_per_page)
+    block_table = BlockTable(range(own, engine.num_pages), [page * engine.heads_per_page for page in range(own)])
 
     def decode(token: int, position: int, step: int) -> int:
         [sampled] = engine.harvest(
@@ -37,7 +37,7 @@ def time_answers(
     for prompt in [prompts[0], *prompts]:  # the first run compiles
         start = time.perf_counter()
         if held is not None:
-            engine.load(held, block_table.pages[: -(-p // engine.page_size)])
+            engine.load(held, block_table.slots)
         engine.prefill(prompt[:-1], 0, block_table)
         position = len(prompt) - 1
         token = decode(prompt[-1], position, 0)
