@@ -263,12 +263,12 @@ def _slots(slots: tuple[Array, Array, Array], block: SlotBlock) -> tuple[Array, 
     index_s = begin + jnp.arange(block.size)
     is_slot_s = (index_s >= block.start) & (index_s < block.length)
 
-    def cut(a: Array, otherwise: float) -> Array:
+    def block_of(a: Array, otherwise: float) -> Array:
         rest = a.shape[2:]
         a_sk = jax.lax.dynamic_slice(a, (begin, block.head, *[0] * len(rest)), (block.size, block.num_heads, *rest))
         return jnp.where(is_slot_s.reshape(-1, *[1] * len(rest)), a_sk.swapaxes(0, 1), otherwise)
 
-    k_ksh, v_ksh, bias_ks = (cut(a, otherwise) for a, otherwise in zip(slots, (0, 0, MASKED), strict=True))
+    k_ksh, v_ksh, bias_ks = (block_of(a, otherwise) for a, otherwise in zip(slots, (0, 0, MASKED), strict=True))
     return k_ksh, v_ksh, bias_ks
 
 
