@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, first_key, soft_capped
 
 BLOCK = 256  # how many queries a block has, and how many keys of their rows
-SLOT_BLOCK = 512  # how many slots: SmolLM2's float32 scores of a block are then 256 x 3 x 512, 1.5 MB, for each kv head
+SLOT_BLOCK = 256  # how many slots: SmolLM2's float32 scores of a block are then 256 x 3 x 256, 0.8 MB, for each kv head
 # if heads have lengths of their own: blocks of the first size while they are full, then one that just holds the rest
 RAGGED_SLOT_BLOCKS = 192, 128, 96, 64, 32, 16
 
