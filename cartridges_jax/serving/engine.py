@@ -7,6 +7,10 @@ few sizes of chunk, and one program each to load, to copy, to clear and to score
 Nothing that a page held before reaches whoever has it now. Masked keys and biases do no harm, but masked values are
 multiplied by zero, which leaves infinity and NaN what they are. So the values of a page are zeros where its owner has
 written nothing: they are cleared when its first position is written, and what is loaded or copied ends in zeros.
+
+Under `tensor` a cartridge's heads lie where their weights lie, so that each device holds the slots of its own heads, of
+all layers. The sums over so many layers come close to one another, whatever the lengths of single heads are, and are
+not levelled further: a cartridge takes as many head pages on every device as it needs on the one that has most slots.
 """
 
 from __future__ import annotations
