@@ -168,7 +168,8 @@ def _attend(
         if is_shared and len(metadata.starts) > 1:
             sees_er = _sees(entries, metadata, k)
             limit_ex = jnp.where(jnp.repeat(sees_er, q_wxh.shape[1] // sees_er.shape[1], axis=1), limit_ex, 0)
-        start_ex, limit_ex = jax.lax.optimization_barrier((start_ex, limit_ex))
+        if is_shared:  # XLA would work out the ranges of so many queries anew for each position of a page
+            start_ex, limit_ex = jax.lax.optimization_barrier((start_ex, limit_ex))
         at_z = jnp.arange(pages.page_size)
         seen_exz = (at_z >= start_ex[..., None]) & (at_z < limit_ex[..., None])
         scores_exz = gathered_matmul(q_wxh.astype(keys.dtype), row_e, keys, entries.head_page)
