@@ -136,10 +136,13 @@ class Engine:
             tokens, position = tokens[size:], position + size
 
     def decode(self, inputs: Sequence[SequenceInput]) -> Any:
-        batch = self._batch(inputs)  # which may clear pages of the cache
-        arguments = self._weights, self._cache, self._last, *batch
+        return self._run(*self._batch(inputs)), len(inputs)
+
+    def _run(self, indices: np.ndarray, step: decoder.Step, sampling_params: SamplingParams) -> Any:
+        """Dispatches the compiled program of a step, and returns what it samples."""
+        arguments = self._weights, self._cache, self._last, indices, step, sampling_params
         self._cache, self._last, sampled = steps.decode_step(*arguments, num_top=self.max_top_logprobs, **self._options)
-        return sampled, len(inputs)
+        return sampled
 
     def _batch(self, inputs: Sequence[SequenceInput]) -> tuple[np.ndarray, decoder.Step, SamplingParams]:
         """What `decode_step` takes, padded to a size of batch; the token -1 stands for the sequence's last one."""
