@@ -68,7 +68,7 @@ def get_config(stage: str = "") -> ConfigDict:
                 "evals": {"every": config_dict.placeholder(int), "off_topic": False},
                 "track": {"tensorboard": False, "wandb": "off"},
                 "tail": "bucket",
-                "optim": {"lr": 4e-3, "warmup_steps": 4},
+                "optim": {"lr": 2e-3, "warmup_steps": 4},
             },
             "evaluate": {
                 "cartridge": "runs/train/cartridge.safetensors",
