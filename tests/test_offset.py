@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,8 @@ def test_a_store_leaves_nothing_on_the_device(tmp_path: Path):
     before = {id(array) for array in jax.live_arrays()}
     held = [store.get(name) for name in "abc"]
     composed = store.prefix([Reference("a"), Reference("b"), Reference("c")])
-    assert composed.length > 40 and len(held) == 3
+    average = math.ceil(composed.cartridge.all_lengths.mean())
+    assert composed.length == average > max(one.length for one in held)
     new = [array.shape for array in jax.live_arrays() if id(array) not in before]
     assert not [shape for shape in new if np.prod(shape) >= np.prod(SMALLEST)], new
 

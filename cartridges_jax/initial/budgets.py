@@ -105,14 +105,18 @@ class Profile:
         """Reads a profile that `save` wrote. Raises a UserError if it is none."""
         try:
             told = files.read_json(path)
-            shares = np.asarray(told["shares"], np.float64)
-            if told["format_version"] != FORMAT_VERSION or shares.ndim != 3 or len(shares) != len(RATIOS):
-                raise ValueError(f"version {told['format_version']}, shares {shares.shape}")
-            if not (np.isfinite(shares).all() and shares.min() >= 0 and (shares.max((1, 2)) > 0).all()):
-                raise ValueError("shares that are no shares")
-            return cls(shares, str(told["model"]), str(told["weights_hash"]))
+            shares, version = np.asarray(told["shares"], np.float64), told["format_version"]
+            profile = cls(shares, str(told["model"]), str(told["weights_hash"]))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is no profile of a model ({error}): remove it, it is measured again") from error
+        is_whole = version == FORMAT_VERSION and shares.ndim == 3 and len(shares) == len(RATIOS) and shares.size > 0
+        if not is_whole or not (np.isfinite(shares).all() and shares.min() >= 0 and (shares.max((1, 2)) > 0).all()):
+            raise UserError(
+                f"{path} is no profile of a model (version {version}, shares {shares.shape}, expected version "
+                f"{FORMAT_VERSION}, numbers from 0 on and [{len(RATIOS)}, layers, kv heads]): remove it, it is "
+                "measured again"
+            )
+        return profile
 
 
 def cached_profile(model: LanguageModel) -> Path:
