@@ -158,6 +158,20 @@ def test_a_budget_has_the_average_that_was_asked_for(
     assert _logits(found).shape == _logits(uniform).shape
 
 
+def test_a_head_has_at_most_the_tokens_of_its_chunk(
+    document: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Of later chunks the attention sink is dropped again: a head that keeps every token has none to fit for it."""
+    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path))
+    config = MatchingConfig(chunk_tokens=len(document) // 2)
+    sizes = [len(chunk.tokens) for chunk in chunks_of(tiny.model(), tiny.TEXT[:1200], [], config)]
+    budget = BudgetConfig("attention")
+    average = int(0.985 * sum(sizes))
+    found = attention_matching(tiny.model(), tiny.TEXT[:1200], [], average, config=config, budget=budget)
+    assert len(sizes) > 1 and found.all_lengths.max() <= sum(sizes) - len(sizes) + 1
+    assert found.all_lengths.mean() == average
+
+
 def test_a_budget_belongs_to_attention_matching():
     with pytest.raises(UserError, match=r"set init\.budget=uniform"):
         InitConfig("text", budget="profile")

@@ -70,7 +70,7 @@ def attention_matching(
     config, budget = config or MatchingConfig(), budget or BudgetConfig()
     chunks = chunks_of(model, corpus, examples, config)
     fewest = max(2, num_frozen)
-    if any(not fewest <= num_slots // len(chunks) <= len(chunk.tokens) for chunk in chunks):
+    if not fewest <= num_slots / len(chunks) <= len(chunks[0].tokens) - (len(chunks) > 1):
         raise UserError(
             f"the document has {len(chunks)} chunks of {len(chunks[0].tokens)} tokens and init.num_slots is "
             f"{num_slots}, expected {fewest} slots for each chunk at least, and at most as many as it has tokens: "

@@ -134,7 +134,9 @@ def head_lengths(
     """
     l, k = model.config.num_layers, model.config.num_kv_heads
     shares_c = [num_slots // len(chunks) + (i < num_slots % len(chunks)) for i in range(len(chunks))]
-    bounds_c = [budget.bounds(share, len(chunk.tokens)) for share, chunk in zip(shares_c, chunks, strict=True)]
+    # a later chunk's sink, which its composition drops, takes a token of its own
+    room_c = [len(chunk.tokens) - (i > 0) for i, chunk in enumerate(chunks)]
+    bounds_c = [budget.bounds(*each) for each in zip(shares_c, room_c, strict=True)]
     match budget.kind:
         case "uniform":
             lengths = [np.full((l, k), share) for share in shares_c]
