@@ -36,14 +36,17 @@ KINDS = ["peft", "prefix-tuning"]
 
 
 def cartridge_of(model: LanguageModel, num_frozen: int = 2) -> Cartridge:
-    """Keys and values of real tokens, moved: no slot is one that the model itself could have made."""
+    """Keys and values of real tokens, moved: no slot is one that the model itself could have made.
+
+    Its keys stand where the formats of others have them, so that it is written as it is.
+    """
     real = Cartridge.from_tokens(model, fixed_tokens(12, model.config.vocab_size).tolist(), num_frozen)
     rng = np.random.default_rng(0)
     keys, values = (
         array + jnp.asarray(rng.standard_normal(array.shape) * 0.3 * np.std(array), jnp.float32)
         for array in (real.keys, real.values)
     )
-    return real.replace(keys=keys, values=values)
+    return real.replace(keys=keys, values=values).at_offset(real.num_slots, model.config)
 
 
 def torch_twin(family: str) -> Any:
@@ -138,7 +141,8 @@ def test_torch_opens_what_is_written_with_weights_only(
 ):
     torch = pytest.importorskip("torch")
     whole = cartridge_of(tiny_llama)
-    cartridge = interop.pad_slots(whole, 16, tiny_llama.config).replace(num_frozen=num_frozen)
+    padded = interop.pad_slots(whole, 16, tiny_llama.config).replace(num_frozen=num_frozen)
+    cartridge = padded.at_offset(padded.num_slots, tiny_llama.config)
     write(cartridge, path := tmp_path / ("c.pt" if format == "upstream" else "c"), format, dtype)
     tree = torch.load(path if path.suffix else path / "cartridge.pt", weights_only=True)
     for name in ("keys", "values"):
@@ -179,7 +183,7 @@ def test_an_adapter_that_torch_pickled_is_read(tiny_llama: LanguageModel, tmp_pa
 def test_smollm2_answers_alike_from_every_format(format: str, tmp_path: Path):
     """A real model, with 9 query heads on 3 of keys and values, and RoPE at base 100,000."""
     model = cj.load_model("smollm2-135m")
-    cartridge = Cartridge.from_text(model, make_golden.PROMPT, 24)
+    cartridge = Cartridge.from_text(model, make_golden.PROMPT, 24).at_offset(24)
     path = tmp_path / {"safetensors": "c.safetensors", "upstream": "c.pt"}.get(format, format)
     write(cartridge, path, format)
     ours = model.logits(TOKENS, cartridge=Cartridge.load(path, model=model))
