@@ -172,6 +172,12 @@ def test_a_head_has_at_most_the_tokens_of_its_chunk(
     assert found.all_lengths.mean() == average
 
 
+def test_every_head_has_the_frozen_slots():
+    budget = BudgetConfig("attention")
+    found = attention_matching(tiny.model(), tiny.TEXT[:600], [], 12, num_frozen=6, budget=budget)
+    assert found.num_frozen == 6 and found.all_lengths.min() >= 6 and found.all_lengths.mean() == 12
+
+
 def test_a_budget_belongs_to_attention_matching():
     with pytest.raises(UserError, match=r"set init\.budget=uniform"):
         InitConfig("text", budget="profile")
