@@ -100,6 +100,11 @@ def test_a_document_shorter_than_the_slots_is_refused(examples: list[Example]):
         initial_cartridge(InitConfig("attention_matching", 900), tiny.model(), "A cat.", examples, seed=0)
 
 
+def test_an_empty_document_is_refused():
+    with pytest.raises(UserError, match="the document is empty"):
+        attention_matching(tiny.model(), "", [], 2)
+
+
 def test_queries_of_either_kind_give_other_slots(examples: list[Example]):
     found = [
         attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 64, config=MatchingConfig(queries))
