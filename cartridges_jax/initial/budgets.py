@@ -147,23 +147,23 @@ def head_lengths(
 ) -> Int[np.ndarray, "c l k"]:
     """Returns how many slots each head of each chunk's cartridge gets, with `num_slots` of all chunks on average."""
     l, k = model.config.num_layers, model.config.num_kv_heads
-    shares_c = [num_slots // len(chunks) + (i < num_slots % len(chunks)) for i in range(len(chunks))]
+    average_c = [num_slots // len(chunks) + (i < num_slots % len(chunks)) for i in range(len(chunks))]
     # a later chunk's sink, which its composition drops, takes a token of its own
     room_c = [len(chunk.tokens) - (i > 0) for i, chunk in enumerate(chunks)]
-    bounds_c = [budget.bounds(*each) for each in zip(shares_c, room_c, strict=True)]
+    bounds_c = [budget.bounds(*each) for each in zip(average_c, room_c, strict=True)]
     match budget.kind:
         case "uniform":
-            lengths = [np.full((l, k), share) for share in shares_c]
+            lengths = [np.full((l, k), average) for average in average_c]
         case "profile":
             profile = Profile.of(model)
             lengths = [
-                profile.lengths(share, len(chunk.tokens), *bounds)
-                for share, chunk, bounds in zip(shares_c, chunks, bounds_c, strict=True)
+                profile.lengths(average, len(chunk.tokens), *bounds)
+                for average, chunk, bounds in zip(average_c, chunks, bounds_c, strict=True)
             ]
         case "attention":
             received_clks = np.stack([measure_attention(model, chunk) for chunk in chunks])
-            # the average of all chunks lies between the share of the last and that of the first
-            fewest, most = bounds_c[-1][0], budget.bounds(shares_c[0], room_c[-1])[1]
+            # the average of all chunks lies between that of the last and that of the first
+            fewest, most = bounds_c[-1][0], budget.bounds(average_c[0], room_c[-1])[1]
             return by_threshold(received_clks, num_slots / len(chunks), fewest, most)
     return np.stack(lengths)
 
