@@ -100,6 +100,11 @@ def test_a_document_shorter_than_the_slots_is_refused(examples: list[Example]):
         initial_cartridge(InitConfig("attention_matching", 900), tiny.model(), "A cat.", examples, seed=0)
 
 
+def test_an_empty_document_is_refused():
+    with pytest.raises(UserError, match="the document is empty"):
+        attention_matching(tiny.model(), "", [], 2)
+
+
 def test_queries_of_either_kind_give_other_slots(examples: list[Example]):
     found = [
         attention_matching(tiny.model(), tiny.TEXT[:1200], examples, 64, config=MatchingConfig(queries))
@@ -170,6 +175,12 @@ def test_a_head_has_at_most_the_tokens_of_its_chunk(
     found = attention_matching(tiny.model(), tiny.TEXT[:1200], [], average, config=config, budget=budget)
     assert len(sizes) > 1 and found.all_lengths.max() <= sum(sizes) - len(sizes) + 1
     assert found.all_lengths.mean() == average
+
+
+def test_every_head_has_the_frozen_slots():
+    budget = BudgetConfig("attention")
+    found = attention_matching(tiny.model(), tiny.TEXT[:600], [], 12, num_frozen=6, budget=budget)
+    assert found.num_frozen == 6 and found.all_lengths.min() >= 6 and found.all_lengths.mean() == 12
 
 
 def test_a_budget_belongs_to_attention_matching():

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
+from cartridges_jax.cartridge.ragged import MOST_PADDING
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.initial.budgets import PROFILE_TEXT, RATIOS, BudgetConfig, Profile, by_shares, by_threshold
+from cartridges_jax.initial import budgets
+from cartridges_jax.initial.attention_matching import array_sizes
+from cartridges_jax.initial.budgets import (
+    PROFILE_TEXT,
+    RATIOS,
+    BudgetConfig,
+    Profile,
+    by_shares,
+    by_threshold,
+    head_lengths,
+)
+from cartridges_jax.initial.chunks import Chunk
 
 
 def test_one_threshold_keeps_the_tokens_above_it():
@@ -59,3 +72,40 @@ def test_impossible_bounds_are_refused():
     for impossible in ({"min_slots": 0}, {"max_share": 0.5}):
         with pytest.raises(UserError, match="at least one slot"):
             BudgetConfig("attention", **impossible)
+
+
+def test_chunks_that_share_unequally_keep_the_bounds(monkeypatch: pytest.MonkeyPatch):
+    """Of an average of 2.5 slots a head has at least 2, which one chunk has of them, and at most 3, the other's."""
+    model, chunks = tiny.model(), [Chunk([0] * 30, [])] * 2
+    shape = model.config.num_layers, model.config.num_kv_heads, 30
+    received = iter(np.random.default_rng(0).lognormal(0, 3, (2, *shape)))
+    monkeypatch.setattr(budgets, "measure_attention", lambda *_: next(received))
+    lengths = head_lengths(BudgetConfig("attention", max_share=1, min_slots=3), model, chunks, 5)
+    assert lengths.mean() == 2.5 and lengths.min() >= 2 and lengths.max() <= 3
+
+
+def test_no_head_is_longer_than_a_file_may_hold():
+    for max_share in (None, 1000):
+        assert BudgetConfig("attention", max_share).bounds(3, 4096) == (2, 3 * MOST_PADDING)
+
+
+def test_a_text_without_a_slot_for_every_head_gives_no_profile():
+    with pytest.raises(UserError, match="give a longer one"):
+        Profile.measured(tiny.model(), "A")
+
+
+def test_a_profile_belongs_to_one_model(tmp_path: Path):
+    model = tiny.model()
+    l, k = model.config.num_layers, model.config.num_kv_heads
+    own = Profile(np.ones((len(RATIOS), l, k)), model.name, model.fingerprint)
+    assert own.belongs_to(model)
+    for changes in ({"weights_hash": "0" * 64}, {"shares": np.ones((len(RATIOS), l + 1, k))}):
+        assert not dataclasses.replace(own, **changes).belongs_to(model)
+    nobodys = dataclasses.replace(model, fingerprint="")
+    assert not dataclasses.replace(own, weights_hash="").belongs_to(nobodys)
+
+
+@pytest.mark.parametrize("longest", [1, 8, 9, 8192, 10_000])
+def test_arrays_hold_heads_of_any_length(longest: int):
+    sizes = array_sizes(np.array([[1, longest], [min(longest, 50), 1]]))
+    assert sizes[-1] == longest and list(sizes) == sorted(set(sizes))

@@ -99,7 +99,7 @@ class Source:
             files.write_text(cost, json.dumps({"seconds": time.monotonic() - begun}) + "\n")
         prefix = Cartridge.load(output / "cartridge.safetensors", model=self.model)
         seconds = self._self_study_seconds() + files.read_json(cost)["seconds"]
-        # attention matching reads the document, and self-study's conversations, before training does
+        # attention matching reads the document, self-study writes the conversations, and training reads them
         assert self.train.dataset is not None
         read = sum(len(example.tokens) for example in read_examples(self.train.dataset, self.model.tokenizer))
         tokens = len(self.model.tokenizer.encode(self.text)) + read + prefix.provenance.training_tokens

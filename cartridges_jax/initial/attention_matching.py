@@ -68,6 +68,7 @@ def attention_matching(
       UserError: the document has fewer than `num_slots` tokens, or there are too few slots for its chunks.
     """
     config, budget = config or MatchingConfig(), budget or BudgetConfig()
+    budget = dataclasses.replace(budget, min_slots=max(budget.min_slots, num_frozen))  # a frozen slot is all heads'
     chunks = chunks_of(model, corpus, examples, config)
     fewest = max(2, num_frozen)
     if not fewest <= num_slots / len(chunks) <= len(chunks[0].tokens) - (len(chunks) > 1):
@@ -92,9 +93,6 @@ def attention_matching(
 
 def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray) -> Cartridge:
     """Fits as many slots as each head shall have to a chunk."""
-    longest = int(lengths_lk.max())
-    used = np.searchsorted(SIZES, lengths_lk.reshape(-1))
-    sizes = tuple(sorted({min(longest, SIZES[i]) for i in used} | {longest}))
     document = Cartridge.from_tokens(model, chunk.tokens)
     keys, values, bias = _fit(
         model.params,
@@ -103,12 +101,19 @@ def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray) -> Cartri
         lengths_lk.astype(np.int32),
         *chunk.queries,
         config=model.config,
-        sizes=sizes,
+        sizes=array_sizes(lengths_lk),
         # on a mesh XLA lays out the computation, which it cannot do with a kernel
         implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
     )
     lengths = None if np.ptp(lengths_lk) == 0 else lengths_lk.astype(np.int32)
     return Cartridge(keys, values, bias, 1, lengths=lengths, offset=0)
+
+
+def array_sizes(lengths: Int[np.ndarray, "l k"]) -> tuple[int, ...]:
+    """Returns the sizes of arrays in which heads of these lengths are fitted; the last is that of the longest head."""
+    longest = int(lengths.max())
+    sizes = (*(size for size in SIZES if size < longest), longest)
+    return tuple(sorted({sizes[i] for i in np.searchsorted(sizes, lengths.reshape(-1))}))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sizes", "implementation"))

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from cartridges_jax.cartridge.ragged import MOST_PADDING
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import stage
@@ -40,7 +41,8 @@ class BudgetConfig:
 
     Attributes:
       kind: by the model's profile, by the document's own attention, or as many for every head.
-      max_share: how many times the average a head may have; None means no cap but the document's tokens.
+      max_share: how many times the average a head may have; None means as many as the document has tokens and a file
+        may hold.
       min_slots: how many a head has at least.
     """
 
@@ -57,8 +59,8 @@ class BudgetConfig:
 
     def bounds(self, num_slots: int, num_tokens: int) -> tuple[int, int]:
         """Returns the fewest and the most slots that a head of a document of so many tokens may have."""
-        most = num_tokens if self.max_share is None else min(num_tokens, int(self.max_share * num_slots))
-        return min(self.min_slots, num_slots), most
+        most_share = MOST_PADDING if self.max_share is None else min(self.max_share, MOST_PADDING)
+        return min(self.min_slots, num_slots), min(num_tokens, int(most_share * num_slots))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +73,19 @@ class Profile:
 
     @classmethod
     def measured(cls, model: LanguageModel, text: str) -> Profile:
-        """Measures the profile of a model on a text of one chunk, which takes less time than attention matching."""
+        """Measures the profile of a model on a text's first chunk, which takes less time than attention matching.
+
+        Raises:
+          UserError: the text is too short for a slot a head at the least of the ratios.
+        """
         chunk = chunks_of(model, text, [], MatchingConfig())[0]
-        received_lks, num_tokens = measure_attention(model, chunk), len(chunk.tokens)
+        num_tokens = len(chunk.tokens)
+        if num_tokens < max(RATIOS):
+            raise UserError(
+                f"the text that the profile is measured on has {num_tokens} tokens, expected at least {max(RATIOS)}: "
+                "give a longer one, of 2,000 tokens or so"
+            )
+        received_lks = measure_attention(model, chunk)
         lengths = [by_threshold(received_lks, num_tokens // ratio, 1, num_tokens) for ratio in RATIOS]
         shares_rlk = np.stack([lengths_lk / lengths_lk.mean() for lengths_lk in lengths])
         return cls(shares_rlk, model.name, model.fingerprint)
@@ -82,12 +94,18 @@ class Profile:
     def of(cls, model: LanguageModel) -> Profile:
         """Returns the profile of a model: its published one, the one in the cache, or one that is measured now."""
         for path in (*sorted(PUBLISHED.glob("*.json")), cached_profile(model)):
-            if path.is_file() and (profile := cls.load(path)).weights_hash == model.fingerprint:
+            if path.is_file() and (profile := cls.load(path)).belongs_to(model):
                 return profile
         with stage(f"measuring once how {model.name} shares slots out over its heads"):
             profile = cls.measured(model, PROFILE_TEXT.read_text(encoding="utf-8"))
         profile.save(cached_profile(model))
         return profile
+
+    def belongs_to(self, model: LanguageModel) -> bool:
+        """Says whether the profile was measured on this model's weights; never so without a fingerprint of them."""
+        l, k = model.config.num_layers, model.config.num_kv_heads
+        is_known = bool(self.weights_hash) and self.weights_hash == model.fingerprint
+        return is_known and self.shares.shape == (len(RATIOS), l, k)
 
     def lengths(self, num_slots: int, num_tokens: int, fewest: int, most: int) -> Int[np.ndarray, "l k"]:
         """Returns how many slots each head gets of a document of so many tokens: shares for the nearest ratio."""
@@ -127,28 +145,26 @@ def cached_profile(model: LanguageModel) -> Path:
 def head_lengths(
     budget: BudgetConfig, model: LanguageModel, chunks: Sequence[Chunk], num_slots: int
 ) -> Int[np.ndarray, "c l k"]:
-    """Returns how many slots each head of each chunk's cartridge gets: `num_slots` on average, chunks taken together.
-
-    Raises:
-      UserError: the profile was measured on another kind of model.
-    """
+    """Returns how many slots each head of each chunk's cartridge gets, with `num_slots` of all chunks on average."""
     l, k = model.config.num_layers, model.config.num_kv_heads
-    shares_c = [num_slots // len(chunks) + (i < num_slots % len(chunks)) for i in range(len(chunks))]
+    average_c = [num_slots // len(chunks) + (i < num_slots % len(chunks)) for i in range(len(chunks))]
     # a later chunk's sink, which its composition drops, takes a token of its own
     room_c = [len(chunk.tokens) - (i > 0) for i, chunk in enumerate(chunks)]
-    bounds_c = [budget.bounds(*each) for each in zip(shares_c, room_c, strict=True)]
+    bounds_c = [budget.bounds(*each) for each in zip(average_c, room_c, strict=True)]
     match budget.kind:
         case "uniform":
-            lengths = [np.full((l, k), share) for share in shares_c]
+            lengths = [np.full((l, k), average) for average in average_c]
         case "profile":
             profile = Profile.of(model)
             lengths = [
-                profile.lengths(share, len(chunk.tokens), *bounds)
-                for share, chunk, bounds in zip(shares_c, chunks, bounds_c, strict=True)
+                profile.lengths(average, len(chunk.tokens), *bounds)
+                for average, chunk, bounds in zip(average_c, chunks, bounds_c, strict=True)
             ]
         case "attention":
             received_clks = np.stack([measure_attention(model, chunk) for chunk in chunks])
-            return by_threshold(received_clks, num_slots / len(chunks), *bounds_c[-1])
+            # the average of all chunks lies between that of the last and that of the first
+            fewest, most = bounds_c[-1][0], budget.bounds(average_c[0], room_c[-1])[1]
+            return by_threshold(received_clks, num_slots / len(chunks), fewest, most)
     return np.stack(lengths)
 
 

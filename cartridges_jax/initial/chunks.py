@@ -50,7 +50,7 @@ def chunks_of(model: LanguageModel, corpus: str, examples: Sequence[Example], co
     """Cuts a document into chunks of one length, each of which stands in a system message as if it were alone.
 
     Raises:
-      UserError: there is no query, or a chunk leaves no room for a text.
+      UserError: there is no query or no text, or a chunk leaves no room for a text.
     """
     if config.queries == "conversations" and not examples:
         raise UserError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
@@ -80,6 +80,8 @@ def _bodies(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int
             f"init.matching.chunk_tokens, and {ROW} more than those of {model.name}'s window, "
             f"{model.config.max_position_embeddings}"
         )
+    if not body:
+        raise UserError("the document is empty: attention matching needs a text, or choose another init.kind")
     count = -(-len(body) // room)
     length = -(-len(body) // count)
     starts = [min(i * length, len(body) - length) for i in range(count)]

@@ -48,12 +48,13 @@ class InitConfig:
     summary: SummaryConfig = dataclasses.field(default_factory=SummaryConfig)
     matching: MatchingConfig = dataclasses.field(default_factory=MatchingConfig)
     budget: BudgetKind = "uniform"  # how attention matching shares the slots out over layers and heads
-    max_share: float | None = None  # how many times the average a head may have; None means no cap
-    min_slots: int = 2  # of a head that has not as many as all others
+    max_share: float | None = None  # how many times the average a head may have; None means as many as a file may hold
+    min_slots: int = 2  # of a head that has not as many as all others; `num_frozen`, if that is more
 
     @property
     def budgets(self) -> BudgetConfig:
-        return BudgetConfig(self.budget, self.max_share, max(self.min_slots, self.num_frozen))
+        """How attention matching shares the slots out over layers and heads."""
+        return BudgetConfig(self.budget, self.max_share, self.min_slots)
 
     def __post_init__(self) -> None:
         if self.num_slots < 1 or not 0 <= self.num_frozen <= self.num_slots:

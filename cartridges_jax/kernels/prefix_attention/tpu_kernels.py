@@ -4,8 +4,8 @@ Own keys are those of the rows themselves. For a block of queries the grid walks
 own keys from the first that it sees; for a block of own keys, the blocks of queries that see it; for a block of slots,
 all queries of all rows. The ranges, and how many blocks of slots each head has, are prefetched as scalars, and the grid
 is only as long as the widest of them, so that a packed row costs what its conversations cost. A step that has no block
-left fetches and computes nothing. Every sum stays in VMEM, in float32, from the first step of the
-last grid axis to its last, hence in a fixed order.
+left fetches and computes nothing. Every sum stays in VMEM, in float32, from the first step of the last grid axis to its
+last, hence in a fixed order.
 
 Scores lie as [s, m], keys down and queries across: what belongs to a query (maximum, sum, range of keys) is then a row,
 which takes one lane for it and not a tile, and both gradients of the keys' side are plain matrix products.
@@ -89,9 +89,8 @@ def query_gradient(
     """
     scratch = [(inputs.q.shape[3], sizes.m)]
     of_queries = do, stats
-    return _over_keys(_query_gradient_kernel, sizes, slot_blocks, key_blocks, inputs, of_queries, [inputs.q], scratch)[
-        0
-    ]
+    [dq] = _over_keys(_query_gradient_kernel, sizes, slot_blocks, key_blocks, inputs, of_queries, [inputs.q], scratch)
+    return dq
 
 
 def own_gradients(
