@@ -118,7 +118,7 @@ def _train(config: ConfigDict, corpus: Path, dataset: Path, folder: Path) -> Non
     model = _load(config, config.train.dtype)
     settings = config.train.to_dict() | {"dataset": str(dataset), "corpus": str(corpus), "output_dir": str(folder)}
     tokens = len(model.tokenizer.encode(read_corpus(corpus)))
-    settings["init"]["num_slots"] = max(1, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
+    settings["init"]["num_slots"] = max(2, min(settings["init"]["num_slots"], tokens // LARGEST_SHARE))
     train(command_config.build(TrainConfig, settings, "config.train"), model)
 
 

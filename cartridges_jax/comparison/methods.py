@@ -85,6 +85,8 @@ class Source:
         return self._written(tokenizer.decode(ids).strip(), time.monotonic() - begun, len(prompt) + len(ids))
 
     def _matched(self, init: InitConfig) -> Context:
+        matching = dataclasses.replace(init.matching, queries="repeat")
+        init = dataclasses.replace(init, kind="attention_matching", path=None, matching=matching)
         begun, tokens = time.monotonic(), len(self.model.tokenizer.encode(self.text))
         prefix = jax.block_until_ready(initial_cartridge(init, self.model, self.text, [], seed=0))
         return _slots(prefix, time.monotonic() - begun, tokens)

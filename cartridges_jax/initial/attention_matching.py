@@ -86,9 +86,10 @@ def attention_matching(
         f"attention matching (queries: {config.queries}; budget: {budget.kind}; {len(chunks)} chunks of "
         f"{len(chunks[0].tokens)} tokens)"
     )
-    matched = parts[0] if len(parts) == 1 else compose(parts)
+    if len(parts) > 1:  # which are composed on the host
+        parts = [compose([part.with_slots(sharding.gathered(part.slots)) for part in parts])]
     provenance = Provenance.of(model, corpus, recipe)
-    return dataclasses.replace(matched, num_frozen=num_frozen, provenance=provenance).checked(model.config)
+    return dataclasses.replace(parts[0], num_frozen=num_frozen, provenance=provenance).checked(model.config)
 
 
 def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray) -> Cartridge:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +27,14 @@ from cartridges_jax.initial.chunks import Chunk, MatchingConfig, chunks_of
 from cartridges_jax.initial.heads import measure_attention
 from cartridges_jax.models import hub
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.parallel import processes
 
 PUBLISHED = Path(__file__).with_name("profiles")  # of models whose profiles come with this package
 PROFILE_TEXT = PUBLISHED / "text.txt"
 RATIOS = (4, 10, 20, 40)  # a profile has shares for cartridges of a document's tokens over these
 FORMAT_VERSION = 1
+
+log = logging.getLogger(__name__)
 
 BudgetKind = Literal["profile", "attention", "uniform"]
 
@@ -92,13 +96,22 @@ class Profile:
 
     @classmethod
     def of(cls, model: LanguageModel) -> Profile:
-        """Returns the profile of a model: its published one, the one in the cache, or one that is measured now."""
-        for path in (*sorted(PUBLISHED.glob("*.json")), cached_profile(model)):
-            if path.is_file() and (profile := cls.load(path)).belongs_to(model):
-                return profile
+        """Returns the profile of a model: its published one, the one in the cache, or one that is measured now.
+
+        If one process of a job has to measure it, all do, and the first one keeps it.
+        """
+        paths = [path for path in (*sorted(PUBLISHED.glob("*.json")), cached_profile(model)) if path.is_file()]
+        kept = next((profile for path in paths if (profile := cls.load(path)).belongs_to(model)), None)
+        if not processes.any_of(kept is None):
+            assert kept is not None
+            return kept
         with stage(f"measuring once how {model.name} shares slots out over its heads"):
             profile = cls.measured(model, PROFILE_TEXT.read_text(encoding="utf-8"))
-        profile.save(cached_profile(model))
+        if processes.is_first():
+            try:
+                profile.save(cached_profile(model))
+            except OSError as error:
+                log.warning("the profile of %s cannot be kept, and is measured again next time: %s", model.name, error)
         return profile
 
     def belongs_to(self, model: LanguageModel) -> bool:

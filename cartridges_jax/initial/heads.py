@@ -26,7 +26,7 @@ def measure_attention(model: LanguageModel, chunk: Chunk) -> Float[np.ndarray, "
     document = Cartridge.from_tokens(model, chunk.tokens)
     implementation = None if sharding.mesh_of(model.params).size == 1 else "xla"
     arrays = document.keys, document.values, *chunk.queries
-    return np.asarray(_measure(model.params, *arrays, config=model.config, implementation=implementation))
+    return sharding.gathered(_measure(model.params, *arrays, config=model.config, implementation=implementation))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))

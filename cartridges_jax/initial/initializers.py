@@ -52,7 +52,7 @@ class InitConfig:
     min_slots: int = 2  # of a head that has not as many as all others; `num_frozen`, if that is more
 
     @property
-    def budgets(self) -> BudgetConfig:
+    def budget_config(self) -> BudgetConfig:
         """How attention matching shares the slots out over layers and heads."""
         return BudgetConfig(self.budget, self.max_share, self.min_slots)
 
@@ -72,6 +72,7 @@ class InitConfig:
                 f"init.kind is {self.kind!r} and init.budget {self.budget!r}: only 'attention_matching' gives heads "
                 "different numbers of slots, set init.budget=uniform"
             )
+        BudgetConfig(self.budget, self.max_share, self.min_slots)  # which refuses what cannot be
         if self.kind == "summary" and self.summary.base_url is None:
             raise UserError("init.kind is 'summary': set init.summary.base_url to the server that shall write it")
 
@@ -95,7 +96,7 @@ def initial_cartridge(
             return loaded.replace(num_frozen=config.num_frozen).checked(model.config)
         case "attention_matching":
             slots = config.num_slots, config.num_frozen
-            return attention_matching(model, corpus, examples, *slots, config.matching, config.budgets)
+            return attention_matching(model, corpus, examples, *slots, config.matching, config.budget_config)
         case "random_vectors":
             return _random_vectors(config, model, corpus, seed)
         case "summary":
