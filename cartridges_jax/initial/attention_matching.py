@@ -30,7 +30,7 @@ from cartridges_jax.cartridge.provenance import Provenance
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.initial.budgets import BudgetConfig, head_lengths
 from cartridges_jax.initial.chunks import Chunk, MatchingConfig, chunks_of
-from cartridges_jax.initial.heads import attention_received, by_head
+from cartridges_jax.initial.heads import attention_for, attention_received, by_head
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
@@ -103,8 +103,7 @@ def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray) -> Cartri
         *chunk.queries,
         config=model.config,
         sizes=array_sizes(lengths_lk),
-        # on a mesh XLA lays out the computation, which it cannot do with a kernel
-        implementation=None if sharding.mesh_of(model.params).size == 1 else "xla",
+        implementation=attention_for(model),
     )
     lengths = None if np.ptp(lengths_lk) == 0 else lengths_lk.astype(np.int32)
     return Cartridge(keys, values, bias, 1, lengths=lengths, offset=0)

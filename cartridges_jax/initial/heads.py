@@ -24,9 +24,14 @@ from cartridges_jax.parallel import sharding
 def measure_attention(model: LanguageModel, chunk: Chunk) -> Float[np.ndarray, "l k s"]:
     """Measures the attention that each of a chunk's tokens receives behind all of the chunk (`attention_received`)."""
     document = Cartridge.from_tokens(model, chunk.tokens)
-    implementation = None if sharding.mesh_of(model.params).size == 1 else "xla"
     arrays = document.keys, document.values, *chunk.queries
-    return sharding.gathered(_measure(model.params, *arrays, config=model.config, implementation=implementation))
+    options: Any = {"config": model.config, "implementation": attention_for(model)}
+    return sharding.gathered(_measure(model.params, *arrays, **options))
+
+
+def attention_for(model: LanguageModel) -> str | None:
+    """Names the attention for programs that XLA lays out over a mesh by itself, which it cannot do with a kernel."""
+    return None if sharding.mesh_of(model.params).size == 1 else "xla"
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"))

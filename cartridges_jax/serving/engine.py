@@ -168,15 +168,23 @@ class Engine:
         rows = zip(*(a[:count].tolist() for a in jax.device_get(sampled)), strict=True)
         return [Sampled(token, logprob, tuple(ids), tuple(logprobs)) for token, logprob, ids, logprobs in rows]
 
+    def block_table(self, prefix: Prefix | None, pages: Sequence[int]) -> BlockTable:
+        """Gives pages to a request that shares none: the first ones whole to its cartridge, the rest to its tokens."""
+        taken = self._whole_pages(prefix)
+        return BlockTable(pages[taken:], [page * self.heads_per_page for page in pages[:taken]])
+
+    def _whole_pages(self, prefix: Prefix | None) -> int:
+        return -(-self.head_pages(prefix) // self.heads_per_page) if prefix else 0
+
     def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
         pages = range(self.num_pages, self.num_pages + self.pages_each)
-        taken = -(-self.head_pages(prefix) // self.heads_per_page) if prefix else 0
+        taken = self._whole_pages(prefix)
         if taken + metadata.num_pages(len(tokens)) > len(pages):
             raise UserError(
                 f"a prompt of {len(tokens)} tokens behind this cartridge needs "
                 f"{taken + metadata.num_pages(len(tokens))} pages and may have {len(pages)}: shorten the prompt"
             )
-        block_table = BlockTable(pages[taken:], [page * self.heads_per_page for page in pages[:taken]])
+        block_table = self.block_table(prefix, pages)
         if prefix is not None:
             self.load(prefix, block_table.slots)
         scored = []

@@ -74,9 +74,7 @@ def block_table_of(engine: Engine, index: int, name: str) -> BlockTable:
 
 
 def block_table_in(engine: Engine, pages: Sequence[int], name: str) -> BlockTable:
-    prefix = prefix_of(name)
-    own = 0 if prefix is None else -(-engine.head_pages(prefix) // engine.heads_per_page)
-    return BlockTable(pages[own:], [page * engine.heads_per_page for page in pages[:own]])
+    return engine.block_table(prefix_of(name), pages)
 
 
 def inputs(block_table: BlockTable, index: int, token: int | None, position: int, step: int = 0) -> SequenceInput:

@@ -221,7 +221,6 @@ def _report(
         "model": model.name,
         "num_questions": len(rows[0]["answers"]),
         "num_slots": cartridge.average_slots,
-        "longest_head": int(cartridge.all_lengths.max(initial=0)),
         "described": cartridge.described(),
         "gap_closed": gap_closed(rows, "cartridge"),
         "off_topic": {

@@ -10,7 +10,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
+from cartridges_jax.serving.scheduler import SequenceInput
 
 TIMED_TOKENS = 16  # an answer's tokens, over whose decoding the rate is measured
 
@@ -24,8 +24,7 @@ def time_answers(
     """
     held = None if prefix is None else Prefix.of("timed", prefix)
     engine = Engine(model, 1, length, max_top_logprobs=1)
-    own = 0 if held is None else -(-engine.head_pages(held) // engine.heads_per_page)
-    block_table = BlockTable(range(own, engine.num_pages), [page * engine.heads_per_page for page in range(own)])
+    block_table = engine.block_table(held, range(engine.num_pages))
 
     def decode(token: int, position: int, step: int) -> int:
         [sampled] = engine.harvest(
