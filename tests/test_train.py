@@ -36,7 +36,7 @@ from cartridges_jax.models.language_model import load_model
 from cartridges_jax.training import loop as loop_module
 from cartridges_jax.training.data import PackedRows, batches, read_examples
 from cartridges_jax.training.losses import Reduction
-from cartridges_jax.training.metrics import MetricsLog
+from cartridges_jax.training.metrics import MetricsLog, MetricsWriter
 from cartridges_jax.training.run import train
 from cartridges_jax.training.step import TrainState, train_step
 
@@ -118,6 +118,35 @@ def test_progress_says_how_fast_it_is_and_what_it_takes(
         rf"{number} of them targets(, {number}% of the peak)?, {number} GB",
         first,
     )
+
+
+def test_nothing_waits_for_the_host_between_two_steps(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """The host computes nothing with JAX there, the next batch is on its way, and numbers are read a step late."""
+    happened: list[str] = []
+    step, stacked, write = loop_module.train_step, loop_module._stacked, MetricsWriter.step
+
+    def guarded_step(*arguments: Any, **options: Any) -> Any:
+        happened.append("step")
+        jax.config.update("jax_transfer_guard", "disallow" if happened.count("step") < 6 else "allow")
+        return step(*arguments, **options)
+
+    def noted_batches(*arguments: Any) -> Iterator[Any]:
+        for batch in stacked(*arguments):
+            happened.append("batch")
+            yield batch
+
+    def noted_write(*arguments: Any) -> None:
+        happened.append("write")
+        write(*arguments)
+
+    monkeypatch.setattr(loop_module, "train_step", guarded_step)
+    monkeypatch.setattr(loop_module, "_stacked", noted_batches)
+    monkeypatch.setattr(MetricsWriter, "step", noted_write)
+    try:
+        train(config_of(settings, num_steps=6, checkpoint_every=6), tiny.model())
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert happened[:9] == ["batch", "step", "batch", "step", "batch", "write", "step", "batch", "write"]
 
 
 def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[str, Any]):
