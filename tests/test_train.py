@@ -35,6 +35,7 @@ from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
 from cartridges_jax.models.language_model import load_model
 from cartridges_jax.training import loop as loop_module
 from cartridges_jax.training.data import PackedRows, batches, read_examples
+from cartridges_jax.training.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
 from cartridges_jax.training.losses import Reduction
 from cartridges_jax.training.metrics import MetricsLog, MetricsWriter
 from cartridges_jax.training.run import train
@@ -147,6 +148,33 @@ def test_nothing_waits_for_the_host_between_two_steps(settings: dict[str, Any], 
     finally:
         jax.config.update("jax_transfer_guard", "allow")
     assert happened[:9] == ["batch", "step", "batch", "step", "batch", "write", "step", "batch", "write"]
+
+
+def test_later_evaluations_compile_nothing(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither their forward passes nor what generates answers."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "What weighs 7 grams?", "answer": "The owl."}\n' * 3)
+    evals = EvalsConfig(
+        every=2,
+        loss=(LossEval("held_out", settings["dataset"]),),
+        generation=(GenerationEval("asked", str(questions), max_tokens=4),),
+        off_topic=True,
+    )
+    compiled: list[list[str]] = []
+    run_evals = Evals.run
+
+    def noted(self: Evals, cartridge: Cartridge) -> Any:
+        compiled.append([])
+        jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled[-1].append(name))
+        try:
+            return run_evals(self, cartridge)
+        finally:
+            jax.monitoring.clear_event_listeners()
+
+    monkeypatch.setattr(Evals, "run", noted)
+    train(config_of(settings, num_steps=6, checkpoint_every=6, evals=evals), tiny.model())
+    first, *_, last = [[name for name in names if "compile" in name] for names in compiled]
+    assert len(compiled) == 4 and first and not last
 
 
 def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[str, Any]):
