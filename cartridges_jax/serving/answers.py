@@ -22,15 +22,13 @@ OBJECTS = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "te
 class Answer:
     """The choices of one request, and the JSON that they make; choice i·n + j is the j-th answer to prompt i."""
 
-    def __init__(
-        self, pending: PendingRequest, accepted: Accepted, tokenizer: Tokenizer, token_text: Callable[[int], str]
-    ):
+    def __init__(self, pending: PendingRequest, tokenizer: Tokenizer, token_text: Callable[[int], str]):
         generation = self.generation = pending.generation
         requests = [request for request in generation.requests for _ in range(generation.n)]
         self.choices = [Choice(generation, request, tokenizer, token_text) for request in requests]
         self.cartridge_tokens = pending.prefix.length if pending.prefix else 0
         self.began: float | None = None  # time.monotonic() of its first token
-        self._pending, self._accepted, self._token_text = pending, accepted, token_text
+        self._pending, self._token_text = pending, token_text
         self._offsets = [0] * len(self.choices)  # how much of the text has had its log-probabilities sent
         start, self._whole, self._chunk = OBJECTS[generation.kind]
         self._id, self._created = f"{start}-{pending.id}", int(time.time())
@@ -160,9 +158,8 @@ class Answer:
 
     def _prompt_logprobs(self) -> dict[str, Any]:
         """In vLLM's shape: the log-probabilities of each token of the prompt but the first, and of the best, by ids."""
-        if self._accepted.prompt is None:
-            return {}
-        return {"prompt_logprobs": [None, *map(self._prompt_entry, self._accepted.prompt)]}
+        scored = self.choices[0].prompt
+        return {} if scored is None else {"prompt_logprobs": [None, *map(self._prompt_entry, scored)]}
 
     def _prompt_entry(self, scored: Scored) -> dict[str, Any]:
         own = scored.sampled

@@ -10,7 +10,16 @@ from typing import Any, Literal
 from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.requests import GenerationRequest
-from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Request, Sampled, Started, Token
+from cartridges_jax.serving.scheduler import (
+    NOT_FINITE,
+    Event,
+    PromptScored,
+    Request,
+    Sampled,
+    Scored,
+    Started,
+    Token,
+)
 
 TOO_LATE = "the answer took longer than this server allows: ask for fewer tokens, or again when it is less busy"
 
@@ -94,6 +103,7 @@ class Choice:
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(generation.stops)
         self.num_tokens = self.cached_tokens = 0
+        self.prompt: list[Scored] | None = None  # the score of its prompt, if that was asked for
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
 
     def take(self, event: Event) -> Delta:
@@ -101,6 +111,8 @@ class Choice:
         delta = Delta()
         if isinstance(event, Started):
             self.cached_tokens = event.cached_tokens
+        elif isinstance(event, PromptScored):
+            self.prompt = event.scored
         elif isinstance(event, Token):
             self.num_tokens += 1
             delta = self._token(event.sampled)

@@ -98,7 +98,8 @@ class Completions:
             pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, start)
             answer = None
             try:
-                answer = Answer(pending, await pending.accepted(), self._tokenizer, self._token_text)
+                await pending.accepted()
+                answer = Answer(pending, self._tokenizer, self._token_text)
                 yield answer
             finally:
                 pending.cancel()
