@@ -29,7 +29,7 @@ class Answer:
         requests = [request for request in generation.requests for _ in range(generation.n)]
         self.choices = [Choice(generation, request, tokenizer, token_text) for request in requests]
         self.cartridge_tokens = pending.prefix.length if pending.prefix else 0
-        self.began: float | None = None  # time.monotonic() of its first token
+        self.failed = False  # it ended early, by an error
         self._pending, self._accepted, self._token_text = pending, accepted, token_text
         self._offsets = [0] * len(self.choices)  # how much of the text has had its log-probabilities sent
         start, self._whole, self._chunk = OBJECTS[generation.kind]
@@ -56,17 +56,20 @@ class Answer:
         """Waits for what happens next to a choice. Raises: ApiError, when the engine ends first or time is up."""
         while True:
             index, event = await self._pending.events.get()
-            if isinstance(event, ApiError):
-                raise event
-            assert not isinstance(event, Accepted)
-            choice = self.choices[index]
-            if choice.finish_reason is None:  # else a stop string ended it, and these tokens were on their way
-                delta = choice.take(event)
-                if self.began is None and choice.num_tokens:
-                    self.began = time.monotonic()
-                if choice.finish_reason is not None:
-                    self._pending.cancelled.add(index)
-                return index, delta
+            try:
+                if isinstance(event, ApiError):
+                    raise event
+                assert not isinstance(event, Accepted)
+                choice = self.choices[index]
+                if choice.finish_reason is None:  # else a stop string ended it, and these tokens were on their way
+                    delta = choice.take(event)
+                    if choice.finish_reason is not None:
+                        choice.ended = time.monotonic()
+                        self._pending.cancelled.add(index)
+                    return index, delta
+            except ApiError:
+                self.failed = True
+                raise
 
     async def all(self) -> list[Delta]:
         """Waits for everything that each choice says. Raises: as `next`."""

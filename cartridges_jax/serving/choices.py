@@ -94,6 +94,7 @@ class Choice:
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(generation.stops)
         self.num_tokens = self.cached_tokens = 0
+        self.ended: float | None = None  # time.monotonic() of its end
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
 
     def take(self, event: Event) -> Delta:

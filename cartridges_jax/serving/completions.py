@@ -18,7 +18,7 @@ from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.engine_thread import EngineThread
-from cartridges_jax.serving.metrics import Metrics
+from cartridges_jax.serving.metrics import Metrics, TokenTimer
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
 from cartridges_jax.serving.requests import GenerationRequest, Reader, check_logprobs
 from cartridges_jax.serving.scheduler import Prefix
@@ -92,18 +92,22 @@ class Completions:
     async def _answering(self, generation: GenerationRequest) -> AsyncIterator[Answer]:
         """An answer under way, which ends when nobody waits for it any more."""
         assert self.thread is not None, "the server has not been started"
-        start = time.monotonic()
+        timer = TokenTimer(self._metrics, time.monotonic())
         with self._catalog.using(generation.cartridges):
             prefix = await self._catalog.prefix(generation.cartridges)
-            pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, start)
+            pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, timer)
             answer = None
             try:
                 answer = Answer(pending, await pending.accepted(), self._tokenizer, self._token_text)
                 yield answer
+            except asyncio.CancelledError:
+                if answer is None:
+                    self._metrics.aborted(generation.num_choices)
+                raise
             finally:
                 pending.cancel()
                 if answer is not None:
-                    self._metrics.answer(answer, start)
+                    self._metrics.answer(answer, timer.start)
 
     async def _in_turn(
         self, generation: GenerationRequest, turns: asyncio.Semaphore

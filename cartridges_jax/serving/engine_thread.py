@@ -19,6 +19,7 @@ from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.cache import Prefix
+from cartridges_jax.serving.metrics import TokenTimer
 from cartridges_jax.serving.protocol import SEEDS, ApiError
 from cartridges_jax.serving.requests import GenerationRequest
 from cartridges_jax.serving.scheduler import (
@@ -30,6 +31,7 @@ from cartridges_jax.serving.scheduler import (
     Request,
     Scheduler,
     Scored,
+    Token,
     most_tokens,
 )
 from cartridges_jax.serving.warmup import Warmup
@@ -49,9 +51,9 @@ class Accepted:
 class PendingRequest:
     """A request on its way through the engine thread; `cancelled` has the numbers of choices that nobody waits for."""
 
-    def __init__(self, generation: GenerationRequest, prefix: Prefix | None, deadline: float):
+    def __init__(self, generation: GenerationRequest, prefix: Prefix | None, deadline: float, timer: TokenTimer):
         self.id = uuid.uuid4().hex
-        self.generation, self.prefix, self.deadline = generation, prefix, deadline
+        self.generation, self.prefix, self.deadline, self.timer = generation, prefix, deadline, timer
         # No bound of its own: a choice has at most max_tokens + 2 events, and a slow reader must not stop the others.
         self.events: asyncio.Queue[tuple[int, Accepted | ApiError | Event]] = asyncio.Queue()
         self.cancelled: set[int] = set()
@@ -72,9 +74,10 @@ class EngineThread:
     """Runs the scheduler; made and called in the event loop's thread, except for the methods that `_run` calls."""
 
     def __init__(self, engine: Engine, max_queue: int, max_seconds: float, warmup: Warmup):
-        self._engine, self._max_queue, self._max_seconds, self._warmup = engine, max_queue, max_seconds, warmup
+        self._engine, self._max_seconds, self._warmup = engine, max_seconds, warmup
         self._inbox: queue.Queue[PendingRequest | None] = queue.Queue(engine.max_num_seqs + max_queue)
         self._live: dict[str, tuple[PendingRequest, int]] = {}
+        self._scheduler = Scheduler(engine, max_queue)
         self._closed = threading.Lock()
         self._end: ApiError | None = None  # the error that new requests get once the thread takes no more
         self._stopping = False
@@ -88,13 +91,25 @@ class EngineThread:
         return self._end is None
 
     @property
-    def num_live(self) -> int:
-        """Choices that run or wait."""
-        return len(self._live)
+    def num_running(self) -> int:
+        """Choices that are being written."""
+        return self._scheduler.num_running
 
-    def submit(self, generation: GenerationRequest, prefix: Prefix | None, start: float) -> PendingRequest:
-        """Hands over what came at `start`. Its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
-        pending = PendingRequest(generation, prefix, start + self._max_seconds)
+    @property
+    def num_waiting(self) -> int:
+        """Choices that wait for their turn, or for programs to be compiled."""
+        with self._inbox.mutex:
+            arriving = [pending for pending in self._inbox.queue if pending is not None]
+        return self._scheduler.num_waiting + sum(pending.generation.num_choices for pending in arriving)
+
+    @property
+    def kv_usage(self) -> float:
+        """The part of the pages that running requests hold, from 0 to 1."""
+        return self._scheduler.kv_usage
+
+    def submit(self, generation: GenerationRequest, prefix: Prefix | None, timer: TokenTimer) -> PendingRequest:
+        """Hands over a request. Its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
+        pending = PendingRequest(generation, prefix, timer.start + self._max_seconds, timer)
         with self._closed:
             if self._end is not None:
                 raise self._end
@@ -116,9 +131,8 @@ class EngineThread:
         try:
             self._warmup.run(lambda: self._stopping)
             self._loop.call_soon_threadsafe(self.warm.set)
-            scheduler = Scheduler(self._engine, self._max_queue)
             while not self._stopping:
-                self._cycle(scheduler)
+                self._cycle(self._scheduler)
         except Exception:
             logger.exception("the engine failed: restart the server")
             end = ApiError(500, "the engine failed: the server's log says why", code="engine_failed")
@@ -188,4 +202,6 @@ class EngineThread:
 
 def _deliver(updates: list[tuple[PendingRequest, int, Any]]) -> None:
     for pending, index, event in updates:
+        if isinstance(event, Token):
+            pending.timer.token(index)
         pending.events.put_nowait((index, event))

@@ -195,6 +195,19 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._queue or self._events or any(s.request for s in self._sequences))
 
+    @property
+    def num_running(self) -> int:
+        return sum(seq.request is not None for seq in self._sequences)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def kv_usage(self) -> float:
+        """The part of the pages that running requests hold, from 0 to 1; any thread may ask."""
+        return self._cache.num_used / self._cache.num_pages
+
     def submit(self, request: Request) -> None:
         """Queues a request. Raises: UserError, if it can never run; QueueFull.
 

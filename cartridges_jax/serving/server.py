@@ -21,11 +21,10 @@ from typing import Any
 from aiohttp import web
 
 from cartridges_jax.models.tokenizer import Tokenizer
-from cartridges_jax.serving import chat_page, connections
+from cartridges_jax.serving import chat_page, connections, metrics
 from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.completions import Completions, Handler
 from cartridges_jax.serving.engine_thread import EngineThread
-from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
 from cartridges_jax.serving.requests import Reader
@@ -75,7 +74,7 @@ class Server:
         self._created = int(time.time())
         self._loopback = True
         self._connections = connections.Connections(max(connections.LEAST, 2 * (engine.max_num_seqs + max_queue)))
-        self._metrics = Metrics()
+        self._metrics = metrics.Metrics(model)
         self._warmup = Warmup(programs)
         self._catalog = Catalog(store, describe, max_seconds)
         self._reader = Reader(
@@ -149,8 +148,24 @@ class Server:
         return app
 
     async def _start_thread(self, _: web.Application) -> None:
-        self._thread = EngineThread(self._engine, self._max_queue, self._max_seconds, self._warmup)
-        self._completions.thread = self._thread
+        thread = self._completions.thread = self._thread = EngineThread(
+            self._engine, self._max_queue, self._max_seconds, self._warmup
+        )
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "vllm:num_requests_running": ("answers that are being written", lambda: thread.num_running),
+            "vllm:num_requests_waiting": ("answers that wait for their turn", lambda: thread.num_waiting),
+            "vllm:kv_cache_usage_perc": ("part of the KV cache that answers hold, 0 to 1", lambda: thread.kv_usage),
+            "cartridges_jax_max_num_seqs": (
+                "answers that can be written at the same time",
+                lambda: self._engine.max_num_seqs,
+            ),
+            "cartridges_jax_cartridges_loaded": (
+                "cartridges and compositions in memory",
+                lambda: self._store.num_held,
+            ),
+        }
+        for name, (help, value) in gauges.items():
+            self._metrics.add_gauge(name, help, value)
 
     async def _stop_thread(self, _: web.Application) -> None:
         self._catalog.close()
@@ -200,10 +215,7 @@ class Server:
         return _reply({"status": "starting", **programs}, status=503, headers=headers)
 
     async def _metrics_text(self, _: web.Request) -> web.Response:
-        gauges = {"answers_live": self._running().num_live}
-        gauges |= dict.fromkeys(("max_num_seqs", "slots"), self._engine.max_num_seqs)
-        gauges["cartridges_loaded"] = self._store.num_held
-        return web.Response(text=self._metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"})
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": metrics.TYPE})
 
     async def _models(self, _: web.Request) -> web.Response:
         # The model alone: Tokasaurus' clients insist on exactly one, and /v1/cartridges lists the others.
