@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from aiohttp import web
 
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import npz
+from cartridges_jax.serving.access import Handler
 from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.choices import Delta
@@ -28,7 +29,6 @@ LONG_BODY = 1 << 13  # bytes; tokenizing more than this would hold up the event 
 MAX_BATCH = 4096
 NPZ = "application/x-npz"
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
 
 

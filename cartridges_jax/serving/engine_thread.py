@@ -177,12 +177,17 @@ class EngineThread:
             self._post([(pending, 0, Accepted(prompt))])
         except QueueFull as error:
             self._reject(pending, ApiError(429, str(error), code="queue_full"))
+        except ApiError as error:
+            self._reject(pending, error)
         except UserError as error:
             self._reject(pending, ApiError(400, str(error), PROMPT[pending.generation.kind], "context_length_exceeded"))
 
     def _complete(self, pending: PendingRequest, request: Request) -> Request:
-        room = most_tokens(self._engine, pending.prefix) - len(request.prompt)
-        max_tokens = pending.generation.max_tokens or max(room, 1)
+        """The request with what only this thread knows. Raises: ApiError, if it does not fit."""
+        most = most_tokens(self._engine, pending.prefix)
+        max_tokens = pending.generation.max_tokens or max(most - len(request.prompt), 1)
+        if len(request.prompt) + max_tokens > most:
+            raise _overflow(pending, most, len(request.prompt), max_tokens)
         return replace(request, prefix=pending.prefix, max_tokens=max_tokens, deadline=pending.deadline)
 
     def _reject(self, pending: PendingRequest, error: ApiError) -> None:
@@ -198,6 +203,17 @@ class EngineThread:
     def _post(self, updates: list[tuple[PendingRequest, int, Any]]) -> None:
         if updates:
             self._loop.call_soon_threadsafe(_deliver, updates)
+
+
+def _overflow(pending: PendingRequest, most: int, prompt: int, answer: int) -> ApiError:
+    """Says that a request is too long in OpenAI's words, in which clients look for the numbers."""
+    param, slots = PROMPT[pending.generation.kind], pending.prefix.length if pending.prefix else 0
+    message = (
+        f"This model's maximum context length is {most} tokens{f' behind {slots} slots of a cartridge' * (slots > 0)}. "
+        f"However, you requested {prompt + answer} tokens ({prompt} in the {param}, {answer} in the completion). "
+        f"Please reduce the length of the {param} or completion."
+    )
+    return ApiError(400, message, param, "context_length_exceeded")
 
 
 def _deliver(updates: list[tuple[PendingRequest, int, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cartridges_jax.serving.protocol import MAX_CARTRIDGES, MAX_STOPS, SEEDS
+from cartridges_jax.serving.protocol import MAX_CARTRIDGES, MAX_STOPS, ROLES, SEEDS
 from cartridges_jax.serving.store import SOURCES
 
 Schema = dict[str, Any]
@@ -24,7 +24,7 @@ def document_of(model: str, max_top_logprobs: int) -> Schema:
         "/health": _get("Whether the engine runs.", _ref("Health"), "503"),
         "/ping": _get("Whether the server runs.", _object({"message": TEXT}, "message")),
         "/metrics": _get("Counters in Prometheus' format.", None),
-        "/v1/models": _get("The model.", _list(_ref("Model"))),
+        "/v1/models": _get("The model, and the model with each cartridge.", _list(_ref("Model"))),
         "/v1/models/{id}": _get(
             "The model, or the model with a cartridge.", _ref("Model"), parameter=f"{model} or {model}:CARTRIDGE"
         ),
@@ -119,7 +119,7 @@ def _schemas(model: str, max_top_logprobs: int) -> Schema:
     choices = [{"choices": {"type": "array", "items": _object(answer, "index")}} for answer in answers]
     error = {"message": TEXT, "type": TEXT, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}
     return {
-        "Message": _object({"role": {"enum": ["system", "user", "assistant"]}, "content": TEXT}, "role", "content"),
+        "Message": _object({"role": {"enum": list(ROLES)}, "content": TEXT}, "role", "content"),
         "CartridgeReference": _object({"id": TEXT, "source": {"enum": list(SOURCES)}, "force_redownload": FLAG}, "id"),
         "ChatCompletionRequest": _object(shared | chat, "messages"),
         "CompletionRequest": _object(shared | text, "prompt"),

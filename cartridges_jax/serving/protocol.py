@@ -18,6 +18,8 @@ from cartridges_jax.serving.store import SOURCES, CartridgeStore, Reference, Unk
 MAX_STOPS = 16
 MAX_CARTRIDGES = 8  # in one request
 SEEDS = 2**31
+# What a message's role may be, and what chat templates call it.
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 BODY_SECONDS = 60.0  # for a request's body to arrive
 RETRY_AFTER_SECONDS = 1
 MAX_STOP_LENGTH = 1024  # characters
@@ -171,10 +173,12 @@ def read_messages(values: object) -> list[dict[str, str]]:
 def _read_message(where: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         refuse(where, value, "an object with role and content")
-    content = value.get("content")
+    content, role = value.get("content"), text(f"{where}.role", value.get("role"))
+    if role not in ROLES:
+        refuse(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     if isinstance(content, list):
         content = "".join(_read_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
-    return {"role": text(f"{where}.role", value.get("role")), "content": text(f"{where}.content", content)}
+    return {"role": ROLES[role], "content": text(f"{where}.content", content)}
 
 
 def _read_part(where: str, part: object) -> str:

@@ -7,35 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
-import ipaddress
 import logging
 import math
 import random
 import socket
 import time
-import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from aiohttp import web
 
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import chat_page, connections, metrics
+from cartridges_jax.serving.access import ID, Access, Handler, is_loopback, request_id
 from cartridges_jax.serving.catalog import Catalog
-from cartridges_jax.serving.completions import Completions, Handler
+from cartridges_jax.serving.completions import Completions
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
 from cartridges_jax.serving.requests import Reader
 from cartridges_jax.serving.scheduler import Engine, most_tokens
-from cartridges_jax.serving.store import CartridgeStore
+from cartridges_jax.serving.store import CartridgeStore, Reference
 from cartridges_jax.serving.warmup import Warmup
 
 logger = logging.getLogger(__name__)
 
 _reply = functools.partial(web.json_response, dumps=to_json)
-OPEN = ("/", "/health", "/ping")  # the paths that need no key, beside the files of the chat page
+# Paths of OpenAI's API that clients ask for and that a server like this cannot have.
+ABSENT = {"/v1/embeddings": "this server has no embeddings: it serves a language model, ask another server for them"}
 
 
 class Server:
@@ -45,6 +44,8 @@ class Server:
       max_queue: how many answers may wait for their turn; beyond them requests are refused.
       max_body: the most bytes that a request may have.
       max_seconds: how long a request may take; fetching and loading a cartridge and waiting are included.
+      api_key, allow_origins: who may ask, as `Access` has it.
+      list_cartridges: whether `/v1/models` lists the model with each cartridge, too.
       describe: a function that tells what a loaded cartridge is made of, as JSON.
       kv_bytes_per_token: what a position of prompt, answer or cartridge costs, for the chat page to show.
       document: a text that the chat page compares cartridges with.
@@ -62,6 +63,8 @@ class Server:
         max_body: int = 1 << 20,
         max_seconds: float = 600.0,
         api_key: str | None = None,
+        allow_origins: Collection[str] = (),
+        list_cartridges: bool = True,
         describe: Callable[[Any], dict[str, Any]] = lambda _: {},
         kv_bytes_per_token: int = 0,
         document: str | None = None,
@@ -69,10 +72,10 @@ class Server:
         rng: random.Random | None = None,
     ):
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
-        self._max_queue, self._max_body, self._max_seconds, self._api_key = max_queue, max_body, max_seconds, api_key
+        self._max_queue, self._max_body, self._max_seconds = max_queue, max_body, max_seconds
+        self._access, self._list_cartridges = Access(api_key, allow_origins), list_cartridges
         self._kv_bytes_per_token, self._document = kv_bytes_per_token, document
         self._created = int(time.time())
-        self._loopback = True
         self._connections = connections.Connections(max(connections.LEAST, 2 * (engine.max_num_seqs + max_queue)))
         self._metrics = metrics.Metrics(model)
         self._warmup = Warmup(programs)
@@ -88,7 +91,7 @@ class Server:
 
     async def start(self, sock: socket.socket) -> web.AppRunner:
         """Serves on a bound socket until the runner's `cleanup`."""
-        self._loopback = is_loopback(sock)
+        self._access.is_loopback = is_loopback(sock)
         # Without handler_cancellation a client that goes away would be answered to the end.
         runner = web.AppRunner(
             self._app(),
@@ -112,7 +115,7 @@ class Server:
         await self._running().failed.wait()
 
     def _app(self) -> web.Application:
-        app = web.Application(client_max_size=self._max_body, middlewares=[self._counted, _errors, self._authorize])
+        app = web.Application(client_max_size=self._max_body, middlewares=[self._counted, _errors, self._access.check])
         reader, completions, catalog = self._reader, self._completions, self._catalog
         app.add_routes(
             [
@@ -143,6 +146,7 @@ class Server:
             app.router.add_post(f"{start}/chat/completions", completions.batch if "batch" in start else chat)
             app.router.add_post(f"{start}/completions", completion)
             app.router.add_post(f"{start}/synchronous-batch-completions", completions.batch)
+        app.on_response_prepare.append(self._access.add_headers)
         app.on_startup.append(self._start_thread)
         app.on_shutdown.append(self._stop_thread)
         return app
@@ -176,24 +180,6 @@ class Server:
         return self._thread
 
     @web.middleware
-    async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        origin = request.headers.get("Origin", "")
-        if origin and origin.partition("://")[2] != request.host:
-            raise ApiError(403, f"another site's page, {shorten(origin)}, may not ask this server", code="origin")
-        if self._api_key is None:
-            # another site's name that leads here would give its page what only this machine may have
-            if self._loopback and not _is_local(_host_of(request)):
-                message = f"this server has no API key and is asked as {shorten(request.host)}: ask for 127.0.0.1"
-                raise ApiError(403, message, code="host")
-        elif not (request.path in OPEN or request.path.startswith(chat_page.PREFIX)):
-            # bytes that are no UTF-8 are surrogates there
-            header = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-            scheme, _, given = header.partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._api_key.encode()):
-                raise ApiError(401, "no or wrong API key: send Authorization: Bearer KEY", code="invalid_api_key")
-        return await handler(request)
-
-    @web.middleware
     async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         with self._connections.asking(request):
             response = await handler(request)
@@ -218,23 +204,25 @@ class Server:
         return web.Response(body=self._metrics.text(), headers={"Content-Type": metrics.TYPE})
 
     async def _models(self, _: web.Request) -> web.Response:
-        # The model alone: Tokasaurus' clients insist on exactly one, and /v1/cartridges lists the others.
-        return _reply({"object": "list", "data": [self._model_entry(self._model)]})
+        ids = await self._catalog.local_ids() if self._list_cartridges else []
+        cartridges = [self._model_entry(f"{self._model}:{id}", Reference(id)) for id in ids]
+        return _reply({"object": "list", "data": [self._model_entry(self._model, None), *cartridges]})
 
     async def _one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
-        self._reader.read_model_name(name)
-        return _reply(self._model_entry(name))
+        return _reply(self._model_entry(name, self._reader.read_model_name(name)))
 
-    def _model_entry(self, name: str) -> dict[str, Any]:
-        return {
+    def _model_entry(self, name: str, cartridge: Reference | None) -> dict[str, Any]:
+        prefix, _ = self._store.state(cartridge) if cartridge else (None, False)
+        entry = {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "cartridges-jax",
-            "max_model_len": most_tokens(self._engine, None),
+            "max_model_len": most_tokens(self._engine, prefix),
             "kv_bytes_per_token": self._kv_bytes_per_token,
         }
+        return entry | ({"parent": self._model} if cartridge else {})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         ids = await asyncio.to_thread(self._ids, await read_body(request))
@@ -257,25 +245,6 @@ class Server:
         return self._tokenizer.decode([id], skip_special_tokens=False)
 
 
-def is_loopback(sock: socket.socket) -> bool:
-    """Whether only this machine can reach what listens there."""
-    return _is_local(sock.getsockname()[0].partition("%")[0])
-
-
-def _host_of(request: web.Request) -> str | None:
-    try:
-        return urllib.parse.urlsplit(f"//{request.host}").hostname
-    except ValueError:
-        return None
-
-
-def _is_local(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
-
-
 async def _ping(_: web.Request) -> web.Response:
     return _reply({"message": "pong"})
 
@@ -289,9 +258,13 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPRequestEntityTooLarge as error:
         return ApiError(413, error.text or error.reason, code="body_too_large").response()
     except web.HTTPException as error:
-        refusal = ApiError(error.status, f"{request.method} {shorten(request.path)}: {error.reason}").response()
+        message = ABSENT.get(request.path, f"{request.method} {shorten(request.path)}: {error.reason}")
+        refusal = ApiError(error.status, message).response()
         refusal.headers.update({name: error.headers[name] for name in ("Allow",) if name in error.headers})
         return refusal
     except Exception:
-        logger.exception("%s %r failed", request.method, request.path)
-        return ApiError(500, "the server failed at this request: its log says why").response()
+        id = request_id(request)
+        logger.exception("%s %r failed (request %s)", request.method, request.path, id)
+        failure = ApiError(500, f"the server failed at this request: its log says why, at request {id}").response()
+        failure.headers[ID] = id
+        return failure

@@ -50,12 +50,11 @@ def slots(reply: Any) -> int:
 
 
 def test_openai_lists_models(client: openai.OpenAI):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny:manual", "tiny:other"]
     assert client.models.retrieve("tiny:manual").owned_by == "cartridges-jax"
 
 
-def test_tokasaurus_clients_find_the_only_model(url: str):
-    """Upstream's begins with this check, and so does ours of that kind, which makes it here."""
+def test_our_tokasaurus_client_finds_the_model_in_a_list(url: str):
 
     async def check(model: str) -> None:
         config = ClientConfig(f"{url}/v1", model, kind="tokasaurus", api_key="key")
@@ -63,8 +62,9 @@ def test_tokasaurus_clients_find_the_only_model(url: str):
             await client.check()
 
     asyncio.run(check("Tiny"))
-    with pytest.raises(Refused, match="serves tiny, not 'tiny:manual'"):
-        asyncio.run(check("tiny:manual"))
+    asyncio.run(check("tiny:manual"))
+    with pytest.raises(Refused, match="serves tiny, tiny:manual, tiny:other, not 'tiny:none'"):
+        asyncio.run(check("tiny:none"))
 
 
 def test_openai_chats(client: openai.OpenAI):
