@@ -184,8 +184,8 @@ def test_pastes_ctrl_c_and_typing_ahead(tmp_path: Path):
     end, prompt = "[--max-tokens is reached]", "> "
     with Session(tmp_path, "--max-length=1024", "--max-tokens=200", term="xterm") as session:
         session.read(until=prompt)
-        session.type("\x1b[200~one\rtwo\r/quit\x1b[201~")
-        session.read(until="/quit")
+        session.type("\x1b[200~one\rtwo\rthree\x1b[201~")
+        session.read(until="three")
         session.type("\r")
         session.read(until=end)
         start = len(session.screen)
