@@ -25,20 +25,6 @@ TAG, END_TAG = "<cartridge>", "</cartridge>"
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 to_json = functools.partial(json.dumps, allow_nan=False)  # NaN is no JSON, and nobody else could read it
 PIECE = 64  # items of a list that are encoded at once
-# Fields that would change the answer and that are not there yet: asking for them is refused, a neutral value is not.
-UNSUPPORTED: dict[str, Any] = {
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "repetition_penalty": 1,
-    "min_p": 0,
-    "logit_bias": {},
-    "tools": [],
-    "response_format": {"type": "text"},
-    "continue_final_message": False,
-    "echo": False,
-    "suffix": "",
-    "best_of": 1,
-}
 
 
 def to_json_in_pieces(value: Any) -> str:
@@ -82,28 +68,34 @@ class Fields:
         return default if value is None else value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            refuse(name, value, "true or false")
-        return value
-
-    def integer(self, name: str, default: Any, low: int, high: int) -> Any:
-        value = self.get(name, default)
-        if value is not default and (type(value) is not int or not low <= value <= high):
-            refuse(name, value, f"an integer from {low} to {high}")
-        return value
-
-    def number(self, name: str, default: float, low: float, high: float) -> float:
-        value = self.get(name, default)
-        if type(value) not in (int, float) or not low <= value <= high:
-            refuse(name, value, f"a number from {low} to {high}")
-        return float(value)
+        return read_flag(name, self.get(name, default))
 
     def text(self, name: str) -> str:
         return text(name, self.get(name))
 
-    def group(self, name: str) -> Fields:
-        return Fields(self.get(name, {}), name)
+
+def read_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        refuse(name, value, "true or false")
+    return value
+
+
+def read_integer(name: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        refuse(name, value, f"an integer from {low} to {high}")
+    return value
+
+
+def read_number(name: str, value: object, low: float, high: float) -> float:
+    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
+        refuse(name, value, f"a number from {low} to {high}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def token_ids(name: str, ids: object, vocab_size: int) -> tuple[int, ...]:
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        refuse(name, ids, f"a list of token ids from 0 to {vocab_size - 1}")
+    return tuple(ids)
 
 
 async def read_body(request: web.Request) -> Fields:

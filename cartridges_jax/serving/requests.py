@@ -16,6 +16,7 @@ from typing import Any, Literal
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import protocol
+from cartridges_jax.serving.fields import generation_fields
 from cartridges_jax.serving.protocol import SEEDS, ApiError, Fields, refuse, shorten
 from cartridges_jax.serving.scheduler import Engine, Request, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
@@ -66,52 +67,59 @@ class Reader:
     ):
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
         self._max_choices, self._rng = max_choices, rng
+        self.table = generation_fields(engine.max_top_logprobs, max_choices, tokenizer.vocab_size)
 
-    def chat(self, fields: Fields, fingerprint: bool = False) -> GenerationRequest:
-        messages, tagged = protocol.take_tags(protocol.read_messages(fields.get("messages")))
+    def chat(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
+        fields = self.table.read(body, "chat")
+        messages, tagged = protocol.take_tags(protocol.read_messages(fields["messages"]))
         if not messages:
-            refuse("messages", fields.get("messages"), "a message beside the cartridge's")
+            refuse("messages", fields["messages"], "a message beside the cartridge's")
         model, cartridges = self._read_model(fields, tagged)
-        top_logprobs = fields.integer("top_logprobs", 0, 0, self._engine.max_top_logprobs)
-        logprobs = fields.flag("logprobs")
-        if top_logprobs and not logprobs:
-            refuse("top_logprobs", top_logprobs, "logprobs to be true as well")
+        if fields["top_logprobs"] and not fields["logprobs"]:
+            refuse("top_logprobs", fields["top_logprobs"], "logprobs to be true as well")
         encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
         prompt = self.encode_chat(messages, fields, encode)
         is_open = bool(cartridges) and _thinking(fields) is None
-        max_tokens = fields.integer("max_tokens", None, 1, SEEDS)
         return self._read_shared(
             fields,
             [prompt],
-            top_logprobs,
+            fields["top_logprobs"],
             kind="chat",
             model=model,
             cartridges=cartridges,
-            max_tokens=fields.integer("max_completion_tokens", max_tokens, 1, SEEDS),
-            logprobs=logprobs,
+            max_tokens=fields["max_completion_tokens"] or fields["max_tokens"],
+            logprobs=fields["logprobs"],
             fingerprint=fingerprint,
             in_mode=functools.partial(self.encode_chat, messages, fields, encode) if is_open else None,
         )
 
-    def completion(self, fields: Fields, fingerprint: bool = False) -> GenerationRequest:
+    def completion(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
+        fields = self.table.read(body, "text")
         model, cartridges = self._read_model(fields, ())
-        logprobs = fields.integer("logprobs", None, 0, self._engine.max_top_logprobs)
         return self._read_shared(
             fields,
             self._read_prompts(fields, bool(cartridges)),
-            logprobs or 0,
+            fields["logprobs"] or 0,
             kind="text",
             model=model,
             cartridges=cartridges,
-            max_tokens=fields.integer("max_tokens", COMPLETION_TOKENS, 1, SEEDS),
-            logprobs=logprobs is not None,
+            max_tokens=fields["max_tokens"] or COMPLETION_TOKENS,
+            logprobs=fields["logprobs"] is not None,
             fingerprint=fingerprint,
         )
+
+    def tokenize(self, body: Fields) -> list[int]:
+        """The ids of a text or a conversation. Raises: ApiError."""
+        fields = self.table.read(body, "tokenize")
+        if fields["messages"] is None:
+            special = fields["add_special_tokens"] is not False
+            return self._tokenizer.encode(protocol.text("prompt", fields["prompt"]), add_special_tokens=special)
+        return list(self.encode_chat(protocol.read_messages(fields["messages"]), fields, self._tokenizer.chat_ids))
 
     def encode_chat(
         self,
         messages: list[dict[str, str]],
-        fields: Fields,
+        fields: dict[str, Any],
         encode: Callable[..., list[int]],
         thinking: bool | None = None,
     ) -> tuple[int, ...]:
@@ -123,52 +131,45 @@ class Reader:
         if (thinking := thinking if asked is None else asked) is not None:
             encode = functools.partial(encode, thinking=thinking)
         try:
-            return tuple(encode(messages, add_generation_prompt=fields.flag("add_generation_prompt", True)))
+            return tuple(encode(messages, add_generation_prompt=fields["add_generation_prompt"] is not False))
         except UserError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
 
-    def token_ids(self, name: str, ids: object) -> tuple[int, ...]:
-        size = self._tokenizer.vocab_size
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
-            refuse(name, ids, f"a list of token ids from 0 to {size - 1}")
-        return tuple(ids)
-
     def _read_shared(
-        self, fields: Fields, prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any
+        self, fields: dict[str, Any], prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any
     ) -> GenerationRequest:
-        """Reads the fields that all routes share."""
-        for name, neutral in protocol.UNSUPPORTED.items():
-            if fields.get(name) not in (None, neutral):
-                refuse(name, fields.get(name), "nothing: this server does not support it")
-        stream, packed = fields.flag("stream"), fields.flag("logprobs_in_fingerprint")
-        prompt_logprobs = fields.integer("prompt_logprobs", None, 0, self._engine.max_top_logprobs)
+        """Checks and takes the fields that all routes share."""
+        stream, packed, prompt_logprobs = (
+            fields[name] for name in ("stream", "logprobs_in_fingerprint", "prompt_logprobs")
+        )
         if prompt_logprobs is not None and (stream or len(prompts) > 1):
             refuse("prompt_logprobs", prompt_logprobs, "stream to be false and a single prompt")
         if packed and stream:
             refuse("logprobs_in_fingerprint", packed, "stream to be false")
+        seed = self._rng.randrange(SEEDS) if fields["seed"] is None else fields["seed"] % SEEDS
         request = Request(
             id="",
             prompt=(),
-            temperature=fields.number("temperature", 1.0, 0.0, 2.0),
-            top_p=fields.number("top_p", 1.0, 0.0, 1.0),
-            top_k=max(fields.integer("top_k", 0, -1, SEEDS - 1), 0),  # vLLM's clients write -1 for "all"
-            seed=fields.integer("seed", self._rng.randrange(SEEDS), -(2**63), 2**63 - 1) % SEEDS,
+            temperature=fields["temperature"],
+            top_p=fields["top_p"],
+            top_k=max(fields["top_k"], 0),  # vLLM's clients write -1 for "all"
+            seed=seed,
             stop_ids=self._tokenizer.stop_ids,
-            ignore_eos=fields.flag("ignore_eos"),
+            ignore_eos=fields["ignore_eos"],
             top_logprobs=top_logprobs,
         )
-        n = fields.integer("n", 1, 1, self._max_choices)
+        n = fields["n"]
         if n * len(prompts) > self._max_choices:
             refuse("n", n, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
         generation = GenerationRequest(
             **known,
             requests=tuple(replace(request, prompt=prompt) for prompt in prompts),
             n=n,
-            stops=protocol.read_stops(fields.get("stop")),
+            stops=fields["stop"],
             stream=stream,
-            include_usage=fields.group("stream_options").flag("include_usage"),
-            return_token_ids=fields.flag("return_token_ids"),
-            tokens_as_ids=fields.flag("return_tokens_as_token_ids"),
+            include_usage=fields["stream_options"].get("include_usage", False),
+            return_token_ids=fields["return_token_ids"],
+            tokens_as_ids=fields["return_tokens_as_token_ids"],
             prompt_logprobs=prompt_logprobs,
             packed=packed,
         )
@@ -183,27 +184,29 @@ class Reader:
         tokens = min(generation.max_tokens or longest, longest)
         return generation.num_choices * tokens * (1 + generation.requests[0].top_logprobs)
 
-    def _read_prompts(self, fields: Fields, behind_cartridge: bool) -> list[tuple[int, ...]]:
+    def _read_prompts(self, fields: dict[str, Any], behind_cartridge: bool) -> list[tuple[int, ...]]:
         """The prompts of `prompt`, which is a text, a list of token ids, or a list of either."""
-        prompt = fields.get("prompt")
+        prompt = fields["prompt"]
         single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and type(prompt[0]) is int)
         prompts = [prompt] if single else prompt
         if not isinstance(prompts, list) or not 0 < len(prompts) <= self._max_choices:
             refuse("prompt", prompt, f"a text, a list of token ids, or a list of 1 to {self._max_choices} of either")
-        special = fields.flag("add_special_tokens", not behind_cartridge)
+        special = not behind_cartridge if fields["add_special_tokens"] is None else fields["add_special_tokens"]
         encode = functools.partial(self._tokenizer.encode, add_special_tokens=special)
         if behind_cartridge and special and self._tokenizer.encode("", add_special_tokens=True):
             refuse("add_special_tokens", special, "false: a cartridge holds the beginning of the text already")
         encode = self._tokenizer.continued_ids if behind_cartridge else encode
         return [
-            self.token_ids("prompt", one) if isinstance(one, list) else tuple(encode(protocol.text("prompt", one)))
+            protocol.token_ids("prompt", one, self._tokenizer.vocab_size)
+            if isinstance(one, list)
+            else tuple(encode(protocol.text("prompt", one)))
             for one in prompts
         ]
 
-    def _read_model(self, fields: Fields, tagged: tuple[Reference, ...]) -> tuple[str, tuple[Reference, ...]]:
+    def _read_model(self, fields: dict[str, Any], tagged: tuple[Reference, ...]) -> tuple[str, tuple[Reference, ...]]:
         """The model's name and the cartridges, which `cartridges`, tags in the messages or the name may choose."""
-        name = self._model if fields.get("model") is None else fields.text("model")
-        asked = protocol.read_cartridges(fields.get("cartridges"))
+        name = self._model if fields["model"] is None else fields["model"]
+        asked = fields["cartridges"]
         if asked and tagged:
             refuse("cartridges", asked[0].id, "cartridges either here or as tags in the messages")
         asked = asked or tagged
@@ -237,11 +240,10 @@ def check_logprobs(count: int, param: str) -> None:
         raise ApiError(400, message, param, "too_many_logprobs")
 
 
-def _thinking(fields: Fields) -> bool | None:
+def _thinking(fields: dict[str, Any]) -> bool | None:
     """The template's `enable_thinking` that is asked for, if any. Raises: ApiError."""
     asked = None
     for name in ("chat_template_kwargs", "apply_chat_template_overrides"):
-        options = fields.group(name)
-        if options.get("enable_thinking") is not None:
-            asked = options.flag("enable_thinking")
+        if fields[name].get("enable_thinking") is not None:
+            asked = protocol.read_flag(f"{name}.enable_thinking", fields[name]["enable_thinking"])
     return asked

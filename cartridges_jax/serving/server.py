@@ -27,7 +27,7 @@ from cartridges_jax.serving.completions import Completions, Handler
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.openapi import document_of
-from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, shorten, to_json, token_ids
 from cartridges_jax.serving.requests import Reader
 from cartridges_jax.serving.scheduler import Engine, most_tokens
 from cartridges_jax.serving.store import CartridgeStore
@@ -187,7 +187,7 @@ class Server:
         return response
 
     async def _openapi(self, _: web.Request) -> web.Response:
-        return _reply(document_of(self._model, self._engine.max_top_logprobs))
+        return _reply(document_of(self._model, self._reader.table))
 
     async def _health(self, _: web.Request) -> web.Response:
         if not self._running().alive:
@@ -225,21 +225,17 @@ class Server:
         }
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        ids = await asyncio.to_thread(self._ids, await read_body(request))
+        ids = await asyncio.to_thread(self._reader.tokenize, await read_body(request))
         reply = {"count": len(ids), "max_model_len": most_tokens(self._engine, None), "tokens": ids, "token_strs": None}
         return _reply(reply)
-
-    def _ids(self, fields: Fields) -> list[int]:
-        if fields.get("messages") is not None:
-            messages = read_messages(fields.get("messages"))
-            return list(self._reader.encode_chat(messages, fields, self._tokenizer.chat_ids))
-        return self._tokenizer.encode(fields.text("prompt"), add_special_tokens=fields.flag("add_special_tokens", True))
 
     async def _detokenize(self, request: web.Request) -> web.Response:
         return _reply({"prompt": await asyncio.to_thread(self._text, await read_body(request))})
 
     def _text(self, fields: Fields) -> str:
-        return self._tokenizer.decode(self._reader.token_ids("tokens", fields.get("tokens")), skip_special_tokens=False)
+        return self._tokenizer.decode(
+            token_ids("tokens", fields.get("tokens"), self._tokenizer.vocab_size), skip_special_tokens=False
+        )
 
     def _decode_token(self, id: int) -> str:
         return self._tokenizer.decode([id], skip_special_tokens=False)
