@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import npz
 from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.catalog import Catalog
-from cartridges_jax.serving.choices import Delta
+from cartridges_jax.serving.choices import Delta, Tokens
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
@@ -39,14 +38,13 @@ class Completions:
         self,
         reader: Reader,
         catalog: Catalog,
-        tokenizer: Tokenizer,
-        token_text: Callable[[int], str],
+        tokens: Tokens,
         metrics: Metrics,
         batch_width: int,
         max_seconds: float,
     ):
         self._reader, self._catalog, self._metrics = reader, catalog, metrics
-        self._tokenizer, self._token_text = tokenizer, token_text
+        self._tokens = tokens
         self._batch_width, self._max_seconds = batch_width, max_seconds
         self._tokasaurus_chat = functools.partial(reader.chat, fingerprint=True)
         self.thread: EngineThread | None = None
@@ -98,7 +96,7 @@ class Completions:
             pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, start)
             answer = None
             try:
-                answer = Answer(pending, await pending.accepted(), self._tokenizer, self._token_text)
+                answer = Answer(pending, await pending.accepted(), self._tokens)
                 yield answer
             finally:
                 pending.cancel()

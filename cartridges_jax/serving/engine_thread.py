@@ -168,7 +168,7 @@ class EngineThread:
 
     def _complete(self, pending: PendingRequest, request: Request) -> Request:
         room = most_tokens(self._engine, pending.prefix) - len(request.prompt)
-        max_tokens = pending.generation.max_tokens or max(room, 1)
+        max_tokens = max(room, 1) if pending.generation.max_tokens is None else pending.generation.max_tokens
         return replace(request, prefix=pending.prefix, max_tokens=max_tokens, deadline=pending.deadline)
 
     def _reject(self, pending: PendingRequest, error: ApiError) -> None:

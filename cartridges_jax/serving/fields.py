@@ -105,17 +105,30 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
             Field("add_generation_prompt", flag, "Opens the assistant's turn; true by default.", routes=template),
             Field("chat_template_kwargs", _OBJECT, "Variables of the model's chat template.", {}, template),
             Field("apply_chat_template_overrides", _OBJECT, "Tokasaurus' name of the same.", {}, template),
+            Field("continue_final_message", flag, "Goes on with the last message.", False, template),
+            Field("truncate_prompt_tokens", _integer(-1, SEEDS), "Keeps so many tokens at the end; -1: what fits."),
             # how the answer is drawn
             Field("temperature", _number(0, 2), "0 takes the best token.", 1.0),
             Field("top_p", _number(0, 1), "Keeps the best tokens of so much probability.", 1.0),
             Field("top_k", _integer(-1, SEEDS - 1), "Keeps so many best tokens; 0 and -1 keep all.", 0),
             Field("seed", _integer(-(2**63), 2**63 - 1), "The same seed draws the same answer."),
             Field("n", _integer(1, max_choices), "Answers to each prompt.", 1),
+            Field("best_of", _integer(1, max_choices), "Writes so many, and tells the n most likely.", None, only_text),
+            Field("min_p", _number(0, 1), "The least probability, as a part of the best token's.", 0.0),
+            Field("frequency_penalty", _number(-2, 2), "What a token loses for each time in the answer.", 0.0),
+            Field("presence_penalty", _number(-2, 2), "What a token loses for being in the answer.", 0.0),
+            Field("repetition_penalty", _number(0.01, 100), "Divides logits of tokens that were there.", 1.0),
+            Field("logit_bias", Kind(partial(_bias, vocab_size), {"type": "object"}), "Adds to tokens' logits.", ()),
+            Field("allowed_token_ids", ids, "The only tokens that may be drawn."),
+            Field("bad_WORDS", _WORDS, "Texts that are never written.", ()),
             # where it ends
-            Field("max_tokens", count, "The most tokens of an answer."),
+            Field("max_tokens", count, "The most tokens of an answer.", routes=chat),
+            Field("max_tokens", _integer(0, SEEDS), "The same; 0 with echo or prompt_logprobs.", 16, only_text),
             Field("max_completion_tokens", count, "The newer name of max_tokens.", routes=chat),
             Field("stop", _STOPS, "Texts that end the answer.", ()),
+            Field("stop_token_ids", ids, "Tokens that end the answer.", ()),
             Field("ignore_eos", flag, "Goes on behind the model's own end.", False),
+            Field("min_tokens", _integer(0, SEEDS), "So many tokens come before any that ends the answer.", 0),
             # what is told about it
             Field("stream", flag, "Sends the answer as it is written.", False),
             Field("stream_options", _STREAM_OPTIONS, "`include_usage` sends a last chunk with counts.", {}),
@@ -123,25 +136,15 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
             Field("top_logprobs", best, "Tells so many best tokens with each.", 0, chat),
             Field("logprobs", best, "Tells log-probabilities and so many best tokens.", None, only_text),
             Field("prompt_logprobs", best, "Tells log-probabilities of the prompt's tokens, and so many best ones."),
+            Field("echo", flag, "Tells the prompt in front of the answer.", False, only_text),
+            Field("echo", flag, "", False, chat, "the prompt is told by return_token_ids and prompt_logprobs"),
+            Field("include_stop_str_in_output", flag, "Shows what ended the answer, too.", False),
+            Field("skip_special_tokens", flag, "Leaves special tokens out of the text.", True),
+            Field("return_token_strs", flag, "Tells the tokens' texts.", False, ("tokenize",)),
             Field("return_token_ids", flag, "Tells the ids of prompt and answer.", False),
             Field("return_tokens_as_token_ids", flag, "Spells tokens as `token_id:N`.", False),
             Field("logprobs_in_fingerprint", flag, "Tokasaurus' packed log-probabilities.", False),
             # what is not done
-            Field("frequency_penalty", _ANY, "", 0, refused=no),
-            Field("presence_penalty", _ANY, "", 0, refused=no),
-            Field("repetition_penalty", _ANY, "", 1, refused=no),
-            Field("min_p", _ANY, "", 0, refused=no),
-            Field("logit_bias", _ANY, "", {}, refused=no),
-            Field("min_tokens", _ANY, "", 0, refused=no),
-            Field("stop_token_ids", ids, "", [], refused=no),
-            Field("allowed_token_ids", ids, "", refused=no),
-            Field("bad_words", _ANY, "", [], refused=no),
-            Field("include_stop_str_in_output", flag, "", False, refused=no),
-            Field("skip_special_tokens", flag, "", True, refused=no),
-            Field("truncate_prompt_tokens", _ANY, "", refused=no),
-            Field("continue_final_message", flag, "", False, chat, no),
-            Field("echo", flag, "", False, refused=no),
-            Field("best_of", _ANY, "", 1, only_text, no),
             Field("suffix", text, "", "", only_text, "models here only continue a text; put what follows into prompt"),
             Field("tools", _ANY, "", [], chat, no),
             Field("tool_choice", _ANY, "", "none", chat, no),
@@ -191,6 +194,17 @@ def _token_ids(vocab_size: int, name: str, value: object) -> tuple[int, ...]:
     return protocol.token_ids(name, value, vocab_size)
 
 
+def _bias(vocab_size: int, name: str, value: object) -> tuple[tuple[int, float], ...]:
+    """`{"token id": bias}`."""
+    made = []
+    for key, bias in Fields(value, name).values.items():
+        ids = [int(key)] if key.isascii() and key.isdigit() and len(key) < 10 else [key]
+        made.append((*protocol.token_ids(name, ids, vocab_size), protocol.read_number(name, bias, -100.0, 100.0)))
+    if len(made) > MAX_TOKEN_IDS:
+        refuse(name, value, f"at most {MAX_TOKEN_IDS} tokens")
+    return tuple(made)
+
+
 def _object(name: str, value: object) -> dict[str, Any]:
     return Fields(value, name).values
 
@@ -215,8 +229,11 @@ def _told(field: Field) -> Schema:
 _ANY = Kind(lambda _, value: value, {})
 _OBJECT = Kind(_object, {"type": "object"})
 _STREAM_OPTIONS = Kind(_stream_options, {"type": "object", "properties": {"include_usage": FLAG}})
+_WORDS = Kind(
+    lambda name, value: protocol.read_texts(name, value), {"type": "array", "items": TEXT, "maxItems": MAX_STOPS}
+)
 _STOPS = Kind(
-    lambda _, value: protocol.read_stops(value),
+    lambda name, value: protocol.read_texts(name, [value] if isinstance(value, str) else value),
     {"anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOPS}]},
 )
 _REFERENCE: Schema = {"$ref": "#/components/schemas/CartridgeReference"}

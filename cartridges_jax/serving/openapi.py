@@ -31,6 +31,7 @@ def document_of(model: str, table: FieldTable) -> Schema:
         "/v1/cartridges/pin": act | {"post": act["post"] | {"summary": "Loads a cartridge and never drops it."}},
         "/v1/cartridges/unpin": act | {"post": act["post"] | {"summary": "Lets a pinned cartridge be dropped."}},
         "/tokenize": _post("Token ids of a text or conversation.", _ref("TokenizeRequest"), "ids", _object({})),
+        "/tokenizer_info": _get("The tokenizer's special tokens and chat template.", _object({})),
         "/detokenize": _post(
             "The text of token ids.", _object({"tokens": IDS}, "tokens"), "text", _object({"prompt": TEXT})
         ),

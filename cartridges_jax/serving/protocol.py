@@ -175,14 +175,13 @@ def _read_part(where: str, part: object) -> str:
     return text(f"{where}.text", part.get("text"))
 
 
-def read_stops(value: object) -> tuple[str, ...]:
-    values = [] if value is None else [value] if isinstance(value, str) else value
+def read_texts(name: str, values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or len(values) > MAX_STOPS:
-        refuse("stop", value, f"a text or a list of at most {MAX_STOPS}")
-    stops = tuple(text("stop", stop) for stop in values)
-    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        refuse("stop", value, f"texts that are not empty, of at most {MAX_STOP_LENGTH} characters")
-    return stops
+        refuse(name, values, f"a list of at most {MAX_STOPS} texts")
+    texts = tuple(text(name, value) for value in values)
+    if not all(0 < len(one) <= MAX_STOP_LENGTH for one in texts):
+        refuse(name, values, f"texts that are not empty, of at most {MAX_STOP_LENGTH} characters")
+    return texts
 
 
 def read_cartridges(value: object) -> tuple[Reference, ...]:

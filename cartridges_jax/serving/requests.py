@@ -18,10 +18,9 @@ from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import protocol
 from cartridges_jax.serving.fields import generation_fields
 from cartridges_jax.serving.protocol import SEEDS, ApiError, Fields, refuse, shorten
-from cartridges_jax.serving.scheduler import Engine, Request, most_tokens
+from cartridges_jax.serving.scheduler import Engine, LogitsRules, Request, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
 
-COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 MAX_LOGPROBS = 1 << 21  # in all answers that are sent in one piece; each costs a few hundred bytes until then
 
 
@@ -34,8 +33,11 @@ class GenerationRequest:
     cartridges: tuple[Reference, ...]
     requests: tuple[Request, ...]
     max_tokens: int | None  # None: as many as fit
-    n: int = 1
+    n: int = 1  # answers that are written to each prompt
+    kept: int = 1  # of which so many are told
     stops: tuple[str, ...] = ()
+    include_stops: bool = False  # what ends the answer is shown
+    skip_special_tokens: bool = True
     stream: bool = False
     include_usage: bool = False
     logprobs: bool = False
@@ -43,6 +45,7 @@ class GenerationRequest:
     tokens_as_ids: bool = False
     prompt_logprobs: int | None = None  # so many alternatives at each token of the prompt; None: nothing about it
     fingerprint: bool = False  # Tokasaurus' `system_fingerprint` with the token ids
+    echo: bool = False  # the prompt is told in front of the answer
     packed: bool = False  # and with log-probabilities, instead of `logprobs`
     # The prompt in a mode of thinking, of a chat that does not say which: then it is the cartridge's.
     in_mode: Callable[[bool], tuple[int, ...]] | None = None
@@ -77,48 +80,58 @@ class Reader:
         model, cartridges = self._read_model(fields, tagged)
         if fields["top_logprobs"] and not fields["logprobs"]:
             refuse("top_logprobs", fields["top_logprobs"], "logprobs to be true as well")
-        encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
-        prompt = self.encode_chat(messages, fields, encode)
+        max_tokens = fields["max_completion_tokens"] or fields["max_tokens"]
+
+        def prompt_of(thinking: bool | None = None) -> tuple[int, ...]:
+            encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
+            return self._truncated(self.encode_chat(messages, fields, encode, thinking), fields, max_tokens)
+
         is_open = bool(cartridges) and _thinking(fields) is None
         return self._read_shared(
             fields,
-            [prompt],
+            [prompt_of()],
             fields["top_logprobs"],
             kind="chat",
             model=model,
             cartridges=cartridges,
-            max_tokens=fields["max_completion_tokens"] or fields["max_tokens"],
+            max_tokens=max_tokens,
             logprobs=fields["logprobs"],
             fingerprint=fingerprint,
-            in_mode=functools.partial(self.encode_chat, messages, fields, encode) if is_open else None,
+            in_mode=prompt_of if is_open else None,
         )
 
     def completion(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
         fields = self.table.read(body, "text")
         model, cartridges = self._read_model(fields, ())
+        prompts = self._read_prompts(fields, bool(cartridges))
         return self._read_shared(
             fields,
-            self._read_prompts(fields, bool(cartridges)),
+            [self._truncated(prompt, fields, fields["max_tokens"]) for prompt in prompts],
             fields["logprobs"] or 0,
             kind="text",
             model=model,
             cartridges=cartridges,
-            max_tokens=fields["max_tokens"] or COMPLETION_TOKENS,
+            max_tokens=fields["max_tokens"],
+            echo=fields["echo"],
             logprobs=fields["logprobs"] is not None,
             fingerprint=fingerprint,
         )
 
-    def tokenize(self, body: Fields) -> list[int]:
-        """The ids of a text or a conversation. Raises: ApiError."""
+    def tokenize(self, body: Fields) -> tuple[list[int], list[str] | None]:
+        """The ids of a text or a conversation, and their texts, if those are asked for. Raises: ApiError."""
         fields = self.table.read(body, "tokenize")
         if fields["messages"] is None:
             special = fields["add_special_tokens"] is not False
-            return self._tokenizer.encode(protocol.text("prompt", fields["prompt"]), add_special_tokens=special)
-        return list(self.encode_chat(protocol.read_messages(fields["messages"]), fields, self._tokenizer.chat_ids))
+            ids = self._tokenizer.encode(protocol.text("prompt", fields["prompt"]), add_special_tokens=special)
+        else:
+            messages = protocol.read_messages(fields["messages"])
+            ids = list(self.encode_chat(messages, fields, self._tokenizer.chat_ids))
+        texts = [self._tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        return ids, texts if fields["return_token_strs"] else None
 
     def encode_chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         fields: dict[str, Any],
         encode: Callable[..., list[int]],
         thinking: bool | None = None,
@@ -130,10 +143,28 @@ class Reader:
         asked = _thinking(fields)
         if (thinking := thinking if asked is None else asked) is not None:
             encode = functools.partial(encode, thinking=thinking)
+        is_open = fields["continue_final_message"]
+        if is_open and (fields["add_generation_prompt"] or messages[-1]["role"] != "assistant"):
+            refuse("continue_final_message", True, "the assistant's message last and add_generation_prompt to be false")
+        if variables := self._template_variables(fields) | ({"continue_final_message": True} if is_open else {}):
+            encode = functools.partial(encode, variables=variables)
+        opens_turn = not is_open if fields["add_generation_prompt"] is None else fields["add_generation_prompt"]
         try:
-            return tuple(encode(messages, add_generation_prompt=fields["add_generation_prompt"] is not False))
+            return tuple(encode(messages, add_generation_prompt=opens_turn))
         except UserError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
+
+    def _template_variables(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """What a request gives the chat template, beside `enable_thinking`, which every template may be told."""
+        given = {}
+        for name in ("chat_template_kwargs", "apply_chat_template_overrides"):
+            for key, value in fields[name].items():
+                if key in ("messages", "tools", "add_generation_prompt", "continue_final_message"):
+                    refuse(f"{name}.{key}", value, f"{key} beside {name}, not in it")
+                if key != "enable_thinking" and key not in self._tokenizer.template_variables:
+                    refuse(f"{name}.{key}", value, "nothing: the model's chat template does not read it")
+                given[key] = value
+        return {key: value for key, value in given.items() if key != "enable_thinking"}
 
     def _read_shared(
         self, fields: dict[str, Any], prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any
@@ -142,11 +173,18 @@ class Reader:
         stream, packed, prompt_logprobs = (
             fields[name] for name in ("stream", "logprobs_in_fingerprint", "prompt_logprobs")
         )
-        if prompt_logprobs is not None and (stream or len(prompts) > 1):
-            refuse("prompt_logprobs", prompt_logprobs, "stream to be false and a single prompt")
+        if prompt_logprobs is not None and stream:
+            refuse("prompt_logprobs", prompt_logprobs, "stream to be false")
         if packed and stream:
             refuse("logprobs_in_fingerprint", packed, "stream to be false")
         seed = self._rng.randrange(SEEDS) if fields["seed"] is None else fields["seed"] % SEEDS
+        max_tokens, echo = known["max_tokens"], known.get("echo", False)
+        if max_tokens == 0 and not (echo or prompt_logprobs is not None):
+            refuse("max_tokens", max_tokens, "at least 1, or echo or prompt_logprobs")
+        if max_tokens is not None and fields["min_tokens"] > max_tokens:
+            refuse("min_tokens", fields["min_tokens"], f"at most max_tokens, {max_tokens}")
+        eos_ids = frozenset() if fields["ignore_eos"] else self._tokenizer.stop_ids
+        stop_ids = eos_ids | set(fields["stop_token_ids"])
         request = Request(
             id="",
             prompt=(),
@@ -154,18 +192,24 @@ class Reader:
             top_p=fields["top_p"],
             top_k=max(fields["top_k"], 0),  # vLLM's clients write -1 for "all"
             seed=seed,
-            stop_ids=self._tokenizer.stop_ids,
-            ignore_eos=fields["ignore_eos"],
+            stop_ids=stop_ids,
             top_logprobs=top_logprobs,
+            logits=self._logits_rules(fields, stop_ids),
         )
-        n = fields["n"]
-        if n * len(prompts) > self._max_choices:
-            refuse("n", n, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
+        n, best_of = fields["n"], fields.get("best_of") or fields["n"]
+        if best_of < n or (best_of > n and stream):
+            refuse("best_of", best_of, f"at least n, {n}, and stream to be false")
+        if best_of * len(prompts) > self._max_choices:
+            name = "n" if best_of == n else "best_of"
+            refuse(name, best_of, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
         generation = GenerationRequest(
             **known,
             requests=tuple(replace(request, prompt=prompt) for prompt in prompts),
-            n=n,
+            n=best_of,
+            kept=n,
             stops=fields["stop"],
+            include_stops=fields["include_stop_str_in_output"],
+            skip_special_tokens=fields["skip_special_tokens"],
             stream=stream,
             include_usage=fields["stream_options"].get("include_usage", False),
             return_token_ids=fields["return_token_ids"],
@@ -176,12 +220,29 @@ class Reader:
         check_logprobs(self.num_logprobs(generation), "top_logprobs" if generation.kind == "chat" else "logprobs")
         return generation
 
+    def _logits_rules(self, fields: dict[str, Any], stop_ids: frozenset[int]) -> LogitsRules | None:
+        """What is asked to be done to the logits; None, if nothing is."""
+        penalties = ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_p", "min_tokens")
+        rules = LogitsRules(
+            **{name: fields[name] for name in penalties},
+            bias=fields["logit_bias"],
+            allowed=fields["allowed_token_ids"],
+        )
+        return None if rules == LogitsRules() else replace(rules, stop_ids=stop_ids)
+
+    def _truncated(self, prompt: tuple[int, ...], fields: dict[str, Any], max_tokens: int | None) -> tuple[int, ...]:
+        """The end of a prompt that is asked for; of -1 tokens, what leaves room for the answer."""
+        most = fields["truncate_prompt_tokens"]
+        if most == -1:
+            most = max(most_tokens(self._engine, None) - (max_tokens or 1), 1)
+        return prompt if most is None else prompt[max(len(prompt) - most, 0) :]
+
     def num_logprobs(self, generation: GenerationRequest) -> int:
         """The most log-probabilities that are kept until its answers are complete; none if they are streamed."""
         if generation.stream or not generation.logprobs:
             return 0
         longest = most_tokens(self._engine, None)
-        tokens = min(generation.max_tokens or longest, longest)
+        tokens = longest if generation.max_tokens is None else min(generation.max_tokens, longest)
         return generation.num_choices * tokens * (1 + generation.requests[0].top_logprobs)
 
     def _read_prompts(self, fields: dict[str, Any], behind_cartridge: bool) -> list[tuple[int, ...]]:

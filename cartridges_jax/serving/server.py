@@ -23,6 +23,7 @@ from aiohttp import web
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import chat_page, connections
 from cartridges_jax.serving.catalog import Catalog
+from cartridges_jax.serving.choices import Tokens
 from cartridges_jax.serving.completions import Completions, Handler
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics
@@ -81,9 +82,8 @@ class Server:
         self._reader = Reader(
             engine, tokenizer, store, model, max_choices=engine.max_num_seqs + max_queue, rng=rng or random.Random()
         )
-        token_text = functools.lru_cache(1 << 16)(self._decode_token)
         self._completions = Completions(
-            self._reader, self._catalog, tokenizer, token_text, self._metrics, engine.max_num_seqs, max_seconds
+            self._reader, self._catalog, Tokens(tokenizer), self._metrics, engine.max_num_seqs, max_seconds
         )
         self._thread: EngineThread | None = None
 
@@ -133,6 +133,7 @@ class Server:
                 web.post("/v1/cartridges/pin", catalog.managing(catalog.pin)),
                 web.post("/v1/cartridges/unpin", catalog.managing(catalog.unpin)),
                 web.post("/tokenize", self._tokenize),
+                web.get("/tokenizer_info", self._tokenizer_info),
                 web.post("/detokenize", self._detokenize),
                 web.post("/custom/synchronous-batch-completions", completions.batch),
             ]
@@ -225,9 +226,12 @@ class Server:
         }
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        ids = await asyncio.to_thread(self._reader.tokenize, await read_body(request))
-        reply = {"count": len(ids), "max_model_len": most_tokens(self._engine, None), "tokens": ids, "token_strs": None}
-        return _reply(reply)
+        ids, token_strs = await asyncio.to_thread(self._reader.tokenize, await read_body(request))
+        longest = most_tokens(self._engine, None)
+        return _reply({"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": token_strs})
+
+    async def _tokenizer_info(self, _: web.Request) -> web.Response:
+        return _reply(self._tokenizer.settings)
 
     async def _detokenize(self, request: web.Request) -> web.Response:
         return _reply({"prompt": await asyncio.to_thread(self._text, await read_body(request))})
@@ -236,9 +240,6 @@ class Server:
         return self._tokenizer.decode(
             token_ids("tokens", fields.get("tokens"), self._tokenizer.vocab_size), skip_special_tokens=False
         )
-
-    def _decode_token(self, id: int) -> str:
-        return self._tokenizer.decode([id], skip_special_tokens=False)
 
 
 def is_loopback(sock: socket.socket) -> bool:
