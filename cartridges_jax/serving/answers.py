@@ -7,12 +7,13 @@ import json
 import time
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cartridges_jax.serving.choices import Choice, Delta, Tokens
 from cartridges_jax.serving.engine_thread import Accepted, PendingRequest
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.scheduler import Scored
+from cartridges_jax.serving.tools import merged
 
 OBJECTS = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "text": ("cmpl", *["text_completion"] * 2)}
 
@@ -77,7 +78,7 @@ class Answer:
     def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         deltas = [deltas[i] for i in self._told()]
         choices = [
-            {"index": i, **self._said(delta.text, "message"), **self._details(delta)} for i, delta in enumerate(deltas)
+            {"index": i, **self._said(delta, "message"), **self._details(delta)} for i, delta in enumerate(deltas)
         ]
         about_prompt = self._prompt_ids() | self._prompt_logprobs()
         reply = self._envelope(self._whole, choices) | about_prompt | {"usage": self._usage()}
@@ -93,18 +94,22 @@ class Answer:
     def chunk(self, index: int, delta: Delta) -> dict[str, Any] | None:
         """The chunk that sends a delta; None if it holds nothing that can be sent yet."""
         details = self._details(delta)
-        if not (delta.text or details["logprobs"] or details.get("token_ids") or delta.finish_reason):
+        parts = delta.text, delta.tool_calls, details["logprobs"], details.get("token_ids"), delta.finish_reason
+        if not any(parts):
             return None
-        return self._envelope(self._chunk, [{"index": index, **self._said(delta.text, "delta"), **details}])
+        return self._envelope(self._chunk, [{"index": index, **self._said(delta, "delta"), **details}])
 
     def usage_chunk(self) -> dict[str, Any]:
         return self._envelope(self._chunk, []) | {"usage": self._usage()}
 
-    def _said(self, text: str, name: str) -> dict[str, Any]:
+    def _said(self, delta: Delta, name: Literal["message", "delta"]) -> dict[str, Any]:
         if self.generation.kind == "text":
-            return {"text": text}
-        role = {"role": "assistant"} if name == "message" else {}
-        return {name: role | ({"content": text} if text or role else {})}
+            return {"text": delta.text}
+        if name == "delta":
+            calls = {"tool_calls": delta.tool_calls} if delta.tool_calls else {}
+            return {name: ({"content": delta.text} if delta.text else {}) | calls}
+        calls = {"tool_calls": merged(delta.tool_calls)} if delta.tool_calls else {}
+        return {name: {"role": "assistant", "content": delta.text or (None if calls else "")} | calls}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -11,8 +11,9 @@ from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.requests import GenerationRequest
 from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Request, Sampled, Started, Token
+from cartridges_jax.serving.tools import Call, CallParser, format_of
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 TOO_LATE = "the answer took longer than this server allows: ask for fewer tokens, or again when it is less busy"
 
 
@@ -81,6 +82,7 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # how many characters come before each of these tokens
+    tool_calls: list[Call] = field(default_factory=list)  # parts of calls, in OpenAI's shape of chunks
     finish_reason: FinishReason | None = None
 
     def add(self, other: Delta) -> None:
@@ -88,6 +90,7 @@ class Delta:
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
         self.offsets += other.offsets
+        self.tool_calls += other.tool_calls
         self.finish_reason = other.finish_reason
 
 
@@ -133,7 +136,13 @@ class Choice:
 
     def __init__(self, generation: GenerationRequest, request: Request, tokens: Tokens):
         self._generation, self._request, self._tokens = generation, request, tokens
-        self._decoder = StreamDecoder(tokens.tokenizer, skip_special_tokens=generation.skip_special_tokens)
+        self._calls = None
+        skips = generation.skip_special_tokens
+        if generation.tools is not None:
+            names = [function["name"] for function in generation.tools.callable]
+            self._calls = CallParser(form := format_of(tokens.tokenizer), names)
+            skips &= not form.begin  # which may be such a token
+        self._decoder = StreamDecoder(tokens.tokenizer, skip_special_tokens=skips)
         self._stops = StopStrings(generation.stops, generation.include_stops)
         self._offsets = Offsets(tokens)
         self.num_tokens = self.cached_tokens = 0
@@ -158,6 +167,8 @@ class Choice:
             if self.finish_reason is None:  # flushing may have completed a stop string
                 delta.text += self._stops.flush()
                 self.finish_reason = event.reason
+        if self._calls is not None:
+            self._read_calls(self._calls, delta)
         delta.finish_reason = self.finish_reason
         return delta
 
@@ -167,6 +178,14 @@ class Choice:
         if self._generation.logprobs:
             self._tell(delta, sampled, is_shown)
         return delta
+
+    def _read_calls(self, parser: CallParser, delta: Delta) -> None:
+        """Takes calls out of a text; a model that has called has stopped for that."""
+        delta.text, delta.tool_calls = parser.push(delta.text)
+        if self.finish_reason is not None:
+            delta.text += parser.flush()
+        if self.finish_reason == "stop" and parser.count:
+            self.finish_reason = "tool_calls"
 
     def _certain(self, piece: str) -> str:
         certain, stopped = self._stops.push(piece)

@@ -24,6 +24,9 @@ from cartridges_jax.serving.scheduler import Prefix
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
 LONG_BODY = 1 << 13  # bytes; tokenizing more than this would hold up the event loop
+# So would compiling a grammar, which these ask for.
+GRAMMARS = frozenset(("response_format", "structured_outputs", "tools", "bad_words"))
+GRAMMARS |= {f"guided_{form}" for form in ("json", "regex", "choice", "grammar")}
 MAX_BATCH = 4096
 NPZ = "application/x-npz"
 
@@ -120,7 +123,8 @@ class Completions:
                 await asyncio.sleep(0.05)
 
     async def _read(self, read: Callable[[Fields], T], fields: Fields) -> T:
-        return await asyncio.to_thread(read, fields) if fields.size > LONG_BODY else read(fields)
+        is_long = fields.size > LONG_BODY or not GRAMMARS.isdisjoint(fields.values)
+        return await asyncio.to_thread(read, fields) if is_long else read(fields)
 
     def _read_batch(self, fields: Fields) -> list[GenerationRequest]:
         bodies = fields.get("requests")

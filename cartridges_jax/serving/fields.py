@@ -13,7 +13,9 @@ from functools import partial
 from typing import Any, Literal
 
 from cartridges_jax.serving import protocol
+from cartridges_jax.serving.grammar import read_grammar, read_response_format, read_structured_outputs
 from cartridges_jax.serving.protocol import MAX_CARTRIDGES, MAX_STOPS, SEEDS, Fields, refuse
+from cartridges_jax.serving.tools import read_tool_choice, read_tools
 
 Route = Literal["chat", "text", "tokenize"]
 Schema = dict[str, Any]
@@ -93,7 +95,6 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
     template: tuple[Route, ...] = ("chat", "tokenize")
     beginning: tuple[Route, ...] = ("text", "tokenize")
     every: tuple[Route, ...] = ("chat", "text", "tokenize")
-    no = "this server does not support it"
     return FieldTable(
         (
             # what is asked
@@ -120,7 +121,7 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
             Field("repetition_penalty", _number(0.01, 100), "Divides logits of tokens that were there.", 1.0),
             Field("logit_bias", Kind(partial(_bias, vocab_size), {"type": "object"}), "Adds to tokens' logits.", ()),
             Field("allowed_token_ids", ids, "The only tokens that may be drawn."),
-            Field("bad_WORDS", _WORDS, "Texts that are never written.", ()),
+            Field("bad_words", _WORDS, "Texts that are never written.", ()),
             # where it ends
             Field("max_tokens", count, "The most tokens of an answer.", routes=chat),
             Field("max_tokens", _integer(0, SEEDS), "The same; 0 with echo or prompt_logprobs.", 16, only_text),
@@ -129,6 +130,16 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
             Field("stop_token_ids", ids, "Tokens that end the answer.", ()),
             Field("ignore_eos", flag, "Goes on behind the model's own end.", False),
             Field("min_tokens", _integer(0, SEEDS), "So many tokens come before any that ends the answer.", 0),
+            # its form, and what it may call
+            Field("response_format", Kind(read_response_format, {"type": "object"}), "A type, or a JSON schema."),
+            Field("structured_outputs", Kind(read_structured_outputs, {"type": "object"}), "vLLM's json, regex, …"),
+            *(
+                Field(f"guided_{form}", Kind(partial(read_grammar, form), {}), "The older name of the same.")
+                for form in ("json", "regex", "choice", "grammar")
+            ),
+            Field("tools", Kind(read_tools, _OBJECTS), "Functions that may be called.", (), template),
+            Field("tool_choice", Kind(read_tool_choice, {}), "none, auto, required or a function.", None, template),
+            Field("parallel_tool_calls", flag, "Whether one answer may call several.", True, template),
             # what is told about it
             Field("stream", flag, "Sends the answer as it is written.", False),
             Field("stream_options", _STREAM_OPTIONS, "`include_usage` sends a last chunk with counts.", {}),
@@ -146,12 +157,6 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
             Field("logprobs_in_fingerprint", flag, "Tokasaurus' packed log-probabilities.", False),
             # what is not done
             Field("suffix", text, "", "", only_text, "models here only continue a text; put what follows into prompt"),
-            Field("tools", _ANY, "", [], chat, no),
-            Field("tool_choice", _ANY, "", "none", chat, no),
-            Field("parallel_tool_calls", _ANY, "", True, chat, no),
-            Field("response_format", _ANY, "", {"type": "text"}, refused=no),
-            Field("structured_outputs", _ANY, "", refused=no),
-            *(Field(f"guided_{name}", _ANY, "", refused=no) for name in ("json", "regex", "choice", "grammar")),
             Field("functions", _ANY, "", [], chat, "send them as tools"),
             Field("function_call", _ANY, "", "none", chat, "send tool_choice instead"),
             Field("chat_template", _ANY, "", routes=chat, refused="the model's own template renders what is said"),
@@ -226,6 +231,7 @@ def _told(field: Field) -> Schema:
     return schema | {"description": field.meaning} | default
 
 
+_OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 _ANY = Kind(lambda _, value: value, {})
 _OBJECT = Kind(_object, {"type": "object"})
 _STREAM_OPTIONS = Kind(_stream_options, {"type": "object", "properties": {"include_usage": FLAG}})

@@ -18,6 +18,8 @@ from cartridges_jax.serving.store import SOURCES, CartridgeStore, Reference, Unk
 MAX_STOPS = 16
 MAX_CARTRIDGES = 8  # in one request
 SEEDS = 2**31
+# What a message's role may be, and what chat templates call it.
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 BODY_SECONDS = 60.0  # for a request's body to arrive
 RETRY_AFTER_SECONDS = 1
 MAX_STOP_LENGTH = 1024  # characters
@@ -154,19 +156,54 @@ def text(name: str, value: object) -> str:
     return value
 
 
-def read_messages(values: object) -> list[dict[str, str]]:
+def read_messages(values: object) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: role, content, and what tools have to do with it."""
     if not isinstance(values, list) or not values:
         refuse("messages", values, "a list with at least one message")
     return [_read_message(f"messages[{i}]", value) for i, value in enumerate(values)]
 
 
-def _read_message(where: str, value: object) -> dict[str, str]:
+def _read_message(where: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         refuse(where, value, "an object with role and content")
-    content = value.get("content")
+    content, role = value.get("content"), text(f"{where}.role", value.get("role"))
+    if role not in ROLES:
+        refuse(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     if isinstance(content, list):
         content = "".join(_read_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
-    return {"role": text(f"{where}.role", value.get("role")), "content": text(f"{where}.content", content)}
+    calls = value.get("tool_calls") or []
+    if content is None and calls:
+        content = ""  # a message that only calls
+    message: dict[str, Any] = {"role": ROLES[role], "content": text(f"{where}.content", content)}
+    if calls:
+        if role != "assistant" or not isinstance(calls, list):
+            refuse(f"{where}.tool_calls", calls, "a list, in a message of the assistant")
+        message["tool_calls"] = [_read_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+    if role == "tool":
+        message["tool_call_id"] = text(f"{where}.tool_call_id", value.get("tool_call_id"))
+    for name in ("name", "reasoning_content"):
+        if value.get(name) is not None:
+            message[name] = text(f"{where}.{name}", value[name])
+    for name, part in value.items():
+        if name not in (*message, "content", "tool_calls", "tool_call_id") and part not in (None, "", [], {}):
+            refuse(f"{where}.{name}", part, "nothing: messages have no such part here")
+    return message
+
+
+def _read_call(where: str, value: object) -> dict[str, Any]:
+    """A call as it was answered; its arguments become an object, as templates take them."""
+    call = Fields(value, where)
+    function = Fields(call.get("function"), f"{where}.function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            refuse(f"{where}.function.arguments", arguments, "JSON")
+    if not isinstance(arguments, dict):
+        refuse(f"{where}.function.arguments", arguments, "a JSON object")
+    told = {"name": text(f"{where}.function.name", function.get("name")), "arguments": arguments}
+    return {"id": text(f"{where}.id", call.get("id")), "type": "function", "function": told}
 
 
 def _read_part(where: str, part: object) -> str:
@@ -214,7 +251,7 @@ def check_cartridges(
         raise ApiError(404, str(error), param, code) from error
 
 
-def take_tags(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], tuple[Reference, ...]]:
+def take_tags(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[Reference, ...]]:
     """Cartridges that system messages name as `<cartridge>{"id": …}</cartridge>`, and the messages without them.
 
     A system message that held nothing else is left out, since a cartridge takes its place.

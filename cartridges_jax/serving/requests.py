@@ -16,10 +16,13 @@ from typing import Any, Literal
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import protocol
+from cartridges_jax.serving import tools as toolbox
 from cartridges_jax.serving.fields import generation_fields
+from cartridges_jax.serving.grammar import GrammarCompiler, without
 from cartridges_jax.serving.protocol import SEEDS, ApiError, Fields, refuse, shorten
-from cartridges_jax.serving.scheduler import Engine, LogitsRules, Request, most_tokens
+from cartridges_jax.serving.scheduler import Constraint, Engine, LogitsRules, Request, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
+from cartridges_jax.serving.tools import Tools, grammar_of
 
 MAX_LOGPROBS = 1 << 21  # in all answers that are sent in one piece; each costs a few hundred bytes until then
 
@@ -36,6 +39,7 @@ class GenerationRequest:
     n: int = 1  # answers that are written to each prompt
     kept: int = 1  # of which so many are told
     stops: tuple[str, ...] = ()
+    tools: Tools | None = None  # whose calls are read from the answer
     include_stops: bool = False  # what ends the answer is shown
     skip_special_tokens: bool = True
     stream: bool = False
@@ -70,6 +74,7 @@ class Reader:
     ):
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
         self._max_choices, self._rng = max_choices, rng
+        self._compiler = GrammarCompiler(tokenizer)
         self.table = generation_fields(engine.max_top_logprobs, max_choices, tokenizer.vocab_size)
 
     def chat(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
@@ -81,6 +86,7 @@ class Reader:
         if fields["top_logprobs"] and not fields["logprobs"]:
             refuse("top_logprobs", fields["top_logprobs"], "logprobs to be true as well")
         max_tokens = fields["max_completion_tokens"] or fields["max_tokens"]
+        tools = toolbox.chosen(fields)
 
         def prompt_of(thinking: bool | None = None) -> tuple[int, ...]:
             encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
@@ -97,6 +103,7 @@ class Reader:
             max_tokens=max_tokens,
             logprobs=fields["logprobs"],
             fingerprint=fingerprint,
+            tools=tools,
             in_mode=prompt_of if is_open else None,
         )
 
@@ -136,17 +143,25 @@ class Reader:
         encode: Callable[..., list[int]],
         thinking: bool | None = None,
     ) -> tuple[int, ...]:
-        """A conversation's token ids, by the template options in `fields`; `thinking` where they have none of it.
+        """A conversation's token ids, by tools and template options in `fields`; `thinking` where they have none of it.
 
         Raises: ApiError.
         """
+        tools = toolbox.chosen(fields)
+        variables = self._template_variables(fields)
+        if not toolbox.knows_tools(self._tokenizer):
+            messages = toolbox.in_words(messages, tools)
+        elif tools:
+            variables["tools"] = toolbox.template_tools(tools)
         asked = _thinking(fields)
         if (thinking := thinking if asked is None else asked) is not None:
             encode = functools.partial(encode, thinking=thinking)
         is_open = fields["continue_final_message"]
         if is_open and (fields["add_generation_prompt"] or messages[-1]["role"] != "assistant"):
             refuse("continue_final_message", True, "the assistant's message last and add_generation_prompt to be false")
-        if variables := self._template_variables(fields) | ({"continue_final_message": True} if is_open else {}):
+        if is_open:
+            variables["continue_final_message"] = True
+        if variables:
             encode = functools.partial(encode, variables=variables)
         opens_turn = not is_open if fields["add_generation_prompt"] is None else fields["add_generation_prompt"]
         try:
@@ -195,6 +210,7 @@ class Reader:
             stop_ids=stop_ids,
             top_logprobs=top_logprobs,
             logits=self._logits_rules(fields, stop_ids),
+            constraint=self._constraint(fields, known.get("tools")),
         )
         n, best_of = fields["n"], fields.get("best_of") or fields["n"]
         if best_of < n or (best_of > n and stream):
@@ -229,6 +245,24 @@ class Reader:
             allowed=fields["allowed_token_ids"],
         )
         return None if rules == LogitsRules() else replace(rules, stop_ids=stop_ids)
+
+    def _constraint(self, fields: dict[str, Any], tools: Tools | None) -> Callable[[], Constraint] | None:
+        """What the form that is asked for says about each next token; None, if none is asked for."""
+        names = ("response_format", "structured_outputs", *(name for name in fields if name.startswith("guided_")))
+        grammars = [fields[name] for name in names if fields[name] is not None]
+        if fields["bad_words"]:
+            grammars.append(without(fields["bad_words"]))
+        if len(grammars) > 1:
+            refuse(grammars[1].param, grammars[1].text, f"nothing beside {grammars[0].param}: give one grammar")
+        grammar = grammars[0] if grammars else None
+        if tools is not None:
+            grammar = grammar_of(tools, self._tokenizer, grammar) or grammar
+        if grammar is None:
+            return None
+        for name in ("ignore_eos", "min_tokens"):
+            if fields[name]:
+                refuse(name, fields[name], f"nothing beside {grammar.param}: the grammar says where the answer ends")
+        return self._compiler.constraint(grammar)
 
     def _truncated(self, prompt: tuple[int, ...], fields: dict[str, Any], max_tokens: int | None) -> tuple[int, ...]:
         """The end of a prompt that is asked for; of -1 tokens, what leaves room for the answer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -131,6 +131,16 @@ class Engine(Protocol):
         """Every token but the first, as the model would have sampled it; no request is touched."""
 
 
+class Constraint(Protocol):
+    """What restricts a request's next token by those before it, as a grammar does."""
+
+    def mask(self) -> Any:
+        """The tokens that may come next, as `Engine.sample` takes them."""
+
+    def take(self, token: int) -> None:
+        """The next token is this one."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One answer to write; `top_k` 0 and `top_p` 1 sample from every token, `temperature` 0 takes the best one."""
@@ -146,6 +156,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
     logits: LogitsRules | None = None  # its prompt and answer are filled in; None: nothing is done to the logits
+    constraint: Callable[[], Constraint] | None = None  # called once, when the request is submitted
     deadline: float = math.inf  # on the clock that `Scheduler.step` is told
 
 

@@ -399,7 +399,7 @@ def test_cartridges_by_body_and_by_model(folder):
         ({"messages": []}, 400, "messages", "at least one"),
         ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "a text"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages[0].content", "surrogates"),
-        ({"messages": [{"role": "martian", "content": "x"}]}, 400, "messages", "martian"),
+        ({"messages": [{"role": "martian", "content": "x"}]}, 400, "messages[0].role", "one of system, developer"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]", "text"),
         ({"messages": [{"role": "user", "content": "x" * 500}]}, 400, "messages", "5 of the cartridge . 505"),
         ({"max_tokens": 390}, 400, "messages", "405 positions"),
