@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import npz
 from cartridges_jax.serving.access import Handler
 from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.catalog import Catalog
-from cartridges_jax.serving.choices import Delta
+from cartridges_jax.serving.choices import Delta, Tokens
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics, TokenTimer
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
@@ -26,6 +25,9 @@ from cartridges_jax.serving.scheduler import Prefix
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
 LONG_BODY = 1 << 13  # bytes; tokenizing more than this would hold up the event loop
+# So would compiling a grammar, which these ask for.
+GRAMMARS = frozenset(("response_format", "structured_outputs", "tools", "bad_words"))
+GRAMMARS |= {f"guided_{form}" for form in ("json", "regex", "choice", "grammar")}
 MAX_BATCH = 4096
 NPZ = "application/x-npz"
 
@@ -39,14 +41,13 @@ class Completions:
         self,
         reader: Reader,
         catalog: Catalog,
-        tokenizer: Tokenizer,
-        token_text: Callable[[int], str],
+        tokens: Tokens,
         metrics: Metrics,
         batch_width: int,
         max_seconds: float,
     ):
         self._reader, self._catalog, self._metrics = reader, catalog, metrics
-        self._tokenizer, self._token_text = tokenizer, token_text
+        self._tokens = tokens
         self._batch_width, self._max_seconds = batch_width, max_seconds
         self._tokasaurus_chat = functools.partial(reader.chat, fingerprint=True)
         self.thread: EngineThread | None = None
@@ -98,7 +99,7 @@ class Completions:
             pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, timer)
             answer = None
             try:
-                answer = Answer(pending, await pending.accepted(), self._tokenizer, self._token_text)
+                answer = Answer(pending, await pending.accepted(), self._tokens)
                 yield answer
             except asyncio.CancelledError:
                 if answer is None:
@@ -126,7 +127,8 @@ class Completions:
                 await asyncio.sleep(0.05)
 
     async def _read(self, read: Callable[[Fields], T], fields: Fields) -> T:
-        return await asyncio.to_thread(read, fields) if fields.size > LONG_BODY else read(fields)
+        is_long = fields.size > LONG_BODY or not GRAMMARS.isdisjoint(fields.values)
+        return await asyncio.to_thread(read, fields) if is_long else read(fields)
 
     def _read_batch(self, fields: Fields) -> list[GenerationRequest]:
         bodies = fields.get("requests")

@@ -184,8 +184,9 @@ class EngineThread:
 
     def _complete(self, pending: PendingRequest, request: Request) -> Request:
         """The request with what only this thread knows. Raises: ApiError, if it does not fit."""
-        most = most_tokens(self._engine, pending.prefix)
-        max_tokens = pending.generation.max_tokens or max(most - len(request.prompt), 1)
+        most, max_tokens = most_tokens(self._engine, pending.prefix), pending.generation.max_tokens
+        if max_tokens is None:
+            max_tokens = max(most - len(request.prompt), 1)
         if len(request.prompt) + max_tokens > most:
             raise _overflow(pending, most, len(request.prompt), max_tokens)
         return replace(request, prefix=pending.prefix, max_tokens=max_tokens, deadline=pending.deadline)

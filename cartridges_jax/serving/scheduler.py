@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -28,6 +28,31 @@ class BlockTable:
 
     pages: Sequence[int]
     slots: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class LogitsRules:
+    """What a request asks to be done to its logits before its tokens are drawn, and what that depends on.
+
+    Attributes:
+      frequency_penalty: what a token loses for every time that it is in the answer; presence_penalty: for being there.
+      repetition_penalty: what divides the logits, or multiplies negative ones, of tokens of prompt and answer.
+      min_p: the least probability that a token may have, as a part of the best one's.
+      min_tokens: how many tokens come before any of `stop_ids`.
+      bias: what is added to the logits of tokens, by their ids.
+      allowed: the only tokens that may be drawn; None: all.
+    """
+
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] | None = None
+    stop_ids: frozenset[int] = frozenset()
+    prompt: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()  # what was drawn already
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,16 @@ class Engine(Protocol):
         """Every token but the first, as the model would have sampled it; no request is touched."""
 
 
+class Constraint(Protocol):
+    """What restricts a request's next token by those before it, as a grammar does."""
+
+    def mask(self) -> Any:
+        """The tokens that may come next, as `Engine.sample` takes them."""
+
+    def take(self, token: int) -> None:
+        """The next token is this one."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One answer to write; `top_k` 0 and `top_p` 1 sample from every token, `temperature` 0 takes the best one."""
@@ -119,8 +154,9 @@ class Request:
     top_k: int = 0
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
     top_logprobs: int = 0
+    logits: LogitsRules | None = None  # its prompt and answer are filled in; None: nothing is done to the logits
+    constraint: Callable[[], Constraint] | None = None  # called once, when the request is submitted
     deadline: float = math.inf  # on the clock that `Scheduler.step` is told
 
 
@@ -336,7 +372,7 @@ class Scheduler:
         count = request.top_logprobs
         wanted = replace(sampled, top_ids=sampled.top_ids[:count], top_logprobs=sampled.top_logprobs[:count])
         self._events.append(Token(request.id, wanted))
-        if sampled.token in request.stop_ids and not request.ignore_eos:
+        if sampled.token in request.stop_ids:
             self._end(request, "stop")
         elif len(seq.answer) == request.max_tokens:
             self._end(request, "length")

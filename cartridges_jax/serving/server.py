@@ -21,10 +21,11 @@ from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import chat_page, connections, metrics
 from cartridges_jax.serving.access import ID, Access, Handler, is_loopback, request_id
 from cartridges_jax.serving.catalog import Catalog
+from cartridges_jax.serving.choices import Tokens
 from cartridges_jax.serving.completions import Completions
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.openapi import document_of
-from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, shorten, to_json, token_ids
 from cartridges_jax.serving.requests import Reader
 from cartridges_jax.serving.scheduler import Engine, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
@@ -83,9 +84,8 @@ class Server:
         self._reader = Reader(
             engine, tokenizer, store, model, max_choices=engine.max_num_seqs + max_queue, rng=rng or random.Random()
         )
-        token_text = functools.lru_cache(1 << 16)(self._decode_token)
         self._completions = Completions(
-            self._reader, self._catalog, tokenizer, token_text, self._metrics, engine.max_num_seqs, max_seconds
+            self._reader, self._catalog, Tokens(tokenizer), self._metrics, engine.max_num_seqs, max_seconds
         )
         self._thread: EngineThread | None = None
 
@@ -135,6 +135,7 @@ class Server:
                 web.post("/v1/cartridges/pin", catalog.managing(catalog.pin)),
                 web.post("/v1/cartridges/unpin", catalog.managing(catalog.unpin)),
                 web.post("/tokenize", self._tokenize),
+                web.get("/tokenizer_info", self._tokenizer_info),
                 web.post("/detokenize", self._detokenize),
                 web.post("/custom/synchronous-batch-completions", completions.batch),
             ]
@@ -188,7 +189,7 @@ class Server:
         return response
 
     async def _openapi(self, _: web.Request) -> web.Response:
-        return _reply(document_of(self._model, self._engine.max_top_logprobs))
+        return _reply(document_of(self._model, self._reader.table))
 
     async def _health(self, _: web.Request) -> web.Response:
         if not self._running().alive:
@@ -225,24 +226,20 @@ class Server:
         return entry | ({"parent": self._model} if cartridge else {})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        ids = await asyncio.to_thread(self._ids, await read_body(request))
-        reply = {"count": len(ids), "max_model_len": most_tokens(self._engine, None), "tokens": ids, "token_strs": None}
-        return _reply(reply)
+        ids, token_strs = await asyncio.to_thread(self._reader.tokenize, await read_body(request))
+        longest = most_tokens(self._engine, None)
+        return _reply({"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": token_strs})
 
-    def _ids(self, fields: Fields) -> list[int]:
-        if fields.get("messages") is not None:
-            messages = read_messages(fields.get("messages"))
-            return list(self._reader.encode_chat(messages, fields, self._tokenizer.chat_ids))
-        return self._tokenizer.encode(fields.text("prompt"), add_special_tokens=fields.flag("add_special_tokens", True))
+    async def _tokenizer_info(self, _: web.Request) -> web.Response:
+        return _reply(self._tokenizer.settings)
 
     async def _detokenize(self, request: web.Request) -> web.Response:
         return _reply({"prompt": await asyncio.to_thread(self._text, await read_body(request))})
 
     def _text(self, fields: Fields) -> str:
-        return self._tokenizer.decode(self._reader.token_ids("tokens", fields.get("tokens")), skip_special_tokens=False)
-
-    def _decode_token(self, id: int) -> str:
-        return self._tokenizer.decode([id], skip_special_tokens=False)
+        return self._tokenizer.decode(
+            token_ids("tokens", fields.get("tokens"), self._tokenizer.vocab_size), skip_special_tokens=False
+        )
 
 
 async def _ping(_: web.Request) -> web.Response:

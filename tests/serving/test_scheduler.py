@@ -149,7 +149,7 @@ def alone(request: Request) -> list[int]:
         token = next_token(context, request.seed, len(answer)).token
         answer.append(token)
         context.append(token)
-        if token in request.stop_ids and not request.ignore_eos:
+        if token in request.stop_ids:
             break
     return answer
 
@@ -184,7 +184,6 @@ requests = st.builds(
     max_tokens=st.integers(1, 12),
     seed=st.integers(0, 2),
     stop_ids=st.sampled_from([frozenset(), frozenset({STOP})]),
-    ignore_eos=st.booleans(),
     top_logprobs=st.integers(0, 4),
 )
 operations = st.lists(
@@ -269,7 +268,7 @@ def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs
             assert end.reason == "cancelled" and answer == expected[: len(answer)]
             continue
         assert answer == expected
-        stopped = answer[-1] in request.stop_ids and not request.ignore_eos
+        stopped = answer[-1] in request.stop_ids
         assert end.reason == ("stop" if stopped else "length")
     for event in events:
         if isinstance(event, Token):
