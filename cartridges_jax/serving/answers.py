@@ -31,8 +31,8 @@ class Answer:
         self.cartridge_tokens = pending.prefix.length if pending.prefix else 0
         self.failed = False  # it ended early, by an error
         self._pending, self._accepted, self._tokens = pending, accepted, tokens
-        start, self._whole, self._chunk = OBJECTS[generation.kind]
-        self._id, self._created = f"{start}-{pending.id}", int(time.time())
+        self.id, self.created = pending.id, int(time.time())
+        self._start, self._whole, self._chunk = OBJECTS[generation.kind]
 
     @property
     def finished(self) -> bool:
@@ -116,9 +116,9 @@ class Answer:
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": f"{self._start}-{self.id}",
             "object": kind,
-            "created": self._created,
+            "created": self.created,
             "model": self.generation.model,
             "choices": choices,
         }

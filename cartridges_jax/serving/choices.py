@@ -29,6 +29,7 @@ class StopStrings:
         self._include = include
         self._matched = [0] * len(stops)
         self._held = ""
+        self.found: str | None = None  # the stop string that ended the text
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Takes a piece of text; gives the text that is certain now, and whether a stop string ends it."""
@@ -38,6 +39,7 @@ class StopStrings:
         self._held += piece
         if begins:
             at, length = min(begins)
+            self.found = self._held[at : at + length]
             certain, self._held = self._held[: at + length * self._include], ""
             self._matched = [0] * len(self._stops)
             return certain, True
@@ -149,6 +151,11 @@ class Choice:
         self.ended: float | None = None  # time.monotonic() of its end
         self.sum_logprobs = 0.0
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stops.found
 
     def take(self, event: Event) -> Delta:
         """What an event adds. Raises: ApiError, when time is up, or the model's numbers are not finite."""

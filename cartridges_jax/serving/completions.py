@@ -17,6 +17,7 @@ from cartridges_jax.serving.access import Handler
 from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.choices import Delta, Tokens
+from cartridges_jax.serving.dialects import ChunkWriter, Dialect, EventWriter
 from cartridges_jax.serving.engine_thread import EngineThread
 from cartridges_jax.serving.metrics import Metrics, TokenTimer
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
@@ -60,6 +61,28 @@ class Completions:
 
         return handler
 
+    def speaking(self, dialect: Callable[[Reader, Fields], Dialect]) -> Handler:
+        """The handler of a POST in an API of other words, which asks for one answer."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            spoken = dialect(self._reader, body := await read_body(request))
+            try:
+                generation = await self._read(lambda _: spoken.read(), body)
+                async with self._answering(generation) as answer:
+                    if generation.stream:
+                        return await _stream(request, answer, spoken.writer(answer))
+                    deltas = await answer.all()
+                    return web.json_response(spoken.whole(answer, deltas), dumps=to_json)
+            except ApiError as error:
+                return spoken.refusal(error)
+
+        return handler
+
+    async def prepare(self, generation: GenerationRequest) -> tuple[GenerationRequest, Prefix | None]:
+        """The request as it will be answered, and its cartridges, loaded. Raises: ApiError."""
+        prefix = await self._catalog.prefix(generation.cartridges)
+        return await _in_mode_of(prefix, generation), prefix
+
     async def batch(self, request: web.Request) -> web.StreamResponse:
         """`{"requests": […]}`: the chat completions of all, in their order, as JSON or npz; or one of them, unwrapped.
 
@@ -85,7 +108,7 @@ class Completions:
     async def _one(self, request: web.Request, generation: GenerationRequest) -> web.StreamResponse:
         async with self._answering(generation) as answer:
             if generation.stream:
-                return await _stream(request, answer)
+                return await _stream(request, answer, ChunkWriter(answer))
             deltas = await answer.all()
             return _response(await asyncio.to_thread(lambda: encoded(answer.whole(deltas))))
 
@@ -95,8 +118,7 @@ class Completions:
         assert self.thread is not None, "the server has not been started"
         timer = TokenTimer(self._metrics, time.monotonic())
         with self._catalog.using(generation.cartridges):
-            prefix = await self._catalog.prefix(generation.cartridges)
-            pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, timer)
+            pending = self.thread.submit(*await self.prepare(generation), timer)
             answer = None
             try:
                 answer = Answer(pending, await pending.accepted(), self._tokens)
@@ -173,22 +195,19 @@ async def _in_mode_of(prefix: Prefix | None, generation: GenerationRequest) -> G
     return replace(generation, requests=tuple(replace(request, prompt=prompt) for request in generation.requests))
 
 
-async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
+async def _stream(request: web.Request, answer: Answer, writer: EventWriter) -> web.StreamResponse:
     # X-Accel-Buffering: nginx would keep the chunks until they fill a buffer
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     response = web.StreamResponse(headers=headers)
     try:
         await response.prepare(request)
-        await _send(response, (answer.first_chunk(index) for index in range(answer.generation.num_choices)))
+        await _send(response, writer.begin())
         try:
             while not answer.finished:
-                index, delta = await answer.next()
-                chunk = answer.chunk(index, delta)
-                await _send(response, [chunk] if chunk else [])
-            await _send(response, [answer.usage_chunk()] if answer.generation.include_usage else [])
+                await _send(response, writer.push(*await answer.next()))
+            await _send(response, writer.end())
         except ApiError as error:  # the status is out already
-            await _send(response, [error.body])
-        await _write(response, b"data: [DONE]\n\n")
+            await _send(response, writer.fail(error))
         await response.write_eof()
     except ConnectionResetError:
         if request.transport is not None:
@@ -196,9 +215,9 @@ async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
     return response
 
 
-async def _send(response: web.StreamResponse, chunks: Iterable[dict[str, Any]]) -> None:
-    for chunk in chunks:
-        await _write(response, f"data: {to_json(chunk)}\n\n".encode())
+async def _send(response: web.StreamResponse, events: Iterable[bytes]) -> None:
+    for written in events:
+        await _write(response, written)
 
 
 async def _write(response: web.StreamResponse, data: bytes) -> None:

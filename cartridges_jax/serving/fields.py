@@ -17,7 +17,7 @@ from cartridges_jax.serving.grammar import read_grammar, read_response_format, r
 from cartridges_jax.serving.protocol import MAX_CARTRIDGES, MAX_STOPS, SEEDS, Fields, refuse
 from cartridges_jax.serving.tools import read_tool_choice, read_tools
 
-Route = Literal["chat", "text", "tokenize"]
+Route = Literal["chat", "text", "tokenize", "responses", "messages"]
 Schema = dict[str, Any]
 
 MAX_TOKEN_IDS = 1024  # in stop_token_ids, allowed_token_ids and logit_bias
@@ -99,7 +99,7 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
         (
             # what is asked
             Field("model", text, "The model, or `model:CARTRIDGE`.", routes=every),
-            Field("cartridges", _CARTRIDGES, "Cartridges in front of the prompt, in their order.", ()),
+            Field("cartridges", _CARTRIDGES, "Cartridges in front of the prompt, in their order.", (), every),
             Field("messages", _MESSAGES, "The conversation.", routes=template),
             Field("prompt", _PROMPTS, "One or several texts, or lists of token ids.", routes=beginning),
             Field("add_special_tokens", flag, "Puts the tokens of a text's beginning first.", routes=beginning),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cartridges_jax.serving import messages, responses
 from cartridges_jax.serving.fields import FLAG, IDS, TEXT, FieldTable, Schema
 from cartridges_jax.serving.protocol import ROLES
 from cartridges_jax.serving.store import SOURCES
@@ -25,6 +26,26 @@ def document_of(model: str, table: FieldTable) -> Schema:
             "Answers a conversation.", chat, "the answer", _ref("ChatCompletion"), streams=True
         ),
         "/v1/completions": _post("Continues texts.", text, "the continuations", _ref("Completion"), streams=True),
+        "/v1/responses": _post(
+            "Answers a conversation, as OpenAI's newer API.",
+            _ref("ResponseRequest"),
+            "the answer",
+            _object({"id": TEXT, "output": {"type": "array"}}, "id", "output"),
+            streams=True,
+        ),
+        "/v1/messages": _post(
+            "Answers a conversation, as Anthropic's API.",
+            _ref("MessagesRequest"),
+            "the answer",
+            _object({"id": TEXT, "content": {"type": "array"}}, "id", "content"),
+            streams=True,
+        ),
+        "/v1/messages/count_tokens": _post(
+            "How many tokens such a conversation has.",
+            _ref("MessagesRequest"),
+            "the count",
+            _object({"input_tokens": {"type": "integer"}}, "input_tokens"),
+        ),
         "/v1/cartridges": _get("Cartridges of the folder, and those that are loaded.", _list(_ref("Cartridge"))),
         "/v1/cartridges/{id}": _get("One of the folder.", _ref("Cartridge"), parameter="its name"),
         "/v1/cartridges/load": act | {"post": act["post"] | {"summary": "Loads a cartridge, or its newest version."}},
@@ -79,6 +100,8 @@ def _schemas(table: FieldTable) -> Schema:
         "CartridgeReference": _object({"id": TEXT, "source": {"enum": list(SOURCES)}, "force_redownload": FLAG}, "id"),
         "ChatCompletionRequest": _object(table.schema("chat"), "messages"),
         "CompletionRequest": _object(table.schema("text"), "prompt"),
+        "ResponseRequest": _object(responses.TABLE.schema("responses"), "input"),
+        "MessagesRequest": _object(messages.TABLE.schema("messages"), "messages"),
         "TokenizeRequest": _object(table.schema("tokenize")),
         "ChatCompletion": _object(envelope | choices[0], "id", "choices", "usage"),
         "Completion": _object(envelope | choices[1], "id", "choices", "usage"),

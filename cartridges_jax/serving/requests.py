@@ -52,11 +52,24 @@ class GenerationRequest:
     echo: bool = False  # the prompt is told in front of the answer
     packed: bool = False  # and with log-probabilities, instead of `logprobs`
     # The prompt in a mode of thinking, of a chat that does not say which: then it is the cartridge's.
-    in_mode: Callable[[bool], tuple[int, ...]] | None = None
+    in_mode: Callable[[bool | None], tuple[int, ...]] | None = None
 
     @property
     def num_choices(self) -> int:
         return len(self.requests) * self.n
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is talked about with whom: `prompt_of` gives its token ids in a mode of thinking.
+
+    It `is_open` if the mode is the cartridge's to choose.
+    """
+
+    model: str
+    cartridges: tuple[Reference, ...]
+    is_open: bool
+    prompt_of: Callable[[bool | None], tuple[int, ...]]
 
 
 class Reader:
@@ -79,32 +92,27 @@ class Reader:
 
     def chat(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
         fields = self.table.read(body, "chat")
-        messages, tagged = protocol.take_tags(protocol.read_messages(fields["messages"]))
-        if not messages:
-            refuse("messages", fields["messages"], "a message beside the cartridge's")
-        model, cartridges = self._read_model(fields, tagged)
         if fields["top_logprobs"] and not fields["logprobs"]:
             refuse("top_logprobs", fields["top_logprobs"], "logprobs to be true as well")
         max_tokens = fields["max_completion_tokens"] or fields["max_tokens"]
         tools = toolbox.chosen(fields)
+        conversation = self._conversation(fields)
 
         def prompt_of(thinking: bool | None = None) -> tuple[int, ...]:
-            encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
-            return self._truncated(self.encode_chat(messages, fields, encode, thinking), fields, max_tokens)
+            return self._truncated(conversation.prompt_of(thinking), fields, max_tokens)
 
-        is_open = bool(cartridges) and _thinking(fields) is None
         return self._read_shared(
             fields,
             [prompt_of()],
             fields["top_logprobs"],
             kind="chat",
-            model=model,
-            cartridges=cartridges,
+            model=conversation.model,
+            cartridges=conversation.cartridges,
             max_tokens=max_tokens,
             logprobs=fields["logprobs"],
             fingerprint=fingerprint,
             tools=tools,
-            in_mode=prompt_of if is_open else None,
+            in_mode=prompt_of if conversation.is_open else None,
         )
 
     def completion(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
@@ -124,17 +132,32 @@ class Reader:
             fingerprint=fingerprint,
         )
 
-    def tokenize(self, body: Fields) -> tuple[list[int], list[str] | None]:
-        """The ids of a text or a conversation, and their texts, if those are asked for. Raises: ApiError."""
+    def tokenize(self, body: Fields) -> tuple[GenerationRequest, bool]:
+        """A request for a text or a conversation as answering it would take it, and whether texts of ids are asked for.
+
+        Raises: ApiError.
+        """
         fields = self.table.read(body, "tokenize")
         if fields["messages"] is None:
-            special = fields["add_special_tokens"] is not False
-            ids = self._tokenizer.encode(protocol.text("prompt", fields["prompt"]), add_special_tokens=special)
+            protocol.text("prompt", fields["prompt"])
+            model, cartridges = self._read_model(fields, ())
+            (prompt,) = self._read_prompts(fields, bool(cartridges))
+            generation = GenerationRequest("text", model, cartridges, (Request("", prompt),), 0)
         else:
-            messages = protocol.read_messages(fields["messages"])
-            ids = list(self.encode_chat(messages, fields, self._tokenizer.chat_ids))
-        texts = [self._tokenizer.decode([i], skip_special_tokens=False) for i in ids]
-        return ids, texts if fields["return_token_strs"] else None
+            asked = self._conversation(fields)
+            in_mode = asked.prompt_of if asked.is_open else None
+            requests = (Request("", asked.prompt_of(None)),)
+            generation = GenerationRequest("chat", asked.model, asked.cartridges, requests, 0, in_mode=in_mode)
+        return generation, fields["return_token_strs"]
+
+    def _conversation(self, fields: dict[str, Any]) -> Conversation:
+        messages, tagged = protocol.take_tags(protocol.read_messages(fields["messages"]))
+        if not messages:
+            refuse("messages", fields["messages"], "a message beside the cartridge's")
+        model, cartridges = self._read_model(fields, tagged)
+        encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
+        is_open = bool(cartridges) and _thinking(fields) is None
+        return Conversation(model, cartridges, is_open, functools.partial(self.encode_chat, messages, fields, encode))
 
     def encode_chat(
         self,

@@ -24,9 +24,11 @@ from cartridges_jax.serving.catalog import Catalog
 from cartridges_jax.serving.choices import Tokens
 from cartridges_jax.serving.completions import Completions
 from cartridges_jax.serving.engine_thread import EngineThread
+from cartridges_jax.serving.messages import Message
 from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, shorten, to_json, token_ids
 from cartridges_jax.serving.requests import Reader
+from cartridges_jax.serving.responses import Response
 from cartridges_jax.serving.scheduler import Engine, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
 from cartridges_jax.serving.warmup import Warmup
@@ -128,6 +130,9 @@ class Server:
                 web.get("/v1/models/{id}", self._one_model),
                 web.post("/v1/chat/completions", completions.single(reader.chat)),
                 web.post("/v1/completions", completions.single(reader.completion)),
+                web.post("/v1/responses", completions.speaking(Response)),
+                web.post("/v1/messages", completions.speaking(Message)),
+                web.post("/v1/messages/count_tokens", self._count_tokens),
                 web.get("/v1/cartridges", catalog.listing),
                 web.get("/v1/cartridges/{id}", catalog.one),
                 web.post("/v1/cartridges/load", catalog.managing(catalog.load)),
@@ -226,9 +231,19 @@ class Server:
         return entry | ({"parent": self._model} if cartridge else {})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        ids, token_strs = await asyncio.to_thread(self._reader.tokenize, await read_body(request))
-        longest = most_tokens(self._engine, None)
-        return _reply({"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": token_strs})
+        asked, wants_texts = await asyncio.to_thread(self._reader.tokenize, await read_body(request))
+        ready, prefix = await self._completions.prepare(asked)
+        ids, longest = list(ready.requests[0].prompt), most_tokens(self._engine, prefix)
+        texts = [self._tokenizer.decode([id], skip_special_tokens=False) for id in ids] if wants_texts else None
+        return _reply({"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": texts})
+
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        message = Message(self._reader, await read_body(request))
+        try:
+            ready, _ = await self._completions.prepare(await asyncio.to_thread(message.read))
+        except ApiError as error:
+            return message.refusal(error)
+        return _reply({"input_tokens": len(ready.requests[0].prompt)})
 
     async def _tokenizer_info(self, _: web.Request) -> web.Response:
         return _reply(self._tokenizer.settings)

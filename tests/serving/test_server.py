@@ -58,20 +58,22 @@ class ByteTokenizer:
         return b"".join(parts).decode(errors="replace")
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        thinking: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         if messages[0]["role"] == "tool":
             raise UserError("the template knows no role 'tool'")
-        return (
-            "".join(f"{m['role'][:1]}:{m['content']}\n" for m in messages)
-            + ("a:" if add_generation_prompt else "")
-            + "<think>" * thinking
-        )
+        text = "".join(f"{m['role'][:1]}:{m['content']}\n" for m in messages)
+        if variables and variables["continue_final_message"]:
+            return text.removesuffix("\n")
+        return text + ("a:" if add_generation_prompt else "") + "<think>" * thinking
 
-    def chat_ids(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool = False
-    ) -> list[int]:
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking))
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        return self.encode(self.render_chat(messages, **options))
 
     turn_ids = chat_ids  # this template writes no system message of its own
 
