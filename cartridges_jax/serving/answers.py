@@ -24,13 +24,13 @@ class Answer:
     Of `best_of` answers that are written to each prompt, the most likely are told, by the mean of their tokens.
     """
 
-    def __init__(self, pending: PendingRequest, accepted: Accepted, tokens: Tokens):
+    def __init__(self, pending: PendingRequest, tokens: Tokens):
         generation = self.generation = pending.generation
         requests = [request for request in generation.requests for _ in range(generation.n)]
         self.choices = [Choice(generation, request, tokens) for request in requests]
         self.cartridge_tokens = pending.prefix.length if pending.prefix else 0
         self.began: float | None = None  # time.monotonic() of its first token
-        self._pending, self._accepted, self._tokens = pending, accepted, tokens
+        self._pending, self._tokens = pending, tokens
         start, self._whole, self._chunk = OBJECTS[generation.kind]
         self._id, self._created = f"{start}-{pending.id}", int(time.time())
 
@@ -164,9 +164,8 @@ class Answer:
 
     def _prompt_logprobs(self) -> dict[str, Any]:
         """In vLLM's shape: the log-probabilities of each token of the prompt but the first, and of the best, by ids."""
-        if self._accepted.prompt is None:
-            return {}
-        return {"prompt_logprobs": [None, *map(self._prompt_entry, self._accepted.prompt)]}
+        scored = self.choices[0].prompt
+        return {} if scored is None else {"prompt_logprobs": [None, *map(self._prompt_entry, scored)]}
 
     def _prompt_entry(self, scored: Scored) -> dict[str, Any]:
         own = scored.sampled

@@ -10,7 +10,16 @@ from typing import Any, Literal
 from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.requests import GenerationRequest
-from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Request, Sampled, Started, Token
+from cartridges_jax.serving.scheduler import (
+    NOT_FINITE,
+    Event,
+    PromptScored,
+    Request,
+    Sampled,
+    Scored,
+    Started,
+    Token,
+)
 from cartridges_jax.serving.tools import Call, CallParser, format_of
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
@@ -147,6 +156,7 @@ class Choice:
         self._offsets = Offsets(tokens)
         self.num_tokens = self.cached_tokens = 0
         self.sum_logprobs = 0.0
+        self.prompt: list[Scored] | None = None  # the score of its prompt, if that was asked for
         self.finish_reason: FinishReason | None = None
 
     def take(self, event: Event) -> Delta:
@@ -154,6 +164,8 @@ class Choice:
         delta = Delta()
         if isinstance(event, Started):
             self.cached_tokens = event.cached_tokens
+        elif isinstance(event, PromptScored):
+            self.prompt = event.scored
         elif isinstance(event, Token):
             self.num_tokens += 1
             self.sum_logprobs += event.sampled.logprob

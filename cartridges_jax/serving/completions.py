@@ -99,7 +99,8 @@ class Completions:
             pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, start)
             answer = None
             try:
-                answer = Answer(pending, await pending.accepted(), self._tokens)
+                await pending.accepted()
+                answer = Answer(pending, self._tokens)
                 yield answer
             finally:
                 pending.cancel()
