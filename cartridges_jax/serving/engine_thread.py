@@ -145,8 +145,7 @@ class EngineThread:
             for index in range(pending.generation.num_choices):
                 which, nth = divmod(index, pending.generation.n)
                 request, id = requests[which], f"{pending.id}-{index}"
-                # a prompt's first answer brings its score
-                scored = None if nth else pending.generation.prompt_logprobs
+                scored = pending.generation.prompt_alternatives(nth)
                 seed = (request.seed + nth) % SEEDS
                 scheduler.submit(replace(request, id=id, seed=seed, prompt_logprobs=scored))
                 self._live[id] = pending, index
