@@ -10,7 +10,7 @@ CONFIG ?=
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # `make test` leaves these out, and each of them has a command of its own below.
-OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not gpu
+OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not clients and not gpu
 
 .PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot test-gpu golden fuzz fuzz-api soak bench-compression lint
 

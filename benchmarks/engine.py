@@ -2,12 +2,13 @@
 
     python benchmarks/engine.py [--torch-python=PYTHON] [--llama-server=FILE] [--vllm-python=PYTHON] [--rounds=5]
 
-First table: scheduler and engine with n requests under way, and the compiled decoding step alone, called in a loop with
-everything prepared: what the scheduler costs. Second table: whole jobs, prefill included, from the first request to the
-last token: one request of 200 + 128 tokens, and 16 requests of mixed lengths. Others are asked over HTTP, whole answers
-at a time; `transformers` pads a batch of 16 to its longest. Every side is a process of its own, and they take turns:
-all do one thing, then all the next, in each of `--rounds`. The best counts, since another job on the machine only ever
-slows one down, and beside it stands the median of the ratios within a round, as the machine's speed drifts.
+First table: scheduler and engine with n requests under way, and the engine's decoding step alone, called in a loop
+whose tokens nobody looks at: what the scheduler costs. Second table: whole jobs, prefill included, from the first
+request to the last token: one request of 200 + 128 tokens, and 16 requests of mixed lengths. Others are asked over
+HTTP, whole answers at a time; `transformers` pads a batch of 16 to its longest. Every side is a process of its own, and
+they take turns: all do one thing, then all the next, in each of `--rounds`. The best counts, since another job on the
+machine only ever slows one down, and beside it stands the median of the ratios within a round, as the machine's speed
+drifts.
 `--torch-python` is a Python with torch, transformers and gguf (`make test-parity` makes one).
 """
 
@@ -64,7 +65,7 @@ def ours() -> Iterator[Measures]:
     import cartridges_jax as cj
     from cartridges_jax.serving.engine import Engine
     from cartridges_jax.serving.generate import run
-    from cartridges_jax.serving.scheduler import BlockTable, Request, Scheduler, SequenceInput, Token
+    from cartridges_jax.serving.scheduler import BlockTable, Chunk, Request, Scheduler, SequenceInput, Token
     from cartridges_jax.serving.warmup import Warmup
 
     model = cj.load_model("smollm2-135m", dtype="float32")
@@ -87,20 +88,13 @@ def ours() -> Iterator[Measures]:
         each = engine.pages_each
         block_tables = [BlockTable(range(i * each, (i + 1) * each)) for i in range(n)]
         for block_table in block_tables:
-            engine.prefill([5] * PROMPT, 0, block_table)
-        batches = [
-            engine._batch(
-                [
-                    SequenceInput(i, None, PROMPT + step, block_table, 0.0, 1.0, 0, 0, step)
-                    for i, block_table in enumerate(block_tables)
-                ]
-            )
-            for step in range(STEPS)
-        ]
+            engine.prefill([Chunk([5] * PROMPT, 0, block_table)])
+        for i, block_table in enumerate(block_tables):
+            engine.begin(SequenceInput(i, 5, PROMPT, block_table, 0.0, 1.0, 0, 0, 0))
         jax.block_until_ready(engine._cache)
         start = time.perf_counter()
-        for batch in batches:
-            engine._run(*batch)
+        for _ in range(STEPS):
+            engine.decode(range(n))
         jax.block_until_ready(engine._last)
         return n * STEPS / (time.perf_counter() - start)
 

@@ -26,7 +26,7 @@ from cartridges_jax.kernels.decode_attention import decode_attention, new_pages,
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
 from cartridges_jax.models.weights import Panels
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
+from cartridges_jax.serving.scheduler import BlockTable, Chunk, SequenceInput
 
 LAYERS, D, F, N, K, H, PAGE = 30, 576, 1536, 9, 3, 64, 128
 SHAPES = {"qkv": ((N + 2 * K) * H, D), "o": (D, N * H), "gate_up": (2 * F, D), "down": (D, F)}
@@ -101,10 +101,11 @@ def step(model: cj.LanguageModel, size: int) -> Callable[[], Any]:
     """A step of decoding for `size` requests of 300 tokens, or a prefill of `size` tokens if there are more than 64."""
     engine = Engine(model, min(size, 64), 512, batch_sizes=[min(size, 64)])
     if size > 64:
-        return lambda: (engine.prefill([5] * size, 0, BlockTable(range(engine.pages_each))), engine._cache)[1]
+        return lambda: (engine.prefill([Chunk([5] * size, 0, BlockTable(range(engine.pages_each)))]), engine._cache)[1]
     block_tables = [BlockTable(range(i * engine.pages_each, (i + 1) * engine.pages_each)) for i in range(size)]
-    inputs = [SequenceInput(i, 5, 300, block_table, 0.0, 1.0, 0, 0, 1) for i, block_table in enumerate(block_tables)]
-    return lambda: engine.decode(inputs)
+    for i, block_table in enumerate(block_tables):
+        engine.begin(SequenceInput(i, 5, 300, block_table, 0.0, 1.0, 0, 0, 1))
+    return lambda: engine.decode(range(size))
 
 
 def packed(weight: Any, x_md: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from cartridges_jax.parallel.sharding import MeshConfig
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import run
-from cartridges_jax.serving.scheduler import BlockTable, Request, Scheduler, SequenceInput, Token
+from cartridges_jax.serving.scheduler import PromptScored, Request, Scheduler, Token
 from cartridges_jax.serving.steps import decode_step
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.step import TrainState, train_step
@@ -114,13 +114,14 @@ def served(config: ModelConfig, shape: tuple[int, int, int], text: Path | None =
     ]
     events = run(Scheduler(engine, len(requests)), requests)
     tokens = sorted((event.id, i, event.sampled) for i, event in enumerate(events) if isinstance(event, Token))
-    scored = [s.sampled for s in engine.score(list(range(30)), prefix, 5)]
-    found = [sampled for _, _, sampled in tokens] + scored
+    asked = Request("scored", tuple(range(30)), prefix, max_tokens=0, prompt_logprobs=5)
+    [scored] = [event.scored for event in run(Scheduler(engine, 1), [asked]) if isinstance(event, PromptScored)]
+    found = [sampled for _, _, sampled in tokens] + [one.sampled for one in scored]
     if text is not None:
-        batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0]), 0.0, 1.0, 0, 0, 0)] * 3)
+        batch = engine._next_batch(range(3))
         options = {"config": config, "mesh": mesh, "num_top": 5}
         text.write_text(
-            decode_step.lower(engine._weights, engine._cache, engine._last, *batch, **options).compile().as_text()
+            decode_step.lower(engine._weights, engine._cache, engine._last, batch, **options).compile().as_text()
         )
     return {
         "tokens": np.array([sampled.token for sampled in found]),

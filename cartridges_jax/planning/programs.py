@@ -22,10 +22,11 @@ from cartridges_jax.models.params import Params, abstract_params, decode_specs, 
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic, traffic
-from cartridges_jax.serving.decoder import Step, to_decode_layout
+from cartridges_jax.serving.decoder import to_decode_layout
 from cartridges_jax.serving.metadata import PAGE_SIZE
 from cartridges_jax.serving.sampling import SamplingParams
-from cartridges_jax.serving.steps import STEP, decode_step, empty_cache
+from cartridges_jax.serving.sequences import DecodeBatch
+from cartridges_jax.serving.steps import BATCH, decode_step, empty_cache
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.config import TrainConfig
 from cartridges_jax.training.losses import CHUNK
@@ -156,21 +157,20 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
 
 
 def _decode_inputs(b: int, pages_each: int, model: ModelConfig, mesh: Mesh) -> tuple[Any, ...]:
-    """Returns the shapes of a step's other arguments: last tokens, whose they are, the step, sampling parameters."""
+    """Returns the shapes of a step's other arguments: the last tokens, and the batch."""
 
     def of(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    ids_b, ids_b1, table = of(np.int32, b), of(np.int32, b, 1), of(np.int32, b, pages_each)
+    ids_b, table = of(np.int32, b), of(np.int32, b, pages_each)
     heads = collectives.kv_heads_by_device(model, mesh.shape["tensor"]).size
     by_head = of(np.int32, model.num_layers, b, heads)
     metadata = AttentionMetadata(ids_b, table, ids_b, table, by_head, by_head)
     sampling_params = SamplingParams(of(np.float32, b), of(np.float32, b), ids_b, ids_b, ids_b, ids_b)
-    inputs = ids_b, ids_b, Step(ids_b1, ids_b1, metadata), sampling_params
+    inputs = ids_b, DecodeBatch(ids_b, ids_b, metadata, sampling_params)
+    specs = P(), BATCH.replace(sampling_params=jax.tree.map(lambda _: P(), sampling_params))
     return jax.tree.map(
-        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
-        inputs,
-        (P(), P(), STEP, jax.tree.map(lambda _: P(), sampling_params)),
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), inputs, specs
     )
 
 

@@ -24,13 +24,13 @@ class Answer:
     Of `best_of` answers that are written to each prompt, the most likely are told, by the mean of their tokens.
     """
 
-    def __init__(self, pending: PendingRequest, accepted: Accepted, tokens: Tokens):
+    def __init__(self, pending: PendingRequest, tokens: Tokens):
         generation = self.generation = pending.generation
         requests = [request for request in generation.requests for _ in range(generation.n)]
         self.choices = [Choice(generation, request, tokens) for request in requests]
         self.cartridge_tokens = pending.prefix.length if pending.prefix else 0
         self.failed = False  # it ended early, by an error
-        self._pending, self._accepted, self._tokens = pending, accepted, tokens
+        self._pending, self._tokens = pending, tokens
         self.id, self.created = pending.id, int(time.time())
         self._start, self._whole, self._chunk = OBJECTS[generation.kind]
 
@@ -79,11 +79,18 @@ class Answer:
         return deltas
 
     def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        deltas = [deltas[i] for i in self._told()]
+        told = self._told()
+        deltas = [deltas[i] for i in told]
         choices = [
             {"index": i, **self._said(delta, "message"), **self._details(delta)} for i, delta in enumerate(deltas)
         ]
-        about_prompt = self._prompt_ids() | self._prompt_logprobs()
+        about_prompt = self._prompt_ids()
+        if self.generation.prompt_logprobs is not None:
+            prompts = [self._prompt_logprobs(i // self.generation.n) for i in told]
+            if self.generation.kind == "text":
+                choices = [choice | {"prompt_logprobs": own} for choice, own in zip(choices, prompts, strict=True)]
+            if len(self.generation.requests) == 1:
+                about_prompt["prompt_logprobs"] = prompts[0]
         reply = self._envelope(self._whole, choices) | about_prompt | {"usage": self._usage()}
         if self.generation.fingerprint or self.generation.packed:
             reply["system_fingerprint"] = self._fingerprint(deltas)
@@ -165,15 +172,14 @@ class Answer:
         ids = [list(request.prompt) for request in self.generation.requests]
         return {"prompt_token_ids": ids[0] if len(ids) == 1 else ids} if self.generation.return_token_ids else {}
 
-    def _prompt_logprobs(self) -> dict[str, Any]:
-        """In vLLM's shape: the log-probabilities of each token of the prompt but the first, and of the best, by ids."""
-        if self._accepted.prompt is None:
-            return {}
-        return {"prompt_logprobs": [None, *map(self._prompt_entry, self._accepted.prompt)]}
+    def _prompt_logprobs(self, prompt: int) -> list[dict[str, Any] | None]:
+        """In vLLM's shape: the log-probabilities of each token of a prompt but the first, and of the best, by ids."""
+        return [None, *map(self._prompt_entry, self.choices[prompt * self.generation.n].prompt or ())]
 
     def _prompt_entry(self, scored: Scored) -> dict[str, Any]:
         own = scored.sampled
-        best = enumerate(zip(own.top_ids, own.top_logprobs, strict=True), start=1)
+        count = self.generation.prompt_logprobs
+        best = enumerate(zip(own.top_ids[:count], own.top_logprobs[:count], strict=True), start=1)
         found = {own.token: (own.logprob, scored.rank)} | {token: (logprob, rank) for rank, (token, logprob) in best}
         return {
             str(token): {"logprob": logprob, "rank": rank, "decoded_token": self._tokens.name(token)}

@@ -112,25 +112,26 @@ class PageCache:
         slots = -(-self._head_pages(prefix) // self.heads_per_page) if prefix else 0
         return slots + self._count(num_tokens)
 
-    def allocate(self, prefix: Prefix | None, prompt: Sequence[int], num_tokens: int) -> Allocation | None:
-        """Allocates pages for a prompt and its answer, `num_tokens` together; None if there are too few.
+    def allocate(
+        self, prefix: Prefix | None, known: Sequence[int], num_tokens: int, spare: int = 0
+    ) -> Allocation | None:
+        """Allocates pages for so many tokens; None if there are too few, with `spare` more for others.
 
-        Pages that hold the cartridge or a beginning of the prompt already are shared. The prompt's last token is never
-        taken from them, since the answer begins with its decoding.
+        Pages that hold the cartridge already, or a beginning of the tokens that are `known`, are shared.
         """
         key = prefix.key if prefix else None
         root = self._roots.setdefault(key, Node([], key=key))
         is_missing = prefix is not None and not root.pages and root.fragment is None
         whole, rest = divmod(self._head_pages(prefix), self.heads_per_page) if prefix and is_missing else (0, 0)
-        path = [root, *self._known(root, prompt[:-1])]
-        known = (len(path) - 1) * self.page_size
+        path = [root, *self._known(root, known)]
+        shared = (len(path) - 1) * self.page_size
         self._acquire(path)
-        wanted = whole + self._count(num_tokens - known)
-        source, copied = _longest(path[-1], prompt[known:-1])
-        is_there = self._make_room(wanted, rest, source)
+        wanted = whole + self._count(num_tokens - shared)
+        source, copied = _longest(path[-1], known[shared:])
+        is_there = self._make_room(wanted, rest, source, spare)
         if not is_there:
             source, copied = None, 0
-            is_there = self._make_room(wanted, rest, None)
+            is_there = self._make_room(wanted, rest, None, spare)
         if not is_there:
             self._release(path)
             return None
@@ -140,7 +141,16 @@ class PageCache:
         root.pages += taken[:whole]
         own = taken[whole:]
         copy = (source.pages[0], own[0]) if source else None
-        return Allocation(path, own, self._slots(root), known + copied, whole + rest > 0, copy)
+        return Allocation(path, own, self._slots(root), shared + copied, whole + rest > 0, copy)
+
+    def extend(self, allocation: Allocation) -> int | None:
+        """Gives a request one more page for its tokens; None if there is none."""
+        while not self._free_pages and self._idle:
+            self._drop(next(iter(self._idle)))
+        if not self._free_pages:
+            return None
+        allocation.own.append(self._free_pages.pop())
+        return allocation.own[-1]
 
     def insert(self, allocation: Allocation, tokens: Sequence[int]) -> None:
         """Lets others use what a request has written: `tokens`, from the first behind the cartridge."""
@@ -183,13 +193,15 @@ class PageCache:
             path.append(node := child)
         return path
 
-    def _make_room(self, count: int, rest: int, spare: Node | None) -> bool:
-        """Drops idle nodes other than `spare` until `count` pages and a fragment of `rest` head pages are free.
+    def _make_room(self, count: int, rest: int, kept: Node | None, spare: int = 0) -> bool:
+        """Drops idle nodes other than `kept` until `count` pages and a fragment of `rest` head pages are free.
 
-        If dropping all of them were not enough, none is dropped, and the result is False.
+        If dropping all of them were not enough, with so many pages to spare, none is dropped, and the result is False.
         """
-        idle = [node for node in self._idle if node is not spare]
-        if not self._has_room(count, rest, idle):
+        if self._has_room(count + spare, rest, ()):
+            return True
+        idle = [node for node in self._idle if node is not kept]
+        if not self._has_room(count + spare, rest, idle):
             return False
         for node in idle:
             if self._has_room(count, rest, ()):

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import codecs
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.requests import GenerationRequest
-from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Request, Sampled, Started, Token
+from cartridges_jax.serving.scheduler import (
+    NOT_FINITE,
+    Event,
+    PromptScored,
+    Request,
+    Sampled,
+    Scored,
+    Started,
+    Token,
+)
 from cartridges_jax.serving.tools import Call, CallParser, format_of
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
@@ -150,6 +160,7 @@ class Choice:
         self.num_tokens = self.cached_tokens = 0
         self.ended: float | None = None  # time.monotonic() of its end
         self.sum_logprobs = 0.0
+        self.prompt: list[Scored] | None = None  # the score of its prompt, if that was asked for
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -162,6 +173,12 @@ class Choice:
         delta = Delta()
         if isinstance(event, Started):
             self.cached_tokens = event.cached_tokens
+            if self._generation.echo and not self._generation.logprobs:
+                delta.text = "".join(map(self._decoder.push, self._request.prompt))
+        elif isinstance(event, PromptScored):
+            self.prompt = event.scored
+            if self._generation.echo and self._generation.logprobs:
+                self._echo(delta, event.scored)
         elif isinstance(event, Token):
             self.num_tokens += 1
             self.sum_logprobs += event.sampled.logprob
@@ -201,11 +218,23 @@ class Choice:
             self.finish_reason = "stop"
         return certain
 
+    def _echo(self, delta: Delta, scored: Sequence[Scored]) -> None:
+        """Adds the prompt, with log-probabilities of all its tokens but the first."""
+        first = self._request.prompt[0]
+        delta.text = "".join(map(self._decoder.push, self._request.prompt))
+        entry = self._tokens.entry(first, None, self._generation.tokens_as_ids)
+        delta.logprobs.append(entry | {"top_logprobs": []})
+        delta.offsets.append(self._offsets.push(first, self._is_text(first)))
+        for one in scored:
+            self._tell(delta, one.sampled, True)
+
+    def _is_text(self, token: int) -> bool:
+        return not (self._generation.skip_special_tokens and self._tokens.tokenizer.is_special(token))
+
     def _tell(self, delta: Delta, sampled: Sampled, is_shown: bool) -> None:
         """Adds a token's log-probabilities."""
-        as_ids = self._generation.tokens_as_ids
-        alternatives = zip(sampled.top_ids, sampled.top_logprobs, strict=True)
+        as_ids, count = self._generation.tokens_as_ids, self._request.top_logprobs
+        alternatives = zip(sampled.top_ids[:count], sampled.top_logprobs[:count], strict=True)
         best = [self._tokens.entry(token, logprob, as_ids) for token, logprob in alternatives]
         delta.logprobs.append({**self._tokens.entry(sampled.token, sampled.logprob, as_ids), "top_logprobs": best})
-        is_shown &= not (self._generation.skip_special_tokens and self._tokens.tokenizer.is_special(sampled.token))
-        delta.offsets.append(self._offsets.push(sampled.token, is_shown))
+        delta.offsets.append(self._offsets.push(sampled.token, is_shown and self._is_text(sampled.token)))

@@ -121,7 +121,8 @@ class Completions:
             pending = self.thread.submit(*await self.prepare(generation), timer)
             answer = None
             try:
-                answer = Answer(pending, await pending.accepted(), self._tokens)
+                await pending.accepted()
+                answer = Answer(pending, self._tokens)
                 yield answer
             except asyncio.CancelledError:
                 if answer is None:

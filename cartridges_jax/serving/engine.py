@@ -16,13 +16,15 @@ not levelled further: a cartridge takes as many head pages on every device as it
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention import chosen
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, lay_out_slots, slot_starts
@@ -30,14 +32,34 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving import decoder, metadata, steps
 from cartridges_jax.serving.cache import Prefix
-from cartridges_jax.serving.metadata import PAGE_SIZE, Row
-from cartridges_jax.serving.sampling import SamplingParams
-from cartridges_jax.serving.scheduler import BlockTable, Sampled, Scored, SequenceInput
+from cartridges_jax.serving.logits_processors import LogitsParams, LogitsState, begin_row, empty_state, row_of
+from cartridges_jax.serving.metadata import PAGE_SIZE
+from cartridges_jax.serving.scheduler import BlockTable, Chunk, LogitsRules, Sampled, Scored, SequenceInput
+from cartridges_jax.serving.sequences import DecodeBatch, Sequences
 
-# The number of tokens of each prefill program, and from how many tokens on it is used. Fewer are padded, and the
-# padding is written nowhere. On a CPU, two programs take no longer than one for as many tokens.
-PREFILL_SIZES = {16: 1, 32: 17, 64: 33, 96: 65, 128: 97, 256: 225}
+
+class PrefillSizes(NamedTuple):
+    """The prefill programs of a platform: a number of tokens in a row, and of rows, and from how many on it is used.
+
+    A row is a part of a prompt, and a long prompt has several. Fewer tokens and rows are padded, and the padding is
+    written nowhere.
+    """
+
+    tokens: Mapping[int, int]
+    rows: Mapping[int, Mapping[int, int]]  # by the tokens in a row
+    max_num_batched_tokens: int
+
+
+# On a CPU, two programs take no longer than one for as many tokens, if those are more than 16.
+CPU_PREFILL = PrefillSizes(
+    {16: 1, 32: 17, 64: 33, 96: 65, 128: 97, 256: 225},
+    {16: {1: 1, 4: 3}} | {tokens: {1: 1} for tokens in (32, 64, 96, 128, 256)},
+    512,
+)
+# An accelerator takes as long for a few tokens as for hundreds.
+ACCELERATOR_PREFILL = PrefillSizes({32: 1, 128: 33}, {32: {1: 1, 16: 2}, 128: {1: 1, 4: 2, 16: 5}}, 2048)
 BATCH_SIZES = (1, *(4 << i for i in range(11)))  # on a CPU, 2 cost about as much as 4
+NO_RULES = LogitsParams.of(LogitsRules())
 SCORE_SIZE = 64  # for so many tokens, the logits over the vocabulary exist together
 
 
@@ -52,6 +74,8 @@ class Engine:
       cache_tokens: how many positions the memory holds; by default enough for `max_num_seqs` requests of `max_length`.
       batch_sizes: the sizes that decoding is compiled for, `max_num_seqs` the largest; a smaller batch is padded.
       attention: the implementation of `decode_attention`; by default the fastest that can run here.
+      max_num_batched_tokens: how many tokens of prompts are written between two steps of decoding; by default few on a
+        CPU, where they take their time.
     """
 
     def __init__(
@@ -63,6 +87,7 @@ class Engine:
         cache_tokens: int | None = None,
         batch_sizes: Sequence[int] | None = None,
         attention: str | None = None,
+        max_num_batched_tokens: int | None = None,
     ):
         if max_num_seqs < 1:
             raise UserError(f"max_num_seqs is {max_num_seqs}, expected at least 1")
@@ -82,16 +107,19 @@ class Engine:
         self._options: dict[str, Any] = {"config": self._config, "mesh": self._mesh, "implementation": attention}
         sharding.check(model.config, self._mesh)
         self._weights = decoder.to_decode_layout(model.params, model.config, self._mesh)
-        all_pages = self.num_pages + self.pages_each  # scoring has pages of its own
         dtype = self._weights["final_norm"].dtype
-        self._cache = steps.empty_cache(self._config, all_pages, dtype, self._mesh, attention)
+        self._cache = steps.empty_cache(self._config, self.num_pages, dtype, self._mesh, attention)
         self._heads = collectives.kv_heads_by_device(self._config, self._mesh.shape["tensor"])
         self.heads_per_page = self._config.num_layers * self._heads.shape[1]
         self._shape_lk = self._config.num_layers, self._heads.size
         # of the cartridges in pages, where the slots of each head start and how many they are, by the first head page
         self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._nowhere = all_pages * PAGE_SIZE  # an index into a page that does not exist: a write there is dropped
         self._last = jnp.zeros(max_num_seqs, jnp.int32)  # the last token that was sampled for each sequence
+        self._logits_state: LogitsState | None = None  # until a request has rules for its logits
+        self._rules: dict[int, LogitsParams] = {}  # of the sequences that have some
+        self._sequences = Sequences(max_num_seqs, self.pages_each, self._batch_sizes, self._metadata, self._put)
+        self._prefill_sizes = CPU_PREFILL if kernels.platform() == "cpu" else ACCELERATOR_PREFILL
+        self.max_num_batched_tokens = max_num_batched_tokens or self._prefill_sizes.max_num_batched_tokens
 
     def head_pages(self, prefix: Prefix) -> int:
         cartridge: Any = prefix.cartridge
@@ -128,45 +156,124 @@ class Engine:
     def copy(self, source: int, target: int, count: int) -> None:
         self._cache = steps.copy_page(self._cache, source, target, count, heads=self.heads_per_page, mesh=self._mesh)
 
-    def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self._clear_begun(chunk)
+        rows: dict[int, list[Chunk]] = {size: [] for size in reversed(self._prefill_sizes.tokens)}
+        for chunk in chunks:
+            for size, row in self._rows(chunk):
+                rows[size].append(row)
+        for size, of_size in rows.items():  # the largest first, with which every chunk begins
+            while of_size:
+                count = _fitting(self._prefill_sizes.rows[size], len(of_size))
+                step = self._step(of_size[:count], count, size)
+                self._cache = steps.prefill_step(self._weights, self._cache, step, **self._options)
+                of_size = of_size[count:]
+
+    def _rows(self, chunk: Chunk) -> Iterator[tuple[int, Chunk]]:
+        """The rows of prefill programs in which a chunk is written, with the numbers of tokens that they have room for.
+
+        These only fall from one to the next, so that a row's beginning is written before it or with it.
+        """
+        tokens, position, block_table = chunk
         while tokens:
-            size = max(size for size, fewest in PREFILL_SIZES.items() if fewest <= len(tokens))
-            step = self._chunk(tokens[:size], size, position, block_table)
-            self._cache = steps.prefill_step(self._weights, self._cache, step, **self._options)
+            size = _fitting(self._prefill_sizes.tokens, len(tokens))
+            yield size, Chunk(tokens[:size], position, block_table)
             tokens, position = tokens[size:], position + size
 
-    def decode(self, inputs: Sequence[SequenceInput]) -> Any:
-        return self._run(*self._batch(inputs)), len(inputs)
+    def _step(self, rows: Sequence[Chunk], b: int, size: int) -> decoder.Step:
+        """A step for parts of prompts, padded to b rows of `size` tokens."""
+        tokens_bt = np.zeros((b, size), np.int32)
+        block_table, starts, counts = np.full((b, self.pages_each), -1, np.int32), *np.zeros((2, b), np.int32)
+        for r, row in enumerate(rows):
+            tokens_bt[r, : len(row.tokens)] = row.tokens
+            block_table[r, : len(row.block_table.pages)] = row.block_table.pages
+            starts[r], counts[r] = row.position, len(row.tokens)
+        nowhere = self.num_pages * PAGE_SIZE  # an index into a page that does not exist: a write there is dropped
+        slots_bt = metadata.slot_mapping(block_table, starts, counts, size, nowhere)
+        written = metadata.written_pages(block_table, starts + counts - 1)
+        return decoder.Step(
+            tokens_bt, slots_bt, self._metadata(starts, written, [row.block_table.slots for row in rows])
+        )
 
-    def _run(self, indices: np.ndarray, step: decoder.Step, sampling_params: SamplingParams) -> Any:
-        """Dispatches the compiled program of a step, and returns what it samples."""
-        arguments = self._weights, self._cache, self._last, indices, step, sampling_params
-        self._cache, self._last, sampled = steps.decode_step(*arguments, num_top=self.max_top_logprobs, **self._options)
-        return sampled
-
-    def _batch(self, inputs: Sequence[SequenceInput]) -> tuple[np.ndarray, decoder.Step, SamplingParams]:
-        """What `decode_step` takes, padded to a size of batch; the token -1 stands for the sequence's last one."""
-        b = next(size for size in self._batch_sizes if size >= len(inputs))
-        for i in inputs:
-            self._clear_begun(i.block_table, i.position, 1)
-        padding = [SequenceInput(self.max_num_seqs, 0, 0, BlockTable(()), 0.0, 1.0, 0, 0, 0)] * (b - len(inputs))
-        padded = [*inputs, *padding]
-        indices = np.array([i.index for i in padded], np.int32)
-        tokens = np.array([-1 if i.token is None else i.token for i in padded], np.int32)
-        written = [metadata.slot_index(i.block_table, i.position) for i in inputs] + [self._nowhere] * len(padding)
-        rows = [Row(i.block_table, i.position, i.position) for i in inputs]
-        step = decoder.Step(tokens[:, None], np.array(written, np.int32)[:, None], self._metadata(rows, b))
-        return indices, step, _sampling_params(padded)
-
-    def _metadata(self, rows: Sequence[Row], b: int) -> AttentionMetadata:
+    def _metadata(self, starts: np.ndarray, table: np.ndarray, slots: Sequence[Sequence[int]]) -> AttentionMetadata:
         # if all slots are one device's, it has so many times the average
         slot_pages_each = self.pages_each * self._mesh.shape["tensor"]
-        return metadata.attention_metadata(rows, b, self.pages_each, slot_pages_each, self._shape_lk, self._loaded)
+        return metadata.attention_metadata(starts, table, slots, slot_pages_each, self._shape_lk, self._loaded)
+
+    def _put(self, tree: Any) -> Any:
+        """Brings parts of a `DecodeBatch` to the devices."""
+        if self._mesh.size == 1:
+            return jax.device_put(tree)
+        specs = steps.BATCH if isinstance(tree, DecodeBatch) else P()
+        return jax.device_put(tree, sharding.shardings(specs, self._mesh))
+
+    def begin(self, sequence: SequenceInput) -> None:
+        self._sequences.begin(sequence)
+        self._rules.pop(sequence.index, None)
+        if sequence.logits is not None:
+            self._rules[sequence.index] = LogitsParams.of(sequence.logits)
+            if self._logits_state is None:
+                self._logits_state = empty_state(self.max_num_seqs, self._config.vocab_size)
+            row = row_of(sequence.logits, self._config.vocab_size)
+            self._logits_state = begin_row(self._logits_state, sequence.index, row)
+
+    def extend(self, index: int, page: int) -> None:
+        self._sequences.extend(index, page)
+
+    def decode(self, indices: Sequence[int]) -> Any:
+        if not self._rules.keys().isdisjoint(indices):
+            return self.sample(self.forward(indices), [])
+        batch = self._next_batch(indices)
+        self._cache, self._last, advancing, sampled = steps.decode_step(
+            self._weights, self._cache, self._last, batch, num_top=self.max_top_logprobs, **self._options
+        )
+        self._sequences.advance(advancing)
+        return sampled, self._num_top(indices)
+
+    def forward(self, indices: Sequence[int]) -> Any:
+        batch = self._next_batch(indices)
+        self._cache, advancing, logits = steps.logits_step(
+            self._weights, self._cache, self._last, batch, **self._options
+        )
+        self._sequences.advance(advancing)
+        return logits, batch, list(indices)
+
+    def sample(self, logits: Any, masks: Sequence[np.ndarray | None]) -> Any:
+        logits_bv, batch, indices = logits
+        mask = np.full((len(logits_bv), -(-self._config.vocab_size // 32)), -1, np.int32)
+        for row, words in zip(mask, masks, strict=False):
+            if words is not None:  # a tokenizer may have fewer tokens than the model
+                row[: len(words)] = words[: len(row)]
+                row[len(words) :] = 0
+        processing = None, None
+        if not self._rules.keys().isdisjoint(indices):
+            rules = [self._rules.get(i, NO_RULES) for i in indices]
+            rules += [NO_RULES] * (len(logits_bv) - len(rules))
+            processing = self._logits_state, jax.tree.map(lambda *own: np.stack(own), *rules)
+        self._last, sampled, state = steps.sample_step(
+            self._last, logits_bv, batch, mask, *processing, num_top=self.max_top_logprobs
+        )
+        self._logits_state = self._logits_state if state is None else state
+        return sampled, self._num_top(indices)
+
+    def _next_batch(self, indices: Sequence[int]) -> DecodeBatch:
+        batch, begun = self._sequences.batch(indices)
+        for page in begun:
+            self._clear(page)
+        return batch
+
+    def _num_top(self, indices: Sequence[int]) -> list[int]:
+        return [self._sequences.num_top[i] for i in indices]
 
     def harvest(self, decoded: Any) -> list[Sampled]:
-        sampled, count = decoded
-        rows = zip(*(a[:count].tolist() for a in jax.device_get(sampled)), strict=True)
-        return [Sampled(token, logprob, tuple(ids), tuple(logprobs)) for token, logprob, ids, logprobs in rows]
+        sampled, num_top = decoded
+        count = len(num_top)
+        if not any(num_top):  # then nothing else is brought here
+            tokens, logprobs = (a[:count].tolist() for a in jax.device_get(sampled[:2]))
+            return list(map(Sampled, tokens, logprobs))
+        rows = zip(*(a[:count].tolist() for a in jax.device_get(sampled)), num_top, strict=True)
+        return [Sampled(token, logprob, tuple(ids[:n]), tuple(best[:n])) for token, logprob, ids, best, n in rows]
 
     def block_table(self, prefix: Prefix | None, pages: Sequence[int]) -> BlockTable:
         """Gives pages to a request that shares none: the first ones whole to its cartridge, the rest to its tokens."""
@@ -176,32 +283,28 @@ class Engine:
     def _whole_pages(self, prefix: Prefix | None) -> int:
         return -(-self.head_pages(prefix) // self.heads_per_page) if prefix else 0
 
-    def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
-        pages = range(self.num_pages, self.num_pages + self.pages_each)
-        taken = self._whole_pages(prefix)
-        if taken + metadata.num_pages(len(tokens)) > len(pages):
-            raise UserError(
-                f"a prompt of {len(tokens)} tokens behind this cartridge needs "
-                f"{taken + metadata.num_pages(len(tokens))} pages and may have {len(pages)}: shorten the prompt"
+    def score(self, chunk: Chunk, following: Sequence[int]) -> Any:
+        self._clear_begun(chunk)
+        found = []
+        for done in range(0, len(chunk.tokens), SCORE_SIZE):
+            part = Chunk(chunk.tokens[done : done + SCORE_SIZE], chunk.position + done, chunk.block_table)
+            asked = np.zeros(SCORE_SIZE, np.int32)
+            asked[: len(part.tokens)] = following[done : done + SCORE_SIZE]
+            step = self._step([part], 1, SCORE_SIZE)
+            self._cache, scores = steps.score_step(
+                self._weights, self._cache, step, asked, num_top=self.max_top_logprobs, **self._options
             )
-        block_table = self.block_table(prefix, pages)
-        if prefix is not None:
-            self.load(prefix, block_table.slots)
-        scored = []
-        for start in range(0, len(tokens) - 1, SCORE_SIZE):
-            part = tokens[start : start + SCORE_SIZE]
-            step = self._chunk(part, SCORE_SIZE, start, block_table)
-            following = np.zeros(SCORE_SIZE, np.int32)
-            following[: len(tokens) - 1 - start] = tokens[start + 1 : start + SCORE_SIZE + 1]
-            self._cache, found = steps.score_step(
-                self._weights, self._cache, step, following, num_top=self.max_top_logprobs, **self._options
+            found.append((following[done : done + SCORE_SIZE], scores))
+        return found
+
+    def scored(self, result: Any, num_top: int) -> list[Scored]:
+        return [
+            Scored(Sampled(token, logprob, tuple(ids[:num_top]), tuple(best[:num_top])), rank)
+            for following, scores in result
+            for token, logprob, rank, ids, best in zip(
+                following, *(a[: len(following)].tolist() for a in jax.device_get(scores)), strict=True
             )
-            rows = zip(following.tolist(), *(a.tolist() for a in jax.device_get(found)), strict=True)
-            scored += [
-                Scored(Sampled(token, logprob, tuple(ids[:num_top]), tuple(logprobs[:num_top])), rank)
-                for token, logprob, rank, ids, logprobs in rows
-            ]
-        return scored[: len(tokens) - 1]
+        ]
 
     def programs(self) -> list[Callable[[], object]]:
         """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
@@ -209,41 +312,36 @@ class Engine:
         nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
         def decode(size: int) -> None:
-            inputs = [SequenceInput(i, 0, 0, BlockTable([i]), 0.0, 1.0, 0, 0, 0) for i in range(size)]
-            self.harvest(self.decode(inputs))
+            for i in range(size):
+                self.begin(SequenceInput(i, 0, 1, BlockTable([i]), 0.0, 1.0, 0, 0, 0))
+            self.harvest(self.decode(range(size)))
 
-        def prefill(size: int) -> None:
-            self.prefill([0] * min(size, self.max_length), 0, first_pages)
+        def prefill(size: int, rows: int) -> None:
+            chunk = Chunk([0] * min(size, self.max_length), 0, first_pages)
+            step = self._step([chunk] * rows, rows, size)
+            self._cache = steps.prefill_step(self._weights, self._cache, step, **self._options)
 
+        sizes = [(size, count) for size, rows in self._prefill_sizes.rows.items() for count in rows]
         return [
-            *(functools.partial(prefill, size) for size in PREFILL_SIZES),
+            *(functools.partial(prefill, *one) for one in sizes),
             *(functools.partial(decode, size) for size in self._batch_sizes),
             functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
-            functools.partial(self._clear_begun, first_pages, 0, 1),
-            functools.partial(self.score, [0, 0], None, 1),
+            functools.partial(self._clear, 0),
+            lambda: self.scored(self.score(Chunk([0], 0, first_pages), [0]), 1),
         ]
 
-    def _clear_begun(self, block_table: BlockTable, position: int, count: int) -> None:
-        """Clears the pages that begin with one of the `count` positions from this one on, which are written next."""
-        for start in range(-(-position // PAGE_SIZE) * PAGE_SIZE, position + count, PAGE_SIZE):
-            page = metadata.slot_index(block_table, start) // PAGE_SIZE
-            values = steps.clear_page(self._cache.values, page, heads=self.heads_per_page, mesh=self._mesh)
-            self._cache = self._cache.replace(values=values)
+    def _clear_begun(self, chunk: Chunk) -> None:
+        """Clears the pages that begin with one of a chunk's positions, which are written next."""
+        first, last = -(-chunk.position // PAGE_SIZE), (chunk.position + len(chunk.tokens) - 1) // PAGE_SIZE
+        for page in chunk.block_table.pages[first : last + 1]:
+            self._clear(page)
 
-    def _chunk(self, tokens: Sequence[int], size: int, position: int, block_table: BlockTable) -> decoder.Step:
-        """A step for tokens of one request, padded to `size`."""
-        self._clear_begun(block_table, position, len(tokens))
-        padding = size - len(tokens)
-        tokens_t = np.pad(np.asarray(tokens, np.int32), (0, padding))
-        written = [metadata.slot_index(block_table, position + i) for i in range(len(tokens))]
-        slot_mapping_t = np.array(written + [self._nowhere] * padding, np.int32)
-        seen = self._metadata([Row(block_table, position, position + len(tokens) - 1)], 1)
-        return decoder.Step(tokens_t[None], slot_mapping_t[None], seen)
+    def _clear(self, page: int) -> None:
+        values = steps.clear_page(self._cache.values, page, heads=self.heads_per_page, mesh=self._mesh)
+        self._cache = self._cache.replace(values=values)
 
 
-def _sampling_params(inputs: Sequence[SequenceInput]) -> SamplingParams:
-    rows = [(i.temperature, i.top_p, i.top_k, i.seed & 0x7FFFFFFF, i.step, i.top_logprobs) for i in inputs]
-    columns = zip(*rows, strict=True)
-    dtypes = (np.float32, np.float32, np.int32, np.int32, np.int32, np.int32)
-    return SamplingParams(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+def _fitting(sizes: Mapping[int, int], number: int) -> int:
+    """The largest size that is used for so many."""
+    return max(size for size, fewest in sizes.items() if fewest <= number)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import queue
 import threading
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
@@ -23,14 +22,12 @@ from cartridges_jax.serving.metrics import TokenTimer
 from cartridges_jax.serving.protocol import SEEDS, ApiError
 from cartridges_jax.serving.requests import GenerationRequest
 from cartridges_jax.serving.scheduler import (
-    NOT_FINITE,
     Engine,
     Event,
     Finished,
     QueueFull,
     Request,
     Scheduler,
-    Scored,
     Token,
     most_tokens,
 )
@@ -41,11 +38,8 @@ logger = logging.getLogger(__name__)
 PROMPT = {"chat": "messages", "text": "prompt"}  # the field that is too long
 
 
-@dataclass(frozen=True)
 class Accepted:
-    """All choices of a request are queued. `prompt` is the score of its only prompt, if that was asked for."""
-
-    prompt: list[Scored] | None = None
+    """All choices of a request are queued."""
 
 
 class PendingRequest:
@@ -61,13 +55,12 @@ class PendingRequest:
     def cancel(self) -> None:
         self.cancelled.update(range(self.generation.num_choices))
 
-    async def accepted(self) -> Accepted:
+    async def accepted(self) -> None:
         """Waits for its first event. Raises: ApiError, when it was refused."""
         _, first = await self.events.get()
         if isinstance(first, ApiError):
             raise first
         assert isinstance(first, Accepted)
-        return first
 
 
 class EngineThread:
@@ -166,15 +159,11 @@ class EngineThread:
             for index in range(pending.generation.num_choices):
                 which, nth = divmod(index, pending.generation.n)
                 request, id = requests[which], f"{pending.id}-{index}"
-                scheduler.submit(replace(request, id=id, seed=(request.seed + nth) % SEEDS))
+                scored = pending.generation.prompt_alternatives(nth)
+                seed = (request.seed + nth) % SEEDS
+                scheduler.submit(replace(request, id=id, seed=seed, prompt_logprobs=scored))
                 self._live[id] = pending, index
-            count, prompt = pending.generation.prompt_logprobs, None
-            if count is not None:
-                prompt = self._engine.score(requests[0].prompt, pending.prefix, count)
-                if not all(math.isfinite(scored.sampled.logprob) for scored in prompt):
-                    self._reject(pending, ApiError(422, NOT_FINITE, "cartridges", "not_finite"))
-                    return
-            self._post([(pending, 0, Accepted(prompt))])
+            self._post([(pending, 0, Accepted())])
         except QueueFull as error:
             self._reject(pending, ApiError(429, str(error), code="queue_full"))
         except ApiError as error:

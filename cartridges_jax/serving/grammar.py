@@ -12,13 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.protocol import ApiError, Fields, read_texts, refuse, text
 
 if TYPE_CHECKING:
     import llguidance
+    import numpy as np
 
 MAX_GRAMMARS = 64  # that are kept compiled
 # Any amount of space would let a model write nothing else.
@@ -120,9 +119,11 @@ class GrammarCompiler:
 
 
 class GrammarConstraint:
-    """The masks of one answer, as `Engine.sample` takes them."""
+    """The masks of one answer, as `Engine.sample` takes them; the engine's thread makes it."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_ids: frozenset[int]):
+        import numpy as np
+
         self._matcher = matcher
         self._mask = np.zeros((1, -(-vocab_size // 32)), np.int32)
         self._ends = np.zeros_like(self._mask)

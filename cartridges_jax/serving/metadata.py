@@ -6,22 +6,13 @@ All of it is worked out on the host, in numpy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
-from cartridges_jax.serving.scheduler import BlockTable
 
 PAGE_SIZE = 128
-
-
-class Row(NamedTuple):
-    """One request's part of a step: its tokens from `start` to `last` are written, and those from `start` on ask."""
-
-    block_table: BlockTable
-    start: int
-    last: int
 
 
 def num_pages(length: int) -> int:
@@ -29,42 +20,54 @@ def num_pages(length: int) -> int:
     return -(-length // PAGE_SIZE)
 
 
-def slot_index(block_table: BlockTable, position: int) -> int:
-    """The index of a sequence's token among all positions of all pages."""
-    page, offset = divmod(position, PAGE_SIZE)
-    return block_table.pages[page] * PAGE_SIZE + offset
+def written_pages(block_table: Int[np.ndarray, "b c"], last: Int[np.ndarray, " b"]) -> Int[np.ndarray, "b c"]:
+    """Of each row's pages those that hold its positions up to the last, and -1 in place of the others."""
+    return np.where(np.arange(block_table.shape[1]) <= last[:, None] // PAGE_SIZE, block_table, np.int32(-1))
+
+
+def slot_mapping(
+    block_table: Int[np.ndarray, "b c"],
+    starts: Int[np.ndarray, " b"],
+    counts: Int[np.ndarray, " b"],
+    size: int,
+    nowhere: int,
+) -> Int[np.ndarray, "b t"]:
+    """The indices among all positions of all pages of `size` tokens a row, and `nowhere` behind the first `counts`."""
+    positions_bt = starts[:, None] + np.arange(size, dtype=np.int32)
+    columns_bt = np.minimum(positions_bt // PAGE_SIZE, block_table.shape[1] - 1)
+    slots_bt = np.take_along_axis(block_table, columns_bt, axis=1) * PAGE_SIZE + positions_bt % PAGE_SIZE
+    return np.where(np.arange(size) < counts[:, None], slots_bt, np.int32(nowhere))
 
 
 def attention_metadata(
-    rows: Sequence[Row],
-    b: int,
-    pages_each: int,
+    starts: Int[np.ndarray, " b"],
+    block_table: Int[np.ndarray, "b c"],
+    slots: Sequence[Sequence[int]],
     slot_pages_each: int,
     shape_lk: tuple[int, int],
     loaded: Mapping[int, tuple[np.ndarray, np.ndarray]],
 ) -> AttentionMetadata:
-    """The metadata of a step for b requests, the last of which may be none.
+    """The metadata of a step for b requests.
 
     Args:
-      pages_each: how many pages the tokens of a request have at most.
+      starts: where the first token of each stands that asks.
+      block_table: the pages of their tokens as far as they are written, as in `AttentionMetadata`.
+      slots: where the head pages of their cartridges begin, page by page; of requests at the end that have none they
+        may be left out.
       slot_pages_each: how many pages a cartridge has at most.
       loaded: where the slots of each head start and how many they are, [l, k], of the cartridges that lie in pages,
         by their first head pages.
     """
-    starts, cartridge_ids = np.zeros(b, np.int32), np.full(b, -1, np.int32)
-    tokens, slots = np.full((b, pages_each), -1, np.int32), np.zeros((b, slot_pages_each), np.int32)
+    b = len(starts)
+    cartridge_ids, table = np.full(b, -1, np.int32), np.zeros((b, slot_pages_each), np.int32)
     slot_starts, slot_lens = (np.zeros((shape_lk[0], b, shape_lk[1]), np.int32) for _ in range(2))
     found: dict[int, int] = {}  # the cartridges of the step, by their first head pages
-    for r, (block_table, start, last) in enumerate(rows):
-        starts[r] = start
-        count = last // PAGE_SIZE + 1
-        tokens[r, :count] = block_table.pages[:count]
-        if not block_table.slots:
+    for r, firsts in enumerate(slots):
+        if not firsts:
             continue
-        first = block_table.slots[0]
-        if first not in found:
-            a = found[first] = len(found)
-            slots[a, : len(block_table.slots)] = block_table.slots
-            slot_starts[:, a], slot_lens[:, a] = loaded[first]
-        cartridge_ids[r] = found[first]
-    return AttentionMetadata(starts, tokens, cartridge_ids, slots, slot_starts, slot_lens)
+        if firsts[0] not in found:
+            a = found[firsts[0]] = len(found)
+            table[a, : len(firsts)] = firsts
+            slot_starts[:, a], slot_lens[:, a] = loaded[firsts[0]]
+        cartridge_ids[r] = found[firsts[0]]
+    return AttentionMetadata(starts, block_table, cartridge_ids, table, slot_starts, slot_lens)

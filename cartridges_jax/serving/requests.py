@@ -58,6 +58,12 @@ class GenerationRequest:
     def num_choices(self) -> int:
         return len(self.requests) * self.n
 
+    def prompt_alternatives(self, nth: int) -> int | None:
+        """How many alternatives are told of the prompt's tokens with its nth answer; None, if nothing is."""
+        if self.echo and (self.logprobs or self.max_tokens == 0):
+            return max(self.prompt_logprobs or 0, self.requests[0].top_logprobs)
+        return None if nth else self.prompt_logprobs
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -213,8 +219,8 @@ class Reader:
         )
         if prompt_logprobs is not None and stream:
             refuse("prompt_logprobs", prompt_logprobs, "stream to be false")
-        if packed and stream:
-            refuse("logprobs_in_fingerprint", packed, "stream to be false")
+        if packed and (stream or known.get("echo")):
+            refuse("logprobs_in_fingerprint", packed, "stream and echo to be false")
         seed = self._rng.randrange(SEEDS) if fields["seed"] is None else fields["seed"] % SEEDS
         max_tokens, echo = known["max_tokens"], known.get("echo", False)
         if max_tokens == 0 and not (echo or prompt_logprobs is not None):
@@ -296,11 +302,16 @@ class Reader:
 
     def num_logprobs(self, generation: GenerationRequest) -> int:
         """The most log-probabilities that are kept until its answers are complete; none if they are streamed."""
+        count = sum(len(request.prompt) for request in generation.requests) * (1 + (generation.prompt_logprobs or 0))
+        count = 0 if generation.prompt_logprobs is None else count
         if generation.stream or not generation.logprobs:
-            return 0
+            return count
         longest = most_tokens(self._engine, None)
         tokens = longest if generation.max_tokens is None else min(generation.max_tokens, longest)
-        return generation.num_choices * tokens * (1 + generation.requests[0].top_logprobs)
+        answers = generation.num_choices * tokens
+        if generation.echo:
+            answers += generation.n * sum(len(request.prompt) for request in generation.requests)
+        return count + answers * (1 + generation.requests[0].top_logprobs)
 
     def _read_prompts(self, fields: dict[str, Any], behind_cartridge: bool) -> list[tuple[int, ...]]:
         """The prompts of `prompt`, which is a text, a list of token ids, or a list of either."""

@@ -2,15 +2,19 @@
 
 There is no JAX, no asyncio, no clock and no randomness here: the same calls give the same events. Tokens are harvested
 a step late: when the host looks at what a step gave, the next one is under way, with tokens that only the device knows.
+A request that turns out to have ended has a row in that next step for nothing. What the row writes goes to pages that
+the request has just given back, and does no harm there: whoever has them next writes them by calls that the device
+does later.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.cache import Allocation, PageCache, Prefix
@@ -18,8 +22,7 @@ from cartridges_jax.serving.cache import Allocation, PageCache, Prefix
 Reason = Literal["stop", "length", "cancelled", "deadline", "not_finite"]
 
 
-@dataclass(frozen=True)
-class BlockTable:
+class BlockTable(NamedTuple):
     """Where a sequence lies: the pages of its tokens, and where its cartridge's head pages begin, page by page.
 
     Head pages are counted over all pages, of each as many as the engine's `heads_per_page`. The last of a cartridge's
@@ -57,22 +60,30 @@ class LogitsRules:
 
 @dataclass(frozen=True)
 class SequenceInput:
-    """One request's part of a decoding step."""
+    """A sequence that begins to decode: its next token is written, and the one that follows it sampled."""
 
     index: int  # which of the sequences that run together, below `max_num_seqs`
-    token: int | None  # None: the one that the last step sampled for this sequence
+    token: int
     position: int  # of the token in its sequence, which begins behind the cartridge
-    block_table: BlockTable
+    block_table: BlockTable  # with the pages up to that of the token, or more
     temperature: float
     top_p: float
     top_k: int
     seed: int
-    step: int
+    step: int  # how many tokens were sampled before
     top_logprobs: int = 0
+    logits: LogitsRules | None = None
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Chunk(NamedTuple):
+    """A part of a prompt: its tokens, the position of the first of them, and where the sequence lies."""
+
+    tokens: Sequence[int]
+    position: int
+    block_table: BlockTable
+
+
+class Sampled(NamedTuple):
     """A sampled token with the best alternatives; log-probabilities are the model's, before temperature.
 
     A log-probability of NaN says that the model's logits were not finite: the token means nothing then.
@@ -80,12 +91,11 @@ class Sampled:
 
     token: int
     logprob: float
-    top_ids: tuple[int, ...]
-    top_logprobs: tuple[float, ...]
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """A token that was given, not sampled; a `rank` of 1 says that the model found no token more likely."""
 
     sampled: Sampled
@@ -105,6 +115,7 @@ class Engine(Protocol):
     max_length: int
     max_position_embeddings: int
     max_top_logprobs: int
+    max_num_batched_tokens: int
     num_pages: int
     page_size: int
     heads_per_page: int
@@ -118,17 +129,32 @@ class Engine(Protocol):
     def copy(self, source: int, target: int, count: int) -> None:
         """Makes the target page a copy of the source's first `count` positions."""
 
-    def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
-        """Writes the tokens' keys and values at `position`, `position` + 1, … behind the cartridge."""
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        """Writes the keys and values of parts of prompts, at most `max_num_batched_tokens` together."""
 
-    def decode(self, inputs: Sequence[SequenceInput]) -> Any:
-        """Writes each input's token at its position and samples the one that follows; need not wait for the result."""
+    def score(self, chunk: Chunk, following: Sequence[int]) -> Any:
+        """`prefill` of one chunk, which also scores the token that follows each of its tokens; need not wait."""
+
+    def scored(self, result: Any, num_top: int) -> list[Scored]:
+        """What a `score` found, with so many alternatives."""
+
+    def begin(self, sequence: SequenceInput) -> None:
+        """From now on the sequence of this index is this one."""
+
+    def extend(self, index: int, page: int) -> None:
+        """Gives a sequence one more page for its tokens."""
+
+    def decode(self, indices: Sequence[int]) -> Any:
+        """Writes each sequence's next token and samples the one that follows; need not wait for the result."""
+
+    def forward(self, indices: Sequence[int]) -> Any:
+        """The first half of `decode`, up to the logits; need not wait for them."""
+
+    def sample(self, logits: Any, masks: Sequence[Any]) -> Any:
+        """The other half, for the newest logits, among the tokens that each sequence's mask allows; None: all."""
 
     def harvest(self, decoded: Any) -> list[Sampled]:
-        """What a `decode` sampled, in the order of its inputs, with at least the alternatives that each asked for."""
-
-    def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
-        """Every token but the first, as the model would have sampled it; no request is touched."""
+        """What a step sampled, in the order of its sequences, with the alternatives that each asked for."""
 
 
 class Constraint(Protocol):
@@ -148,43 +174,48 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     prefix: Prefix | None = None
-    max_tokens: int = 16
+    max_tokens: int = 16  # 0: the prompt is only scored
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int = 0
-    logits: LogitsRules | None = None  # its prompt and answer are filled in; None: nothing is done to the logits
+    logits: LogitsRules | None = None  # None: nothing is done to the logits
+    prompt_logprobs: int | None = None  # so many alternatives to each token of the prompt; None: it is not scored
     constraint: Callable[[], Constraint] | None = None  # called once, when the request is submitted
     deadline: float = math.inf  # on the clock that `Scheduler.step` is told
 
 
-@dataclass(frozen=True)
-class Started:
-    """The request runs and has its memory; `cached_tokens` of its prompt were there already."""
+class Started(NamedTuple):
+    """The request runs and has the memory for its prompt; `cached_tokens` of the prompt were there already."""
 
     id: str
     cached_tokens: int
 
 
-@dataclass(frozen=True)
-class Token:
+class PromptScored(NamedTuple):
+    """The score of a prompt, from its second token on; it comes before the answer's first token."""
+
+    id: str
+    scored: list[Scored]
+
+
+class Token(NamedTuple):
     """The next token of a request, a stop token included; it carries the `top_logprobs` alternatives asked for."""
 
     id: str
     sampled: Sampled
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """The request has ended; "not_finite": what the model makes of its cartridge and prompt are no numbers."""
 
     id: str
     reason: Reason
 
 
-Event = Started | Token | Finished
+Event = Started | PromptScored | Token | Finished
 NOT_FINITE = (
     "the model's numbers are not finite here: the cartridge holds values that are too large for this model, or the "
     "model's dtype is too small; use another cartridge, or train this one again"
@@ -195,45 +226,70 @@ class QueueFull(Exception):
     """The queue is full: no other request may wait."""
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class _Sequence:
-    """One of the sequences that run together; it is free while it has no request."""
+    """A request on its way: it waits, or it runs under an index and has pages."""
 
-    index: int
-    request: Request | None = None
+    request: Request
+    constraint: Constraint | None
+    to_score: bool  # whether the prompt's score has still to be told
+    index: int = -1
     allocation: Allocation | None = None
-    prefilled: int = 0  # tokens of the prompt that are written
-    dispatched: int = 0  # answer tokens that were sampled or are being sampled
-    answer: list[int] = field(default_factory=list)  # those that were harvested
+    started: bool = False
+    answer: list[int] = field(default_factory=list)  # the tokens that were harvested
+    written: int = 0  # how many tokens its pages hold, or will hold when the engine has done all that it was asked
+    room: int = 0  # how many they can hold
+    limit: int = 0  # how many they hold in the end: all but the answer's last
+    scores: list[Any] = field(default_factory=list)  # of the prompt's parts, which are not harvested yet
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt, and the answer as far as it was harvested."""
+        return (*self.request.prompt, *self.answer) if self.answer else self.request.prompt
+
+
+class _Step(NamedTuple):
+    """What was asked of the engine in one step, and is to be harvested in the next one."""
+
+    decoding: Sequence[_Sequence] = ()
+    decoded: Any = None
+    scoring: Sequence[_Sequence] = ()
 
 
 class Scheduler:
     """Admits requests first come, first served; `step` prefills a little, then decodes one token for everyone.
 
-    A request is admitted when a sequence is free, and all the memory that it may come to need; it never waits again.
-    A step makes at most `prefills_per_step` engine prefills of at most `prefill_chunk` tokens, so that arrivals and
-    long prompts never starve those who decode.
+    A request is admitted when an index is free, the pages for its prompt, and one more for each that runs already. It
+    gets further pages as its answer grows. When none is left, the request that was admitted last gives back its own and
+    waits at the head of the queue; it goes on where it was.
+
+    A step prefills at most `max_num_batched_tokens`, of however many requests, so that arrivals and long prompts never
+    starve those who decode.
     """
 
-    def __init__(self, engine: Engine, max_queue: int, prefills_per_step: int = 4, prefill_chunk: int = 256):
+    def __init__(self, engine: Engine, max_queue: int, max_num_batched_tokens: int | None = None):
         self._engine = engine
         self._max_queue = max_queue
-        self._prefills_per_step = prefills_per_step
-        self._prefill_chunk = prefill_chunk
+        self._max_num_batched_tokens = max_num_batched_tokens or engine.max_num_batched_tokens
         self._cache = PageCache(engine.num_pages, engine.page_size, engine.heads_per_page, engine.head_pages)
-        self._queue: deque[Request] = deque()
-        self._sequences = [_Sequence(i) for i in range(engine.max_num_seqs)]
-        self._filling: _Sequence | None = None  # the one sequence whose prompt is not written yet
-        self._decoding: tuple[list[tuple[_Sequence, Request]], Any] = ([], None)  # the step that is under way
+        self._sequences: dict[str, _Sequence] = {}  # all that wait or run, by their requests' ids
+        self._queue: deque[_Sequence] = deque()
+        self._free_indices = list(range(engine.max_num_seqs))  # a heap
+        self._filling: _Sequence | None = None  # the one whose prompt is not written yet, the last that was admitted
+        self._decoding: list[_Sequence] = []  # the others that run, in the order of their admission
+        self._scoring: list[_Sequence] = []  # those of them whose prompts were scored in this step
+        self._under_way = _Step()
+        self._next_deadline = math.inf
         self._events: list[Event] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self._queue or self._events or any(s.request for s in self._sequences))
+        return bool(self._sequences or self._events)
 
     @property
     def num_running(self) -> int:
-        return sum(seq.request is not None for seq in self._sequences)
+        num_waiting = len(self._queue)  # any thread may ask, also between the two counts
+        return max(len(self._sequences) - num_waiting, 0)
 
     @property
     def num_waiting(self) -> int:
@@ -256,126 +312,234 @@ class Scheduler:
                 f"the request needs {needed} pages of {self._cache.page_size} positions and the engine has "
                 f"{self._cache.num_pages}: shorten the prompt or lower max_tokens"
             )
-        if any(request.id == r.id for r in self._live()):
+        if request.id in self._sequences:
             raise UserError(f"request id {request.id!r} is in use: give every request its own id")
-        free = sum(seq.request is None for seq in self._sequences)
-        if len(self._queue) >= self._max_queue + free:
+        if len(self._queue) >= self._max_queue + len(self._free_indices):
             raise QueueFull(f"{self._max_queue} requests are waiting already: try again later")
-        self._queue.append(request)
+        constraint = request.constraint() if request.constraint else None
+        seq = _Sequence(request, constraint, request.prompt_logprobs is not None)
+        seq.limit = len(request.prompt) + request.max_tokens - 1
+        self._sequences[request.id] = seq
+        self._queue.append(seq)
+        self._next_deadline = min(self._next_deadline, request.deadline)
 
     def cancel(self, id: str) -> None:
         """Ends a request where it stands; the next step reports it. One that has ended already is left alone."""
-        for request in self._live():
-            if request.id == id:
-                self._end(request, "cancelled")
+        if (seq := self._sequences.get(id)) is not None:
+            self._end(seq, "cancelled")
 
     def step(self, now: float = -math.inf) -> list[Event]:
         """Prefills a little, starts a step for every request whose prompt is written, and reports the step before.
 
         Requests whose deadline has come by `now` end first.
         """
-        for request in self._live():
-            if request.deadline <= now:
-                self._end(request, "deadline")
+        if self._next_deadline <= now:
+            self._end_overdue(now)
         self._prefill()
-        before, self._decoding = self._decoding, self._dispatch()
-        self._harvest(*before)
+        self._decode()
         events, self._events = self._events, []
         return events
 
-    def _live(self) -> list[Request]:
-        return [s.request for s in self._sequences if s.request] + list(self._queue)
+    def _end_overdue(self, now: float) -> None:
+        for seq in list(self._sequences.values()):
+            if seq.request.deadline <= now:
+                self._end(seq, "deadline")
+        self._next_deadline = min((seq.request.deadline for seq in self._sequences.values()), default=math.inf)
 
-    def _end(self, request: Request, reason: Reason) -> None:
-        seq = next((seq for seq in self._sequences if seq.request is request), None)
-        if seq is None:
-            self._queue.remove(request)
+    def _end(self, seq: _Sequence, reason: Reason) -> None:
+        if seq.allocation is None:
+            self._queue.remove(seq)
         else:
             self._release(seq)
-        self._events.append(Finished(request.id, reason))
+        del self._sequences[seq.request.id]
+        self._events.append(Finished(seq.request.id, reason))
 
     def _release(self, seq: _Sequence) -> None:
-        assert seq.request is not None and seq.allocation is not None
-        written = seq.request.prompt[: seq.prefilled]
-        if seq.answer:  # what was sampled last has not been written, as far as the host knows
-            written = (*seq.request.prompt, *seq.answer[:-1])
-        self._cache.free(seq.allocation, written)
-        seq.request = seq.allocation = None
-        if self._filling is seq:
+        """Takes its index and its pages from a sequence that runs."""
+        assert seq.allocation is not None
+        if seq is self._filling:
             self._filling = None
+        else:
+            self._decoding.remove(seq)
+        # what was sampled last has not been written, as far as the host knows
+        self._cache.free(seq.allocation, seq.tokens[: min(seq.written, len(seq.tokens) - 1)])
+        heapq.heappush(self._free_indices, seq.index)
+        seq.index, seq.allocation, seq.scores = -1, None, []
 
     def _prefill(self) -> None:
-        for _ in range(self._prefills_per_step):
-            if self._filling is None and not self._admit():
-                return
-            self._fill_chunk()
+        """Writes the next parts of prompts, also of those that wait, if there is room for them."""
+        budget, may_load = self._max_num_batched_tokens, True
+        chunks: list[Chunk] = []
+        while budget > 0:
+            if self._filling is None:
+                allocation = self._allocate() if may_load and self._queue and self._free_indices else None
+                if allocation is None:
+                    break
+                may_load = not allocation.load  # one cartridge a step at most: that takes its time as well
+                if self._reads(allocation, chunks):
+                    self._flush(chunks)
+                self._admit(allocation)
+            budget -= self._fill(budget, chunks)
+        self._flush(chunks)
 
-    def _admit(self) -> bool:
-        seq = next((seq for seq in self._sequences if seq.request is None), None)
-        if not self._queue or seq is None:
-            return False
-        request = self._queue[0]
-        allocation = self._cache.allocate(request.prefix, request.prompt, len(request.prompt) + request.max_tokens)
-        if allocation is None:
-            return False
-        self._queue.popleft()
+    def _allocate(self) -> Allocation | None:
+        """Pages for the first that waits, if there are enough."""
+        seq = self._queue[0]
+        num_running = len(self._decoding) + (self._filling is not None)
+        # of a prompt that is scored every token passes through the model
+        shared = () if seq.to_score else seq.tokens[:-1]
+        return self._cache.allocate(seq.request.prefix, shared, len(seq.tokens), spare=num_running)
+
+    def _reads(self, allocation: Allocation, chunks: Sequence[Chunk]) -> bool:
+        """Whether what was allocated has tokens of these chunks, which are not written yet."""
+        size, written = self._engine.page_size, set[int]()
+        for chunk in chunks:
+            last = chunk.position + len(chunk.tokens) - 1
+            written.update(chunk.block_table.pages[chunk.position // size : last // size + 1])
+        shared = (page for node in allocation.path[1:] for page in node.pages)
+        return not written.isdisjoint([*shared, *(allocation.copy or ())[:1]])
+
+    def _flush(self, chunks: list[Chunk]) -> None:
+        if chunks:
+            self._engine.prefill(chunks)
+            chunks.clear()
+
+    def _admit(self, allocation: Allocation) -> None:
+        """Lets the first that waits run."""
+        seq = self._queue.popleft()
         if allocation.load:
-            assert request.prefix is not None
-            self._engine.load(request.prefix, allocation.slots)
+            assert seq.request.prefix is not None
+            self._engine.load(seq.request.prefix, allocation.slots)
         if allocation.copy is not None:
             self._engine.copy(*allocation.copy, allocation.cached % self._engine.page_size)
-        seq.request, seq.allocation = request, allocation
-        seq.prefilled, seq.dispatched, seq.answer = allocation.cached, 0, []
+        seq.index, seq.allocation, seq.written = heapq.heappop(self._free_indices), allocation, allocation.cached
         self._filling = seq
-        self._events.append(Started(request.id, allocation.cached))
-        return True
+        if not seq.started:
+            seq.started = True
+            self._events.append(Started(seq.request.id, allocation.cached))
 
-    def _fill_chunk(self) -> None:
-        """Writes the next part of the prompt that is being written."""
-        seq = self._filling
-        assert seq is not None and seq.request is not None and seq.allocation is not None
-        prompt = seq.request.prompt
-        # The last prompt token is left for the first decode, which samples what follows it.
-        chunk = prompt[seq.prefilled : -1][: self._prefill_chunk]
-        if chunk:
-            self._engine.prefill(chunk, seq.prefilled, _block_table(seq))
-            seq.prefilled += len(chunk)
-        if seq.prefilled == len(prompt) - 1:
-            self._cache.insert(seq.allocation, prompt[:-1])
-            self._filling = None
+    def _fill(self, budget: int, chunks: list[Chunk]) -> int:
+        """Takes the next part of the prompt that is being written; returns how many tokens it has."""
+        seq, tokens = self._filling, self._filling.tokens
+        assert seq.allocation is not None
+        pages = seq.allocation.pages
+        # The last token is left for the first decode, which samples what follows it.
+        part = tokens[seq.written : -1][:budget]
+        chunk = Chunk(part, seq.written, BlockTable(pages, seq.allocation.slots))
+        seq.written += len(part)
+        if part and seq.to_score:
+            self._flush(chunks)
+            seq.scores.append(self._engine.score(chunk, tokens[chunk.position + 1 : seq.written + 1]))
+        elif part:
+            chunks.append(chunk)
+        if seq.written == len(tokens) - 1:
+            self._cache.insert(seq.allocation, tokens[:-1])
+            if (
+                seq.allocation.pages != pages
+            ):  # others had written the same: what was the sequence's own may be another's
+                self._flush(chunks)
+            self._begin(seq)
+        return len(part)
 
-    def _dispatch(self) -> tuple[list[tuple[_Sequence, Request]], Any]:
-        ready = [
-            (seq, seq.request)
-            for seq in self._sequences
-            if seq.request and seq is not self._filling and seq.dispatched < seq.request.max_tokens
-        ]
-        if not ready:
-            return [], None
-        decoded = self._engine.decode([_input(seq) for seq, _ in ready])
-        for seq, _ in ready:
-            seq.dispatched += 1
-        return ready, decoded
+    def _begin(self, seq: _Sequence) -> None:
+        """Lets a sequence decode whose prompt is written."""
+        request, allocation = seq.request, seq.allocation
+        assert allocation is not None
+        self._filling = None
+        self._decoding.append(seq)
+        if seq.to_score:
+            self._scoring.append(seq)
+        seq.room = len(allocation.pages) * self._engine.page_size
+        self._engine.begin(
+            SequenceInput(
+                index=seq.index,
+                token=seq.tokens[-1],
+                position=seq.written,
+                block_table=BlockTable(allocation.pages, allocation.slots),
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                seed=request.seed,
+                step=len(seq.answer),
+                top_logprobs=request.top_logprobs,
+                logits=request.logits and replace(request.logits, prompt=request.prompt, answer=tuple(seq.answer)),
+            )
+        )
 
-    def _harvest(self, ready: list[tuple[_Sequence, Request]], decoded: Any) -> None:
-        if not any(seq.request is request for seq, request in ready):
+    def _decode(self) -> None:
+        """Asks for the next token of every sequence that decodes, and harvests what was asked before."""
+        decoding = [seq for seq in self._decoding if seq.written < seq.limit]
+        if full := [seq for seq in decoding if seq.written == seq.room]:
+            self._make_room(full)
+            decoding = [seq for seq in self._decoding if seq.written < seq.limit]
+        indices = [seq.index for seq in decoding]
+        before = self._under_way
+        decoded = None
+        if any(seq.constraint for seq in decoding):
+            # while the model runs, the tokens are read that say what may follow them
+            logits = self._engine.forward(indices)
+            self._harvest(before)
+            masks = [seq.constraint.mask() if seq.constraint and seq.index >= 0 else None for seq in decoding]
+            decoded, before = self._engine.sample(logits, masks), _Step()
+        elif decoding:
+            decoded = self._engine.decode(indices)
+        for seq in decoding:
+            seq.written += 1
+        self._under_way = _Step(decoding, decoded, self._scoring)
+        self._scoring = []
+        self._harvest(before)
+
+    def _make_room(self, full: Sequence[_Sequence]) -> None:
+        """Gives sequences the page for their next token, which those that were admitted last give back if need be.
+
+        What these sample in the step that is under way is dropped, and sampled again when they go on.
+        """
+        for seq in full:
+            while seq.allocation is not None:
+                page = self._cache.extend(seq.allocation)
+                if page is not None:
+                    self._engine.extend(seq.index, page)
+                    seq.room += self._engine.page_size
+                    break
+                last = self._filling or self._decoding[-1]
+                self._release(last)
+                self._queue.appendleft(last)
+
+    def _harvest(self, step: _Step) -> None:
+        for seq in step.scoring:
+            if seq.allocation is not None:
+                self._take_scores(seq)
+        if not any(seq.allocation for seq in step.decoding):
             return  # all have ended meanwhile
-        for (seq, request), sampled in zip(ready, self._engine.harvest(decoded), strict=True):
-            if seq.request is request:
-                self._take(seq, request, sampled)
+        for seq, sampled in zip(step.decoding, self._engine.harvest(step.decoded), strict=True):
+            if seq.allocation is not None:
+                self._take(seq, sampled)
 
-    def _take(self, seq: _Sequence, request: Request, sampled: Sampled) -> None:
+    def _take_scores(self, seq: _Sequence) -> None:
+        request = seq.request
+        assert request.prompt_logprobs is not None
+        scored = [one for part in seq.scores for one in self._engine.scored(part, request.prompt_logprobs)]
+        seq.to_score, seq.scores = False, []
+        if not all(math.isfinite(one.sampled.logprob) for one in scored):
+            self._end(seq, "not_finite")
+            return
+        self._events.append(PromptScored(request.id, scored))
+        if request.max_tokens == 0:
+            self._end(seq, "length")
+
+    def _take(self, seq: _Sequence, sampled: Sampled) -> None:
+        request = seq.request
         if not math.isfinite(sampled.logprob):
-            self._end(request, "not_finite")
+            self._end(seq, "not_finite")
             return
         seq.answer.append(sampled.token)
-        count = request.top_logprobs
-        wanted = replace(sampled, top_ids=sampled.top_ids[:count], top_logprobs=sampled.top_logprobs[:count])
-        self._events.append(Token(request.id, wanted))
+        self._events.append(Token(request.id, sampled))
         if sampled.token in request.stop_ids:
-            self._end(request, "stop")
+            self._end(seq, "stop")
         elif len(seq.answer) == request.max_tokens:
-            self._end(request, "length")
+            self._end(seq, "length")
+        elif seq.constraint is not None:
+            seq.constraint.take(sampled.token)
 
 
 def most_tokens(engine: Engine, prefix: Prefix | None) -> int:
@@ -386,8 +550,9 @@ def most_tokens(engine: Engine, prefix: Prefix | None) -> int:
 def _check(request: Request, engine: Engine) -> None:
     if not request.prompt:
         raise UserError("the prompt is empty: give at least one token")
-    if request.max_tokens < 1:
-        raise UserError(f"max_tokens is {request.max_tokens}, expected at least 1")
+    fewest = 1 if request.prompt_logprobs is None else 0
+    if request.max_tokens < fewest:
+        raise UserError(f"max_tokens is {request.max_tokens}, expected at least {fewest}")
     slots = request.prefix.length if request.prefix else 0
     num_tokens = len(request.prompt) + request.max_tokens
     if slots + num_tokens > engine.max_length:
@@ -401,25 +566,3 @@ def _check(request: Request, engine: Engine) -> None:
             f"{len(request.prompt)} tokens of the prompt and {request.max_tokens} of the answer exceed the model's "
             f"window of {engine.max_position_embeddings}: shorten the prompt or lower max_tokens"
         )
-
-
-def _block_table(seq: _Sequence) -> BlockTable:
-    assert seq.allocation is not None
-    return BlockTable(seq.allocation.pages, seq.allocation.slots)
-
-
-def _input(seq: _Sequence) -> SequenceInput:
-    request = seq.request
-    assert request is not None
-    return SequenceInput(
-        index=seq.index,
-        token=None if seq.dispatched else request.prompt[-1],
-        position=len(request.prompt) - 1 + seq.dispatched,
-        block_table=_block_table(seq),
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        seed=request.seed,
-        step=seq.dispatched,
-        top_logprobs=request.top_logprobs,
-    )

@@ -20,11 +20,14 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import decode_specs
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving.decoder import Step, Weights, forward, logits
+from cartridges_jax.serving.logits_processors import LogitsParams, LogitsState, allowed, process
 from cartridges_jax.serving.metadata import PAGE_SIZE
-from cartridges_jax.serving.sampling import SamplingParams, normalizer, sample
+from cartridges_jax.serving.sampling import NEVER, normalizer, sample
+from cartridges_jax.serving.sequences import DecodeBatch
 
 # Everything about a step lies on every device; of a cartridge's heads each has those that its query heads read.
-STEP = Step(P(), P(), AttentionMetadata(*[P()] * 4, sharding.CARTRIDGE, sharding.CARTRIDGE))  # type: ignore[arg-type]
+METADATA = AttentionMetadata(*[P()] * 4, sharding.CARTRIDGE, sharding.CARTRIDGE)  # type: ignore[arg-type]
+STEP, BATCH = Step(P(), P(), METADATA), DecodeBatch(P(), P(), METADATA, P())  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -108,31 +111,104 @@ def decode_step(
     weights: Weights,
     cache: Pages,
     last: Int[Array, " seqs"],
-    indices: Int[Array, " b"],
-    step: Step,
-    sampling_params: SamplingParams,
+    batch: DecodeBatch,
     *,
     config: ModelConfig,
     mesh: Mesh,
     num_top: int,
     implementation: str | None = None,
-) -> tuple[Pages, Array, Any]:
+) -> tuple[Pages, Array, Any, Any]:
     """Writes a token of each request and samples the token that follows it.
 
     Args:
-      last: the last token of each sequence of the engine, which a token of -1 in `step` stands for.
-      indices: the sequences in `last` to which the rows of the batch belong; a row that only pads has none.
+      last: the last token of each sequence of the engine.
+
+    Returns:
+      The pages, the last tokens, the numbers of the batch's next step (`DecodeBatch.advancing`), and what is sampled.
     """
 
-    def local(weights: Weights, cache: Pages, last: Array, indices: Array, step: Step, params: SamplingParams):
-        tokens = jnp.where(step.tokens < 0, last[indices][:, None], step.tokens)
-        hidden_b1d, cache = forward(weights, cache, step.replace(tokens=tokens), config, implementation)
-        sampled = sample(logits(weights, hidden_b1d[:, 0]), params, num_top)
-        return cache, last.at[indices].set(sampled[0], mode="drop"), sampled
+    def local(weights: Weights, cache: Pages, last: Array, batch: DecodeBatch):
+        logits_bv, cache = _next_logits(weights, cache, last, batch, config, implementation)
+        last, sampled = _sampled(logits_bv, last, batch, num_top)
+        return cache, last, _advanced(batch), sampled
 
-    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), P(), STEP, P()
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), BATCH
+    run = sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P(), P(), P()))
+    return run(weights, cache, last, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "implementation"), donate_argnums=1)
+def logits_step(
+    weights: Weights,
+    cache: Pages,
+    last: Int[Array, " seqs"],
+    batch: DecodeBatch,
+    *,
+    config: ModelConfig,
+    mesh: Mesh,
+    implementation: str | None = None,
+) -> tuple[Pages, Any, Float[Array, "b v"]]:
+    """The first half of `decode_step`: what it samples from."""
+
+    def local(weights: Weights, cache: Pages, last: Array, batch: DecodeBatch):
+        logits_bv, cache = _next_logits(weights, cache, last, batch, config, implementation)
+        return cache, _advanced(batch), logits_bv
+
+    in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), BATCH
     run = sharding.on_mesh(local, mesh, in_specs, (sharding.PAGES, P(), P()))
-    return run(weights, cache, last, indices, step, sampling_params)
+    return run(weights, cache, last, batch)
+
+
+@functools.partial(jax.jit, static_argnames="num_top", donate_argnums=(0, 4))
+def sample_step(
+    last: Int[Array, " seqs"],
+    logits: Float[Array, "b v"],
+    batch: DecodeBatch,
+    mask: Int[Array, "b words"],
+    state: LogitsState | None = None,
+    logits_params: LogitsParams | None = None,
+    *,
+    num_top: int,
+) -> tuple[Array, Any, LogitsState | None]:
+    """The other half, among the tokens whose bits are set in the mask, 32 in a word, the lowest first.
+
+    With a state and the rows' parameters, logits are processed before; the tokens that are sampled are counted there.
+    """
+    if state is None or logits_params is None:
+        processed_bv = jnp.where(allowed(mask, logits.shape[1]), logits, NEVER)
+        return *_sampled(logits, last, batch, num_top, processed_bv), None
+    params, rows = batch.sampling_params, jax.tree.map(lambda of_all: of_all.at[batch.indices].get(mode="clip"), state)
+    processed_bv = process(logits, rows, logits_params, params.temperature, params.step, mask)
+    last, sampled = _sampled(logits, last, batch, num_top, processed_bv)
+    counts = state.counts.at[batch.indices, sampled[0]].add(1, mode="drop")
+    return last, sampled, state.replace(counts=counts)
+
+
+def _next_logits(
+    weights: Weights, cache: Pages, last: Array, batch: DecodeBatch, config: ModelConfig, implementation: str | None
+) -> tuple[Array, Pages]:
+    metadata, z = batch.metadata, cache.page_size
+    tokens_b = jnp.where(batch.tokens < 0, last[batch.indices], batch.tokens)
+    column_b1 = (metadata.starts // z)[:, None]
+    page_b = jnp.take_along_axis(metadata.block_table, column_b1, axis=1, mode="clip")[:, 0]
+    num_pages = len(cache.bias) // metadata.heads  # one more than the last page's number: it is written nowhere
+    slot_b = jnp.where(page_b < 0, num_pages, page_b) * z + metadata.starts % z
+    hidden_b1d, cache = forward(
+        weights, cache, Step(tokens_b[:, None], slot_b[:, None], metadata), config, implementation
+    )
+    return logits(weights, hidden_b1d[:, 0]), cache
+
+
+def _sampled(
+    logits_bv: Array, last: Array, batch: DecodeBatch, num_top: int, processed_bv: Array | None = None
+) -> tuple[Array, Any]:
+    sampled = sample(logits_bv, batch.sampling_params, num_top, processed_bv)
+    return last.at[batch.indices].set(sampled[0], mode="drop"), sampled
+
+
+def _advanced(batch: DecodeBatch) -> tuple[Array, Array, Array]:
+    tokens, starts, step = batch.advancing
+    return jnp.full_like(tokens, -1), starts + 1, step + 1
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top", "implementation"), donate_argnums=1)

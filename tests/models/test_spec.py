@@ -30,7 +30,7 @@ from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.parallel.sharding import mesh_of
 from cartridges_jax.serving.decoder import to_decode_layout
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import BlockTable, Prefix, SequenceInput
+from cartridges_jax.serving.scheduler import BlockTable, Chunk, Prefix, SequenceInput
 from cartridges_jax.training.losses import distillation_loss
 
 ROOT = Path(__file__).parents[2]
@@ -202,11 +202,11 @@ def test_it_decodes_as_its_forward_pass(toy: tuple[cj.LanguageModel, Tensors], a
         block_table = BlockTable(range(1, engine.num_pages), [0] if prefix else [])
         if prefix:
             engine.load(prefix, [0])
-        engine.prefill(tokens[:5], 0, block_table)
-        engine.prefill(tokens[5:9], 5, block_table)
+        engine.prefill([Chunk(tokens[:5], 0, block_table)])
+        engine.prefill([Chunk(tokens[5:9], 5, block_table)])
         for i in range(9, len(tokens)):
-            asked = SequenceInput(0, tokens[i], i, block_table, 0.0, 1.0, 0, 0, 0, VOCABULARY)
-            (said,) = engine.harvest(engine.decode([asked]))
+            engine.begin(SequenceInput(0, tokens[i], i, block_table, 0.0, 1.0, 0, 0, 0, VOCABULARY))
+            (said,) = engine.harvest(engine.decode([0]))
             assert_allclose(said.top_logprobs, wanted[i][list(said.top_ids)], rtol=0, atol=1e-5)
 
 

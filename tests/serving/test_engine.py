@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from engine_context import log_normal_lengths
+from scoring import score  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
@@ -20,10 +21,11 @@ from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
 from cartridges_jax.kernels.decode_attention.pages import lay_out_slots
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.cache import PageCache
-from cartridges_jax.serving.engine import PAGE_SIZE, PREFILL_SIZES, Engine
+from cartridges_jax.serving.engine import ACCELERATOR_PREFILL, CPU_PREFILL, PAGE_SIZE, Engine, PrefillSizes
 from cartridges_jax.serving.generate import generate, generate_ids, run
 from cartridges_jax.serving.scheduler import (
     BlockTable,
+    Chunk,
     Finished,
     Prefix,
     Request,
@@ -77,12 +79,19 @@ def block_table_in(engine: Engine, pages: Sequence[int], name: str) -> BlockTabl
     return engine.block_table(prefix_of(name), pages)
 
 
-def inputs(block_table: BlockTable, index: int, token: int | None, position: int, step: int = 0) -> SequenceInput:
-    return SequenceInput(index, token, position, block_table, 0.0, 1.0, 0, seed=0, step=step, top_logprobs=20)
+def inputs(block_table: BlockTable, index: int, token: int, position: int) -> SequenceInput:
+    return SequenceInput(index, token, position, block_table, 0.0, 1.0, 0, seed=0, step=0, top_logprobs=20)
 
 
 def decode(engine: Engine, batch: Sequence[SequenceInput]) -> list[Sampled]:
-    return engine.harvest(engine.decode(batch))
+    """A step of sequences that begin."""
+    for sequence in batch:
+        engine.begin(sequence)
+    return engine.harvest(engine.decode([sequence.index for sequence in batch]))
+
+
+def prefill(engine: Engine, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
+    engine.prefill([Chunk(tokens, position, block_table)])
 
 
 def expected(tokens: Sequence[int], name: str) -> np.ndarray:
@@ -105,17 +114,16 @@ def fill(engine: Engine, block_table: BlockTable, name: str, tokens: Sequence[in
     if prefix is not None:
         engine.load(prefix, block_table.slots)
     if tokens:
-        engine.prefill(tokens, 0, block_table)
+        prefill(engine, tokens, 0, block_table)
 
 
 def continue_greedily(
     engine: Engine, block_table: BlockTable, tokens: Sequence[int], count: int, index: int = 0
 ) -> list[Sampled]:
     """`tokens[:-1]` are in the cache already. Nothing is looked at before the last step has begun."""
-    position = len(tokens) - 1
-    first = [engine.decode([inputs(block_table, index, tokens[-1], position)])]
-    rest = [engine.decode([inputs(block_table, index, None, position + step, step)]) for step in range(1, count)]
-    return [engine.harvest(decoded)[0] for decoded in first + rest]
+    engine.begin(inputs(block_table, index, tokens[-1], len(tokens) - 1))
+    decoded = [engine.decode([index]) for _ in range(count)]
+    return [engine.harvest(step)[0] for step in decoded]
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)
@@ -138,7 +146,7 @@ def test_every_family_decodes_as_its_forward_pass(tiny_model: LanguageModel):
     tokens = np.random.default_rng(0).integers(0, tiny_model.config.vocab_size, 30).tolist()
     engine = Engine(tiny_model, 1, 64, batch_sizes=[1])
     block_table = BlockTable(range(engine.num_pages))
-    engine.prefill(tokens[:10], 0, block_table)
+    prefill(engine, tokens[:10], 0, block_table)
     wanted = np.asarray(jax.nn.log_softmax(tiny_model.logits(np.asarray([tokens]))))[0]
     for i in range(10, 30):
         [sampled] = decode(engine, [inputs(block_table, 0, tokens[i], i)])
@@ -169,16 +177,13 @@ def test_requests_with_different_cartridges_decode_together(engine: Engine):
     for name, prompt in prompts.items():
         fill(engine, block_tables[name], name, prompt[:-1])
     said: dict[str, list[Sampled]] = {name: [] for name in prompts}
+    indices = {name: index for index, name in enumerate(prompts)}
+    for name, prompt in prompts.items():
+        engine.begin(inputs(block_tables[name], indices[name], prompt[-1], len(prompt) - 1))
     for step in range(8):
-        batch = {}
-        for index, (name, prompt) in enumerate(prompts.items()):
-            token = None if step else prompt[-1]
-            batch[name] = inputs(block_tables[name], index, token, len(prompt) - 1 + step)
-        if step % 2:
-            batch = dict(
-                reversed(batch.items())
-            )  # the order of the inputs is that of the results, not of the sequences
-        for name, sampled in zip(batch, decode(engine, list(batch.values())), strict=True):
+        if step % 3 == 2:  # the order of the indices is that of the results, not of the sequences
+            indices = dict(reversed(indices.items()))
+        for name, sampled in zip(indices, engine.harvest(engine.decode(list(indices.values()))), strict=True):
             said[name].append(sampled)
     for name, prompt in prompts.items():
         log_probs = expected([*prompt, *(s.token for s in said[name])], name)
@@ -196,7 +201,7 @@ def test_a_shared_cartridge_is_as_good_as_a_copy(engine: Engine, name: str):
     fill(engine, block_tables[2], name, [])
     prompts, names = [TOKENS[9 * i : 20 + 20 * i] for i in range(4)], [name] * 3 + ["none"]
     for block_table, prompt in zip(block_tables, prompts, strict=True):
-        engine.prefill(prompt[:-1], 0, block_table)
+        prefill(engine, prompt[:-1], 0, block_table)
     batch = [
         inputs(block_table, index, prompt[-1], len(prompt) - 1)
         for index, (block_table, prompt) in enumerate(zip(block_tables, prompts, strict=True))
@@ -213,22 +218,38 @@ def test_a_copy_goes_its_own_way(engine: Engine, name: str):
     fill(engine, other, name, TOKENS[50:150])  # what the copy must overwrite
     engine.copy(mine.pages[0], other.pages[0], len(common))
     for block_table, tokens in ((mine, ours), (other, theirs)):
-        engine.prefill(tokens[30:-1], 30, block_table)
+        prefill(engine, tokens[30:-1], 30, block_table)
         same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, name)[-1])
 
 
-@pytest.mark.parametrize("size", sorted({s + d for s in PREFILL_SIZES for d in (-1, 0, 1)} | {1, 300}))
+@pytest.mark.parametrize("size", sorted({s + d for s in CPU_PREFILL.tokens for d in (-1, 0, 1)} | {1, 300}))
 def test_prefill_of_any_size(engine: Engine, size: int):
     tokens, block_table = TOKENS[: size + 1], block_table_of(engine, 2, "b")
     fill(engine, block_table, "b", tokens[:-1])
     same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "b")[-1])
 
 
+@pytest.mark.parametrize("sizes", [CPU_PREFILL, ACCELERATOR_PREFILL])
+def test_prefill_of_several_requests_is_that_of_each(
+    engine: Engine, sizes: PrefillSizes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine, "_prefill_sizes", sizes)
+    names = ["a", "none", "b", "a"]
+    prompts = [TOKENS[50 * i : 50 * i + n] for i, n in enumerate((20, 200, 14, 170))]
+    block_tables = [block_table_of(engine, index, name) for index, name in enumerate(names)]
+    for name, block_table, prompt in zip(names, block_tables, prompts, strict=True):
+        fill(engine, block_table, name, prompt[:5])
+    engine.prefill([Chunk(prompt[5:-1], 5, table) for prompt, table in zip(prompts, block_tables, strict=True)])
+    batch = [inputs(block_tables[i], i, prompt[-1], len(prompt) - 1) for i, prompt in enumerate(prompts)]
+    for sampled, prompt, name in zip(decode(engine, batch), prompts, names, strict=True):
+        same(sampled, expected(prompt, name)[-1])
+
+
 def test_prefill_in_pieces_is_prefill_at_once(engine: Engine):
     tokens, block_table = TOKENS[:201], block_table_of(engine, 2, "a")
     fill(engine, block_table, "a", [])
     for first, last in ((0, 3), (3, 20), (20, 36), (36, 200)):
-        engine.prefill(tokens[first:last], first, block_table)
+        prefill(engine, tokens[first:last], first, block_table)
     same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
@@ -237,7 +258,7 @@ def test_prefill_and_decoding_reach_the_last_position(engine: Engine, tail: int)
     """The padding of the last prefill lies past the pages: it must not wrap around or be clamped onto real tokens."""
     tokens, block_table = TOKENS[: LENGTH - slots_of("a")], block_table_of(engine, 1, "a")
     fill(engine, block_table, "a", tokens[: -tail - 1])
-    engine.prefill(tokens[-tail - 1 : -1], len(tokens) - tail - 1, block_table)
+    prefill(engine, tokens[-tail - 1 : -1], len(tokens) - tail - 1, block_table)
     same(continue_greedily(engine, block_table, tokens, 1)[0], expected(tokens, "a")[-1])
 
 
@@ -438,8 +459,8 @@ def test_nothing_is_compiled_after_warmup():
     try:
         requests = [replace(request(i), prompt=TOKENS[i : i + 1 + 29 * i]) for i in range(8)]
         assert len(sampled_tokens(engine, requests)) == 8
-        engine.score(TOKENS[:100], prefix_of("b"), 5)
-        engine.score(TOKENS[:7], None, 0)
+        score(engine, TOKENS[:100], prefix_of("b"), 5)
+        score(engine, TOKENS[:7], None, 0)
         assert not [name for name in compiled if "compile" in name]
         jax.jit(lambda x: x + 1)(1)
         assert [name for name in compiled if "compile" in name]  # the listener does listen
@@ -465,7 +486,7 @@ def test_a_short_top_p_is_greedy():
 @pytest.mark.parametrize("name", ["none", "a", "biased", "ragged"])
 def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: str, length: int):
     prompt = TOKENS[:length]
-    scored = engine.score(prompt, prefix_of(name), 5)
+    scored = score(engine, prompt, prefix_of(name), 5)
     wanted_tv = expected(prompt, name)
     assert [s.sampled.token for s in scored] == list(prompt[1:])
     for row_v, found in zip(wanted_tv, scored, strict=False):
@@ -498,11 +519,4 @@ def head_pages_of(slots: Sequence[int], count: int, heads: int) -> list[int]:
 def test_a_cartridge_may_have_no_slots(engine: Engine):
     none_lpkh = np.zeros((tiny.LAYERS, 0, tiny.KV_HEADS, tiny.HEAD_DIM), np.float32)
     empty = Prefix("empty", 0, Cartridge(none_lpkh, none_lpkh, num_frozen=0))
-    assert engine.score(TOKENS[:7], empty, 1) == engine.score(TOKENS[:7], None, 1)
-
-
-def test_scoring_touches_no_request(engine: Engine):
-    block_table = block_table_of(engine, engine.max_num_seqs - 1, "a")
-    fill(engine, block_table, "a", TOKENS[:20])
-    engine.score(TOKENS[30:400], prefix_of("b"), 3)
-    same(continue_greedily(engine, block_table, TOKENS[:21], 1)[0], expected(TOKENS[:21], "a")[-1])
+    assert score(engine, TOKENS[:7], empty, 1) == score(engine, TOKENS[:7], None, 1)

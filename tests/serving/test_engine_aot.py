@@ -17,7 +17,6 @@ from cartridges_jax.planning.chips import devices_of
 from cartridges_jax.planning.hlo import traffic
 from cartridges_jax.serving.decoder import to_decode_layout
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 from cartridges_jax.serving.steps import decode_step
 
 
@@ -27,7 +26,7 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
     config, rows = mesh_programs.CONFIG, 3
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), mesh_programs.inputs(config)[0])
     engine = Engine(LanguageModel("tiny", config, params, None, ""), rows, 256, batch_sizes=[rows], attention="xla")  # type: ignore[arg-type]
-    batch = engine._batch([SequenceInput(0, 1, 0, BlockTable([0]), 0.0, 1.0, 0, 0, 0)] * rows)
+    batch = engine._next_batch(range(rows))
     mesh = sharding.make_mesh(MeshConfig(tensor=4), devices_of(topology)[1][:4])
 
     with jax.set_mesh(mesh):  # a CPU's own weights lie otherwise
@@ -35,7 +34,7 @@ def test_a_step_compiles_and_communicates_what_it_does_on_cpus(topology: str) ->
         weights = jax.eval_shape(functools.partial(to_decode_layout, config=config, mesh=mesh), given)
     trees = (weights, decode_specs(config)), (engine._cache, sharding.PAGES)
     weights, cache = (sharding.abstract(tree, table, mesh) for tree, table in trees)
-    asked = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (engine._last, *batch))
+    asked = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (engine._last, batch))
     options = {"config": config, "mesh": mesh, "num_top": 5, "implementation": "xla"}
     compiled = decode_step.lower(weights, cache, *asked, **options).compile()
     found = traffic(compiled.as_text())

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scoring import score  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
@@ -172,16 +173,16 @@ def test_memory_full_of_nan_changes_nothing(new_engine: NewEngine, wanted):
     for tokens in (TOKENS[:200], TOKENS[:3]):
         for i in (0, 1):
             prefix = requests([i])[0].prefix
-            scores = [[s.sampled.logprob for s in e.score(tokens, prefix, 0)] for e in (poisoned, new_engine())]
+            scores = [[s.sampled.logprob for s in score(e, tokens, prefix, 0)] for e in (poisoned, new_engine())]
             np.testing.assert_allclose(*scores, atol=TOLERANCE)
 
 
 def test_scores_are_those_without_a_hostile_cartridge(engine: Engine):
-    before = [s.sampled for s in engine.score(TOKENS[:100], None, 3)]
+    before = [s.sampled for s in score(engine, TOKENS[:100], None, 3)]
     for kind in HOSTILE:
         prefix = attacks(kind, 1)[0].prefix
-        assert len(engine.score(TOKENS[:150], prefix, 3)) == 149
-        agree([s.sampled for s in engine.score(TOKENS[:100], None, 3)], before)
+        assert len(score(engine, TOKENS[:150], prefix, 3)) in (0, 149), "it is said whose numbers are not finite"
+        agree([s.sampled for s in score(engine, TOKENS[:100], None, 3)], before)
 
 
 def test_a_copied_beginning_brings_nothing_else(engine: Engine, wanted):

@@ -17,9 +17,11 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.cache import Allocation, PageCache
 from cartridges_jax.serving.scheduler import (
     BlockTable,
+    Chunk,
     Event,
     Finished,
     Prefix,
+    PromptScored,
     QueueFull,
     Request,
     Sampled,
@@ -61,6 +63,7 @@ class FakeEngine:
     page_size: int = 4
     heads_per_page: ClassVar[int] = 3
     max_position_embeddings: int = 1 << 20
+    max_num_batched_tokens: int = 1 << 10
     num_pages: int = 0  # 0: enough for as many requests as run together
     prefilled: int = 0
     log: list[str] = field(default_factory=list)
@@ -70,7 +73,7 @@ class FakeEngine:
         num_head_pages = self.num_pages * self.heads_per_page
         self.cells: list[list[object]] = [["garbage"] * self.page_size for _ in range(num_head_pages)]
         self.loaded: dict[int, int] = {}  # how many slots lie in the head pages whose first one this is
-        self.last: dict[int, int] = {}
+        self.sequences: dict[int, SequenceInput] = {}
 
     def head_pages(self, prefix: Prefix) -> int:
         return math.ceil(len(slots_of(prefix)) / self.page_size)
@@ -90,23 +93,72 @@ class FakeEngine:
         for cell in range(count):
             self._write((target, cell), self._token((source, cell)))
 
-    def prefill(self, tokens: Sequence[int], position: int, block_table: BlockTable) -> None:
-        assert tokens and position + len(tokens) <= self.max_length
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
+        assert 0 < sum(len(chunk.tokens) for chunk in chunks) <= self.max_num_batched_tokens
+        assert all(chunk.tokens for chunk in chunks)
         self.log.append("prefill")
-        self.prefilled += len(tokens)
-        for i, token in enumerate(tokens, start=position):
-            self._write(self._where(block_table, i), token)
+        for chunk in chunks:
+            self._fill(chunk)
+        for chunk in chunks:  # all at once: none may write what another has written
+            for i, token in enumerate(chunk.tokens, start=chunk.position):
+                assert self._token(self._where(chunk.block_table, i)) == token
 
-    def decode(self, inputs: Sequence[SequenceInput]) -> list[Sampled]:
-        assert inputs and len({i.index for i in inputs}) == len(inputs)
-        self.log.append("decode")
+    def _fill(self, chunk: Chunk) -> None:
+        assert chunk.position + len(chunk.tokens) <= self.max_length
+        self.prefilled += len(chunk.tokens)
+        for i, token in enumerate(chunk.tokens, start=chunk.position):
+            self._write(self._where(chunk.block_table, i), token)
+
+    def score(self, chunk: Chunk, following: Sequence[int]) -> list[Sampled]:
+        """The score of a token says what comes before it."""
+        assert len(following) == len(chunk.tokens) <= self.max_num_batched_tokens
+        self.log.append("score")
+        self._fill(chunk)
+        found = []
+        for i, token in enumerate(following, start=chunk.position):
+            said = next_token(self._read(chunk.block_table, i), 0, 0, self.vocab)
+            found.append(said._replace(token=token))
+        return found
+
+    def scored(self, result: list[Sampled], num_top: int) -> list[Scored]:
+        self.log.append("scored")
+        return [
+            Scored(one._replace(top_ids=one.top_ids[:num_top], top_logprobs=one.top_logprobs[:num_top]), num_top + 1)
+            for one in result
+        ]
+
+    def begin(self, sequence: SequenceInput) -> None:
+        pages = list(sequence.block_table.pages)
+        self.sequences[sequence.index] = replace(sequence, block_table=sequence.block_table._replace(pages=pages))
+
+    def extend(self, index: int, page: int) -> None:
+        self.sequences[index].block_table.pages.append(page)  # type: ignore[attr-defined]
+
+    def forward(self, indices: Sequence[int]) -> list[SequenceInput]:
+        assert indices and len(set(indices)) == len(indices)
+        self.log.append("forward")
+        inputs = [self.sequences[i] for i in indices]
         for i in inputs:
             assert i.position < self.max_length
-            token = self.last[i.index] if i.token is None else i.token
-            self._write(self._where(i.block_table, i.position), token)
-        sampled = [next_token(self._read(i.block_table, i.position), i.seed, i.step, self.vocab) for i in inputs]
-        self.last |= {i.index: s.token for i, s in zip(inputs, sampled, strict=True)}
-        return sampled
+            self._write(self._where(i.block_table, i.position), i.token)
+            self.sequences[i.index] = replace(i, position=i.position + 1, step=i.step + 1)
+        return inputs
+
+    def sample(self, logits: list[SequenceInput], masks: Sequence[set[int] | None]) -> list[Sampled]:
+        self.log.append("sample")
+        return [self._sample(i, mask) for i, mask in zip(logits, masks, strict=True)]
+
+    def decode(self, indices: Sequence[int]) -> list[Sampled]:
+        inputs = self.forward(indices)
+        self.log[-1] = "decode"
+        return [self._sample(i) for i in inputs]
+
+    def _sample(self, i: SequenceInput, mask: set[int] | None = None) -> Sampled:
+        said = next_token(self._read(i.block_table, i.position), i.seed, i.step, self.vocab)
+        if mask is not None and said.token not in mask:
+            said = said._replace(token=min(mask))
+        self.sequences[i.index] = replace(self.sequences[i.index], token=said.token)
+        return said._replace(top_ids=said.top_ids[: i.top_logprobs], top_logprobs=said.top_logprobs[: i.top_logprobs])
 
     def harvest(self, decoded: list[Sampled]) -> list[Sampled]:
         self.log.append("harvest")
@@ -136,22 +188,45 @@ class FakeEngine:
         slots = [self.cells[head_page][cell] for head_page, cell in places]
         return [*slots, *(self._token(self._where(block_table, i)) for i in range(position + 1))]
 
-    def score(self, tokens: Sequence[int], prefix: Prefix | None, num_top: int) -> list[Scored]:
-        return [
-            Scored(Sampled(token, -0.5, tuple(range(num_top)), (-1.0,) * num_top), num_top + 1) for token in tokens[1:]
-        ]
+
+class NoRepeats:
+    """A constraint that depends on all tokens before: none may come a third time."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def mask(self) -> set[int]:
+        return {token for token in range(VOCAB) if self.taken.count(token) < 2} | {STOP}
+
+    def take(self, token: int) -> None:
+        assert token in self.mask()
+        self.taken.append(token)
 
 
 def alone(request: Request) -> list[int]:
     """What the request would answer if there were no scheduler at all."""
     context, answer = [*slots_of(request.prefix), *request.prompt], []
+    constraint = request.constraint() if request.constraint else None
     while len(answer) < request.max_tokens:
         token = next_token(context, request.seed, len(answer)).token
+        if constraint:
+            token = token if token in constraint.mask() else min(constraint.mask())
+            constraint.take(token)
         answer.append(token)
         context.append(token)
         if token in request.stop_ids:
             break
     return answer
+
+
+def score_alone(request: Request) -> list[Scored]:
+    count, before = request.prompt_logprobs, [*slots_of(request.prefix)]
+    found = []
+    for i, token in enumerate(request.prompt[1:], start=1):
+        said = next_token([*before, *request.prompt[:i]], 0, 0)
+        best = {"top_ids": said.top_ids[:count], "top_logprobs": said.top_logprobs[:count]}
+        found.append(Scored(said._replace(token=token, **best), count + 1))
+    return found
 
 
 def finish(scheduler: Scheduler) -> list[Event]:
@@ -181,10 +256,12 @@ requests = st.builds(
     id=st.just(""),
     prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14).map(tuple),
     prefix=st.sampled_from(PREFIXES),
-    max_tokens=st.integers(1, 12),
+    max_tokens=st.integers(0, 12),
     seed=st.integers(0, 2),
     stop_ids=st.sampled_from([frozenset(), frozenset({STOP})]),
     top_logprobs=st.integers(0, 4),
+    prompt_logprobs=st.sampled_from([None, None, 0, 3]),
+    constraint=st.sampled_from([None, None, NoRepeats]),
 )
 operations = st.lists(
     st.one_of(
@@ -201,15 +278,15 @@ operations = st.lists(
 @given(
     operations,
     st.integers(1, 4),
-    st.integers(1, 3),
-    st.integers(1, 5),
+    st.integers(1, 12),
     st.sampled_from([1, 2, 4, 7]),
     st.sampled_from([0, 1.0, 1.4, 2.5]),
 )
-def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs, prefills, chunk, page_size, memory):
+def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs, most, page_size, memory):
     """With memory for so many requests of the greatest length; 0 means as many as run together."""
-    engine = FakeEngine(max_num_seqs, page_size=page_size, num_pages=math.ceil(memory * (40 / page_size + 1)))
-    scheduler = Scheduler(engine, 5, prefills_per_step=prefills, prefill_chunk=chunk)
+    num_pages = math.ceil(memory * (40 / page_size + 1))
+    engine = FakeEngine(max_num_seqs, page_size=page_size, num_pages=num_pages, max_num_batched_tokens=most)
+    scheduler = Scheduler(engine, 5)
     submitted: dict[str, Request] = {}
     cancelled: set[str] = set()
     events: list[Event] = []
@@ -217,12 +294,14 @@ def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs
     def step() -> None:
         engine.log.clear()
         before = {e.id for e in events if isinstance(e, Token)} - {e.id for e in events if isinstance(e, Finished)}
+        prefilled = engine.prefilled
         new = scheduler.step()
         events.extend(new)
-        assert engine.log.count("prefill") <= prefills and engine.log.count("decode") <= 1
+        assert engine.prefilled - prefilled <= most
+        assert engine.log.count("decode") + engine.log.count("forward") <= 1 and engine.log.count("load") <= 1
         going = before - {e.id for e in new if isinstance(e, Finished) and e.reason == "cancelled"}
         counts = {id: len(tokens) for id, tokens in answers(new).items()}
-        assert all(counts.get(id) == 1 for id in going), "a request that decodes gets one token every step"
+        assert memory or all(counts.get(id) == 1 for id in going), "a request that decodes gets one token every step"
         assert all(count == 1 for count in counts.values())
 
     for kind, value in operations:
@@ -233,7 +312,7 @@ def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs
                 said = answers(events).get(first.id, [])
                 request = replace(request, prefix=first.prefix, prompt=(*first.prompt, *said, *value.prompt))
             lengths = (request.prefix.length if request.prefix else 0, len(request.prompt) + request.max_tokens)
-            too_long = sum(lengths) > engine.max_length
+            too_long = sum(lengths) > engine.max_length or request.max_tokens < (request.prompt_logprobs is None)
             too_long |= sum(math.ceil(length / page_size) for length in lengths) > engine.num_pages
             try:
                 scheduler.submit(request)
@@ -268,21 +347,25 @@ def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs
             assert end.reason == "cancelled" and answer == expected[: len(answer)]
             continue
         assert answer == expected
-        stopped = answer[-1] in request.stop_ids
+        stopped = bool(answer) and answer[-1] in request.stop_ids
         assert end.reason == ("stop" if stopped else "length")
+        scores = [e.scored for e in events if isinstance(e, PromptScored) and e.id == end.id]
+        assert scores == ([] if request.prompt_logprobs is None else [score_alone(request)])
     for event in events:
         if isinstance(event, Token):
             count = submitted[event.id].top_logprobs
             assert len(event.sampled.top_ids) == len(event.sampled.top_logprobs) == count
         if isinstance(event, Started):
             assert 0 <= event.cached_tokens < len(submitted[event.id].prompt)
+        if isinstance(event, PromptScored):
+            assert event.id not in answers(events[: events.index(event)]), "a prompt's score comes before the answer"
     order = [int(e.id) for e in events if isinstance(e, Started)]
     assert order == sorted(order), "first come, first served"
     # No sequence has leaked: as many requests as before run at the same time.
     for i in range(max_num_seqs):
         scheduler.submit(Request(f"last{i}", (0,), max_tokens=3))
-    events = [event for _ in range(max_num_seqs) for event in scheduler.step()]
-    assert len(cached(events)) == min(max_num_seqs, engine.num_pages // math.ceil(4 / page_size))
+    events = scheduler.step()
+    assert len(cached(events)) == max_num_seqs if not memory else cached(events)
     finish(scheduler)
     # No page has leaked: a request that needs them all runs.
     whole = Request("whole", (0,), max_tokens=min(engine.num_pages * page_size, engine.max_length) - 1)
@@ -354,13 +437,32 @@ def test_requests_wait_for_memory_in_their_order():
     """The second does not fit beside the first; the third would, and still comes after it."""
     engine = FakeEngine(3, page_size=4, num_pages=11)
     scheduler = Scheduler(engine, 4)
-    for id, count in (("first", 19), ("second", 27), ("third", 3)):
-        scheduler.submit(Request(id, (1,), max_tokens=count))
+    for i, (id, count) in enumerate((("first", 19), ("second", 27), ("third", 3))):
+        scheduler.submit(Request(id, (i,) * count, max_tokens=1))
     events = scheduler.step()
     assert list(cached(events)) == ["first"]
     events += finish(scheduler)
     assert list(cached(events)) == ["first", "second", "third"]
     assert events.index(Finished("first", "length")) < events.index(Started("second", 0))
+
+
+def test_pages_are_taken_as_answers_grow_and_who_gives_them_back_loses_nothing():
+    """Each needs 6 pages in the end, and there are 9: three begin, and the first is never held up."""
+    engine = FakeEngine(3, page_size=4, num_pages=9)
+    scheduler = Scheduler(engine, 4)
+    constraints = None, None, NoRepeats
+    wanted = [Request(str(i), (i,) * 4, max_tokens=20, constraint=constraints[i]) for i in range(3)]
+    wanted.append(Request("3", (3,), max_tokens=2))
+    for request in wanted:
+        scheduler.submit(request)
+    steps = [scheduler.step() for _ in range(23)]
+    begun = [id for events in steps[:2] for id in cached(events)]
+    assert begun == ["0", "1", "2"]
+    assert all("0" in answers(events) for events in steps[1:21])
+    events = [event for events in steps for event in events] + finish(scheduler)
+    assert answers(events) == {request.id: alone(request) for request in wanted}
+    assert [e.id for e in events if isinstance(e, Started)] == [*begun, "3"], "what goes on has begun once"
+    assert engine.prefilled > 3 * 3, "and its tokens were written again"
 
 
 def test_what_is_dropped_is_what_was_used_longest_ago_and_it_is_loaded_again():
@@ -423,7 +525,7 @@ def test_a_deadline_ends_a_request_where_it_stands():
 
 def test_a_long_prompt_does_not_stop_the_others():
     engine = FakeEngine(2, max_length=1100)
-    scheduler = Scheduler(engine, 4, prefills_per_step=2, prefill_chunk=10)
+    scheduler = Scheduler(engine, 4, max_num_batched_tokens=20)
     scheduler.submit(Request("short", (1,), max_tokens=60))
     scheduler.step()
     scheduler.submit(Request("long", tuple(i % 5 for i in range(1001)), max_tokens=2))
@@ -481,7 +583,7 @@ def test_an_id_is_used_once_at_a_time():
 
 def test_cancelling_half_a_prompt_makes_room_and_keeps_what_is_written():
     engine = FakeEngine(1)
-    scheduler = Scheduler(engine, 4, prefills_per_step=1, prefill_chunk=4)
+    scheduler = Scheduler(engine, 4, max_num_batched_tokens=4)
     request = Request("x", tuple(range(7)) * 3, max_tokens=2)
     scheduler.submit(request)
     scheduler.step()

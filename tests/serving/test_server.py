@@ -26,7 +26,7 @@ from cartridges_jax import serve
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.choices import StopStrings
-from cartridges_jax.serving.scheduler import Request, Sampled, SequenceInput
+from cartridges_jax.serving.scheduler import Chunk, Request, Sampled, SequenceInput
 from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import CartridgeStore, UnknownCartridge
 
@@ -90,15 +90,20 @@ class ScriptEngine(FakeEngine):
         self.gate.set()
         self.steps = 0
 
-    def decode(self, inputs: Sequence[SequenceInput]) -> list[Sampled]:
+    def decode(self, indices: Sequence[int]) -> list[Sampled]:
         assert self.gate.wait(10)
         time.sleep(self.pause)
         self.steps += 1
-        super().decode(inputs)
-        return [self._say(self.script[i.step % len(self.script)]) for i in inputs]
+        return super().decode(indices)
 
-    def _say(self, token: int) -> Sampled:
-        return Sampled(token, -0.25, (token, 65, 66, 67), (-0.25, -2.0, -3.0, -4.0))
+    def score(self, chunk: Chunk, following: Sequence[int]) -> list[Sampled]:
+        super().score(chunk, following)
+        return [Sampled(token, -0.5, (0, 1, 2, 3), (-1.0,) * 4) for token in following]
+
+    def _sample(self, sequence: SequenceInput, mask: set[int] | None = None) -> Sampled:
+        super()._sample(sequence, mask)
+        token, count = self.script[sequence.step % len(self.script)], sequence.top_logprobs
+        return Sampled(token, -0.25, (token, 65, 66, 67)[:count], (-0.25, -2.0, -3.0, -4.0)[:count])
 
 
 class FakeCartridge:
@@ -644,7 +649,7 @@ def test_stopping_ends_what_runs():
 def test_a_failed_engine_is_said():
     engine = ScriptEngine(SAID)
 
-    def fail(inputs: Sequence[SequenceInput]) -> list[Sampled]:
+    def fail(indices: Sequence[int]) -> list[Sampled]:
         raise RuntimeError("out of memory")
 
     engine.decode = fail

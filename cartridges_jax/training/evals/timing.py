@@ -10,7 +10,7 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine
-from cartridges_jax.serving.scheduler import SequenceInput
+from cartridges_jax.serving.scheduler import Chunk, SequenceInput
 
 TIMED_TOKENS = 16  # an answer's tokens, over whose decoding the rate is measured
 
@@ -26,24 +26,18 @@ def time_answers(
     engine = Engine(model, 1, length, max_top_logprobs=1)
     block_table = engine.block_table(held, range(engine.num_pages))
 
-    def decode(token: int, position: int, step: int) -> int:
-        [sampled] = engine.harvest(
-            engine.decode([SequenceInput(0, token, position, block_table, 0.0, 1.0, 0, 0, step)])
-        )
-        return sampled.token
-
     first_token, rate = [], []
     for prompt in [prompts[0], *prompts]:  # the first run compiles
         start = time.perf_counter()
         if held is not None:
             engine.load(held, block_table.slots)
-        engine.prefill(prompt[:-1], 0, block_table)
-        position = len(prompt) - 1
-        token = decode(prompt[-1], position, 0)
+        engine.prefill([Chunk(prompt[:-1], 0, block_table)])
+        engine.begin(SequenceInput(0, prompt[-1], len(prompt) - 1, block_table, 0.0, 1.0, 0, 0, 0))
+        engine.harvest(engine.decode([0]))
         first_token.append(time.perf_counter() - start)
         start = time.perf_counter()
-        for step in range(1, TIMED_TOKENS):
-            token = decode(token, position + step, step)
+        for _ in range(1, TIMED_TOKENS):
+            engine.harvest(engine.decode([0]))
         rate.append((TIMED_TOKENS - 1) / (time.perf_counter() - start))
     return {
         "seconds_to_first_token": statistics.median(first_token[1:]),
