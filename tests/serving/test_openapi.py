@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
+import tiny
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from running import running  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from test_server import SAID, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
+from test_server import SAID, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
 
 from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.server import Server
@@ -25,7 +26,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
     folder = tmp_path_factory.mktemp("cartridges")
     (folder / "manual.safetensors").write_text("five!")
     store = CartridgeStore(folder, FakeCartridge, compose=FakeCartridge.compose)
-    return Server(ScriptEngine(SAID, max_num_seqs=4, max_length=400), TOKENIZER, store, "tiny", rng=random.Random(0))
+    engine = ScriptEngine(SAID, max_num_seqs=4, max_length=400)
+    return Server(engine, tiny.model().tokenizer, store, "tiny", rng=random.Random(0))
 
 
 @pytest.fixture(scope="module")
