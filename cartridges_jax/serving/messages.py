@@ -261,6 +261,6 @@ def _tool_choice(choice: Fields) -> object:
         return None
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
-    if kind not in CHOICES:
+    if kind not in tuple(CHOICES):  # it may be anything, also what has no hash
         refuse("tool_choice.type", kind, f"tool, {', '.join(CHOICES)}")
     return CHOICES[kind]

@@ -24,6 +24,7 @@ TEXTS = ("input_text", "output_text", "text")
 NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
 # Fields of a request that its response repeats.
 ECHOED = ("instructions", "max_output_tokens", "parallel_tool_calls", "temperature", "tools", "top_p", "truncation")
+REASONING = "reasoning.encrypted_content"  # which clients want where nothing is stored; there is none
 STORED = "this server stores nothing: send the whole conversation as input"
 
 
@@ -65,8 +66,11 @@ class Response:
 
     def read(self) -> GenerationRequest:
         asked = self._asked = TABLE.read(self._body, "responses")
-        if unknown := set(asked["include"]) - {"reasoning.encrypted_content"}:
-            refuse("include", sorted(map(str, unknown)), "nothing of this: the answer is all that is told")
+        # what a client that stores nothing itself would send back
+        if unknown := [
+            name for name in read_list("include", asked["include"]) if name != "reasoning.encrypted_content"
+        ]:
+            refuse("include", unknown, "nothing of this: the answer is all that is told")
         names = ("model", "cartridges", "temperature", "top_p", "stream", "parallel_tool_calls")
         chat = {
             **{name: asked[name] for name in names},

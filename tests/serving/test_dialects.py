@@ -125,6 +125,8 @@ def test_a_response_calls_tools():
         ({"truncation": "auto"}, "truncation", "shorten"),
         ({"text": {"format": {"type": "poem"}}}, "text.format", "expected"),
         ({"include": ["file_search_call.results"]}, "include", "nothing of this"),
+        ({"include": [{}]}, "include", "nothing of this"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", "only"),
         ({"nonsense": 1}, "nonsense", "no such field"),
     ],
 )
@@ -226,6 +228,7 @@ def test_a_message_calls_tools():
         ({"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "invalid_request_error", "custom"),
         ({"tool_choice": {"type": "some"}}, 400, "invalid_request_error", "tool, auto, any"),
+        ({"tool_choice": {"type": {}}}, 400, "invalid_request_error", "tool, auto, any"),
         ({"mcp_servers": [{"url": "x"}]}, 400, "invalid_request_error", "called by the client"),
         ({"model": "claude"}, 404, "not_found_error", "does not exist"),
         ({"max_tokens": 500}, 400, "invalid_request_error", "maximum context length is 400 tokens"),
