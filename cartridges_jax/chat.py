@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import os
 import random
 import signal
@@ -277,10 +278,11 @@ def _edit_lines() -> None:
 @contextlib.contextmanager
 def _typing_waits() -> Iterator[None]:
     """What is typed or pasted meanwhile does not show among what is written: it waits for the next prompt."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    has_termios = importlib.util.find_spec("termios") is not None  # which Windows lacks
+    if not (has_termios and sys.stdin.isatty() and sys.stdout.isatty()):
         yield
         return
-    import termios  # which systems with such terminals have
+    import termios
 
     before = termios.tcgetattr(sys.stdin)
     silent = [*before]

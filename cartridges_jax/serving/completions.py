@@ -65,9 +65,9 @@ class Completions:
         """The handler of a POST in an API of other words, which asks for one answer."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            spoken = dialect(self._reader, body := await read_body(request))
+            spoken = dialect(self._reader, await read_body(request))
             try:
-                generation = await self._read(lambda _: spoken.read(), body)
+                generation = await asyncio.to_thread(spoken.read)
                 async with self._answering(generation) as answer:
                     if generation.stream:
                         return await _stream(request, answer, spoken.writer(answer))

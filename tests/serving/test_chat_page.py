@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from browser import chromium
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Error, Page, expect
 from running import running  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 from test_server import END, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
 
@@ -263,6 +263,26 @@ def test_the_key_is_asked_for(serve_page: Callable[..., str], open_page: Callabl
     expect(page.locator("#cartridge")).to_have_value("manual")
     page.goto(page.url + "#compare")
     expect(page.locator("#document")).to_have_value(DOCUMENT)
+
+
+ASK = """async ([url, key]) => {
+  const headers = { Authorization: `Bearer ${key}`, "Content-Type": "application/json" };
+  const body = JSON.stringify({ messages: [{ role: "user", content: "hi" }], max_tokens: 4 });
+  const response = await fetch(`${url}/v1/chat/completions`, { method: "POST", headers, body });
+  return [response.status, response.headers.get("X-Request-Id").length, (await response.json()).object];
+}"""
+
+
+def test_a_browser_lets_the_page_of_an_allowed_site_ask(serve_page: Callable[..., str], browser: Browser):
+    page = browser.new_page()
+    site = serve_page()
+    page.goto(f"{site}/ping")  # a page of this site that may ask others
+    asked = serve_page(allow_origins=[site], api_key="secret")
+    assert page.evaluate(ASK, [asked, "secret"]) == [200, 32, "chat.completion"]
+    assert page.evaluate(ASK, [asked, "wrong"])[0] == 401
+    with pytest.raises(Error, match="Failed to fetch"):
+        page.evaluate(ASK, [serve_page(), ""])
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
