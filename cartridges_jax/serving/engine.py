@@ -311,10 +311,15 @@ class Engine:
         first_pages = BlockTable(range(self.pages_each))
         nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
-        def decode(size: int) -> None:
+        def decode(size: int, logits: LogitsRules | None = None) -> None:
             for i in range(size):
-                self.begin(SequenceInput(i, 0, 1, BlockTable([i]), 0.0, 1.0, 0, 0, 0))
+                self.begin(SequenceInput(i, 0, 1, BlockTable([i]), 0.0, 1.0, 0, 0, 0, logits=logits))
             self.harvest(self.decode(range(size)))
+
+        def masked(size: int) -> None:
+            decode(size, LogitsRules())  # its first half is the same
+            self._rules.clear()
+            self.harvest(self.sample(self.forward(range(size)), []))
 
         def prefill(size: int, rows: int) -> None:
             chunk = Chunk([0] * min(size, self.max_length), 0, first_pages)
@@ -325,6 +330,7 @@ class Engine:
         return [
             *(functools.partial(prefill, *one) for one in sizes),
             *(functools.partial(decode, size) for size in self._batch_sizes),
+            *(functools.partial(masked, size) for size in self._batch_sizes),
             functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear, 0),
