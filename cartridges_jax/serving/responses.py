@@ -66,11 +66,9 @@ class Response:
 
     def read(self) -> GenerationRequest:
         asked = self._asked = TABLE.read(self._body, "responses")
-        # what a client that stores nothing itself would send back
-        if unknown := [
-            name for name in read_list("include", asked["include"]) if name != "reasoning.encrypted_content"
-        ]:
-            refuse("include", unknown, "nothing of this: the answer is all that is told")
+        for name in read_list("include", asked["include"]):
+            if name != REASONING:
+                refuse("include", name, "nothing of this: the answer is all that is told")
         names = ("model", "cartridges", "temperature", "top_p", "stream", "parallel_tool_calls")
         chat = {
             **{name: asked[name] for name in names},
