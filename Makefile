@@ -10,9 +10,9 @@ CONFIG ?=
 MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 # `make test` leaves these out, and each of them has a command of its own below.
-OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not gpu
+OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not clients and not gpu
 
-.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot test-gpu golden fuzz fuzz-api soak bench-compression lint
+.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-clients test-aot test-gpu golden fuzz fuzz-api soak bench-compression lint
 
 # Large arrays get large pages, for which glibc asks only if it is told to, and vectors are as wide as the CPU has them:
 # a training step is a fifth faster on AVX-512.
@@ -52,6 +52,7 @@ test-slow: install browser
 PARITY := .venv-parity
 VLLM := .venv-vllm
 LITELLM := .venv-litellm
+CLIENTS := .venv-clients
 
 $(PARITY)/.made: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(PARITY)
@@ -76,6 +77,15 @@ $(LITELLM)/.made:
 
 test-litellm: install $(LITELLM)/.made
 	$(BIN)/python -m pytest -m litellm
+
+# So are the other clients, in one environment, each as it is today: a newer release may be a newer protocol.
+$(CLIENTS)/.made:
+	@$(PYTHON) -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python $(PIP) 'anthropic==2.14.0' 'lm-eval[api]==0.4.13' 'openai==3.57.0' 'openai-agents==0.24.0' 'torch==2.13.0'
+	@touch $@
+
+test-clients: install $(CLIENTS)/.made
+	$(BIN)/python -m pytest -m clients
 
 test-vllm: install $(VLLM)/.made
 	$(BIN)/python -m pytest -m vllm

@@ -273,11 +273,12 @@ class Soak:
         """Nothing runs any more, and memory is as it was after the first fifth of the time."""
         for _ in range(100):
             async with self._session.get(f"{self._url}/metrics") as response:
-                live = re.search(r"^cartridges_jax_answers_live (\d+)$", await response.text(), re.MULTILINE)
-            if live and live[1] == "0":
+                told = await response.text()
+            live = re.findall(r"^vllm:num_requests_(?:running|waiting){.*} (.+)$", told, re.MULTILINE)
+            if live == ["0.0", "0.0"]:
                 break
             await asyncio.sleep(0.1)
-        self._expect(bool(live) and live[1] == "0", f"answers are left running: {live and live[0]}")
+        self._expect(live == ["0.0", "0.0"], f"answers are left running or waiting: {live}")
         fifths = self._fifths()
         if fifths:
             growth = fifths[-1] - fifths[1]

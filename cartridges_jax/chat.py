@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
+import os
 import random
 import signal
 import sys
@@ -35,7 +37,9 @@ HELP = """\
 /undo             forget the last question and its answer
 /cartridge NAME   go on with another cartridge: a name in --cartridges, a file or folder, hf:… or wandb:…; or none
 /compare [TEXT]   ask this, or the last question, with nothing, with the cartridge and with --document in the prompt
-/quit             leave; Ctrl-C stops an answer"""
+/quit             leave, as Ctrl-D does; Ctrl-C stops an answer, and clears the line at the prompt"""
+# What a terminal is told so that it marks what is pasted.
+MARK_PASTES, MARK_NOTHING = "\x1b[?2004h", "\x1b[?2004l"
 
 
 @dataclass
@@ -175,17 +179,25 @@ class Terminal:
         """Reads and answers until /quit or the end of the input."""
         while True:
             try:
-                line = self.read().strip()
-            except (EOFError, KeyboardInterrupt):
+                text = self.read().strip()
+            except KeyboardInterrupt:
+                self.write("\n")
+                continue
+            except EOFError:
                 self.write("\n")
                 return
-            if line == "/quit":
+            if text == "/quit":
                 return
-            if line.startswith("/"):
-                name, _, rest = line.partition(" ")
-                self._command(name, rest.strip())
-            elif line:
-                self._show(self.chat.answer(line))
+            with _typing_waits():
+                self._take(text)
+
+    def _take(self, text: str) -> None:
+        """Does what a command says, or answers a question of one or more lines."""
+        if text.startswith("/"):
+            name, _, rest = text.partition(" ")
+            self._command(name, rest.strip())
+        elif text:
+            self._show(self.chat.answer(text))
 
     def _command(self, name: str, rest: str) -> None:
         if name == "/clear":
@@ -196,8 +208,10 @@ class Terminal:
             self._change(rest)
         elif name == "/compare":
             self._compare(rest)
-        else:
+        elif name in ("/help", "/cartridge"):
             self.write(f"{HELP}\n")
+        else:
+            self.write(f"{name} is no command:\n{HELP}\n")
 
     def _change(self, name: str) -> None:
         try:
@@ -252,6 +266,37 @@ def _interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+def _edit_lines() -> None:
+    """Gives the prompt arrow keys and earlier questions, and pasted lines as one, where Python has GNU readline."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        if "libedit" not in (readline.__doc__ or ""):
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+@contextlib.contextmanager
+def _typing_waits() -> Iterator[None]:
+    """What is typed or pasted meanwhile does not show among what is written: it waits for the next prompt."""
+    has_termios = importlib.util.find_spec("termios") is not None  # which Windows lacks
+    if not (has_termios and sys.stdin.isatty() and sys.stdout.isatty()):
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    marking = os.environ.get("TERM", "dumb") != "dumb"
+    print(end=MARK_PASTES * marking, flush=True)
+    try:
+        yield
+    finally:
+        print(end=MARK_NOTHING * marking, flush=True)
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
 def main(argv: list[str]) -> int:
     args = _arguments(argv)
     document = None if args.document is None else files.read_text(args.document, "the text that /compare asks with")
@@ -260,8 +305,7 @@ def main(argv: list[str]) -> int:
     from cartridges_jax.serving.engine import Engine as DeviceEngine
 
     keep_programs()
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  arrow keys and earlier questions; not on every system
+    _edit_lines()
 
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, dtype="float32")

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import io
 import json
+import re
 import signal
 import socket
 import sys
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from cartridges_jax.command_line import config, files, progress
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.serving.server import Server, is_loopback
+from cartridges_jax.serving.access import ANY, is_loopback
+from cartridges_jax.serving.server import Server
 from cartridges_jax.serving.store import NAME, CartridgeStore
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from cartridges_jax.serving.engine import Engine
 
 DEFAULT_FOLDER = "cartridges"
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+/?")
 LIMITS = {
     "port": (0, 65535),
     "max_num_seqs": (1, 4096),
@@ -109,6 +112,19 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--document", type=Path, help="a text that the chat page at / compares cartridges with")
     parser.add_argument("--api-key-file", type=Path, help="file with the key that clients must send")
     parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help=f"a site like https://chat.example whose pages may ask this server, or {ANY} for all",
+    )
+    parser.add_argument(
+        "--list-cartridges",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="list MODEL:CARTRIDGE in /v1/models beside the model (Tokasaurus' own client wants one model there)",
+    )
+    parser.add_argument(
         "--warmup",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -119,7 +135,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected {low} to {high}")
+    args.allow_origin = [_origin(given) for given in args.allow_origin]
     return args
+
+
+def _origin(given: str) -> str:
+    """An origin as browsers write it. Raises: UserError."""
+    if given != ANY and not ORIGIN.fullmatch(given.lower()):
+        raise UserError(f"--allow-origin is {given!r}, expected a site like https://chat.example:8443, or {ANY}")
+    return given.lower().rstrip("/")
 
 
 def _named(given: str) -> tuple[str, str]:
@@ -182,6 +206,8 @@ def _load(
         max_body=args.max_body,
         max_seconds=args.max_seconds,
         api_key=api_key,
+        allow_origins=args.allow_origin,
+        list_cartridges=args.list_cartridges,
         describe=describe,
         kv_bytes_per_token=bytes_per_token,
         document=document,

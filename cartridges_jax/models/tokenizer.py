@@ -25,6 +25,7 @@ from cartridges_jax.command_line.files import read_json
 from cartridges_jax.models.hub import ModelFiles, gguf_parts
 
 if TYPE_CHECKING:
+    import llguidance
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,6 +35,7 @@ _LLAMA3 = _WORDS % r"\p{N}{1,3}"
 _QWEN2 = _WORDS % r"\p{N}"
 _PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 _PROBES = (".", ",")  # system messages
+_OPEN_END = "<<the message goes on here>>"  # is cut off with all that a template puts behind it
 
 # tokenizer.ggml.token_type; UNUSED is padding that converters add up to the size of the embedding.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
@@ -80,6 +82,32 @@ class Tokenizer:
         """Gives the text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that name no token are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Gives the bytes of a token, which may be a part of a character."""
+        return self.grammar_vocabulary.decode_bytes([token_id])
+
+    def is_special(self, token_id: int) -> bool:
+        """Says whether a token is one that `decode` leaves out, such as the end of a turn."""
+        return token_id in self._special_ids
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def grammar_vocabulary(self) -> llguidance.LLTokenizer:
+        """The vocabulary as grammars take it: the bytes of every token, and those that end an answer."""
+        import llguidance
+
+        return llguidance.LLTokenizer(self._backend.to_str(), self.vocab_size, sorted(self.stop_ids))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says of it: class, special tokens and chat template."""
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token")) | self._wrapped.special_tokens_map
+        template = {"chat_template": self._wrapped.chat_template}
+        return {"tokenizer_class": type(self._wrapped).__name__, "vocab_size": self.vocab_size, **special, **template}
+
     def on(self, day: datetime.date) -> Tokenizer:
         """Gives a tokenizer whose chat template is told that today is `day`, instead of the true date."""
         pinned = copy.copy(self)
@@ -87,26 +115,43 @@ class Tokenizer:
         return pinned
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Renders a conversation as text by the model's own Jinja template.
 
         Args:
           thinking: the template's `enable_thinking`, for models that know it; None leaves it to the template.
+          variables: others of the template, such as `tools`; and `continue_final_message`, which leaves the last
+            message open.
 
         Raises:
           UserError: the model has no chat template, or its template refuses these messages.
         """
-        return self._render(messages, add_generation_prompt, thinking)
+        return self._render(messages, add_generation_prompt, thinking, variables)
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Gives the ids of `render_chat`'s text; no BOS is added, as templates write it. Raises: as `render_chat`."""
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking))
+        return self.encode(self._render(messages, add_generation_prompt, thinking, variables))
 
     def render_turns(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Renders a conversation behind a cartridge, which takes the place of the BOS and of the system message.
 
@@ -114,13 +159,18 @@ class Tokenizer:
         it costs a small model most of what the cartridge knows, so it is left out; one among `messages` stays.
         Raises: as `render_chat`.
         """
-        return self._parted(messages, add_generation_prompt, thinking)[1]
+        return self._parted(messages, add_generation_prompt, thinking, variables)[1]
 
     def turn_ids(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, thinking: bool | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Gives the ids of `render_turns`' text, which follows a cartridge. Raises: as `render_chat`."""
-        return self._ids_behind(*self._parted(messages, add_generation_prompt, thinking))
+        return self._ids_behind(*self._parted(messages, add_generation_prompt, thinking, variables))
 
     def continued_ids(self, text: str) -> list[int]:
         """Gives the ids of any text that follows a cartridge; those of `render_turns`' text are `turn_ids`."""
@@ -145,43 +195,61 @@ class Tokenizer:
         prompt, whole = self._ids_behind(opening, turns), self._ids_behind(opening, turns + answer)
         return prompt, whole[len(prompt) :] if whole[: len(prompt)] == prompt else self.encode(answer)
 
+    @functools.cached_property
+    def template_variables(self) -> frozenset[str]:
+        """The names that the chat template reads."""
+        import jinja2.meta
+
+        if not self._wrapped.chat_template:
+            return frozenset()
+        try:
+            parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(self._wrapped.get_chat_template())
+        except jinja2.TemplateError:  # what it says itself is told when a conversation is rendered
+            return frozenset()
+        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+
     def _render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         thinking: bool | None,
-        **variables: str,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         # `apply_chat_template` renders by it, too, but lets nobody say what day it is.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         if not self._wrapped.chat_template:
             raise UserError("this model has no chat template: use an instruction-tuned model, or plain completions")
-        options = {**self._wrapped.special_tokens_map, **variables}
+        options = {"tools": None, "documents": None, **self._wrapped.special_tokens_map, **(variables or {})}
+        is_open = options.pop("continue_final_message", False)
+        messages = [dict(message) for message in messages]
+        if is_open:
+            messages[-1]["content"] += _OPEN_END
         if thinking is not None:
             options["enable_thinking"] = thinking
         if self._day is not None:
             options["strftime_now"] = self._day.strftime
         try:
-            return _compile_jinja_template(self._wrapped.get_chat_template()).render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **options,
+            text = _compile_jinja_template(self._wrapped.get_chat_template()).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **options
             )
         except Exception as error:  # jinja's own, and whatever Python says to a template's expressions
             raise UserError(f"the model's chat template refuses these messages: {error}") from error
+        return text.rpartition(_OPEN_END)[0] if is_open else text
 
     def _parted(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, thinking: bool | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        thinking: bool | None,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[str, str]:
         """Splits a rendering into what a cartridge stands for and the turns behind it."""
         apart = None
         if not any(message["role"] == "system" for message in messages):
-            apart = self._behind_system_message(messages, add_generation_prompt, thinking)
+            apart = self._behind_system_message(messages, add_generation_prompt, thinking, variables)
         if apart is None:  # a system message is asked for, or would leave a trace in the turns: as it is without
-            apart = "", self.render_chat(messages, add_generation_prompt=add_generation_prompt, thinking=thinking)
+            apart = "", self._render(messages, add_generation_prompt, thinking, variables)
         opening, turns = apart
         bos = self._bos
         if bos and turns.startswith(bos) and bos not in opening:
@@ -189,16 +257,21 @@ class Tokenizer:
         return opening, turns
 
     def _behind_system_message(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, thinking: bool | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        thinking: bool | None,
+        variables: Mapping[str, Any] | None,
     ) -> tuple[str, str] | None:
         """Splits a rendering into its system message and what follows; None if the template mixes the two.
 
         Two system messages are tried: if the template puts them into the user's turn, what follows differs.
         """
         systems = [{"role": "system", "content": content} for content in _PROBES]
+        render = functools.partial(self._render, variables=variables)
         for render_system in (self._system_alone, self._system_without_eos, self._system_before_turns):
             try:
-                wholes = [self._render([system, *messages], add_generation_prompt, thinking) for system in systems]
+                wholes = [render([system, *messages], add_generation_prompt, thinking) for system in systems]
                 openings = [render_system(system, thinking) for system in systems]
             except UserError:
                 continue
@@ -233,7 +306,7 @@ class Tokenizer:
         turn = {"role": "user", "content": "."}
         conversation = [turn, {"role": "assistant", "content": "."}, turn]
         try:
-            if not self._render(conversation, True, None, bos_token="").startswith(bos):
+            if not self._render(conversation, True, None, {"bos_token": ""}).startswith(bos):
                 return bos  # the template itself calls it that
             return bos if self._render(conversation, True, None).count(bos) == 1 else ""
         except UserError:  # one that knows no second turn

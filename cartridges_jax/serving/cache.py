@@ -110,6 +110,17 @@ class PageCache:
         self._idle: dict[Node, None] = {}  # nodes that no request uses; the one used longest ago comes first
         self._num_idle_pages = 0  # that are theirs alone
 
+    @property
+    def num_used(self) -> int:
+        """Pages that requests hold; any others are free, or can be freed at once.
+
+        Another thread may ask: it sees lists that were copied in one piece, of about the same moment.
+        """
+        idle = list(self._idle)
+        dropped = {node.fragment for node in idle}
+        emptied = sum(taken <= dropped for taken in list(self._fragments.values()))
+        return self.num_pages - len(self._free_pages) - sum(len(node.pages) for node in idle) - emptied
+
     def pages_needed(self, prefix: Prefix | None, num_tokens: int) -> int:
         """How many pages a request takes if it has nothing in common with others; part of a page counts as one."""
         slots = -(-self._head_pages(prefix) // self.heads_per_page) if prefix else 0

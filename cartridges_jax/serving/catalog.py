@@ -80,6 +80,10 @@ class Catalog:
             message = f"cartridge {names!r} cannot be loaded: the server's log says why"
             raise ApiError(500, message, "cartridges", "cartridge_broken") from error
 
+    async def local_ids(self) -> list[str]:
+        """The cartridges that a model's name may choose, sorted."""
+        return await self._in(self._lister, self._store.list)
+
     async def listing(self, _: web.Request) -> web.Response:
         return web.Response(text=await self._in(self._lister, self._listed), content_type="application/json")
 

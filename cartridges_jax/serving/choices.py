@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,28 +21,36 @@ from cartridges_jax.serving.scheduler import (
     Started,
     Token,
 )
+from cartridges_jax.serving.tools import Call, CallParser, format_of
 
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 TOO_LATE = "the answer took longer than this server allows: ask for fewer tokens, or again when it is less busy"
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; holds back an end that may still become one.
+    """Lets text through up to the first stop string, or with it; holds back an end that may still become one.
 
     Knuth, Morris and Pratt's search: of each stop string it is known how much of it the text ends with, so that work is
     linear in the text, whatever repeats itself in either.
     """
 
-    def __init__(self, stops: tuple[str, ...]):
+    def __init__(self, stops: tuple[str, ...], include: bool = False):
         self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._include = include
         self._matched = [0] * len(stops)
         self._held = ""
+        self.found: str | None = None  # the stop string that ended the text
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Takes a piece of text; gives the text that is certain now, and whether a stop string follows it."""
-        begins = [at for i in range(len(self._stops)) if (at := self._find(i, piece)) is not None]
+        """Takes a piece of text; gives the text that is certain now, and whether a stop string ends it."""
+        begins = [
+            (at, len(stop)) for i, (stop, _) in enumerate(self._stops) if (at := self._find(i, piece)) is not None
+        ]
         self._held += piece
         if begins:
-            certain, self._held = self._held[: min(begins)], ""
+            at, length = min(begins)
+            self.found = self._held[at : at + length]
+            certain, self._held = self._held[: at + length * self._include], ""
             self._matched = [0] * len(self._stops)
             return certain, True
         split = len(self._held) - max(self._matched, default=0)
@@ -84,37 +93,95 @@ class Delta:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "cancelled"] | None = None
+    offsets: list[int] = field(default_factory=list)  # how many characters come before each of these tokens
+    tool_calls: list[Call] = field(default_factory=list)  # parts of calls, in OpenAI's shape of chunks
+    finish_reason: FinishReason | None = None
 
     def add(self, other: Delta) -> None:
         self.text += other.text
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
+        self.offsets += other.offsets
+        self.tool_calls += other.tool_calls
         self.finish_reason = other.finish_reason
+
+
+class Tokens:
+    """How tokens are told: their text, their bytes, and where they stand in a text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.name = functools.lru_cache(1 << 16)(self._name)
+
+    def _name(self, token: int) -> str:
+        """The token's text; a part of a character is spelt as OpenAI does, `bytes:\\xf0\\x9f`, so that all differ."""
+        raw = self.tokenizer.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def entry(self, token: int, logprob: float | None, as_id: bool) -> dict[str, Any]:
+        """The log-probability of a token. Its bytes join to the text, in which special tokens do not stand."""
+        raw = None if self.tokenizer.is_special(token) else list(self.tokenizer.token_bytes(token))
+        name = f"token_id:{token}" if as_id else self.name(token)
+        return {"token": name, "token_id": token, "logprob": logprob, "bytes": raw}
+
+
+class Offsets:
+    """Counts characters token by token; a part of a character stands where the character does."""
+
+    def __init__(self, tokens: Tokens):
+        self._tokens, self._characters = tokens, codecs.getincrementaldecoder("utf-8")("replace")
+        self._count = 0
+
+    def push(self, token: int, is_shown: bool) -> int:
+        """How many characters come before the next token, which is in the text or not."""
+        before = self._count
+        if is_shown:
+            self._count += len(self._characters.decode(self._tokens.tokenizer.token_bytes(token)))
+        return before
 
 
 class Choice:
     """Turns the events of one choice into deltas."""
 
-    def __init__(
-        self, generation: GenerationRequest, request: Request, tokenizer: Tokenizer, token_text: Callable[[int], str]
-    ):
-        self._generation, self._request, self._token_text = generation, request, token_text
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(generation.stops)
+    def __init__(self, generation: GenerationRequest, request: Request, tokens: Tokens):
+        self._generation, self._request, self._tokens = generation, request, tokens
+        self._calls = None
+        skips = generation.skip_special_tokens
+        if generation.tools is not None:
+            names = [function["name"] for function in generation.tools.callable]
+            self._calls = CallParser(form := format_of(tokens.tokenizer), names)
+            skips &= not form.begin  # which may be such a token
+        self._decoder = StreamDecoder(tokens.tokenizer, skip_special_tokens=skips)
+        self._stops = StopStrings(generation.stops, generation.include_stops)
+        self._offsets = Offsets(tokens)
         self.num_tokens = self.cached_tokens = 0
+        self.ended: float | None = None  # time.monotonic() of its end
+        self.sum_logprobs = 0.0
         self.prompt: list[Scored] | None = None  # the score of its prompt, if that was asked for
-        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stops.found
 
     def take(self, event: Event) -> Delta:
         """What an event adds. Raises: ApiError, when time is up, or the model's numbers are not finite."""
         delta = Delta()
         if isinstance(event, Started):
             self.cached_tokens = event.cached_tokens
+            if self._generation.echo and not self._generation.logprobs:
+                delta.text = "".join(map(self._decoder.push, self._request.prompt))
         elif isinstance(event, PromptScored):
             self.prompt = event.scored
+            if self._generation.echo and self._generation.logprobs:
+                self._echo(delta, event.scored)
         elif isinstance(event, Token):
             self.num_tokens += 1
+            self.sum_logprobs += event.sampled.logprob
             delta = self._token(event.sampled)
         elif event.reason == "deadline":
             raise ApiError(504, TOO_LATE, code="timeout")
@@ -125,13 +192,25 @@ class Choice:
             if self.finish_reason is None:  # flushing may have completed a stop string
                 delta.text += self._stops.flush()
                 self.finish_reason = event.reason
+        if self._calls is not None:
+            self._read_calls(self._calls, delta)
         delta.finish_reason = self.finish_reason
         return delta
 
     def _token(self, sampled: Sampled) -> Delta:
-        hidden = sampled.token in self._request.stop_ids and not self._request.ignore_eos
-        text = "" if hidden else self._certain(self._decoder.push(sampled.token))
-        return Delta(text, [sampled.token], [self._entry(sampled)] if self._generation.logprobs else [])
+        is_shown = sampled.token not in self._request.stop_ids or self._generation.include_stops
+        delta = Delta(self._certain(self._decoder.push(sampled.token)) if is_shown else "", [sampled.token])
+        if self._generation.logprobs:
+            self._tell(delta, sampled, is_shown)
+        return delta
+
+    def _read_calls(self, parser: CallParser, delta: Delta) -> None:
+        """Takes calls out of a text; a model that has called has stopped for that."""
+        delta.text, delta.tool_calls = parser.push(delta.text)
+        if self.finish_reason is not None:
+            delta.text += parser.flush()
+        if self.finish_reason == "stop" and parser.count:
+            self.finish_reason = "tool_calls"
 
     def _certain(self, piece: str) -> str:
         certain, stopped = self._stops.push(piece)
@@ -139,12 +218,23 @@ class Choice:
             self.finish_reason = "stop"
         return certain
 
-    def _entry(self, sampled: Sampled) -> dict[str, Any]:
-        alternatives = zip(sampled.top_ids, sampled.top_logprobs, strict=True)
-        best = [self._logprob(token, logprob) for token, logprob in alternatives]
-        return {**self._logprob(sampled.token, sampled.logprob), "top_logprobs": best}
+    def _echo(self, delta: Delta, scored: Sequence[Scored]) -> None:
+        """Adds the prompt, with log-probabilities of all its tokens but the first."""
+        first = self._request.prompt[0]
+        delta.text = "".join(map(self._decoder.push, self._request.prompt))
+        entry = self._tokens.entry(first, None, self._generation.tokens_as_ids)
+        delta.logprobs.append(entry | {"top_logprobs": []})
+        delta.offsets.append(self._offsets.push(first, self._is_text(first)))
+        for one in scored:
+            self._tell(delta, one.sampled, True)
 
-    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._token_text(token)
-        name = f"token_id:{token}" if self._generation.tokens_as_ids else text
-        return {"token": name, "token_id": token, "logprob": logprob, "bytes": list(text.encode())}
+    def _is_text(self, token: int) -> bool:
+        return not (self._generation.skip_special_tokens and self._tokens.tokenizer.is_special(token))
+
+    def _tell(self, delta: Delta, sampled: Sampled, is_shown: bool) -> None:
+        """Adds a token's log-probabilities."""
+        as_ids, count = self._generation.tokens_as_ids, self._request.top_logprobs
+        alternatives = zip(sampled.top_ids[:count], sampled.top_logprobs[:count], strict=True)
+        best = [self._tokens.entry(token, logprob, as_ids) for token, logprob in alternatives]
+        delta.logprobs.append({**self._tokens.entry(sampled.token, sampled.logprob, as_ids), "top_logprobs": best})
+        delta.offsets.append(self._offsets.push(sampled.token, is_shown and self._is_text(sampled.token)))

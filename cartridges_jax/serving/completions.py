@@ -5,30 +5,33 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from aiohttp import web
 
-from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import npz
+from cartridges_jax.serving.access import Handler
 from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.catalog import Catalog
-from cartridges_jax.serving.choices import Delta
+from cartridges_jax.serving.choices import Delta, Tokens
+from cartridges_jax.serving.dialects import ChunkWriter, Dialect, EventWriter
 from cartridges_jax.serving.engine_thread import EngineThread
-from cartridges_jax.serving.metrics import Metrics
+from cartridges_jax.serving.metrics import Metrics, TokenTimer
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
 from cartridges_jax.serving.requests import GenerationRequest, Reader, check_logprobs
 from cartridges_jax.serving.scheduler import Prefix
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
 LONG_BODY = 1 << 13  # bytes; tokenizing more than this would hold up the event loop
+# So would compiling a grammar, which these ask for.
+GRAMMARS = frozenset(("response_format", "structured_outputs", "tools", "bad_words"))
+GRAMMARS |= {f"guided_{form}" for form in ("json", "regex", "choice", "grammar")}
 MAX_BATCH = 4096
 NPZ = "application/x-npz"
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
 
 
@@ -39,14 +42,13 @@ class Completions:
         self,
         reader: Reader,
         catalog: Catalog,
-        tokenizer: Tokenizer,
-        token_text: Callable[[int], str],
+        tokens: Tokens,
         metrics: Metrics,
         batch_width: int,
         max_seconds: float,
     ):
         self._reader, self._catalog, self._metrics = reader, catalog, metrics
-        self._tokenizer, self._token_text = tokenizer, token_text
+        self._tokens = tokens
         self._batch_width, self._max_seconds = batch_width, max_seconds
         self._tokasaurus_chat = functools.partial(reader.chat, fingerprint=True)
         self.thread: EngineThread | None = None
@@ -58,6 +60,28 @@ class Completions:
             return await self._one(request, await self._read(read, await read_body(request)))
 
         return handler
+
+    def speaking(self, dialect: Callable[[Reader, Fields], Dialect]) -> Handler:
+        """The handler of a POST in an API of other words, which asks for one answer."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            spoken = dialect(self._reader, await read_body(request))
+            try:
+                generation = await asyncio.to_thread(spoken.read)
+                async with self._answering(generation) as answer:
+                    if generation.stream:
+                        return await _stream(request, answer, spoken.writer(answer))
+                    deltas = await answer.all()
+                    return web.json_response(spoken.whole(answer, deltas), dumps=to_json)
+            except ApiError as error:
+                return spoken.refusal(error)
+
+        return handler
+
+    async def prepare(self, generation: GenerationRequest) -> tuple[GenerationRequest, Prefix | None]:
+        """The request as it will be answered, and its cartridges, loaded. Raises: ApiError."""
+        prefix = await self._catalog.prefix(generation.cartridges)
+        return await _in_mode_of(prefix, generation), prefix
 
     async def batch(self, request: web.Request) -> web.StreamResponse:
         """`{"requests": […]}`: the chat completions of all, in their order, as JSON or npz; or one of them, unwrapped.
@@ -84,7 +108,7 @@ class Completions:
     async def _one(self, request: web.Request, generation: GenerationRequest) -> web.StreamResponse:
         async with self._answering(generation) as answer:
             if generation.stream:
-                return await _stream(request, answer)
+                return await _stream(request, answer, ChunkWriter(answer))
             deltas = await answer.all()
             return _response(await asyncio.to_thread(lambda: encoded(answer.whole(deltas))))
 
@@ -92,19 +116,22 @@ class Completions:
     async def _answering(self, generation: GenerationRequest) -> AsyncIterator[Answer]:
         """An answer under way, which ends when nobody waits for it any more."""
         assert self.thread is not None, "the server has not been started"
-        start = time.monotonic()
+        timer = TokenTimer(self._metrics, time.monotonic())
         with self._catalog.using(generation.cartridges):
-            prefix = await self._catalog.prefix(generation.cartridges)
-            pending = self.thread.submit(await _in_mode_of(prefix, generation), prefix, start)
+            pending = self.thread.submit(*await self.prepare(generation), timer)
             answer = None
             try:
                 await pending.accepted()
-                answer = Answer(pending, self._tokenizer, self._token_text)
+                answer = Answer(pending, self._tokens)
                 yield answer
+            except asyncio.CancelledError:
+                if answer is None:
+                    self._metrics.aborted(generation.num_choices)
+                raise
             finally:
                 pending.cancel()
                 if answer is not None:
-                    self._metrics.answer(answer, start)
+                    self._metrics.answer(answer, timer.start)
 
     async def _in_turn(
         self, generation: GenerationRequest, turns: asyncio.Semaphore
@@ -123,7 +150,8 @@ class Completions:
                 await asyncio.sleep(0.05)
 
     async def _read(self, read: Callable[[Fields], T], fields: Fields) -> T:
-        return await asyncio.to_thread(read, fields) if fields.size > LONG_BODY else read(fields)
+        is_long = fields.size > LONG_BODY or not GRAMMARS.isdisjoint(fields.values)
+        return await asyncio.to_thread(read, fields) if is_long else read(fields)
 
     def _read_batch(self, fields: Fields) -> list[GenerationRequest]:
         bodies = fields.get("requests")
@@ -168,22 +196,19 @@ async def _in_mode_of(prefix: Prefix | None, generation: GenerationRequest) -> G
     return replace(generation, requests=tuple(replace(request, prompt=prompt) for request in generation.requests))
 
 
-async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
+async def _stream(request: web.Request, answer: Answer, writer: EventWriter) -> web.StreamResponse:
     # X-Accel-Buffering: nginx would keep the chunks until they fill a buffer
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     response = web.StreamResponse(headers=headers)
     try:
         await response.prepare(request)
-        await _send(response, (answer.first_chunk(index) for index in range(answer.generation.num_choices)))
+        await _send(response, writer.begin())
         try:
             while not answer.finished:
-                index, delta = await answer.next()
-                chunk = answer.chunk(index, delta)
-                await _send(response, [chunk] if chunk else [])
-            await _send(response, [answer.usage_chunk()] if answer.generation.include_usage else [])
+                await _send(response, writer.push(*await answer.next()))
+            await _send(response, writer.end())
         except ApiError as error:  # the status is out already
-            await _send(response, [error.body])
-        await _write(response, b"data: [DONE]\n\n")
+            await _send(response, writer.fail(error))
         await response.write_eof()
     except ConnectionResetError:
         if request.transport is not None:
@@ -191,9 +216,9 @@ async def _stream(request: web.Request, answer: Answer) -> web.StreamResponse:
     return response
 
 
-async def _send(response: web.StreamResponse, chunks: Iterable[dict[str, Any]]) -> None:
-    for chunk in chunks:
-        await _write(response, f"data: {to_json(chunk)}\n\n".encode())
+async def _send(response: web.StreamResponse, events: Iterable[bytes]) -> None:
+    for written in events:
+        await _write(response, written)
 
 
 async def _write(response: web.StreamResponse, data: bytes) -> None:

@@ -31,8 +31,9 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving import decoder, metadata, steps
 from cartridges_jax.serving.cache import Prefix
+from cartridges_jax.serving.logits_processors import LogitsParams, LogitsState, begin_row, empty_state, row_of
 from cartridges_jax.serving.metadata import PAGE_SIZE
-from cartridges_jax.serving.scheduler import BlockTable, Chunk, Sampled, Scored, SequenceInput
+from cartridges_jax.serving.scheduler import BlockTable, Chunk, LogitsRules, Sampled, Scored, SequenceInput
 from cartridges_jax.serving.sequences import DecodeBatch, Sequences
 
 
@@ -57,6 +58,7 @@ CPU_PREFILL = PrefillSizes(
 # An accelerator takes as long for a few tokens as for hundreds.
 ACCELERATOR_PREFILL = PrefillSizes({32: 1, 128: 33}, {32: {1: 1, 16: 2}, 128: {1: 1, 4: 2, 16: 5}}, 2048)
 BATCH_SIZES = (1, *(4 << i for i in range(11)))  # on a CPU, 2 cost about as much as 4
+NO_RULES = LogitsParams.of(LogitsRules())
 SCORE_SIZE = 64  # for so many tokens, the logits over the vocabulary exist together
 
 
@@ -112,9 +114,10 @@ class Engine:
         # of the cartridges in pages, where the slots of each head start and how many they are, by the first head page
         self._loaded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._last = jnp.zeros(max_num_seqs, jnp.int32)  # the last token that was sampled for each sequence
+        self._logits_state: LogitsState | None = None  # until a request has rules for its logits
+        self._rules: dict[int, LogitsParams] = {}  # of the sequences that have some
         put = functools.partial(steps.put, mesh=self._mesh)
         self._sequences = Sequences(max_num_seqs, self.pages_each, self._batch_sizes, self._metadata, put)
-        self._num_words = -(-model.config.vocab_size // 32)  # of a mask of tokens
         self._prefill_sizes = CPU_PREFILL if kernels.platform() == "cpu" else ACCELERATOR_PREFILL
         self.max_num_batched_tokens = max_num_batched_tokens or self._prefill_sizes.max_num_batched_tokens
 
@@ -200,11 +203,20 @@ class Engine:
 
     def begin(self, sequence: SequenceInput) -> None:
         self._sequences.begin(sequence)
+        self._rules.pop(sequence.index, None)
+        if sequence.logits is not None:
+            self._rules[sequence.index] = LogitsParams.of(sequence.logits)
+            if self._logits_state is None:
+                self._logits_state = empty_state(self.max_num_seqs, self._config.vocab_size)
+            row = row_of(sequence.logits, self._config.vocab_size)
+            self._logits_state = begin_row(self._logits_state, sequence.index, row)
 
     def extend(self, index: int, page: int) -> None:
         self._sequences.extend(index, page)
 
     def decode(self, indices: Sequence[int]) -> Any:
+        if not self._rules.keys().isdisjoint(indices):
+            return self.sample(self.forward(indices), [])
         batch = self._next_batch(indices)
         self._cache, self._last, advancing, sampled = steps.decode_step(
             self._weights, self._cache, self._last, batch, num_top=self.max_top_logprobs, **self._options
@@ -218,16 +230,25 @@ class Engine:
             self._weights, self._cache, self._last, batch, **self._options
         )
         self._sequences.advance(advancing)
-        return logits, batch, self._num_top(indices)
+        return logits, batch, list(indices)
 
     def sample(self, logits: Any, masks: Sequence[np.ndarray | None]) -> Any:
-        logits_bv, batch, num_top = logits
-        mask = np.full((len(logits_bv), self._num_words), -1, np.int32)
+        logits_bv, batch, indices = logits
+        mask = np.full((len(logits_bv), -(-self._config.vocab_size // 32)), -1, np.int32)
         for row, words in zip(mask, masks, strict=False):
-            if words is not None:
-                row[:] = words
-        self._last, sampled = steps.sample_step(self._last, logits_bv, batch, mask, num_top=self.max_top_logprobs)
-        return sampled, num_top
+            if words is not None:  # a tokenizer may have fewer tokens than the model
+                row[: len(words)] = words[: len(row)]
+                row[len(words) :] = 0
+        processing = None, None
+        if not self._rules.keys().isdisjoint(indices):
+            rules = [self._rules.get(i, NO_RULES) for i in indices]
+            rules += [NO_RULES] * (len(logits_bv) - len(rules))
+            processing = self._logits_state, jax.tree.map(lambda *own: np.stack(own), *rules)
+        self._last, sampled, state = steps.sample_step(
+            self._last, logits_bv, batch, mask, *processing, num_top=self.max_top_logprobs
+        )
+        self._logits_state = self._logits_state if state is None else state
+        return sampled, self._num_top(indices)
 
     def _next_batch(self, indices: Sequence[int]) -> DecodeBatch:
         batch, begun = self._sequences.batch(indices)
@@ -283,11 +304,16 @@ class Engine:
         first_pages = BlockTable(range(self.pages_each))
         nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
-        def decode(size: int) -> None:
+        def decode(size: int, logits: LogitsRules | None = None) -> None:
             for i in range(size):
-                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, BlockTable([0, 0]), 0.0, 1.0, 0, 0, 0))
+                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, BlockTable([0, 0]), 0.0, 1.0, 0, 0, 0, logits=logits))
             for _ in range(2):  # as a new batch, and where pages begin
                 self.harvest(self.decode(range(size)))
+
+        def masked(size: int) -> None:
+            decode(size, LogitsRules())  # its first half is the same
+            self._rules.clear()
+            self.harvest(self.sample(self.forward(range(size)), []))
 
         def prefill(size: int, rows: int) -> None:
             chunk = Chunk([0] * min(size, self.max_length), 0, first_pages)
@@ -298,6 +324,7 @@ class Engine:
         return [
             *(functools.partial(prefill, *one) for one in sizes),
             *(functools.partial(decode, size) for size in self._batch_sizes),
+            *(functools.partial(masked, size) for size in self._batch_sizes),
             functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear, 0),

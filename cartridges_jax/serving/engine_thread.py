@@ -18,6 +18,7 @@ from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.serving.cache import Prefix
+from cartridges_jax.serving.metrics import TokenTimer
 from cartridges_jax.serving.protocol import SEEDS, ApiError
 from cartridges_jax.serving.requests import GenerationRequest
 from cartridges_jax.serving.scheduler import (
@@ -27,6 +28,7 @@ from cartridges_jax.serving.scheduler import (
     QueueFull,
     Request,
     Scheduler,
+    Token,
     most_tokens,
 )
 from cartridges_jax.serving.warmup import Warmup
@@ -43,9 +45,9 @@ class Accepted:
 class PendingRequest:
     """A request on its way through the engine thread; `cancelled` has the numbers of choices that nobody waits for."""
 
-    def __init__(self, generation: GenerationRequest, prefix: Prefix | None, deadline: float):
+    def __init__(self, generation: GenerationRequest, prefix: Prefix | None, deadline: float, timer: TokenTimer):
         self.id = uuid.uuid4().hex
-        self.generation, self.prefix, self.deadline = generation, prefix, deadline
+        self.generation, self.prefix, self.deadline, self.timer = generation, prefix, deadline, timer
         # No bound of its own: a choice has at most max_tokens + 2 events, and a slow reader must not stop the others.
         self.events: asyncio.Queue[tuple[int, Accepted | ApiError | Event]] = asyncio.Queue()
         self.cancelled: set[int] = set()
@@ -65,9 +67,10 @@ class EngineThread:
     """Runs the scheduler; made and called in the event loop's thread, except for the methods that `_run` calls."""
 
     def __init__(self, engine: Engine, max_queue: int, max_seconds: float, warmup: Warmup):
-        self._engine, self._max_queue, self._max_seconds, self._warmup = engine, max_queue, max_seconds, warmup
+        self._engine, self._max_seconds, self._warmup = engine, max_seconds, warmup
         self._inbox: queue.Queue[PendingRequest | None] = queue.Queue(engine.max_num_seqs + max_queue)
         self._live: dict[str, tuple[PendingRequest, int]] = {}
+        self._scheduler = Scheduler(engine, max_queue)
         self._closed = threading.Lock()
         self._end: ApiError | None = None  # the error that new requests get once the thread takes no more
         self._stopping = False
@@ -81,13 +84,25 @@ class EngineThread:
         return self._end is None
 
     @property
-    def num_live(self) -> int:
-        """Choices that run or wait."""
-        return len(self._live)
+    def num_running(self) -> int:
+        """Choices that are being written."""
+        return self._scheduler.num_running
 
-    def submit(self, generation: GenerationRequest, prefix: Prefix | None, start: float) -> PendingRequest:
-        """Hands over what came at `start`. Its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
-        pending = PendingRequest(generation, prefix, start + self._max_seconds)
+    @property
+    def num_waiting(self) -> int:
+        """Choices that wait for their turn, or for programs to be compiled."""
+        with self._inbox.mutex:
+            arriving = [pending for pending in self._inbox.queue if pending is not None]
+        return self._scheduler.num_waiting + sum(pending.generation.num_choices for pending in arriving)
+
+    @property
+    def kv_usage(self) -> float:
+        """The part of the pages that running requests hold, from 0 to 1."""
+        return self._scheduler.kv_usage
+
+    def submit(self, generation: GenerationRequest, prefix: Prefix | None, timer: TokenTimer) -> PendingRequest:
+        """Hands over a request. Its first event is `Accepted` or an `ApiError`. Raises: ApiError."""
+        pending = PendingRequest(generation, prefix, timer.start + self._max_seconds, timer)
         with self._closed:
             if self._end is not None:
                 raise self._end
@@ -109,9 +124,8 @@ class EngineThread:
         try:
             self._warmup.run(lambda: self._stopping)
             self._loop.call_soon_threadsafe(self.warm.set)
-            scheduler = Scheduler(self._engine, self._max_queue)
             while not self._stopping:
-                self._cycle(scheduler)
+                self._cycle(self._scheduler)
         except Exception:
             logger.exception("the engine failed: restart the server")
             end = ApiError(500, "the engine failed: the server's log says why", code="engine_failed")
@@ -145,20 +159,25 @@ class EngineThread:
             for index in range(pending.generation.num_choices):
                 which, nth = divmod(index, pending.generation.n)
                 request, id = requests[which], f"{pending.id}-{index}"
-                # a prompt's first answer brings its score
-                scored = None if nth else pending.generation.prompt_logprobs
+                scored = pending.generation.prompt_alternatives(nth)
                 seed = (request.seed + nth) % SEEDS
                 scheduler.submit(replace(request, id=id, seed=seed, prompt_logprobs=scored))
                 self._live[id] = pending, index
             self._post([(pending, 0, Accepted())])
         except QueueFull as error:
             self._reject(pending, ApiError(429, str(error), code="queue_full"))
+        except ApiError as error:
+            self._reject(pending, error)
         except UserError as error:
             self._reject(pending, ApiError(400, str(error), PROMPT[pending.generation.kind], "context_length_exceeded"))
 
     def _complete(self, pending: PendingRequest, request: Request) -> Request:
-        room = most_tokens(self._engine, pending.prefix) - len(request.prompt)
-        max_tokens = pending.generation.max_tokens or max(room, 1)
+        """The request with what only this thread knows. Raises: ApiError, if it does not fit."""
+        most, max_tokens = most_tokens(self._engine, pending.prefix), pending.generation.max_tokens
+        if max_tokens is None:
+            max_tokens = max(most - len(request.prompt), 1)
+        if len(request.prompt) + max_tokens > most:
+            raise _overflow(pending, most, len(request.prompt), max_tokens)
         return replace(request, prefix=pending.prefix, max_tokens=max_tokens, deadline=pending.deadline)
 
     def _reject(self, pending: PendingRequest, error: ApiError) -> None:
@@ -176,6 +195,19 @@ class EngineThread:
             self._loop.call_soon_threadsafe(_deliver, updates)
 
 
+def _overflow(pending: PendingRequest, most: int, prompt: int, answer: int) -> ApiError:
+    """Says that a request is too long in OpenAI's words, in which clients look for the numbers."""
+    param, slots = PROMPT[pending.generation.kind], pending.prefix.length if pending.prefix else 0
+    message = (
+        f"This model's maximum context length is {most} tokens{f' behind {slots} slots of a cartridge' * (slots > 0)}. "
+        f"However, you requested {prompt + answer} tokens ({prompt} in the {param}, {answer} in the completion). "
+        f"Please reduce the length of the {param} or completion."
+    )
+    return ApiError(400, message, param, "context_length_exceeded")
+
+
 def _deliver(updates: list[tuple[PendingRequest, int, Any]]) -> None:
     for pending, index, event in updates:
+        if isinstance(event, Token):
+            pending.timer.token(index)
         pending.events.put_nowait((index, event))

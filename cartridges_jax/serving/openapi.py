@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from cartridges_jax.serving.protocol import MAX_CARTRIDGES, MAX_STOPS, SEEDS
+from cartridges_jax.serving import messages, responses
+from cartridges_jax.serving.fields import FLAG, IDS, TEXT, FieldTable, Schema
+from cartridges_jax.serving.protocol import ROLES
 from cartridges_jax.serving.store import SOURCES
 
-Schema = dict[str, Any]
 
-TEXT: Schema = {"type": "string"}
-FLAG: Schema = {"type": "boolean"}
-IDS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-
-
-def document_of(model: str, max_top_logprobs: int) -> Schema:
+def document_of(model: str, table: FieldTable) -> Schema:
     """The API of a server of `model`."""
     errors = {"4XX": _reply("refused, and why", _ref("Error"))}
     chat, text = _ref("ChatCompletionRequest"), _ref("CompletionRequest")
@@ -24,7 +18,7 @@ def document_of(model: str, max_top_logprobs: int) -> Schema:
         "/health": _get("Whether the engine runs.", _ref("Health"), "503"),
         "/ping": _get("Whether the server runs.", _object({"message": TEXT}, "message")),
         "/metrics": _get("Counters in Prometheus' format.", None),
-        "/v1/models": _get("The model.", _list(_ref("Model"))),
+        "/v1/models": _get("The model, and the model with each cartridge.", _list(_ref("Model"))),
         "/v1/models/{id}": _get(
             "The model, or the model with a cartridge.", _ref("Model"), parameter=f"{model} or {model}:CARTRIDGE"
         ),
@@ -32,6 +26,26 @@ def document_of(model: str, max_top_logprobs: int) -> Schema:
             "Answers a conversation.", chat, "the answer", _ref("ChatCompletion"), streams=True
         ),
         "/v1/completions": _post("Continues texts.", text, "the continuations", _ref("Completion"), streams=True),
+        "/v1/responses": _post(
+            "Answers a conversation, as OpenAI's newer API.",
+            _ref("ResponseRequest"),
+            "the answer",
+            _object({"id": TEXT, "output": {"type": "array"}}, "id", "output"),
+            streams=True,
+        ),
+        "/v1/messages": _post(
+            "Answers a conversation, as Anthropic's API.",
+            _ref("MessagesRequest"),
+            "the answer",
+            _object({"id": TEXT, "content": {"type": "array"}}, "id", "content"),
+            streams=True,
+        ),
+        "/v1/messages/count_tokens": _post(
+            "How many tokens such a conversation has.",
+            _ref("MessagesRequest"),
+            "the count",
+            _object({"input_tokens": {"type": "integer"}}, "input_tokens"),
+        ),
         "/v1/cartridges": _get("Cartridges of the folder, and those that are loaded.", _list(_ref("Cartridge"))),
         "/v1/cartridges/{id}": _get("One of the folder.", _ref("Cartridge"), parameter="its name"),
         "/v1/cartridges/load": act | {"post": act["post"] | {"summary": "Loads a cartridge, or its newest version."}},
@@ -39,6 +53,7 @@ def document_of(model: str, max_top_logprobs: int) -> Schema:
         "/v1/cartridges/pin": act | {"post": act["post"] | {"summary": "Loads a cartridge and never drops it."}},
         "/v1/cartridges/unpin": act | {"post": act["post"] | {"summary": "Lets a pinned cartridge be dropped."}},
         "/tokenize": _post("Token ids of a text or conversation.", _ref("TokenizeRequest"), "ids", _object({})),
+        "/tokenizer_info": _get("The tokenizer's special tokens and chat template.", _object({})),
         "/detokenize": _post(
             "The text of token ids.", _object({"tokens": IDS}, "tokens"), "text", _object({"prompt": TEXT})
         ),
@@ -63,52 +78,14 @@ def document_of(model: str, max_top_logprobs: int) -> Schema:
         "info": {"title": "cartridges_jax", "version": "1", "description": __doc__},
         "paths": paths,
         "components": {
-            "schemas": _schemas(model, max_top_logprobs),
+            "schemas": _schemas(table),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"key": []}],
     }
 
 
-def _schemas(model: str, max_top_logprobs: int) -> Schema:
-    def integer(low: int, high: int) -> Schema:
-        return {"type": ["integer", "null"], "minimum": low, "maximum": high}
-
-    def number(low: float, high: float) -> Schema:
-        return {"type": ["number", "null"], "minimum": low, "maximum": high}
-
-    references = {"type": "array", "items": _ref("CartridgeReference"), "maxItems": MAX_CARTRIDGES}
-    shared = {
-        "model": {"type": "string", "examples": [model]},
-        "cartridges": references,
-        "max_tokens": integer(1, SEEDS),
-        "temperature": number(0, 2),
-        "top_p": number(0, 1),
-        "top_k": integer(-1, SEEDS - 1),
-        "seed": integer(-(2**63), 2**63 - 1),
-        "n": {"type": ["integer", "null"], "minimum": 1},
-        "stop": {"anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOPS}, {"type": "null"}]},
-        "stream": FLAG,
-        "stream_options": _object({"include_usage": FLAG}),
-        "ignore_eos": FLAG,
-        "return_token_ids": FLAG,
-        "return_tokens_as_token_ids": FLAG,
-        "logprobs_in_fingerprint": FLAG,
-        "prompt_logprobs": integer(0, max_top_logprobs),
-    }
-    messages = {"type": "array", "items": _ref("Message"), "minItems": 1}
-    kwargs = _object({"enable_thinking": FLAG})
-    chat = {
-        "messages": messages,
-        "max_completion_tokens": integer(1, SEEDS),
-        "logprobs": FLAG,
-        "top_logprobs": integer(0, max_top_logprobs),
-        "add_generation_prompt": FLAG,
-        "chat_template_kwargs": kwargs,
-        "apply_chat_template_overrides": kwargs,
-    }
-    prompts = {"anyOf": [TEXT, IDS, {"type": "array", "items": {"anyOf": [TEXT, IDS]}, "minItems": 1}]}
-    text = {"prompt": prompts, "logprobs": integer(0, max_top_logprobs), "add_special_tokens": FLAG}
+def _schemas(table: FieldTable) -> Schema:
     count = {"type": "integer", "minimum": 0}
     details = _object({"cached_tokens": count, "cartridge_tokens": count})
     counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), count)
@@ -119,13 +96,13 @@ def _schemas(model: str, max_top_logprobs: int) -> Schema:
     choices = [{"choices": {"type": "array", "items": _object(answer, "index")}} for answer in answers]
     error = {"message": TEXT, "type": TEXT, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}
     return {
-        "Message": _object({"role": {"enum": ["system", "user", "assistant"]}, "content": TEXT}, "role", "content"),
+        "Message": _object({"role": {"enum": list(ROLES)}, "content": TEXT}, "role", "content"),
         "CartridgeReference": _object({"id": TEXT, "source": {"enum": list(SOURCES)}, "force_redownload": FLAG}, "id"),
-        "ChatCompletionRequest": _object(shared | chat, "messages"),
-        "CompletionRequest": _object(shared | text, "prompt"),
-        "TokenizeRequest": {
-            "anyOf": [_object({"prompt": TEXT}, "prompt"), _object({"messages": messages}, "messages")]
-        },
+        "ChatCompletionRequest": _object(table.schema("chat"), "messages"),
+        "CompletionRequest": _object(table.schema("text"), "prompt"),
+        "ResponseRequest": _object(responses.TABLE.schema("responses"), "input"),
+        "MessagesRequest": _object(messages.TABLE.schema("messages"), "messages"),
+        "TokenizeRequest": _object(table.schema("tokenize")),
         "ChatCompletion": _object(envelope | choices[0], "id", "choices", "usage"),
         "Completion": _object(envelope | choices[1], "id", "choices", "usage"),
         "Health": _object(

@@ -18,6 +18,8 @@ from cartridges_jax.serving.store import SOURCES, CartridgeStore, Reference, Unk
 MAX_STOPS = 16
 MAX_CARTRIDGES = 8  # in one request
 SEEDS = 2**31
+# What a message's role may be, and what chat templates call it.
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 BODY_SECONDS = 60.0  # for a request's body to arrive
 RETRY_AFTER_SECONDS = 1
 MAX_STOP_LENGTH = 1024  # characters
@@ -25,20 +27,6 @@ TAG, END_TAG = "<cartridge>", "</cartridge>"
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 to_json = functools.partial(json.dumps, allow_nan=False)  # NaN is no JSON, and nobody else could read it
 PIECE = 64  # items of a list that are encoded at once
-# Fields that would change the answer and that are not there yet: asking for them is refused, a neutral value is not.
-UNSUPPORTED: dict[str, Any] = {
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "repetition_penalty": 1,
-    "min_p": 0,
-    "logit_bias": {},
-    "tools": [],
-    "response_format": {"type": "text"},
-    "continue_final_message": False,
-    "echo": False,
-    "suffix": "",
-    "best_of": 1,
-}
 
 
 def to_json_in_pieces(value: Any) -> str:
@@ -82,28 +70,34 @@ class Fields:
         return default if value is None else value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            refuse(name, value, "true or false")
-        return value
-
-    def integer(self, name: str, default: Any, low: int, high: int) -> Any:
-        value = self.get(name, default)
-        if value is not default and (type(value) is not int or not low <= value <= high):
-            refuse(name, value, f"an integer from {low} to {high}")
-        return value
-
-    def number(self, name: str, default: float, low: float, high: float) -> float:
-        value = self.get(name, default)
-        if type(value) not in (int, float) or not low <= value <= high:
-            refuse(name, value, f"a number from {low} to {high}")
-        return float(value)
+        return read_flag(name, self.get(name, default))
 
     def text(self, name: str) -> str:
         return text(name, self.get(name))
 
-    def group(self, name: str) -> Fields:
-        return Fields(self.get(name, {}), name)
+
+def read_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        refuse(name, value, "true or false")
+    return value
+
+
+def read_integer(name: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        refuse(name, value, f"an integer from {low} to {high}")
+    return value
+
+
+def read_number(name: str, value: object, low: float, high: float) -> float:
+    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
+        refuse(name, value, f"a number from {low} to {high}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def token_ids(name: str, ids: object, vocab_size: int) -> tuple[int, ...]:
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        refuse(name, ids, f"a list of token ids from 0 to {vocab_size - 1}")
+    return tuple(ids)
 
 
 async def read_body(request: web.Request) -> Fields:
@@ -162,19 +156,54 @@ def text(name: str, value: object) -> str:
     return value
 
 
-def read_messages(values: object) -> list[dict[str, str]]:
+def read_messages(values: object) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: role, content, and what tools have to do with it."""
     if not isinstance(values, list) or not values:
         refuse("messages", values, "a list with at least one message")
     return [_read_message(f"messages[{i}]", value) for i, value in enumerate(values)]
 
 
-def _read_message(where: str, value: object) -> dict[str, str]:
+def _read_message(where: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         refuse(where, value, "an object with role and content")
-    content = value.get("content")
+    content, role = value.get("content"), text(f"{where}.role", value.get("role"))
+    if role not in ROLES:
+        refuse(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     if isinstance(content, list):
         content = "".join(_read_part(f"{where}.content[{i}]", part) for i, part in enumerate(content))
-    return {"role": text(f"{where}.role", value.get("role")), "content": text(f"{where}.content", content)}
+    calls = value.get("tool_calls") or []
+    if content is None and calls:
+        content = ""  # a message that only calls
+    message: dict[str, Any] = {"role": ROLES[role], "content": text(f"{where}.content", content)}
+    if calls:
+        if role != "assistant" or not isinstance(calls, list):
+            refuse(f"{where}.tool_calls", calls, "a list, in a message of the assistant")
+        message["tool_calls"] = [_read_call(f"{where}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+    if role == "tool":
+        message["tool_call_id"] = text(f"{where}.tool_call_id", value.get("tool_call_id"))
+    for name in ("name", "reasoning_content"):
+        if value.get(name) is not None:
+            message[name] = text(f"{where}.{name}", value[name])
+    for name, part in value.items():
+        if name not in (*message, "content", "tool_calls", "tool_call_id") and part not in (None, "", [], {}):
+            refuse(f"{where}.{name}", part, "nothing: messages have no such part here")
+    return message
+
+
+def _read_call(where: str, value: object) -> dict[str, Any]:
+    """A call as it was answered; its arguments become an object, as templates take them."""
+    call = Fields(value, where)
+    function = Fields(call.get("function"), f"{where}.function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            refuse(f"{where}.function.arguments", arguments, "JSON")
+    if not isinstance(arguments, dict):
+        refuse(f"{where}.function.arguments", arguments, "a JSON object")
+    told = {"name": text(f"{where}.function.name", function.get("name")), "arguments": arguments}
+    return {"id": text(f"{where}.id", call.get("id")), "type": "function", "function": told}
 
 
 def _read_part(where: str, part: object) -> str:
@@ -183,14 +212,13 @@ def _read_part(where: str, part: object) -> str:
     return text(f"{where}.text", part.get("text"))
 
 
-def read_stops(value: object) -> tuple[str, ...]:
-    values = [] if value is None else [value] if isinstance(value, str) else value
+def read_texts(name: str, values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or len(values) > MAX_STOPS:
-        refuse("stop", value, f"a text or a list of at most {MAX_STOPS}")
-    stops = tuple(text("stop", stop) for stop in values)
-    if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        refuse("stop", value, f"texts that are not empty, of at most {MAX_STOP_LENGTH} characters")
-    return stops
+        refuse(name, values, f"a list of at most {MAX_STOPS} texts")
+    texts = tuple(text(name, value) for value in values)
+    if not all(0 < len(one) <= MAX_STOP_LENGTH for one in texts):
+        refuse(name, values, f"texts that are not empty, of at most {MAX_STOP_LENGTH} characters")
+    return texts
 
 
 def read_cartridges(value: object) -> tuple[Reference, ...]:
@@ -223,7 +251,7 @@ def check_cartridges(
         raise ApiError(404, str(error), param, code) from error
 
 
-def take_tags(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], tuple[Reference, ...]]:
+def take_tags(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[Reference, ...]]:
     """Cartridges that system messages name as `<cartridge>{"id": …}</cartridge>`, and the messages without them.
 
     A system message that held nothing else is left out, since a cartridge takes its place.

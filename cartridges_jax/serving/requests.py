@@ -16,11 +16,14 @@ from typing import Any, Literal
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving import protocol
+from cartridges_jax.serving import tools as toolbox
+from cartridges_jax.serving.fields import generation_fields
+from cartridges_jax.serving.grammar import GrammarCompiler, without
 from cartridges_jax.serving.protocol import SEEDS, ApiError, Fields, refuse, shorten
-from cartridges_jax.serving.scheduler import Engine, Request, most_tokens
+from cartridges_jax.serving.scheduler import Constraint, Engine, LogitsRules, Request, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
+from cartridges_jax.serving.tools import Tools, grammar_of
 
-COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 MAX_LOGPROBS = 1 << 21  # in all answers that are sent in one piece; each costs a few hundred bytes until then
 
 
@@ -33,8 +36,12 @@ class GenerationRequest:
     cartridges: tuple[Reference, ...]
     requests: tuple[Request, ...]
     max_tokens: int | None  # None: as many as fit
-    n: int = 1
+    n: int = 1  # answers that are written to each prompt
+    kept: int = 1  # of which so many are told
     stops: tuple[str, ...] = ()
+    tools: Tools | None = None  # whose calls are read from the answer
+    include_stops: bool = False  # what ends the answer is shown
+    skip_special_tokens: bool = True
     stream: bool = False
     include_usage: bool = False
     logprobs: bool = False
@@ -42,13 +49,33 @@ class GenerationRequest:
     tokens_as_ids: bool = False
     prompt_logprobs: int | None = None  # so many alternatives at each token of the prompt; None: nothing about it
     fingerprint: bool = False  # Tokasaurus' `system_fingerprint` with the token ids
+    echo: bool = False  # the prompt is told in front of the answer
     packed: bool = False  # and with log-probabilities, instead of `logprobs`
     # The prompt in a mode of thinking, of a chat that does not say which: then it is the cartridge's.
-    in_mode: Callable[[bool], tuple[int, ...]] | None = None
+    in_mode: Callable[[bool | None], tuple[int, ...]] | None = None
 
     @property
     def num_choices(self) -> int:
         return len(self.requests) * self.n
+
+    def prompt_alternatives(self, nth: int) -> int | None:
+        """How many alternatives are told of the prompt's tokens with its nth answer; None, if nothing is."""
+        if self.echo and (self.logprobs or self.max_tokens == 0):
+            return max(self.prompt_logprobs or 0, self.requests[0].top_logprobs)
+        return None if nth else self.prompt_logprobs
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is talked about with whom: `prompt_of` gives its token ids in a mode of thinking.
+
+    It `is_open` if the mode is the cartridge's to choose.
+    """
+
+    model: str
+    cartridges: tuple[Reference, ...]
+    is_open: bool
+    prompt_of: Callable[[bool | None], tuple[int, ...]]
 
 
 class Reader:
@@ -66,144 +93,249 @@ class Reader:
     ):
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
         self._max_choices, self._rng = max_choices, rng
+        self._compiler = GrammarCompiler(tokenizer)
+        self.table = generation_fields(engine.max_top_logprobs, max_choices, tokenizer.vocab_size)
 
-    def chat(self, fields: Fields, fingerprint: bool = False) -> GenerationRequest:
-        messages, tagged = protocol.take_tags(protocol.read_messages(fields.get("messages")))
-        if not messages:
-            refuse("messages", fields.get("messages"), "a message beside the cartridge's")
-        model, cartridges = self._read_model(fields, tagged)
-        top_logprobs = fields.integer("top_logprobs", 0, 0, self._engine.max_top_logprobs)
-        logprobs = fields.flag("logprobs")
-        if top_logprobs and not logprobs:
-            refuse("top_logprobs", top_logprobs, "logprobs to be true as well")
-        encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
-        prompt = self.encode_chat(messages, fields, encode)
-        is_open = bool(cartridges) and _thinking(fields) is None
-        max_tokens = fields.integer("max_tokens", None, 1, SEEDS)
+    def chat(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
+        fields = self.table.read(body, "chat")
+        if fields["top_logprobs"] and not fields["logprobs"]:
+            refuse("top_logprobs", fields["top_logprobs"], "logprobs to be true as well")
+        max_tokens = fields["max_completion_tokens"] or fields["max_tokens"]
+        tools = toolbox.chosen(fields)
+        conversation = self._conversation(fields)
+
+        def prompt_of(thinking: bool | None = None) -> tuple[int, ...]:
+            return self._truncated(conversation.prompt_of(thinking), fields, max_tokens)
+
         return self._read_shared(
             fields,
-            [prompt],
-            top_logprobs,
+            [prompt_of()],
+            fields["top_logprobs"],
             kind="chat",
-            model=model,
-            cartridges=cartridges,
-            max_tokens=fields.integer("max_completion_tokens", max_tokens, 1, SEEDS),
-            logprobs=logprobs,
+            model=conversation.model,
+            cartridges=conversation.cartridges,
+            max_tokens=max_tokens,
+            logprobs=fields["logprobs"],
             fingerprint=fingerprint,
-            in_mode=functools.partial(self.encode_chat, messages, fields, encode) if is_open else None,
+            tools=tools,
+            in_mode=prompt_of if conversation.is_open else None,
         )
 
-    def completion(self, fields: Fields, fingerprint: bool = False) -> GenerationRequest:
+    def completion(self, body: Fields, fingerprint: bool = False) -> GenerationRequest:
+        fields = self.table.read(body, "text")
         model, cartridges = self._read_model(fields, ())
-        logprobs = fields.integer("logprobs", None, 0, self._engine.max_top_logprobs)
+        prompts = self._read_prompts(fields, bool(cartridges))
         return self._read_shared(
             fields,
-            self._read_prompts(fields, bool(cartridges)),
-            logprobs or 0,
+            [self._truncated(prompt, fields, fields["max_tokens"]) for prompt in prompts],
+            fields["logprobs"] or 0,
             kind="text",
             model=model,
             cartridges=cartridges,
-            max_tokens=fields.integer("max_tokens", COMPLETION_TOKENS, 1, SEEDS),
-            logprobs=logprobs is not None,
+            max_tokens=fields["max_tokens"],
+            echo=fields["echo"],
+            logprobs=fields["logprobs"] is not None,
             fingerprint=fingerprint,
         )
 
-    def encode_chat(
-        self,
-        messages: list[dict[str, str]],
-        fields: Fields,
-        encode: Callable[..., list[int]],
-        thinking: bool | None = None,
-    ) -> tuple[int, ...]:
-        """A conversation's token ids, by the template options in `fields`; `thinking` where they have none of it.
+    def tokenize(self, body: Fields) -> tuple[GenerationRequest, bool]:
+        """A request for a text or a conversation as answering it would take it, and whether texts of ids are asked for.
 
         Raises: ApiError.
         """
+        fields = self.table.read(body, "tokenize")
+        if fields["messages"] is None:
+            protocol.text("prompt", fields["prompt"])
+            model, cartridges = self._read_model(fields, ())
+            (prompt,) = self._read_prompts(fields, bool(cartridges))
+            generation = GenerationRequest("text", model, cartridges, (Request("", prompt),), 0)
+        else:
+            asked = self._conversation(fields)
+            in_mode = asked.prompt_of if asked.is_open else None
+            requests = (Request("", asked.prompt_of(None)),)
+            generation = GenerationRequest("chat", asked.model, asked.cartridges, requests, 0, in_mode=in_mode)
+        return generation, fields["return_token_strs"]
+
+    def _conversation(self, fields: dict[str, Any]) -> Conversation:
+        messages, tagged = protocol.take_tags(protocol.read_messages(fields["messages"]))
+        if not messages:
+            refuse("messages", fields["messages"], "a message beside the cartridge's")
+        model, cartridges = self._read_model(fields, tagged)
+        encode = self._tokenizer.turn_ids if cartridges else self._tokenizer.chat_ids
+        is_open = bool(cartridges) and _thinking(fields) is None
+        return Conversation(model, cartridges, is_open, functools.partial(self.encode_chat, messages, fields, encode))
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        fields: dict[str, Any],
+        encode: Callable[..., list[int]],
+        thinking: bool | None = None,
+    ) -> tuple[int, ...]:
+        """A conversation's token ids, by tools and template options in `fields`; `thinking` where they have none of it.
+
+        Raises: ApiError.
+        """
+        tools = toolbox.chosen(fields)
+        variables = self._template_variables(fields)
+        if not toolbox.knows_tools(self._tokenizer):
+            messages = toolbox.in_words(messages, tools)
+        elif tools:
+            variables["tools"] = toolbox.template_tools(tools)
         asked = _thinking(fields)
         if (thinking := thinking if asked is None else asked) is not None:
             encode = functools.partial(encode, thinking=thinking)
+        is_open = fields["continue_final_message"]
+        if is_open and (fields["add_generation_prompt"] or messages[-1]["role"] != "assistant"):
+            refuse("continue_final_message", True, "the assistant's message last and add_generation_prompt to be false")
+        if is_open:
+            variables["continue_final_message"] = True
+        if variables:
+            encode = functools.partial(encode, variables=variables)
+        opens_turn = not is_open if fields["add_generation_prompt"] is None else fields["add_generation_prompt"]
         try:
-            return tuple(encode(messages, add_generation_prompt=fields.flag("add_generation_prompt", True)))
+            return tuple(encode(messages, add_generation_prompt=opens_turn))
         except UserError as error:
             raise ApiError(400, str(error), "messages", "invalid_value") from error
 
-    def token_ids(self, name: str, ids: object) -> tuple[int, ...]:
-        size = self._tokenizer.vocab_size
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < size for i in ids):
-            refuse(name, ids, f"a list of token ids from 0 to {size - 1}")
-        return tuple(ids)
+    def _template_variables(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """What a request gives the chat template, beside `enable_thinking`, which every template may be told."""
+        given = {}
+        for name in ("chat_template_kwargs", "apply_chat_template_overrides"):
+            for key, value in fields[name].items():
+                if key in ("messages", "tools", "add_generation_prompt", "continue_final_message"):
+                    refuse(f"{name}.{key}", value, f"{key} beside {name}, not in it")
+                if key != "enable_thinking" and key not in self._tokenizer.template_variables:
+                    refuse(f"{name}.{key}", value, "nothing: the model's chat template does not read it")
+                given[key] = value
+        return {key: value for key, value in given.items() if key != "enable_thinking"}
 
     def _read_shared(
-        self, fields: Fields, prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any
+        self, fields: dict[str, Any], prompts: list[tuple[int, ...]], top_logprobs: int, **known: Any
     ) -> GenerationRequest:
-        """Reads the fields that all routes share."""
-        for name, neutral in protocol.UNSUPPORTED.items():
-            if fields.get(name) not in (None, neutral):
-                refuse(name, fields.get(name), "nothing: this server does not support it")
-        stream, packed = fields.flag("stream"), fields.flag("logprobs_in_fingerprint")
-        prompt_logprobs = fields.integer("prompt_logprobs", None, 0, self._engine.max_top_logprobs)
-        if prompt_logprobs is not None and (stream or len(prompts) > 1):
-            refuse("prompt_logprobs", prompt_logprobs, "stream to be false and a single prompt")
-        if packed and stream:
-            refuse("logprobs_in_fingerprint", packed, "stream to be false")
+        """Checks and takes the fields that all routes share."""
+        stream, packed, prompt_logprobs = (
+            fields[name] for name in ("stream", "logprobs_in_fingerprint", "prompt_logprobs")
+        )
+        if prompt_logprobs is not None and stream:
+            refuse("prompt_logprobs", prompt_logprobs, "stream to be false")
+        if packed and (stream or known.get("echo")):
+            refuse("logprobs_in_fingerprint", packed, "stream and echo to be false")
+        seed = self._rng.randrange(SEEDS) if fields["seed"] is None else fields["seed"] % SEEDS
+        max_tokens, echo = known["max_tokens"], known.get("echo", False)
+        if max_tokens == 0 and not (echo or prompt_logprobs is not None):
+            refuse("max_tokens", max_tokens, "at least 1, or echo or prompt_logprobs")
+        if max_tokens is not None and fields["min_tokens"] > max_tokens:
+            refuse("min_tokens", fields["min_tokens"], f"at most max_tokens, {max_tokens}")
+        eos_ids = frozenset() if fields["ignore_eos"] else self._tokenizer.stop_ids
+        stop_ids = eos_ids | set(fields["stop_token_ids"])
         request = Request(
             id="",
             prompt=(),
-            temperature=fields.number("temperature", 1.0, 0.0, 2.0),
-            top_p=fields.number("top_p", 1.0, 0.0, 1.0),
-            top_k=max(fields.integer("top_k", 0, -1, SEEDS - 1), 0),  # vLLM's clients write -1 for "all"
-            seed=fields.integer("seed", self._rng.randrange(SEEDS), -(2**63), 2**63 - 1) % SEEDS,
-            stop_ids=self._tokenizer.stop_ids,
-            ignore_eos=fields.flag("ignore_eos"),
+            temperature=fields["temperature"],
+            top_p=fields["top_p"],
+            top_k=max(fields["top_k"], 0),  # vLLM's clients write -1 for "all"
+            seed=seed,
+            stop_ids=stop_ids,
             top_logprobs=top_logprobs,
+            logits=self._logits_rules(fields, stop_ids),
+            constraint=self._constraint(fields, known.get("tools")),
         )
-        n = fields.integer("n", 1, 1, self._max_choices)
-        if n * len(prompts) > self._max_choices:
-            refuse("n", n, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
+        n, best_of = fields["n"], fields.get("best_of") or fields["n"]
+        if best_of < n or (best_of > n and stream):
+            refuse("best_of", best_of, f"at least n, {n}, and stream to be false")
+        if best_of * len(prompts) > self._max_choices:
+            name = "n" if best_of == n else "best_of"
+            refuse(name, best_of, f"at most {self._max_choices} answers in one request, for {len(prompts)} prompts")
         generation = GenerationRequest(
             **known,
             requests=tuple(replace(request, prompt=prompt) for prompt in prompts),
-            n=n,
-            stops=protocol.read_stops(fields.get("stop")),
+            n=best_of,
+            kept=n,
+            stops=fields["stop"],
+            include_stops=fields["include_stop_str_in_output"],
+            skip_special_tokens=fields["skip_special_tokens"],
             stream=stream,
-            include_usage=fields.group("stream_options").flag("include_usage"),
-            return_token_ids=fields.flag("return_token_ids"),
-            tokens_as_ids=fields.flag("return_tokens_as_token_ids"),
+            include_usage=fields["stream_options"].get("include_usage", False),
+            return_token_ids=fields["return_token_ids"],
+            tokens_as_ids=fields["return_tokens_as_token_ids"],
             prompt_logprobs=prompt_logprobs,
             packed=packed,
         )
         check_logprobs(self.num_logprobs(generation), "top_logprobs" if generation.kind == "chat" else "logprobs")
         return generation
 
+    def _logits_rules(self, fields: dict[str, Any], stop_ids: frozenset[int]) -> LogitsRules | None:
+        """What is asked to be done to the logits; None, if nothing is."""
+        penalties = ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_p", "min_tokens")
+        rules = LogitsRules(
+            **{name: fields[name] for name in penalties},
+            bias=fields["logit_bias"],
+            allowed=fields["allowed_token_ids"],
+        )
+        return None if rules == LogitsRules() else replace(rules, stop_ids=stop_ids)
+
+    def _constraint(self, fields: dict[str, Any], tools: Tools | None) -> Callable[[], Constraint] | None:
+        """What the form that is asked for says about each next token; None, if none is asked for."""
+        names = ("response_format", "structured_outputs", *(name for name in fields if name.startswith("guided_")))
+        grammars = [fields[name] for name in names if fields[name] is not None]
+        if fields["bad_words"]:
+            grammars.append(without(fields["bad_words"]))
+        if len(grammars) > 1:
+            refuse(grammars[1].param, grammars[1].text, f"nothing beside {grammars[0].param}: give one grammar")
+        grammar = grammars[0] if grammars else None
+        if tools is not None:
+            grammar = grammar_of(tools, self._tokenizer, grammar) or grammar
+        if grammar is None:
+            return None
+        for name in ("ignore_eos", "min_tokens"):
+            if fields[name]:
+                refuse(name, fields[name], f"nothing beside {grammar.param}: the grammar says where the answer ends")
+        return self._compiler.constraint(grammar)
+
+    def _truncated(self, prompt: tuple[int, ...], fields: dict[str, Any], max_tokens: int | None) -> tuple[int, ...]:
+        """The end of a prompt that is asked for; of -1 tokens, what leaves room for the answer."""
+        most = fields["truncate_prompt_tokens"]
+        if most == -1:
+            most = max(most_tokens(self._engine, None) - (max_tokens or 1), 1)
+        return prompt if most is None else prompt[max(len(prompt) - most, 0) :]
+
     def num_logprobs(self, generation: GenerationRequest) -> int:
         """The most log-probabilities that are kept until its answers are complete; none if they are streamed."""
+        count = sum(len(request.prompt) for request in generation.requests) * (1 + (generation.prompt_logprobs or 0))
+        count = 0 if generation.prompt_logprobs is None else count
         if generation.stream or not generation.logprobs:
-            return 0
+            return count
         longest = most_tokens(self._engine, None)
-        tokens = min(generation.max_tokens or longest, longest)
-        return generation.num_choices * tokens * (1 + generation.requests[0].top_logprobs)
+        tokens = longest if generation.max_tokens is None else min(generation.max_tokens, longest)
+        answers = generation.num_choices * tokens
+        if generation.echo:
+            answers += generation.n * sum(len(request.prompt) for request in generation.requests)
+        return count + answers * (1 + generation.requests[0].top_logprobs)
 
-    def _read_prompts(self, fields: Fields, behind_cartridge: bool) -> list[tuple[int, ...]]:
+    def _read_prompts(self, fields: dict[str, Any], behind_cartridge: bool) -> list[tuple[int, ...]]:
         """The prompts of `prompt`, which is a text, a list of token ids, or a list of either."""
-        prompt = fields.get("prompt")
+        prompt = fields["prompt"]
         single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and type(prompt[0]) is int)
         prompts = [prompt] if single else prompt
         if not isinstance(prompts, list) or not 0 < len(prompts) <= self._max_choices:
             refuse("prompt", prompt, f"a text, a list of token ids, or a list of 1 to {self._max_choices} of either")
-        special = fields.flag("add_special_tokens", not behind_cartridge)
+        special = not behind_cartridge if fields["add_special_tokens"] is None else fields["add_special_tokens"]
         encode = functools.partial(self._tokenizer.encode, add_special_tokens=special)
         if behind_cartridge and special and self._tokenizer.encode("", add_special_tokens=True):
             refuse("add_special_tokens", special, "false: a cartridge holds the beginning of the text already")
         encode = self._tokenizer.continued_ids if behind_cartridge else encode
         return [
-            self.token_ids("prompt", one) if isinstance(one, list) else tuple(encode(protocol.text("prompt", one)))
+            protocol.token_ids("prompt", one, self._tokenizer.vocab_size)
+            if isinstance(one, list)
+            else tuple(encode(protocol.text("prompt", one)))
             for one in prompts
         ]
 
-    def _read_model(self, fields: Fields, tagged: tuple[Reference, ...]) -> tuple[str, tuple[Reference, ...]]:
+    def _read_model(self, fields: dict[str, Any], tagged: tuple[Reference, ...]) -> tuple[str, tuple[Reference, ...]]:
         """The model's name and the cartridges, which `cartridges`, tags in the messages or the name may choose."""
-        name = self._model if fields.get("model") is None else fields.text("model")
-        asked = protocol.read_cartridges(fields.get("cartridges"))
+        name = self._model if fields["model"] is None else fields["model"]
+        asked = fields["cartridges"]
         if asked and tagged:
             refuse("cartridges", asked[0].id, "cartridges either here or as tags in the messages")
         asked = asked or tagged
@@ -237,11 +369,10 @@ def check_logprobs(count: int, param: str) -> None:
         raise ApiError(400, message, param, "too_many_logprobs")
 
 
-def _thinking(fields: Fields) -> bool | None:
+def _thinking(fields: dict[str, Any]) -> bool | None:
     """The template's `enable_thinking` that is asked for, if any. Raises: ApiError."""
     asked = None
     for name in ("chat_template_kwargs", "apply_chat_template_overrides"):
-        options = fields.group(name)
-        if options.get("enable_thinking") is not None:
-            asked = options.flag("enable_thinking")
+        if fields[name].get("enable_thinking") is not None:
+            asked = protocol.read_flag(f"{name}.enable_thinking", fields[name]["enable_thinking"])
     return asked

@@ -24,26 +24,32 @@ class SamplingParams:
 
 
 def sample(
-    logits: Float[Array, "b v"], params: SamplingParams, num_top: int
+    logits: Float[Array, "b v"],
+    params: SamplingParams,
+    num_top: int,
+    processed: Float[Array, "b v"] | None = None,
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Int[Array, "b j"], Float[Array, "b j"]]:
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
 
-    Log-probabilities are those of the model, before temperature, top-k and top-p: what distillation needs.
-    Where no row wants alternatives, theirs are meaningless. A row of logits that are no numbers has NaN for its
-    token's log-probability, and changes nothing about the others.
+    Tokens are drawn from `processed`, if requests have had their logits changed. Log-probabilities are those of the
+    model all the same, before temperature, top-k and top-p, too: what distillation needs. Where no row wants
+    alternatives, theirs are meaningless. A row of logits that are no numbers has NaN for its token's log-probability,
+    and changes nothing about the others.
     """
     normalizer_b1 = normalizer(logits)
     # a row without one is taken to be certain of its first token, so that it costs the others no further search
-    logits = jnp.where(jnp.isnan(normalizer_b1), jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER), logits)
+    certain_v = jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER)
+    logits = jnp.where(jnp.isnan(normalizer_b1), certain_v, logits)
+    drawn_from = logits if processed is None else jnp.where(jnp.isnan(normalizer_b1), certain_v, processed)
     top_logits_bj, top_ids_bj = jax.lax.cond(
         (params.num_top > 0).any(),
         lambda: tuple(jax.lax.top_k(logits, num_top)),
         lambda: (jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)),
     )
-    best_b = _best(logits)
+    best_b = _best(drawn_from)
     is_random_b = params.temperature > 0
     token_b = jax.lax.cond(
-        is_random_b.any(), lambda: jnp.where(is_random_b, _draw(logits, params), best_b), lambda: best_b
+        is_random_b.any(), lambda: jnp.where(is_random_b, _draw(drawn_from, params), best_b), lambda: best_b
     )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1

@@ -13,7 +13,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from cartridges_jax.command_line.errors import UserError
@@ -34,6 +34,31 @@ class BlockTable(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LogitsRules:
+    """What a request asks to be done to its logits before its tokens are drawn, and what that depends on.
+
+    Attributes:
+      frequency_penalty: what a token loses for every time that it is in the answer; presence_penalty: for being there.
+      repetition_penalty: what divides the logits, or multiplies negative ones, of tokens of prompt and answer.
+      min_p: the least probability that a token may have, as a part of the best one's.
+      min_tokens: how many tokens come before any of `stop_ids`.
+      bias: what is added to the logits of tokens, by their ids.
+      allowed: the only tokens that may be drawn; None: all.
+    """
+
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] | None = None
+    stop_ids: frozenset[int] = frozenset()
+    prompt: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()  # what was drawn already
+
+
+@dataclass(frozen=True)
 class SequenceInput:
     """A sequence that begins to decode: its next token is written, and the one that follows it sampled."""
 
@@ -47,6 +72,7 @@ class SequenceInput:
     seed: int
     step: int  # how many tokens were sampled before
     top_logprobs: int = 0
+    logits: LogitsRules | None = None
 
 
 class Chunk(NamedTuple):
@@ -154,8 +180,8 @@ class Request:
     top_k: int = 0
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
     top_logprobs: int = 0
+    logits: LogitsRules | None = None  # None: nothing is done to the logits
     prompt_logprobs: int | None = None  # so many alternatives to each token of the prompt; None: it is not scored
     constraint: Callable[[], Constraint] | None = None  # called once, when the request is submitted
     deadline: float = math.inf  # on the clock that `Scheduler.step` is told
@@ -259,6 +285,20 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._events)
+
+    @property
+    def num_running(self) -> int:
+        num_waiting = len(self._queue)  # any thread may ask, also between the two counts
+        return max(len(self._sequences) - num_waiting, 0)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def kv_usage(self) -> float:
+        """The part of the pages that running requests hold, from 0 to 1; any thread may ask."""
+        return self._cache.num_used / self._cache.num_pages
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises: UserError, if it can never run; QueueFull.
@@ -422,6 +462,7 @@ class Scheduler:
                 seed=request.seed,
                 step=len(seq.answer),
                 top_logprobs=request.top_logprobs,
+                logits=request.logits and replace(request.logits, prompt=request.prompt, answer=tuple(seq.answer)),
             )
         )
 
@@ -493,7 +534,7 @@ class Scheduler:
             return
         seq.answer.append(sampled.token)
         self._events.append(Token(request.id, sampled))
-        if sampled.token in request.stop_ids and not request.ignore_eos:
+        if sampled.token in request.stop_ids:
             self._end(seq, "stop")
         elif len(seq.answer) == request.max_tokens:
             self._end(seq, "length")

@@ -7,36 +7,37 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hmac
-import ipaddress
 import logging
 import math
 import random
 import socket
 import time
-import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from aiohttp import web
 
 from cartridges_jax.models.tokenizer import Tokenizer
-from cartridges_jax.serving import chat_page, connections
+from cartridges_jax.serving import chat_page, connections, metrics
+from cartridges_jax.serving.access import ID, Access, Handler, is_loopback, request_id
 from cartridges_jax.serving.catalog import Catalog
-from cartridges_jax.serving.completions import Completions, Handler
+from cartridges_jax.serving.choices import Tokens
+from cartridges_jax.serving.completions import Completions
 from cartridges_jax.serving.engine_thread import EngineThread
-from cartridges_jax.serving.metrics import Metrics
+from cartridges_jax.serving.messages import Message
 from cartridges_jax.serving.openapi import document_of
-from cartridges_jax.serving.protocol import ApiError, Fields, read_body, read_messages, shorten, to_json
+from cartridges_jax.serving.protocol import ApiError, Fields, read_body, shorten, to_json, token_ids
 from cartridges_jax.serving.requests import Reader
+from cartridges_jax.serving.responses import Response
 from cartridges_jax.serving.scheduler import Engine, most_tokens
-from cartridges_jax.serving.store import CartridgeStore
+from cartridges_jax.serving.store import CartridgeStore, Reference
 from cartridges_jax.serving.warmup import Warmup
 
 logger = logging.getLogger(__name__)
 
 _reply = functools.partial(web.json_response, dumps=to_json)
-OPEN = ("/", "/health", "/ping")  # the paths that need no key, beside the files of the chat page
+# Paths of OpenAI's API that clients ask for and that a server like this cannot have.
+ABSENT = {"/v1/embeddings": "this server has no embeddings: it serves a language model, ask another server for them"}
 
 
 class Server:
@@ -46,6 +47,8 @@ class Server:
       max_queue: how many answers may wait for their turn; beyond them requests are refused.
       max_body: the most bytes that a request may have.
       max_seconds: how long a request may take; fetching and loading a cartridge and waiting are included.
+      api_key, allow_origins: who may ask, as `Access` has it.
+      list_cartridges: whether `/v1/models` lists the model with each cartridge, too.
       describe: a function that tells what a loaded cartridge is made of, as JSON.
       kv_bytes_per_token: what a position of prompt, answer or cartridge costs, for the chat page to show.
       document: a text that the chat page compares cartridges with.
@@ -63,6 +66,8 @@ class Server:
         max_body: int = 1 << 20,
         max_seconds: float = 600.0,
         api_key: str | None = None,
+        allow_origins: Collection[str] = (),
+        list_cartridges: bool = True,
         describe: Callable[[Any], dict[str, Any]] = lambda _: {},
         kv_bytes_per_token: int = 0,
         document: str | None = None,
@@ -70,26 +75,25 @@ class Server:
         rng: random.Random | None = None,
     ):
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
-        self._max_queue, self._max_body, self._max_seconds, self._api_key = max_queue, max_body, max_seconds, api_key
+        self._max_queue, self._max_body, self._max_seconds = max_queue, max_body, max_seconds
+        self._access, self._list_cartridges = Access(api_key, allow_origins), list_cartridges
         self._kv_bytes_per_token, self._document = kv_bytes_per_token, document
         self._created = int(time.time())
-        self._loopback = True
         self._connections = connections.Connections(max(connections.LEAST, 2 * (engine.max_num_seqs + max_queue)))
-        self._metrics = Metrics()
+        self._metrics = metrics.Metrics(model)
         self._warmup = Warmup(programs)
         self._catalog = Catalog(store, describe, max_seconds)
         self._reader = Reader(
             engine, tokenizer, store, model, max_choices=engine.max_num_seqs + max_queue, rng=rng or random.Random()
         )
-        token_text = functools.lru_cache(1 << 16)(self._decode_token)
         self._completions = Completions(
-            self._reader, self._catalog, tokenizer, token_text, self._metrics, engine.max_num_seqs, max_seconds
+            self._reader, self._catalog, Tokens(tokenizer), self._metrics, engine.max_num_seqs, max_seconds
         )
         self._thread: EngineThread | None = None
 
     async def start(self, sock: socket.socket) -> web.AppRunner:
         """Serves on a bound socket until the runner's `cleanup`."""
-        self._loopback = is_loopback(sock)
+        self._access.is_loopback = is_loopback(sock)
         # Without handler_cancellation a client that goes away would be answered to the end.
         runner = web.AppRunner(
             self._app(),
@@ -113,7 +117,7 @@ class Server:
         await self._running().failed.wait()
 
     def _app(self) -> web.Application:
-        app = web.Application(client_max_size=self._max_body, middlewares=[self._counted, _errors, self._authorize])
+        app = web.Application(client_max_size=self._max_body, middlewares=[self._counted, _errors, self._access.check])
         reader, completions, catalog = self._reader, self._completions, self._catalog
         app.add_routes(
             [
@@ -126,6 +130,9 @@ class Server:
                 web.get("/v1/models/{id}", self._one_model),
                 web.post("/v1/chat/completions", completions.single(reader.chat)),
                 web.post("/v1/completions", completions.single(reader.completion)),
+                web.post("/v1/responses", completions.speaking(Response)),
+                web.post("/v1/messages", completions.speaking(Message)),
+                web.post("/v1/messages/count_tokens", self._count_tokens),
                 web.get("/v1/cartridges", catalog.listing),
                 web.get("/v1/cartridges/{id}", catalog.one),
                 web.post("/v1/cartridges/load", catalog.managing(catalog.load)),
@@ -133,6 +140,7 @@ class Server:
                 web.post("/v1/cartridges/pin", catalog.managing(catalog.pin)),
                 web.post("/v1/cartridges/unpin", catalog.managing(catalog.unpin)),
                 web.post("/tokenize", self._tokenize),
+                web.get("/tokenizer_info", self._tokenizer_info),
                 web.post("/detokenize", self._detokenize),
                 web.post("/custom/synchronous-batch-completions", completions.batch),
             ]
@@ -144,13 +152,30 @@ class Server:
             app.router.add_post(f"{start}/chat/completions", completions.batch if "batch" in start else chat)
             app.router.add_post(f"{start}/completions", completion)
             app.router.add_post(f"{start}/synchronous-batch-completions", completions.batch)
+        app.on_response_prepare.append(self._access.add_headers)
         app.on_startup.append(self._start_thread)
         app.on_shutdown.append(self._stop_thread)
         return app
 
     async def _start_thread(self, _: web.Application) -> None:
-        self._thread = EngineThread(self._engine, self._max_queue, self._max_seconds, self._warmup)
-        self._completions.thread = self._thread
+        thread = self._completions.thread = self._thread = EngineThread(
+            self._engine, self._max_queue, self._max_seconds, self._warmup
+        )
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "vllm:num_requests_running": ("answers that are being written", lambda: thread.num_running),
+            "vllm:num_requests_waiting": ("answers that wait for their turn", lambda: thread.num_waiting),
+            "vllm:kv_cache_usage_perc": ("part of the KV cache that answers hold, 0 to 1", lambda: thread.kv_usage),
+            "cartridges_jax_max_num_seqs": (
+                "answers that can be written at the same time",
+                lambda: self._engine.max_num_seqs,
+            ),
+            "cartridges_jax_cartridges_loaded": (
+                "cartridges and compositions in memory",
+                lambda: self._store.num_held,
+            ),
+        }
+        for name, (help, value) in gauges.items():
+            self._metrics.add_gauge(name, help, value)
 
     async def _stop_thread(self, _: web.Application) -> None:
         self._catalog.close()
@@ -161,24 +186,6 @@ class Server:
         return self._thread
 
     @web.middleware
-    async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        origin = request.headers.get("Origin", "")
-        if origin and origin.partition("://")[2] != request.host:
-            raise ApiError(403, f"another site's page, {shorten(origin)}, may not ask this server", code="origin")
-        if self._api_key is None:
-            # another site's name that leads here would give its page what only this machine may have
-            if self._loopback and not _is_local(_host_of(request)):
-                message = f"this server has no API key and is asked as {shorten(request.host)}: ask for 127.0.0.1"
-                raise ApiError(403, message, code="host")
-        elif not (request.path in OPEN or request.path.startswith(chat_page.PREFIX)):
-            # bytes that are no UTF-8 are surrogates there
-            header = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-            scheme, _, given = header.partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._api_key.encode()):
-                raise ApiError(401, "no or wrong API key: send Authorization: Bearer KEY", code="invalid_api_key")
-        return await handler(request)
-
-    @web.middleware
     async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         with self._connections.asking(request):
             response = await handler(request)
@@ -187,7 +194,7 @@ class Server:
         return response
 
     async def _openapi(self, _: web.Request) -> web.Response:
-        return _reply(document_of(self._model, self._engine.max_top_logprobs))
+        return _reply(document_of(self._model, self._reader.table))
 
     async def _health(self, _: web.Request) -> web.Response:
         if not self._running().alive:
@@ -200,68 +207,54 @@ class Server:
         return _reply({"status": "starting", **programs}, status=503, headers=headers)
 
     async def _metrics_text(self, _: web.Request) -> web.Response:
-        gauges = {"answers_live": self._running().num_live}
-        gauges |= dict.fromkeys(("max_num_seqs", "slots"), self._engine.max_num_seqs)
-        gauges["cartridges_loaded"] = self._store.num_held
-        return web.Response(text=self._metrics.text(gauges), headers={"Content-Type": "text/plain; version=0.0.4"})
+        return web.Response(body=self._metrics.text(), headers={"Content-Type": metrics.TYPE})
 
     async def _models(self, _: web.Request) -> web.Response:
-        # The model alone: Tokasaurus' clients insist on exactly one, and /v1/cartridges lists the others.
-        return _reply({"object": "list", "data": [self._model_entry(self._model)]})
+        ids = await self._catalog.local_ids() if self._list_cartridges else []
+        cartridges = [self._model_entry(f"{self._model}:{id}", Reference(id)) for id in ids]
+        return _reply({"object": "list", "data": [self._model_entry(self._model, None), *cartridges]})
 
     async def _one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
-        self._reader.read_model_name(name)
-        return _reply(self._model_entry(name))
+        return _reply(self._model_entry(name, self._reader.read_model_name(name)))
 
-    def _model_entry(self, name: str) -> dict[str, Any]:
-        return {
+    def _model_entry(self, name: str, cartridge: Reference | None) -> dict[str, Any]:
+        prefix, _ = self._store.state(cartridge) if cartridge else (None, False)
+        entry = {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "cartridges-jax",
-            "max_model_len": most_tokens(self._engine, None),
+            "max_model_len": most_tokens(self._engine, prefix),
             "kv_bytes_per_token": self._kv_bytes_per_token,
         }
+        return entry | ({"parent": self._model} if cartridge else {})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        ids = await asyncio.to_thread(self._ids, await read_body(request))
-        reply = {"count": len(ids), "max_model_len": most_tokens(self._engine, None), "tokens": ids, "token_strs": None}
-        return _reply(reply)
+        asked, wants_texts = await asyncio.to_thread(self._reader.tokenize, await read_body(request))
+        ready, prefix = await self._completions.prepare(asked)
+        ids, longest = list(ready.requests[0].prompt), most_tokens(self._engine, prefix)
+        texts = [self._tokenizer.decode([id], skip_special_tokens=False) for id in ids] if wants_texts else None
+        return _reply({"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": texts})
 
-    def _ids(self, fields: Fields) -> list[int]:
-        if fields.get("messages") is not None:
-            messages = read_messages(fields.get("messages"))
-            return list(self._reader.encode_chat(messages, fields, self._tokenizer.chat_ids))
-        return self._tokenizer.encode(fields.text("prompt"), add_special_tokens=fields.flag("add_special_tokens", True))
+    async def _count_tokens(self, request: web.Request) -> web.Response:
+        message = Message(self._reader, await read_body(request))
+        try:
+            ready, _ = await self._completions.prepare(await asyncio.to_thread(message.read))
+        except ApiError as error:
+            return message.refusal(error)
+        return _reply({"input_tokens": len(ready.requests[0].prompt)})
+
+    async def _tokenizer_info(self, _: web.Request) -> web.Response:
+        return _reply(self._tokenizer.settings)
 
     async def _detokenize(self, request: web.Request) -> web.Response:
         return _reply({"prompt": await asyncio.to_thread(self._text, await read_body(request))})
 
     def _text(self, fields: Fields) -> str:
-        return self._tokenizer.decode(self._reader.token_ids("tokens", fields.get("tokens")), skip_special_tokens=False)
-
-    def _decode_token(self, id: int) -> str:
-        return self._tokenizer.decode([id], skip_special_tokens=False)
-
-
-def is_loopback(sock: socket.socket) -> bool:
-    """Whether only this machine can reach what listens there."""
-    return _is_local(sock.getsockname()[0].partition("%")[0])
-
-
-def _host_of(request: web.Request) -> str | None:
-    try:
-        return urllib.parse.urlsplit(f"//{request.host}").hostname
-    except ValueError:
-        return None
-
-
-def _is_local(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
+        return self._tokenizer.decode(
+            token_ids("tokens", fields.get("tokens"), self._tokenizer.vocab_size), skip_special_tokens=False
+        )
 
 
 async def _ping(_: web.Request) -> web.Response:
@@ -277,9 +270,13 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPRequestEntityTooLarge as error:
         return ApiError(413, error.text or error.reason, code="body_too_large").response()
     except web.HTTPException as error:
-        refusal = ApiError(error.status, f"{request.method} {shorten(request.path)}: {error.reason}").response()
+        message = ABSENT.get(request.path, f"{request.method} {shorten(request.path)}: {error.reason}")
+        refusal = ApiError(error.status, message).response()
         refusal.headers.update({name: error.headers[name] for name in ("Allow",) if name in error.headers})
         return refusal
     except Exception:
-        logger.exception("%s %r failed", request.method, request.path)
-        return ApiError(500, "the server failed at this request: its log says why").response()
+        id = request_id(request)
+        logger.exception("%s %r failed (request %s)", request.method, request.path, id)
+        failure = ApiError(500, f"the server failed at this request: its log says why, at request {id}").response()
+        failure.headers[ID] = id
+        return failure

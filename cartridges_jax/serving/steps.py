@@ -20,8 +20,9 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import decode_specs
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving.decoder import Step, Weights, forward, logits
+from cartridges_jax.serving.logits_processors import LogitsParams, LogitsState, allowed, process
 from cartridges_jax.serving.metadata import PAGE_SIZE
-from cartridges_jax.serving.sampling import normalizer, sample
+from cartridges_jax.serving.sampling import NEVER, normalizer, sample
 from cartridges_jax.serving.sequences import DecodeBatch
 
 # Everything about a step lies on every device; of a cartridge's heads each has those that its query heads read.
@@ -165,19 +166,29 @@ def logits_step(
     return run(weights, cache, last, batch)
 
 
-@functools.partial(jax.jit, static_argnames="num_top", donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="num_top", donate_argnums=(0, 4))
 def sample_step(
     last: Int[Array, " seqs"],
     logits: Float[Array, "b v"],
     batch: DecodeBatch,
     mask: Int[Array, "b words"],
+    state: LogitsState | None = None,
+    logits_params: LogitsParams | None = None,
     *,
     num_top: int,
-) -> tuple[Array, Any]:
-    """The other half, among the tokens whose bits are set in the mask, 32 in a word, the lowest first."""
-    is_allowed_bv = (mask[..., None] >> jnp.arange(32)) & 1
-    is_allowed_bv = is_allowed_bv.reshape(len(mask), -1)[:, : logits.shape[1]] == 1
-    return _sampled(jnp.where(is_allowed_bv, logits, -jnp.inf), last, batch, num_top)
+) -> tuple[Array, Any, LogitsState | None]:
+    """The other half, among the tokens whose bits are set in the mask, 32 in a word, the lowest first.
+
+    With a state and the rows' parameters, logits are processed before; the tokens that are sampled are counted there.
+    """
+    if state is None or logits_params is None:
+        processed_bv = jnp.where(allowed(mask, logits.shape[1]), logits, NEVER)
+        return *_sampled(logits, last, batch, num_top, processed_bv), None
+    params, rows = batch.sampling_params, jax.tree.map(lambda of_all: of_all.at[batch.indices].get(mode="clip"), state)
+    processed_bv = process(logits, rows, logits_params, params.temperature, params.step, mask)
+    last, sampled = _sampled(logits, last, batch, num_top, processed_bv)
+    counts = state.counts.at[batch.indices, sampled[0]].add(1, mode="drop")
+    return last, sampled, state.replace(counts=counts)
 
 
 def _next_logits(
@@ -195,8 +206,10 @@ def _next_logits(
     return logits(weights, hidden_b1d[:, 0]), cache
 
 
-def _sampled(logits_bv: Array, last: Array, batch: DecodeBatch, num_top: int) -> tuple[Array, Any]:
-    sampled = sample(logits_bv, batch.sampling_params, num_top)
+def _sampled(
+    logits_bv: Array, last: Array, batch: DecodeBatch, num_top: int, processed_bv: Array | None = None
+) -> tuple[Array, Any]:
+    sampled = sample(logits_bv, batch.sampling_params, num_top, processed_bv)
     return last.at[batch.indices].set(sampled[0], mode="drop"), sampled
 
 

@@ -41,7 +41,7 @@ class HttpClient:
         await self._session.close()
 
     async def check(self) -> None:
-        # of MODEL:CARTRIDGE our server lists MODEL alone
+        # of MODEL:CARTRIDGE our server may list MODEL alone
         model, served = self._config.model, [entry["id"] for entry in await self._listed(self._url)]
         if model not in served and model.rpartition(":")[0] not in served:
             raise Refused(

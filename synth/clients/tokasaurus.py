@@ -44,9 +44,9 @@ class TokasaurusClient(HttpClient):
 
     async def check(self) -> None:
         served = [entry["id"] for entry in await self._listed(f"{self._root}/v1")]
-        if self._config.model != "default" and [name.lower() for name in served] != [self._config.model.lower()]:
+        if self._config.model != "default" and self._config.model.lower() not in map(str.lower, served):
             raise Refused(
-                f"{self._root} serves {', '.join(served) or 'nothing'}, not {self._config.model!r}: "
+                f"{self._root} serves {', '.join(served)[:300] or 'nothing'}, not {self._config.model!r}: "
                 "change config.client.model"
             )
 

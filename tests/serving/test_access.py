@@ -89,24 +89,6 @@ def test_thinking_is_the_templates():
     serving(ScriptEngine(SAID), test)
 
 
-def test_metrics_count():
-    async def test(client: Client) -> None:
-        await client.chat()
-        await client.chat(temperature=9)
-        async with client.session.get(client.url + "/metrics") as response:
-            lines = (await response.text()).splitlines()
-        counts = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        start = "cartridges_jax_"
-        assert counts[f"{start}max_num_seqs"] == counts[f"{start}slots"] == "4"  # the latter is its earlier name
-        assert counts[f'{start}requests_total{{route="/v1/chat/completions",status="200"}}'] == "1"
-        assert counts[f'{start}requests_total{{route="/v1/chat/completions",status="400"}}'] == "1"
-        assert float(counts[f"{start}completion_tokens_total"]) == len(SAID)
-        assert counts[f"{start}first_token_seconds_count"] == "1.0" and counts[f"{start}answers_live"] == "0"
-        assert len([line for line in lines if line.startswith("# TYPE")]) == len({c.partition("{")[0] for c in counts})
-
-    serving(ScriptEngine(SAID), test)
-
-
 def test_a_cartridge_holds_the_beginning_of_a_text(folder: Path):
     async def test(client: Client) -> None:
         async def prompted(**body: object) -> tuple[int, list[int]]:

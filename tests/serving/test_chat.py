@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 from test_server import SAID, TOKENIZER, ScriptEngine  # pyrefly: ignore[missing-import] (pytest finds this folder)
 
@@ -105,29 +106,99 @@ def test_comparing_asks_three_times_and_leaves_the_conversation_alone():
     assert "--document" in talk(engine, ["/compare x"])[1]
 
 
+def test_a_command_that_is_none_is_named():
+    talker, told = talk(ScriptEngine(SAID, max_num_seqs=1), ["/clera", "/usr/bin is what?"])
+    assert told == f"/clera is no command:\n{chat.HELP}\n/usr/bin is no command:\n{chat.HELP}\n\n"
+    assert talker.messages == []
+
+
+# The terminal becomes the process' own, so that Ctrl-C is a signal to it.
+IN_ITS_TERMINAL = """
+import fcntl, runpy, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("cartridges_jax.chat", run_name="__main__", alter_sys=True)
+"""
+
+
+class Session:
+    """`python -m cartridges_jax.chat` with a model that is tiny, in a terminal of its own."""
+
+    def __init__(self, folder: Path, *options: str, term: str):
+        self.screen = b""
+        self._keyboard, theirs = pty.openpty()
+        environment = os.environ | {"TERM": term, "PYTHONPATH": os.getcwd(), "CARTRIDGES_JAX_CACHE": str(folder)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_ITS_TERMINAL, f"--model={tiny.folder()}", "--no-warmup", *options],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._keyboard)
+
+    def type(self, text: str) -> None:
+        os.write(self._keyboard, text.encode())
+
+    def read(self, until: str | None = None, start: int = 0) -> str:
+        """What is on the screen from `start` on, once it has this text, or once the session is over."""
+        while until is None or until not in self.screen[start:].decode(errors="replace"):
+            try:
+                part = os.read(self._keyboard, 4096)
+            except OSError:  # the other end is closed
+                part = b""
+            if not part:
+                assert until is None, f"{until!r} is not in {self.screen!r}"
+                break
+            self.screen += part
+        return self.screen[start:].decode(errors="replace")
+
+
 def test_a_session_in_a_terminal(tmp_path: Path):
     cartridge = tmp_path / "cartridges" / "text.safetensors"
     cartridge.parent.mkdir()
     cj.Cartridge.from_text(tiny.model(), tiny.TEXT, 20).save(cartridge)
     (tmp_path / "text.txt").write_text(tiny.TEXT[:200])
-    ours, theirs = pty.openpty()
-    options = [f"--model={tiny.folder()}", "--max-length=512", "--max-tokens=4", "--document=text.txt", "--no-warmup"]
-    command = [sys.executable, "-m", "cartridges_jax.chat", *options]
-    environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.getcwd(), "CARTRIDGES_JAX_CACHE": str(tmp_path)}
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, cwd=tmp_path, env=environment
-    ) as process:
-        os.close(theirs)
-        os.write(ours, b"hello\n/cartridge text\n/compare\n/cartridge nowhere\n/quit\n")
-        screen = b""
-        try:
-            while part := os.read(ours, 4096):
-                screen += part
-        except OSError:  # the other end is closed
-            pass
-        os.close(ours)
-    assert process.returncode == 0
-    shown = screen.decode()
+    with Session(tmp_path, "--max-length=512", "--max-tokens=4", "--document=text.txt", term="dumb") as session:
+        session.type("hello\n/cartridge text\n/compare\n/cartridge nowhere\n/quit\n")
+        shown = session.read()
+        assert session.process.wait(30) == 0
     assert "0 slots of a cartridge. /help" in shown and "20 slots\r\n" in shown
     assert shown.count("--max-tokens is reached") + shown.count("tokens/s)") >= 4, shown
     assert "nowhere does not exist" in shown
+
+
+def test_pastes_ctrl_c_and_typing_ahead(tmp_path: Path):
+    readline = pytest.importorskip("readline")
+    if "libedit" in readline.__doc__:
+        pytest.skip("this Python has libedit, which does not know pastes")
+    end, prompt = "[--max-tokens is reached]", "> "
+    with Session(tmp_path, "--max-length=1024", "--max-tokens=200", term="xterm") as session:
+        session.read(until=prompt)
+        session.type("\x1b[200~one\rtwo\rthree\x1b[201~")
+        session.read(until="three")
+        session.type("\r")
+        session.read(until=end)
+        start = len(session.screen)
+        session.type("/nonsense and more\x03")  # Ctrl-C
+        session.read(until=prompt, start=start)
+        session.type("again\r")
+        session.read(until="again", start=start)
+        session.type("typed meanwhile")
+        shown = session.read(until="typed meanwhile", start=start)
+        session.type("\x15/undo\r/undo\r/undo\r/quit\r")  # Ctrl-U takes the line away
+        everything = session.read()
+        assert session.process.wait(30) == 0
+    assert everything.count(end) == 2, "the pasted lines were one message, the line that was cleared was none"
+    assert "no command" not in everything and "[stopped]" not in everything
+    answer, _, rest = shown.partition(end)
+    assert "typed" not in answer and prompt in rest.partition("typed meanwhile")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from browser import chromium
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Error, Page, expect
 from running import running  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 from test_server import END, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
 
@@ -173,22 +174,115 @@ def test_errors_are_shown(serve_page: Callable[..., str], open_page: Callable[..
     page = open_page(serve_page(), quiet=False)
     page.select_option("#cartridge", "wrong")
     expect(page.locator("#about [role=alert]")).to_contain_text("made for another model")
+    page.fill("#question", "why?")
+    page.press("#question", "Enter")
+    expect(page.locator("#problem")).to_contain_text("made for another model")
     page.select_option("#cartridge", "")
     page.fill("#question", "x" * 1000)
     page.click("#send")
-    expect(page.locator(".figures .error")).to_contain_text("and may have 900")
+    expect(page.locator("#problem")).to_contain_text("maximum context length is 900 tokens")
+    expect(page.locator("#question")).to_have_value("x" * 1000)
+    expect(page.locator(".message")).to_have_count(0)
+    page.fill("#question", "shorter")
+    page.click("#send")
+    expect(page.locator(".assistant .said strong")).to_have_text("bold")
+    expect(page.locator("#problem")).to_be_empty()
+
+
+def test_a_full_context_drops_its_oldest_turns(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    page = open_page(serve_page("It is four centimetres wide. " * 5), quiet=False)
+    page.select_option("#cartridge", "")
+    figures = page.locator(".figures")
+    for i in range(6):
+        page.fill("#question", f"Question {i}: how wide is the lid, in centimetres and in inches?")
+        page.press("#question", "Enter")
+        expect(figures.nth(i)).to_contain_text("tokens/s")
+    line = page.locator(".full")
+    expect(line).to_have_count(1)
+    expect(line).to_have_text("The context is full: the model no longer knows what stands above this line.")
+    kinds = page.locator("#messages > *").evaluate_all("all => all.map(one => one.className)")
+    assert 0 < kinds.index("full quiet") < 6 and len(kinds) == 7, "nothing has left the page"
+    told = [int(re.findall(r"(\d+) tokens\b", text)[-1]) for text in figures.all_inner_texts()]
+    assert told[0] < told[1] < told[2] and max(told) <= 900, "and the model was told as much as fits"
+    page.click("#clear")
+    expect(page.locator("#messages > *")).to_have_count(1)
+
+
+def test_keys_and_focus(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    page = open_page(serve_page("word " * 100, pause=0.01))
+    expect(page.locator("#question")).to_be_focused()
+    page.keyboard.type("Talk")
+    page.keyboard.press("Enter")
+    expect(page.locator(".assistant .said")).to_contain_text("word")
+    page.keyboard.press("Escape")
+    expect(page.locator(".figures")).to_have_text("stopped")
+    expect(page.locator("#question")).to_be_focused()
+    page.click("nav a[data-view=compare]")
+    expect(page.locator("#same")).to_be_focused()
+    page.keyboard.type("Talk")
+    page.keyboard.press("Enter")
+    expect(page.locator(".column .said").first).to_contain_text("word")
+    page.keyboard.press("Escape")
+    expect(page.locator(".column .error")).to_have_text("stopped")
+
+
+def test_a_server_that_is_gone_is_said_in_plain_words(folder: Path, open_page: Callable[..., Page]):
+    engine = ScriptEngine([*b"word " * 100, END], max_num_seqs=2, max_length=900, pause=0.01)
+    server = Server(engine, TOKENIZER, CartridgeStore(folder, FakeCartridge), "tiny", document=DOCUMENT)
+    gone = "The server cannot be reached: it may have been stopped. Send again when it runs."
+    with running(server) as url:
+        page = open_page(url, quiet=False)
+        expect(page.locator("#cartridge")).to_have_value("manual")
+        page.fill("#question", "Talk")
+        page.press("#question", "Enter")
+        expect(page.locator(".assistant .said")).to_contain_text("word")
+    expect(page.locator(".figures .error")).to_have_text(re.compile("stopping|cannot be reached"))
+    page.fill("#question", "And then?")
+    page.press("#question", "Enter")
+    expect(page.locator("#problem")).to_have_text(gone)
+    expect(page.locator("#question")).to_have_value("And then?")
+    expect(page.locator(".message")).to_have_count(2)
 
 
 def test_the_key_is_asked_for(serve_page: Callable[..., str], open_page: Callable[..., Page]):
     page = open_page(serve_page(api_key="secret"), quiet=False)
     expect(page.locator("#login")).to_be_visible()
-    for key, visible in (("wrong", True), ("secret", False)):
-        page.fill("#key", key)
-        page.click("#login button")
-        expect(page.locator("#login")).to_be_visible(visible=visible)
+    expect(page.locator("#refused")).to_be_empty()
+    page.fill("#question", "Is it there?")
+    page.press("#question", "Enter")
+    expect(page.locator("#problem")).to_have_text("The server wants its API key: give it above, then send again.")
+    page.fill("#key", "wrong")
+    page.click("#login button")
+    expect(page.locator("#refused")).to_have_text("The server does not know this key: check it, and try again.")
+    page.fill("#key", "secret")
+    page.press("#key", "Enter")
+    expect(page.locator("#login")).to_be_hidden()
+    expect(page.locator("#problem")).to_be_empty()
+    expect(page.locator("#question")).to_have_value("Is it there?")
+    expect(page.locator("#question")).to_be_focused()
     expect(page.locator("#cartridge")).to_have_value("manual")
     page.goto(page.url + "#compare")
     expect(page.locator("#document")).to_have_value(DOCUMENT)
+
+
+ASK = """async ([url, key]) => {
+  const headers = { Authorization: `Bearer ${key}`, "Content-Type": "application/json" };
+  const body = JSON.stringify({ messages: [{ role: "user", content: "hi" }], max_tokens: 4 });
+  const response = await fetch(`${url}/v1/chat/completions`, { method: "POST", headers, body });
+  return [response.status, response.headers.get("X-Request-Id").length, (await response.json()).object];
+}"""
+
+
+def test_a_browser_lets_the_page_of_an_allowed_site_ask(serve_page: Callable[..., str], browser: Browser):
+    page = browser.new_page()
+    site = serve_page()
+    page.goto(f"{site}/ping")  # a page of this site that may ask others
+    asked = serve_page(allow_origins=[site], api_key="secret")
+    assert page.evaluate(ASK, [asked, "secret"]) == [200, 32, "chat.completion"]
+    assert page.evaluate(ASK, [asked, "wrong"])[0] == 401
+    with pytest.raises(Error, match="Failed to fetch"):
+        page.evaluate(ASK, [serve_page(), ""])
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -200,6 +294,8 @@ def test_it_fits_a_telephone_and_either_scheme(
     page.fill("#question", "How?")
     page.click("#send")
     expect(page.locator(".figures")).to_contain_text("KV")
+    page.click("#clear")
+    expect(page.locator(".message")).to_have_count(0)
     for view in ("chat", "compare"):
         page.click(f"nav a[data-view={view}]")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360

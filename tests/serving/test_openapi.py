@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
+import tiny
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from running import running  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from test_server import SAID, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
+from test_server import SAID, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
 
 from cartridges_jax.serving.openapi import document_of
 from cartridges_jax.serving.server import Server
@@ -25,7 +26,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
     folder = tmp_path_factory.mktemp("cartridges")
     (folder / "manual.safetensors").write_text("five!")
     store = CartridgeStore(folder, FakeCartridge, compose=FakeCartridge.compose)
-    return Server(ScriptEngine(SAID, max_num_seqs=4, max_length=400), TOKENIZER, store, "tiny", rng=random.Random(0))
+    engine = ScriptEngine(SAID, max_num_seqs=4, max_length=400)
+    return Server(engine, tiny.model().tokenizer, store, "tiny", rng=random.Random(0))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,11 @@ def test_it_describes_every_route(server: Server):
         for route in server._app().router.routes()
         if route.resource and route.method in ("GET", "POST")
     }
-    told = {(path, method) for path, methods in document_of("tiny", 4)["paths"].items() for method in methods}
+    told = {
+        (path, method)
+        for path, methods in document_of("tiny", server._reader.table)["paths"].items()
+        for method in methods
+    }
     pages = {("/", "get"), ("/page/{name}", "get"), ("/document", "get"), ("/openapi.json", "get")}
     assert told | pages == routes
 

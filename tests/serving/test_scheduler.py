@@ -214,7 +214,7 @@ def alone(request: Request) -> list[int]:
             constraint.take(token)
         answer.append(token)
         context.append(token)
-        if token in request.stop_ids and not request.ignore_eos:
+        if token in request.stop_ids:
             break
     return answer
 
@@ -259,7 +259,6 @@ requests = st.builds(
     max_tokens=st.integers(0, 12),
     seed=st.integers(0, 2),
     stop_ids=st.sampled_from([frozenset(), frozenset({STOP})]),
-    ignore_eos=st.booleans(),
     top_logprobs=st.integers(0, 4),
     prompt_logprobs=st.sampled_from([None, None, 0, 3]),
     constraint=st.sampled_from([None, None, NoRepeats]),
@@ -348,7 +347,7 @@ def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs
             assert end.reason == "cancelled" and answer == expected[: len(answer)]
             continue
         assert answer == expected
-        stopped = bool(answer) and answer[-1] in request.stop_ids and not request.ignore_eos
+        stopped = bool(answer) and answer[-1] in request.stop_ids
         assert end.reason == ("stop" if stopped else "length")
         scores = [e.scored for e in events if isinstance(e, PromptScored) and e.id == end.id]
         assert scores == ([] if request.prompt_logprobs is None else [score_alone(request)])

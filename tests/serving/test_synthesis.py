@@ -25,7 +25,7 @@ CONVERSATIONS, PER_CHUNK, TOP = 8, 4, 5
 
 def counters(root: str) -> dict[str, float]:
     with urllib.request.urlopen(f"{root}/metrics") as response:
-        found = re.findall(r"^cartridges_jax_(\w+) ([\d.]+)$", response.read().decode(), re.MULTILINE)
+        found = re.findall(r"^vllm:(\w+){model_name=\"tiny\"} (.+)$", response.read().decode(), re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 
@@ -66,9 +66,9 @@ def test_a_document_becomes_conversations(tmp_path: Path, monkeypatch: pytest.Mo
         assert [best[row][1] for row in sorted(best)] == list(answer.token_ids or ()), "a greedy answer takes the best"
 
     written = sum(len(message.token_ids or ()) for one in made for message in one.messages)
-    assert told["completion_tokens_total"] == written == sum(sum(one.metadata["completion_tokens"]) for one in made)
+    assert told["generation_tokens_total"] == written == sum(sum(one.metadata["completion_tokens"]) for one in made)
     chunks = {one.system_prompt: len(model.tokenizer.encode(one.system_prompt)) for one in made}
     assert len(chunks) == CONVERSATIONS // PER_CHUNK
     # the questions and answers about a chunk share it: it is computed once, or twice by two that came at the same time
-    assert (2 * PER_CHUNK - 2) * sum(chunks.values()) < told["cached_tokens_total"] < told["prompt_tokens_total"]
-    assert told["answers_live"] == 0
+    assert (2 * PER_CHUNK - 2) * sum(chunks.values()) < told["prefix_cache_hits_total"] < told["prompt_tokens_total"]
+    assert told["num_requests_running"] == told["num_requests_waiting"] == told["kv_cache_usage_perc"] == 0

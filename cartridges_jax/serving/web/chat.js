@@ -1,37 +1,67 @@
 // A conversation, with or without a cartridge.
-import { $, answer, bytes, count, element, positions, rate, seconds, sendsOnEnter, server } from "./page.js";
+import { $, answer, bytes, count, element, positions, rate, seconds, sendsOnEnter, server, stopsOnEscape } from "./page.js";
 import { markdown } from "./markdown.js";
 
-let conversation = [];
+const FULL = "The context is full: the model no longer knows what stands above this line.";
+
+let turns = []; // those that the model is told: question, answer, and where they stand on the page
 let running = null; // the AbortController of the answer that is being written
 
 async function send(question) {
   document.querySelector("#messages .empty")?.remove();
-  const asked = element("div", { class: "message user" }, element("div", { class: "said" }, question));
-  const said = element("div", { class: "said waiting" });
-  const figures = element("p", { class: "figures" });
-  const told = element("div", { class: "message assistant" }, said, figures);
-  $("messages").append(asked, told);
+  $("problem").textContent = "";
+  const turn = draw(question);
   scroll(true);
-  const messages = [...conversation, { role: "user", content: question }];
-  let text = "";
-  const show = (all) => { text = all; markdown(said, all); scroll(false); };
   const mine = running = new AbortController();
   busy(true);
   try {
-    const made = await answer(messages, $("cartridge").value, show, mine.signal);
-    fill(figures, made);
+    fill(turn.figures, await answerWhatFits(turn, mine.signal));
   } catch (error) {
-    if (error.name === "AbortError") figures.append(element("span", {}, "stopped"));
-    else figures.append(element("span", { class: "error", role: "alert" }, error.message));
+    if (error.name === "AbortError") turn.figures.append(element("span", {}, "stopped"));
+    else if (turn.answer) turn.figures.append(element("span", { class: "error", role: "alert" }, error.message));
+    else takeBack(turn, error.message);
   } finally {
-    said.classList.remove("waiting");
+    turn.said.classList.remove("waiting");
     if (running === mine) {
       running = null;
       busy(false);
-      if (text) conversation = [...messages, { role: "assistant", content: text }];
+      if (turn.answer) turns.push(turn);
     }
   }
+}
+
+function draw(question) {
+  const said = element("div", { class: "said waiting" });
+  const figures = element("p", { class: "figures" });
+  const asked = element("div", { class: "message user" }, element("div", { class: "said" }, question));
+  const box = element("div", {}, asked, element("div", { class: "message assistant" }, said, figures));
+  $("messages").append(box);
+  return { question, answer: "", box, said, figures };
+}
+
+// Asks with as much of the conversation as fits the model's context: its oldest turns are left out first.
+async function answerWhatFits(turn, signal) {
+  const show = (all) => { turn.answer = all; markdown(turn.said, all); scroll(false); };
+  for (;;) {
+    const told = turns.flatMap(({ question, answer: said }) => [
+      { role: "user", content: question }, { role: "assistant", content: said }]);
+    try {
+      return await answer([...told, { role: "user", content: turn.question }], $("cartridge").value, show, signal);
+    } catch (error) {
+      if (error.code !== "context_length_exceeded" || !turns.length) throw error;
+      turns.shift();
+      document.querySelector("#messages .full")?.remove();
+      (turns[0] ?? turn).box.before(element("p", { class: "full quiet", role: "status" }, FULL));
+    }
+  }
+}
+
+// A question that got no answer goes back into its field, and why stands beside it.
+function takeBack(turn, why) {
+  if (!turn.box.isConnected) return; // the conversation was cleared meanwhile
+  turn.box.remove();
+  $("question").value ||= turn.question;
+  $("problem").textContent = why;
 }
 
 function fill(figures, made) {
@@ -55,6 +85,7 @@ function scroll(always) {
 function busy(is) {
   $("send").hidden = is;
   $("stop").hidden = !is;
+  if (!is) $("question").focus();
 }
 
 export function startChat() {
@@ -66,12 +97,15 @@ export function startChat() {
     $("question").value = "";
     send(question);
   });
-  $("stop").addEventListener("click", () => running?.abort());
+  const stop = () => running?.abort();
+  $("stop").addEventListener("click", stop);
+  stopsOnEscape(stop);
   $("clear").addEventListener("click", () => {
-    running?.abort();
+    stop();
     running = null;
-    busy(false);
-    conversation = [];
+    turns = [];
+    $("problem").textContent = "";
     $("messages").replaceChildren(element("p", { class: "empty" }, "A new conversation."));
+    busy(false);
   });
 }

@@ -1,6 +1,6 @@
 // The same question with nothing, with the cartridge and with the full document, one after the other: side by side in
 // time they would slow each other down, and the figures would say nothing.
-import { $, answer, bytes, count, element, positions, rate, seconds, sendsOnEnter, server } from "./page.js";
+import { $, answer, bytes, count, element, positions, rate, seconds, sendsOnEnter, server, stopsOnEscape } from "./page.js";
 import { markdown } from "./markdown.js";
 
 let running = null;
@@ -64,6 +64,7 @@ async function compare(question) {
 function busy(is) {
   $("send-all").hidden = is;
   $("stop-all").hidden = !is;
+  if (!is) $("same").focus();
 }
 
 export function startCompare() {
@@ -74,7 +75,9 @@ export function startCompare() {
     const question = $("same").value.trim();
     if (!running && question) compare(question);
   });
-  $("stop-all").addEventListener("click", () => running?.abort());
+  const stop = () => running?.abort();
+  $("stop-all").addEventListener("click", stop);
+  stopsOnEscape(stop);
   $("document").addEventListener("input", () => {
     const length = $("document").value.length;
     $("size").textContent = length ? `${count(length)} characters` : "none given";

@@ -12,19 +12,32 @@ export function element(name, attributes, ...children) {
   return made;
 }
 
+const GONE = "The server cannot be reached: it may have been stopped. Send again when it runs.";
+
+// Throws an Error whose message is for people, with the API's `code` if the server gave one.
 async function ask(path, body, signal) {
   const headers = {};
   const key = sessionStorage.getItem("key");
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
   const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
-  const response = await fetch(path, options);
-  if (response.status === 401) $("login").hidden = false;
-  if (!response.ok) {
-    const reply = await response.json().catch(() => null);
-    throw new Error(reply?.error?.message ?? `the server answers ${response.status}`);
-  }
-  return response;
+  const response = await fetch(path, options).catch(broken);
+  if (response.ok) return response;
+  if (response.status === 401) askForKey(key);
+  const { error } = (await response.json().catch(() => null)) ?? {};
+  const message = response.status === 401 ? "The server wants its API key: give it above, then send again." : error?.message;
+  throw Object.assign(new Error(message ?? `the server answers ${response.status}`), { code: error?.code });
+}
+
+// What a browser says when a connection fails is for programmers.
+function broken(error) {
+  throw error.name === "AbortError" ? error : new Error(GONE);
+}
+
+function askForKey(refused) {
+  $("login").hidden = false;
+  $("refused").textContent = refused ? "The server does not know this key: check it, and try again." : "";
+  $("key").select();
 }
 
 // Streams an answer: calls `show(text so far)` as it comes; resolves to the text and what it took.
@@ -59,14 +72,18 @@ export async function answer(messages, cartridge, show, signal) {
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+  let ended = false;
+  const read = () => reader.read().catch(broken);
+  for (let part = await read(); !part.done; part = await read()) {
     const lines = (held + part.value).split("\n\n");
     held = lines.pop();
     for (const line of lines) {
       const data = line.replace(/^data: /, "");
-      if (data !== "[DONE]") yield JSON.parse(data);
+      if (data === "[DONE]") ended = true;
+      else yield JSON.parse(data);
     }
   }
+  if (!ended) throw new Error(GONE);
 }
 
 // Positions of the KV cache that an answer needed: cartridge, prompt and answer.
@@ -92,6 +109,10 @@ export function sendsOnEnter(field) {
     event.preventDefault();
     field.form.requestSubmit();
   });
+}
+
+export function stopsOnEscape(stop) {
+  addEventListener("keydown", (event) => { if (event.key === "Escape" && !event.isComposing) stop(); });
 }
 
 async function describe() {
@@ -124,11 +145,14 @@ function route() {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  $(view === "compare" ? "same" : "question").focus();
 }
 
 // Says how far a server is that compiles its programs still: it answers all the same, later.
 async function watchStart() {
-  const { status, programs, compiled, seconds_left: left } = await (await fetch("/health")).json();
+  const health = await fetch("/health").catch(() => null);
+  if (!health) return; // the next question will say so
+  const { status, programs, compiled, seconds_left: left } = await health.json();
   $("starting").hidden = status !== "starting";
   if (status !== "starting") return;
   $("starting").textContent = `The server is starting: ${compiled} of ${programs} programs are compiled`
@@ -139,6 +163,7 @@ async function watchStart() {
 async function start() {
   const models = (await (await ask("/v1/models")).json()).data;
   $("login").hidden = true;
+  $("problem").textContent = "";
   server.model = models[0].id;
   server.bytesPerToken = models[0].kv_bytes_per_token;
   $("model").textContent = server.model;
@@ -156,12 +181,12 @@ $("cartridge").addEventListener("change", describe);
 $("login").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", $("key").value);
-  start().catch(complain);
+  start().then(route).catch(complain);
 });
 addEventListener("hashchange", route);
 
 function complain(error) {
-  $("model").textContent = error.message;
+  if ($("login").hidden) $("problem").textContent = error.message;
 }
 
 startChat();
