@@ -119,7 +119,9 @@ def target_chunks(positions: int) -> int:
     return math.ceil(TARGETS * positions / CHUNK)
 
 
-def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests: Requests) -> Program:
+def decode_program(
+    config: TrainConfig, model: ModelConfig, mesh: Mesh, requests: Requests, attention: str | None = None
+) -> Program:
     """Compiles a step of a server's engine, which decodes one token of every request.
 
     The devices of `tensor` are one engine, and there are `data` times `fsdp` engines, which share the requests. On a
@@ -141,7 +143,8 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
     shared, own = math.ceil(min(requests.cartridges, b) * config.init.num_slots / PAGE_SIZE), b * tokens
 
     def pages(count: int) -> Any:
-        shapes = empty_cache.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
+        with jax.set_mesh(mesh):
+            shapes = empty_cache.eval_shape(model, count, jnp.dtype(config.dtype), mesh, attention)
         return sharding.abstract(shapes, sharding.PAGES, mesh)
 
     given = sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh)
@@ -150,7 +153,8 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
     weights = sharding.abstract(weights, decode_specs(model), mesh)
     asked = _decode_inputs(b, slots + tokens, model, mesh)
     with jax.set_mesh(mesh):
-        lowered = decode_step.lower(weights, pages(shared + own), *asked, config=model, mesh=mesh, num_top=TOP_K)
+        options: dict[str, Any] = {"config": model, "mesh": mesh, "num_top": TOP_K, "implementation": attention}
+        lowered = decode_step.lower(weights, pages(shared + own), *asked, **options)
     held = {"weights": weights, "cartridge": pages(shared), "caches": pages(own), "requests": asked}
     return _compiled(lowered, held, mesh, 1)
 
