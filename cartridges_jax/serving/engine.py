@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention import chosen
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, lay_out_slots, slot_starts
@@ -78,6 +79,8 @@ class Engine:
         self.page_size, self.max_position_embeddings = PAGE_SIZE, model.config.max_position_embeddings
         self._batch_sizes = batch_sizes or [*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
+        # a CPU branches at no cost, and needs no second program for steps without a draw
+        self._knows_greedy = kernels.platform() != "cpu"
         attention = chosen(attention)  # once, since pages of one implementation's layout are no other's
         self._options: dict[str, Any] = {"config": self._config, "mesh": self._mesh, "implementation": attention}
         sharding.check(model.config, self._mesh)
@@ -141,7 +144,9 @@ class Engine:
     def _run(self, indices: np.ndarray, step: decoder.Step, sampling_params: SamplingParams) -> Any:
         """Dispatches the compiled program of a step, and returns what it samples."""
         arguments = self._weights, self._cache, self._last, indices, step, sampling_params
-        self._cache, self._last, sampled = steps.decode_step(*arguments, num_top=self.max_top_logprobs, **self._options)
+        draws_or_tells = sampling_params.temperature.any() or sampling_params.num_top.any()
+        options = {"num_top": self.max_top_logprobs, "is_greedy": self._knows_greedy and not draws_or_tells}
+        self._cache, self._last, sampled = steps.decode_step(*arguments, **options, **self._options)
         return sampled
 
     def _batch(self, inputs: Sequence[SequenceInput]) -> tuple[np.ndarray, decoder.Step, SamplingParams]:
@@ -205,11 +210,11 @@ class Engine:
 
     def programs(self) -> list[Callable[[], object]]:
         """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
-        first_pages = BlockTable(range(self.pages_each))
+        first_pages, alternatives = BlockTable(range(self.pages_each)), (0, 1) if self._knows_greedy else (0,)
         nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
-        def decode(size: int) -> None:
-            inputs = [SequenceInput(i, 0, 0, BlockTable([i]), 0.0, 1.0, 0, 0, 0) for i in range(size)]
+        def decode(size: int, num_top: int) -> None:
+            inputs = [SequenceInput(i, 0, 0, BlockTable([i]), 0.0, 1.0, 0, 0, 0, num_top) for i in range(size)]
             self.harvest(self.decode(inputs))
 
         def prefill(size: int) -> None:
@@ -217,7 +222,7 @@ class Engine:
 
         return [
             *(functools.partial(prefill, size) for size in PREFILL_SIZES),
-            *(functools.partial(decode, size) for size in self._batch_sizes),
+            *(functools.partial(decode, size, num_top) for size in self._batch_sizes for num_top in alternatives),
             functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear_begun, first_pages, 0, 1),

@@ -103,7 +103,9 @@ def prefill_step(
     return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(weights, cache, step)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top", "implementation"), donate_argnums=(1, 2))
+@functools.partial(
+    jax.jit, static_argnames=("config", "mesh", "num_top", "implementation", "is_greedy"), donate_argnums=(1, 2)
+)
 def decode_step(
     weights: Weights,
     cache: Pages,
@@ -116,18 +118,20 @@ def decode_step(
     mesh: Mesh,
     num_top: int,
     implementation: str | None = None,
+    is_greedy: bool = False,
 ) -> tuple[Pages, Array, Any]:
     """Writes a token of each request and samples the token that follows it.
 
     Args:
       last: the last token of each sequence of the engine, which a token of -1 in `step` stands for.
       indices: the sequences in `last` to which the rows of the batch belong; a row that only pads has none.
+      is_greedy: whether no request draws its token or wants alternatives (`sampling.sample`).
     """
 
     def local(weights: Weights, cache: Pages, last: Array, indices: Array, step: Step, params: SamplingParams):
         tokens = jnp.where(step.tokens < 0, last[indices][:, None], step.tokens)
         hidden_b1d, cache = forward(weights, cache, step.replace(tokens=tokens), config, implementation)
-        sampled = sample(logits(weights, hidden_b1d[:, 0]), params, num_top)
+        sampled = sample(logits(weights, hidden_b1d[:, 0]), params, num_top, is_greedy)
         return cache, last.at[indices].set(sampled[0], mode="drop"), sampled
 
     in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), P(), STEP, P()

@@ -104,6 +104,7 @@ def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoin
             tail=config.tail,
             reduction=config.reduction,
             remat=config.remat,
+            attention=config.attention,
             mesh=run.mesh,
         )
         tokens += sum(run.rows.num_tokens(i) for i in range(step * step_rows, (step + 1) * step_rows))

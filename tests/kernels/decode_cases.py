@@ -17,6 +17,7 @@ from cartridges_jax import kernels
 from cartridges_jax.kernels.decode_attention import KERNELS, decode_attention, gpu, new_pages, ordered, rotate_and_write
 from cartridges_jax.kernels.decode_attention.gpu_kernels import BlockSizes
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, lay_out_slots, slot_starts
+from cartridges_jax.kernels.decode_attention.sharing import Thresholds
 from cartridges_jax.kernels.decode_attention.softmax import Options
 
 # the cartridge of each request, and how many tokens it has behind it
@@ -33,8 +34,7 @@ GPU_BLOCK_SIZES = BlockSizes(
     rows=16,
     keys=2,
     members=2,
-    users=2,
-    pages=1,
+    thresholds=Thresholds(users=2, pages=1),
     programs=20,
     fewest_parts=2,
     most_parts=3,
@@ -163,7 +163,7 @@ class Case:
         sinks: np.ndarray | None = None,
         tokens: int | None = None,
     ) -> np.ndarray:
-        """The definition, of the last tokens of a request; `tokens` says how many it has if its contents were changed."""
+        """The definition, of the last tokens of a request, which has so many `tokens` if its contents were changed."""
         name, usual = REQUESTS[r]
         tokens, (t, n, h) = tokens or usual * self.scale, q_tnh.shape
         keys, values, bias = (a.astype(np.float64) for a in self.contents[r])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
+from cartridges_jax.kernels.decode_attention.sharing import Thresholds
 from cartridges_jax.kernels.decode_attention.softmax import Options
 from cartridges_jax.kernels.gathered_matmul import has_kernel
 
@@ -89,6 +90,15 @@ def ordered(metadata: AttentionMetadata, page_size: int, implementation: str | N
     """Adds to the metadata what an implementation works out once for all layers of a step."""
     module = _module(chosen(implementation))
     return metadata._replace(order=module.ordered(metadata, page_size)) if hasattr(module, "ordered") else metadata
+
+
+def thresholds(implementation: str | None = None) -> Thresholds:
+    """From which size on an implementation reads what requests share together.
+
+    Only kernels have any. What the others read does not depend on the pages that there are.
+    """
+    name = chosen(implementation)
+    return _module(name).THRESHOLDS if name in KERNELS else Thresholds(1, 0)
 
 
 def chosen(implementation: str | None) -> str:

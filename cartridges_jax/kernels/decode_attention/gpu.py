@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.decode_attention import gpu_kernels
+from cartridges_jax.kernels.decode_attention.gpu_kernels import THRESHOLDS as THRESHOLDS
 from cartridges_jax.kernels.decode_attention.gpu_kernels import BlockSizes, Layout, Order
-from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, slot_page_counts
-from cartridges_jax.kernels.decode_attention.sharing import SLOTS, Thresholds, by_group, groups
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
+from cartridges_jax.kernels.decode_attention.sharing import SLOTS, by_group, groups, page_counts
 from cartridges_jax.kernels.decode_attention.softmax import Options
 
 POSITIONS_LAST = False
@@ -52,7 +53,7 @@ def gpu_rotate_and_write(
 def ordered(metadata: AttentionMetadata, z: int, block_sizes: BlockSizes | None = None) -> Order:
     """Works out what is read together, and how many head pages the requests have to read of their own."""
     sizes = block_sizes or BlockSizes()
-    found = groups(metadata, z, Thresholds(sizes.users, sizes.pages))
+    found = groups(metadata, z, sizes.thresholds)
     place_r, request_at = by_group(found)
     r = len(place_r)
     # a block of members begins with the leader of a group, and after every so many
@@ -61,11 +62,7 @@ def ordered(metadata: AttentionMetadata, z: int, block_sizes: BlockSizes | None 
     block_place = (jnp.cumsum(begins_or.reshape(-1)) <= jnp.arange(max(sizes.blocks(r), 1))[:, None]).sum(1)
     left_or = found.users[:, request_at] - behind_leader_or
     left = left_or.reshape(-1).at[block_place].get(mode="fill", fill_value=0)
-
-    ids_r = jnp.asarray(metadata.cartridge_ids)
-    starts_lrk, lens_lrk = (jnp.asarray(a)[:, ids_r] for a in (metadata.slot_starts, metadata.slot_lens))
-    slot_pages_lrk = slot_page_counts(starts_lrk, jnp.where((ids_r >= 0)[:, None], lens_lrk, 0), z)
-    token_pages_r = (jnp.asarray(metadata.block_table) >= 0).sum(1)
+    slot_pages_lrk, token_pages_r = page_counts(metadata, z)
     alone_lrk = slot_pages_lrk + token_pages_r[:, None]
     own_lrk = jnp.where(found.is_shared[SLOTS][:, None], 0, slot_pages_lrk) + (token_pages_r - found.common)[:, None]
     counts = jnp.stack([alone_lrk, own_lrk])

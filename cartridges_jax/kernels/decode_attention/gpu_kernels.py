@@ -23,9 +23,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
-from cartridges_jax.kernels.decode_attention.sharing import SLOTS, TOKENS
+from cartridges_jax.kernels.decode_attention.sharing import SLOTS, TOKENS, Thresholds
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, soft_capped
 
+THRESHOLDS = Thresholds(users=4, pages=4)
 LEAST_ROWS = 16  # of a product, as Triton has them
 div, rem = jax.lax.div, jax.lax.rem
 
@@ -37,8 +38,7 @@ class BlockSizes:
     rows: int = 64  # queries of a program
     keys: int = 64  # that a program multiplies at once; a power of two
     members: int = 16  # requests of a program that reads what they share
-    users: int = 4  # from so many on, requests read together
-    pages: int = 4  # that they have in common, at least
+    thresholds: Thresholds = THRESHOLDS
     programs: int = 1024  # that read what requests have of their own: a few for each multiprocessor of a large GPU
     fewest_parts: int = 4  # a request's own keys are split into at most so many if there are many requests
     most_parts: int = 32  # and if there are few
@@ -49,7 +49,8 @@ class BlockSizes:
 
     def blocks(self, r: int) -> int:
         """How many blocks of members r requests form at most, of both kinds of groups together."""
-        return 2 * (-(-r // self.members) + r // self.users) if r >= self.users else 0
+        users = self.thresholds.users
+        return 2 * (-(-r // self.members) + r // users) if r >= users else 0
 
 
 class Order(NamedTuple):

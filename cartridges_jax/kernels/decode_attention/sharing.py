@@ -1,4 +1,4 @@
-"""Which requests read a cartridge, or the beginning of their prompts, together: worked out once for all layers of a step.
+"""Which requests read a cartridge, or the beginning of their prompts, together: worked out once for all layers.
 
 Requests that have a cartridge in common form a group, and so do those whose first page of tokens is the same. What a
 group has in common is read once for all its members, if there are enough of them and it is long enough. Of prompts that
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, slot_page_counts
 
 SLOTS, TOKENS = 0, 1  # the kinds of groups: what their members have in common
 
@@ -50,6 +50,24 @@ def groups(metadata: AttentionMetadata, page_size: int, thresholds: Thresholds) 
     pages_r = jnp.where(ids_r >= 0, slots_a[ids_r], 0) // (metadata.heads * page_size)
     is_shared_or = (users_or >= thresholds.users) & (jnp.stack([pages_r, common_r]) >= thresholds.pages)
     return Groups(leader_or, users_or, is_shared_or, jnp.where(is_shared_or[TOKENS], common_r, 0))
+
+
+def page_counts(metadata: AttentionMetadata, page_size: int) -> tuple[Int[Array, "l r k"], Int[Array, " r"]]:
+    """How many head pages hold slots of each head of a request's cartridge, and how many pages its tokens."""
+    ids_r = jnp.asarray(metadata.cartridge_ids)
+    starts_lrk, lens_lrk = (jnp.asarray(a)[:, ids_r] for a in (metadata.slot_starts, metadata.slot_lens))
+    lens_lrk = jnp.where((ids_r >= 0)[:, None], lens_lrk, 0)
+    return slot_page_counts(starts_lrk, lens_lrk, page_size), (jnp.asarray(metadata.block_table) >= 0).sum(1)
+
+
+def head_pages_read(metadata: AttentionMetadata, page_size: int, thresholds: Thresholds) -> Int[Array, " l"]:
+    """How many head pages each layer reads if what requests share is read once."""
+    found = groups(metadata, page_size, thresholds)
+    slots_lrk, tokens_r = page_counts(metadata, page_size)
+    reads_or = jnp.logical_not(found.is_shared) | (found.leader == jnp.arange(len(tokens_r)))
+    slots_lrk = jnp.where(reads_or[SLOTS][:, None], slots_lrk, 0)
+    tokens_r = jnp.where(reads_or[TOKENS], tokens_r, tokens_r - found.common)
+    return slots_lrk.sum((1, 2)) + tokens_r.sum() * metadata.kv_heads
 
 
 def by_group(found: Groups) -> tuple[Int[Array, " r"], Int[Array, " r"]]:
