@@ -33,7 +33,7 @@ ENTRY %main (a: bf16[1000,64], b: s32[8]) -> bf16[8,64] {
   %found = bf16[8,64]{1,0} fusion(%a, %b), kind=kLoop, calls=%looked_up, metadata={op_name="x"}
   %while = (s32[], f32[4,4]{1,0}) while(%t), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %pool.1 = bf16[1000,64]{1,0} fusion(%a, %found, %b), kind=kInput, calls=%changed
-  ROOT %o = bf16[8,64]{1,0} custom-call(%found, %pool.1), custom_call_target="k", metadata={op_name="f/decode_attention/c"}
+  ROOT %o = bf16[8,64] custom-call(%found, %pool.1), custom_call_target="k", metadata={op_name="/decode_attention/"}
 }
 """
 ROWS, IDS, POOL, PRODUCT = 8 * 64 * 2, 8 * 4, 1000 * 64 * 2, 4 * 4 * 4
@@ -65,8 +65,8 @@ def test_what_a_tpu_holds_beside_its_cores_is_not_moved():
 
 
 def test_a_kernel_that_writes_pages_in_place_writes_what_it_is_given():
-    text = PROGRAM.replace("ROOT %o = bf16[8,64]{1,0} custom", "ROOT %o = bf16[1000,64]{1,0} custom")
-    text = text.replace("f/decode_attention/c", "f/write/c").replace(
+    text = PROGRAM.replace("ROOT %o = bf16[8,64] custom", "ROOT %o = bf16[1000,64] custom")
+    text = text.replace("/decode_attention/", "/write/").replace(
         'target="k"', 'target="k", output_to_operand_aliasing={}'
     )
     assert launches(text, Paged(1000, 7.0)).num_bytes == launches(PROGRAM, Paged(1000, 0.0)).num_bytes

@@ -150,6 +150,11 @@ class _Counter:
 
     def _of_operand(self, computation: str, index: int, size: float) -> float:
         """What a fusion reads of its operand `index`, less what it need not write of a result for it."""
+        moved, is_result = self._moved(computation, index, size)
+        return size if is_result else min(moved, size)
+
+    def _moved(self, computation: str, index: int, size: float) -> tuple[float, bool]:
+        """The same, and whether the operand itself is the fusion's result."""
         instructions = _instructions(self.programs, computation)
         names = {each.name for each in instructions.values() if _number(each) == index}
         moved = 0.0
@@ -164,11 +169,16 @@ class _Counter:
             elif each.operation in UPDATING and given[0] in names:
                 moved += size_of(instructions[given[UPDATING[each.operation]]].shape) - size
             elif each.operation == "fusion":
-                inside = called(each.line)[0]
-                moved += sum(self._of_operand(inside, i, size) for i, name in enumerate(given) if name in names)
+                for i in (i for i, name in enumerate(given) if name in names):
+                    inner, is_result = self._moved(called(each.line)[0], i, size)
+                    moved += inner
+                    if is_result:
+                        names.add(each.name)
             else:
-                return size
-        return min(moved, size)
+                return size, False
+        return moved, any(
+            each.line.lstrip().startswith("ROOT") and each.name in names for each in instructions.values()
+        )
 
 
 def _instructions(programs: Programs, name: str) -> dict[str, Instruction]:

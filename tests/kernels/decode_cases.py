@@ -14,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.decode_attention import KERNELS, decode_attention, gpu, new_pages, ordered, rotate_and_write
-from cartridges_jax.kernels.decode_attention.gpu_kernels import BlockSizes
+from cartridges_jax.kernels.decode_attention import (
+    KERNELS,
+    decode_attention,
+    gpu,
+    gpu_kernels,
+    new_pages,
+    ordered,
+    rotate_and_write,
+    tpu,
+    tpu_kernels,
+)
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, lay_out_slots, slot_starts
 from cartridges_jax.kernels.decode_attention.sharing import Thresholds
 from cartridges_jax.kernels.decode_attention.softmax import Options
@@ -30,17 +39,12 @@ LAYERS, LAYER = 2, 1  # the one that is asked for; in the other one, each head o
 RAGGED = {"a": (19, 2, 0, 8), "b": (1, 3, 4, 0)}  # slots of the heads, again and again
 
 # several parts, blocks of members and blocks of keys, so that a mix-up shows
-GPU_BLOCK_SIZES = BlockSizes(
-    rows=16,
-    keys=2,
-    members=2,
-    thresholds=Thresholds(users=2, pages=1),
-    programs=20,
-    fewest_parts=2,
-    most_parts=3,
-    shared_parts=2,
-    interpret=True,
-)
+THRESHOLDS = Thresholds(users=2, pages=1)
+PARTS = {"programs": 20, "fewest_parts": 2, "most_parts": 3, "shared_parts": 2}
+BLOCK_SIZES: dict[str | None, Any] = {
+    "gpu": gpu_kernels.BlockSizes(rows=16, keys=2, members=2, thresholds=THRESHOLDS, **PARTS, interpret=True),
+    "tpu": tpu_kernels.BlockSizes(rows=32, written=2, thresholds=THRESHOLDS, interpret=True),
+}
 
 
 def is_interpreted(implementation: str | None) -> bool:
@@ -53,8 +57,9 @@ def attend(q: Any, pages: Pages, metadata: AttentionMetadata, implementation: st
     if not is_interpreted(implementation):
         metadata = ordered(metadata, pages.page_size, implementation).of_layer(LAYER)
         return decode_attention(q, pages, metadata, implementation, **how)
-    metadata = metadata._replace(order=gpu.ordered(metadata, pages.page_size, GPU_BLOCK_SIZES)).of_layer(LAYER)
-    return gpu.gpu_attention(q, pages, metadata, Options(**how), GPU_BLOCK_SIZES)
+    sizes, module = BLOCK_SIZES[implementation], {"gpu": gpu, "tpu": tpu}[implementation]
+    metadata = metadata._replace(order=module.ordered(metadata, pages.page_size, sizes)).of_layer(LAYER)
+    return getattr(module, f"{implementation}_attention")(q, pages, metadata, Options(**how), sizes)
 
 
 def rotated_and_written(
@@ -63,7 +68,8 @@ def rotated_and_written(
     """`rotate_and_write` of a kernel of any platform."""
     if not is_interpreted(implementation):
         return rotate_and_write(heads, rope, slot_mapping, pages, metadata, implementation)
-    return gpu.gpu_rotate_and_write(heads, rope, slot_mapping, pages, metadata, GPU_BLOCK_SIZES)
+    write = {"gpu": gpu.gpu_rotate_and_write, "tpu": tpu.tpu_rotate_and_write}[implementation]
+    return write(heads, rope, slot_mapping, pages, metadata, BLOCK_SIZES[implementation])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,14 @@ OPTIONS = {
     "sinks": {"sinks": np.linspace(-2, 3, 12).astype(np.float32)},
     "all": {"window": 5, "scale": 0.5, "soft_cap": 2.0, "sinks": np.linspace(3, -2, 12).astype(np.float32)},
 }
+RUN_HERE = [name for name in IMPLEMENTATIONS if not is_interpreted(name)]
+PAIRS = list(zip(BATCHES, (3, 1, 2, 3, 2), strict=True))  # a batch, and how many query heads share a kv head
+ALONE = [(name, *pair, case) for name in RUN_HERE for pair in PAIRS for case in CASES]
+# interpreting takes its time: every batch with one case, and every case with one batch
+ALONE += [(name, *pair, "ragged") for name in KERNELS if name not in RUN_HERE for pair in PAIRS]
+ALONE += [(name, *PAIRS[0], case) for name in KERNELS if name not in RUN_HERE for case in CASES if case != "ragged"]
+WITH_OPTIONS = [(name, batch, how) for name in IMPLEMENTATIONS for batch in (BATCHES[0], BATCHES[3]) for how in OPTIONS]
+WITH_OPTIONS = [one for one in WITH_OPTIONS if one[0] in RUN_HERE or one[1] == BATCHES[0] or one[2] == "all"]
 rng = np.random.default_rng(0)
 
 
@@ -41,10 +49,8 @@ def program(implementation: str | None, options: str | None = None):
     return jax.jit(lambda q, pages, metadata: call(q, pages, metadata), compiler_options=hurry)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("batch", "g"), list(zip(BATCHES, (3, 1, 2, 3, 2), strict=True)))
-def test_every_request_gets_what_it_gets_alone(batch: tuple[list[int], int], g: int, name: str, implementation: str):
+@pytest.mark.parametrize(("implementation", "batch", "g", "name"), ALONE)
+def test_every_request_gets_what_it_gets_alone(implementation: str, batch: tuple[list[int], int], g: int, name: str):
     """What is nobody's, or lies behind a request's last token, is NaN here."""
     (requests, t), case = batch, CASES[name]
     q = queries(len(requests), t, g * case.kv_heads, case.h)
@@ -53,11 +59,9 @@ def test_every_request_gets_what_it_gets_alone(batch: tuple[list[int], int], g: 
         assert_allclose(found[row], case.alone(q[row], r), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("batch", [BATCHES[0], BATCHES[3]])
-def test_every_option_is_the_definition_s(batch: tuple[list[int], int], options: str, implementation: str):
-    (requests, t), case = batch, CASES["four ragged heads"]
+@pytest.mark.parametrize(("implementation", "batch", "options"), WITH_OPTIONS)
+def test_every_option_is_the_definition_s(implementation: str, batch: tuple[list[int], int], options: str):
+    (requests, t), case = batch, CASES["ragged" if is_interpreted(implementation) else "four ragged heads"]
     q = queries(len(requests), t, 12, case.h)
     found = program(implementation, options)(q, case.pages(implementation), case.given(requests, t))
     for row, r in enumerate(requests):

@@ -60,7 +60,9 @@ def decode_attention(
 
 def new_pages(num_head_pages: int, page_size: int, h: int, dtype: Any, implementation: str | None = None) -> Pages:
     """Makes an empty pool of so many head pages in the layout of an implementation."""
-    return Pages.empty(num_head_pages, page_size, h, dtype, _module(chosen(implementation)).POSITIONS_LAST)
+    module = _module(chosen(implementation))
+    whole = -(-num_head_pages // module.MULTIPLE) * module.MULTIPLE if hasattr(module, "MULTIPLE") else num_head_pages
+    return Pages.empty(whole, page_size, h, dtype, module.POSITIONS_LAST)
 
 
 def rotate_and_write(
