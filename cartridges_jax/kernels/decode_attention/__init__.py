@@ -20,7 +20,8 @@ from cartridges_jax.kernels.gathered_matmul import has_kernel
 IMPLEMENTATIONS = ("reference", "xla", "cpu", "gpu", "tpu")
 KERNELS = ("gpu", "tpu")  # written in Pallas, each for the platform of its name
 HAVE_RUN: tuple[str, ...] = ()  # those of them that have been measured where they run, and so may be the default there
-HEAD_SIZES = (64, 128, 256)  # those that they take
+# Those that they take. Arrays whose last axis is shorter than a register lie otherwise on a TPU than its kernel needs.
+HEAD_SIZES = {"gpu": (64, 128, 256), "tpu": (128, 256)}
 
 
 def decode_attention(
@@ -59,8 +60,18 @@ def decode_attention(
 
 
 def new_pages(num_head_pages: int, page_size: int, h: int, dtype: Any, implementation: str | None = None) -> Pages:
-    """Makes an empty pool of so many head pages in the layout of an implementation."""
-    module = _module(chosen(implementation))
+    """Makes an empty pool of so many head pages in the layout of an implementation.
+
+    Raises:
+      UserError: an implementation that cannot run here, or not with heads of this size.
+    """
+    name = chosen(implementation)
+    if name in KERNELS and h not in HEAD_SIZES[name]:
+        raise UserError(
+            f"implementation is {name!r}, which takes heads of {' or '.join(map(str, HEAD_SIZES[name]))} numbers, and "
+            f"those of the model have {h}: choose 'xla'"
+        )
+    module = _module(name)
     whole = -(-num_head_pages // module.MULTIPLE) * module.MULTIPLE if hasattr(module, "MULTIPLE") else num_head_pages
     return Pages.empty(whole, page_size, h, dtype, module.POSITIONS_LAST)
 
