@@ -2,7 +2,7 @@
 
     python -m cartridges_jax.plan --config=configs/large.py:train --topology=v5p-64
     python -m cartridges_jax.plan --config=configs/large.py:train --topology=h100:8 --what=decode
-    python -m cartridges_jax.plan --config=configs/large.py:train --topology=v6e-16 --what=sweep
+    python -m cartridges_jax.plan --config=configs/large.py:train --topology=v6e-16 --what=sweep --json
 
 The step is compiled by the compilers for those devices (`pip install '.[aot]'`), which do not need the devices. Of the
 model only the shapes are needed, not the weights. Times are those of a roofline (`planning/costs.py`).
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import math
 from typing import Any
 
 from cartridges_jax.command_line.config import build, load, run
@@ -21,18 +23,21 @@ from cartridges_jax.models.shapes import shape_of
 from cartridges_jax.parallel import sharding
 from cartridges_jax.planning import chips, sweep
 from cartridges_jax.planning.chips import Chip
-from cartridges_jax.planning.costs import Costs, decode_costs, received, train_costs
+from cartridges_jax.planning.costs import decode_costs, received, train_costs
 from cartridges_jax.planning.economics import Query, economics
 from cartridges_jax.planning.programs import (
     STEPS,
     Program,
     Requests,
     decode_program,
+    kernels_per_layer,
     longest_head,
     train_program,
     with_dtype,
 )
 from cartridges_jax.training.config import TrainConfig
+
+Plan = dict[str, Any]  # all that is printed, as JSON has it; sizes are bytes, times seconds
 
 
 def main(argv: list[str]) -> int:
@@ -45,25 +50,18 @@ def main(argv: list[str]) -> int:
     model = shape_of(config.model)
     chip, devices = chips.devices_of(args.topology)
     config = with_dtype(config, chip)
-    print(f"{config.model} on {args.topology}: {len(devices)} devices ({chip.source})")
+    found: Plan = {"model": config.model, "topology": args.topology, "what": args.what}
+    found |= {"devices": len(devices), "source": chip.source}
     if args.what == "sweep":
-        _print_sweep(config, model, chip, devices)
-        return 0
-    mesh = sharding.make_mesh(config.mesh, devices)
-    num_steps = STEPS if config.num_steps is None else config.num_steps
-    with stage("compiling"):
-        if args.what == "train":
-            program = train_program(config, model, mesh, num_steps)
-            costs = train_costs(config, model, mesh.devices.shape)
-        else:
-            program = decode_program(config, model, mesh, requests)
-            costs = decode_costs(config, model, mesh.devices.shape, requests)
-    seconds = costs.seconds(chip, received(program.collectives))
-    _print_device(config, chip, mesh.devices.shape, program, costs, seconds)
+        found |= _sweep(config, model, chip, devices)
+    else:
+        found |= _step(args.what, args.attention, config, model, chip, devices, requests)
     if args.what == "decode":
-        print(f"all devices: {requests.count / seconds:,.0f} tokens/s for {requests.count} requests at once")
-        return 0
-    _print_run(config, model, chip, len(devices), seconds, num_steps, query, requests.count)
+        found["tokens_per_second"] = requests.count / found["seconds"]
+        found["requests"] = dataclasses.asdict(requests)
+    if args.what == "train":
+        found |= _run(config, model, chip, len(devices), found["seconds"], query, requests.count)
+    print(json.dumps(found) if args.json else _text(found))
     return 0
 
 
@@ -71,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cartridges_jax.plan", description=__doc__)
     parser.add_argument("--topology", required=True, help=f"{chips.KNOWN}; chips: {', '.join(chips.CHIPS)}")
     parser.add_argument("--what", choices=("train", "decode", "sweep"), default="train")
+    parser.add_argument("--attention", help="the implementation of attention; by default the one that a run would take")
+    parser.add_argument("--json", action="store_true", help="prints one object of JSON instead of text")
     for kind in (Query(), Requests()):
         for field, default in dataclasses.asdict(kind).items():
             flag = {"count": "--requests"}.get(field, f"--{field}")
@@ -79,68 +79,165 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print_device(
-    config: TrainConfig, chip: Chip, mesh: tuple[int, ...], program: Program, costs: Costs, seconds: float
-) -> None:
-    longest = longest_head(config)
-    of_longest = f" on average, about {longest} at most" if longest > config.init.num_slots else ""
-    print(f"the cartridge: {config.init.num_slots} slots a head{of_longest}")
-    print(f"mesh data={mesh[0]} fsdp={mesh[1]} tensor={mesh[2]}, {config.dtype}; each device:")
-    for name, size in {**program.arguments, "activations": program.activations, "peak": program.peak}.items():
-        print(f"  {name:12} {_size(size)}")
-    fits = "fits" if sweep.fits(program, chip) else "does not fit"
-    print(f"  {'memory':12} {_size(chip.memory)}: {fits}")
-    print(f"  {'FLOPs':12} {costs.flops:10.3e}, of which {costs.needed:.3e} are needed")
-    for kind, found in program.collectives.items():
-        print(f"  {kind:12} {_size(found.num_bytes)} in {found.count:,}")
-    print(
-        f"a step takes {seconds * 1e3:,.2f} ms by the roofline, MFU {costs.mfu(chip, seconds):.0%} "
-        f"(compiled in {program.seconds:.0f} s)"
-    )
+def _step(
+    what: str,
+    attention: str | None,
+    config: TrainConfig,
+    model: ModelConfig,
+    chip: Chip,
+    devices: list[Any],
+    requests: Requests,
+) -> Plan:
+    """What one step does on each device, of training or of decoding."""
+    mesh = sharding.make_mesh(config.mesh, devices)
+    if what == "train":
+        config = config if attention is None else dataclasses.replace(config, attention=attention)
+        costs = train_costs(config, model, mesh.devices.shape)
+    else:
+        costs = decode_costs(config, model, mesh.devices.shape, requests)
+
+    def compiled(model: ModelConfig) -> Program:
+        if what == "train":
+            return train_program(config, model, mesh, _num_steps(config))
+        return decode_program(config, model, mesh, requests, attention)
+
+    with stage("compiling"):
+        program = compiled(model)
+    with stage("compiling a few layers, to count what one launches"):
+        per_layer = kernels_per_layer(compiled, model)
+    seconds = costs.seconds(chip, received(program.collectives))
+    return {
+        "slots": config.init.num_slots,
+        "longest_head": longest_head(config),
+        "mesh": dict(zip(sharding.AXES, mesh.devices.shape, strict=True)),
+        "dtype": config.dtype,
+        "attention": config.attention if what == "train" else attention,
+        "memory": {**program.arguments, "activations": program.activations, "peak": program.peak},
+        "memory_here": chip.memory,
+        "fits": sweep.fits(program, chip),
+        "flops": costs.flops,
+        "needed_flops": costs.needed,
+        "collectives": {kind: dataclasses.asdict(each) for kind, each in program.collectives.items()},
+        "kernels_per_layer": per_layer,
+        "kernels_per_step": program.launches.count,
+        "host_waits": program.launches.waits,
+        "bytes_per_step": program.launches.num_bytes,
+        "least_bytes_per_step": sum(part.num_bytes for part in costs.parts),
+        "seconds": seconds,
+        "mfu": costs.mfu(chip, seconds),
+        "measured_seconds": None,  # no step of a chip that can be planned for has been measured
+        "compile_seconds": program.seconds,
+    }
 
 
-def _print_run(
+def _run(
     config: TrainConfig,
     model: ModelConfig,
     chip: Chip,
     num_devices: int,
     seconds: float,
-    num_steps: int,
     query: Query,
     together: int,
-) -> None:
+) -> Plan:
+    """What the whole run costs, and after how many queries it has paid for itself; None: never."""
+    num_steps = _num_steps(config)
     tokens = num_steps * config.batch_size * config.accumulation * config.seq_len
     trained = num_steps * seconds * num_devices
     made = tokens // config.num_epochs
     pays = economics(model, chip, config.dtype, config.init.num_slots, query, trained, made, together)
-    assumed = "" if config.num_steps is not None else " (assumed: the config leaves it to the dataset)"
-    print(f"the run: {num_steps:,} steps{assumed}, {tokens:,} tokens, {trained / 3600:,.2f} device-hours; ", end="")
-    print(f"self-study of {made:,} tokens, {pays.self_study / 3600:,.2f} device-hours")
-    print(
-        f"a query of {query.question} + {query.answer} tokens about {query.document:,}, in device-seconds: "
-        f"{pays.with_cartridge:.3f} with {config.init.num_slots} slots, {pays.cached:.3f} behind the document's cache, "
-        f"{pays.uncached:.3f} reading it"
-    )
-    print(
-        f"paid for after {pays.queries_uncached:,.0f} queries against prompts that are read each time, "
-        f"{pays.queries_cached:,.0f} against prefix caching"
-    )
+    facts = {name: None if value == math.inf else value for name, value in dataclasses.asdict(pays).items()}
+    return {
+        "num_steps": num_steps,
+        "num_steps_assumed": config.num_steps is None,
+        "tokens": tokens,
+        "device_seconds": trained,
+        "self_study_tokens": made,
+        "query": dataclasses.asdict(query),
+        "economics": facts,
+    }
 
 
-def _print_sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]) -> None:
+def _num_steps(config: TrainConfig) -> int:
+    return STEPS if config.num_steps is None else config.num_steps
+
+
+def _sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]) -> Plan:
     found = sweep.sweep(config, model, chip, devices)
-    print("mesh (data x fsdp x tensor) | rows at once | accumulation | peak GiB | step, ms | MFU")
-    for candidate in found:
-        mesh = " x ".join(map(str, candidate.mesh))
-        size = candidate.program.peak / chips.GIB
-        print(
-            f"{mesh} | {candidate.config.batch_size} | {candidate.config.accumulation} | {size:.2f} "
-            f"| {candidate.seconds * 1e3:,.1f} | {candidate.mfu:.0%}"
-        )
+    candidates = [
+        {
+            "mesh": dict(zip(sharding.AXES, each.mesh, strict=True)),
+            "batch_size": each.config.batch_size,
+            "accumulation": each.config.accumulation,
+            "peak": each.program.peak,
+            "seconds": each.seconds,
+            "mfu": each.mfu,
+        }
+        for each in found
+    ]
     best = found[0]
     flags = [f"--config.mesh.{axis}={n}" for axis, n in zip(sharding.AXES[1:], best.mesh[1:], strict=True)]
     flags += [f"--config.batch_size={best.config.batch_size}", f"--config.accumulation={best.config.accumulation}"]
-    print(f"best: {' '.join(flags)}")
+    return {"candidates": candidates, "best": flags}
+
+
+def _text(plan: Plan) -> str:
+    lines = [f"{plan['model']} on {plan['topology']}: {plan['devices']} devices ({plan['source']})"]
+    lines += {"sweep": _sweep_lines, "train": _train_lines, "decode": _decode_lines}[plan["what"]](plan)
+    return "\n".join(lines)
+
+
+def _sweep_lines(plan: Plan) -> list[str]:
+    lines = ["mesh (data x fsdp x tensor) | rows at once | accumulation | peak GiB | step, ms | MFU"]
+    for each in plan["candidates"]:
+        mesh = " x ".join(map(str, each["mesh"].values()))
+        lines.append(
+            f"{mesh} | {each['batch_size']} | {each['accumulation']} | {each['peak'] / chips.GIB:.2f} "
+            f"| {each['seconds'] * 1e3:,.1f} | {each['mfu']:.0%}"
+        )
+    return [*lines, f"best: {' '.join(plan['best'])}"]
+
+
+def _step_lines(plan: Plan) -> list[str]:
+    longest, slots, mesh = plan["longest_head"], plan["slots"], plan["mesh"]
+    of_longest = f" on average, about {longest} at most" if longest > slots else ""
+    fits = "fits" if plan["fits"] else "does not fit"
+    return [
+        f"the cartridge: {slots} slots a head{of_longest}",
+        f"mesh {' '.join(f'{axis}={n}' for axis, n in mesh.items())}, {plan['dtype']}; each device:",
+        *(f"  {name:12} {_size(size)}" for name, size in plan["memory"].items()),
+        f"  {'memory':12} {_size(plan['memory_here'])}: {fits}",
+        f"  {'FLOPs':12} {plan['flops']:10.3e}, of which {plan['needed_flops']:.3e} are needed",
+        *(f"  {kind:12} {_size(each['num_bytes'])} in {each['count']:,}" for kind, each in plan["collectives"].items()),
+        f"  {'moved':12} {_size(plan['bytes_per_step'])} in a step, at least {_size(plan['least_bytes_per_step'])}",
+        f"  {'kernels':12} {plan['kernels_per_step']:10,} in a step, {plan['kernels_per_layer']:,} of each layer; "
+        f"the host waits {plan['host_waits']:,} times",
+        f"a step takes {plan['seconds'] * 1e3:,.2f} ms by the roofline, MFU {plan['mfu']:.0%} "
+        f"(compiled in {plan['compile_seconds']:.0f} s); no step has been measured on this chip",
+    ]
+
+
+def _decode_lines(plan: Plan) -> list[str]:
+    count = plan["requests"]["count"]
+    return [*_step_lines(plan), f"all devices: {plan['tokens_per_second']:,.0f} tokens/s for {count} requests at once"]
+
+
+def _train_lines(plan: Plan) -> list[str]:
+    assumed = " (assumed: the config leaves it to the dataset)" if plan["num_steps_assumed"] else ""
+    pays, query = plan["economics"], plan["query"]
+    uncached, cached = (
+        "infinitely many" if pays[name] is None else f"{pays[name]:,.0f}"
+        for name in ("queries_uncached", "queries_cached")
+    )
+    return [
+        *_step_lines(plan),
+        f"the run: {plan['num_steps']:,} steps{assumed}, {plan['tokens']:,} tokens, "
+        f"{plan['device_seconds'] / 3600:,.2f} device-hours; self-study of {plan['self_study_tokens']:,} tokens, "
+        f"{pays['self_study'] / 3600:,.2f} device-hours",
+        f"a query of {query['question']} + {query['answer']} tokens about {query['document']:,}, in device-seconds: "
+        f"{pays['with_cartridge']:.3f} with {plan['slots']} slots, {pays['cached']:.3f} behind the document's cache, "
+        f"{pays['uncached']:.3f} reading it",
+        f"paid for after {uncached} queries against prompts that are read each time, {cached} against prefix caching",
+    ]
 
 
 def _size(size: float) -> str:

@@ -102,6 +102,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cache-tokens", type=int, help="positions in memory (default: enough for all requests at --max-length)"
     )
+    parser.add_argument("--attention", help="its implementation (default: the fastest that has been measured here)")
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for their turn")
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request")
     parser.add_argument("--max-seconds", type=int, default=600, help="that a request may take, waiting included")
@@ -187,7 +188,8 @@ def _load(
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
         bytes_per_token = model.kv_bytes_per_token
-        engine = device.Engine(model, args.max_num_seqs, args.max_length, cache_tokens=args.cache_tokens)
+        sizes = {"cache_tokens": args.cache_tokens, "attention": args.attention}
+        engine = device.Engine(model, args.max_num_seqs, args.max_length, **sizes)
         model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 

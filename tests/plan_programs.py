@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 
 from cartridges_jax.initial.initializers import InitConfig
+from cartridges_jax.kernels.prefix_attention import KERNELS
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
@@ -34,7 +35,8 @@ def main(topology: str, cases: list[list[int]]) -> None:
     name, sides = chips.parse(topology)
     chips.compile_here(sides[0] if name == "cpu" else 1)
     chip, devices = chips.devices_of(topology)
-    config = with_dtype(dataclasses.replace(CONFIG, dtype="auto"), chip)
+    attention = chip.platform if chip.platform in KERNELS else None
+    config = with_dtype(dataclasses.replace(CONFIG, dtype="auto", attention=attention), chip)
     single = None
     if chip.platform == "cpu":
         one = sharding.make_mesh(MeshConfig(), devices[:1])

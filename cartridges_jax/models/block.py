@@ -62,12 +62,12 @@ def decode_layer(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, Ar
 
 
 def block(
-    layer: Mapping[str, Any], x_btd: Float[Array, "b t d"], rope: Rope, attend: Attend, config: ModelConfig
+    layer: Mapping[str, Any], x_btd: Float[Array, "b t d"], rope: Rope | None, attend: Attend, config: ModelConfig
 ) -> tuple[Float[Array, "b t d"], Any]:
     """Runs one layer (`layer_of`) and gives its output, and beside it what `attend` gives beside the heads' outputs.
 
     A norm that the layer does not have changes nothing, so that there may be two of the states, or four, and of the
-    heads none.
+    heads none. Without `rope`, rotating queries and keys is up to `attend`.
     """
 
     def normed(name: str, x: Array) -> Array:
@@ -78,7 +78,9 @@ def block(
 
     y_btd = collectives.copy_to_tp(normed("attention_norm", x_btd))
     q_btnh, k_btkh, v_btkh = map(biased, "qkv", _queries_keys_values(layer, y_btd, config))
-    q_btnh, k_btkh = rotate(normed("q_norm", q_btnh), rope), rotate(normed("k_norm", k_btkh), rope)
+    q_btnh, k_btkh = normed("q_norm", q_btnh), normed("k_norm", k_btkh)
+    if rope is not None:
+        q_btnh, k_btkh = rotate(q_btnh, rope), rotate(k_btkh, rope)
     o_btnh, extra = attend(q_btnh, k_btkh, v_btkh)
     o_btd = collectives.reduce_from_tp(layer["o"].matmul(o_btnh, "btnh,nhd->btd"))
     x_btd = x_btd + normed("attention_post_norm", o_btd)

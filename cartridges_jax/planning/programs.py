@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,14 +15,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cartridges_jax import kernels
 from cartridges_jax.cartridge.arrays import Placement, Slots
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
+from cartridges_jax.kernels.decode_attention import thresholds
+from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, slot_starts
+from cartridges_jax.kernels.decode_attention.sharing import Thresholds, head_pages_read
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params, abstract_params, decode_specs, weight_specs
 from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic, traffic
+from cartridges_jax.planning.launches import Launches, Paged, launches
 from cartridges_jax.serving.decoder import to_decode_layout
 from cartridges_jax.serving.metadata import PAGE_SIZE
 from cartridges_jax.serving.sampling import SamplingParams
@@ -72,6 +77,7 @@ class Program:
     activations: int  # bytes of the arrays that exist only while it runs
     peak: int  # bytes
     collectives: dict[str, Traffic]
+    launches: Launches  # in one run
     seconds: float  # that compiling took
     text: str
     xla_flops: float  # by XLA's own analysis, which counts a loop's body once
@@ -81,6 +87,13 @@ def with_dtype(config: TrainConfig, chip: Chip) -> TrainConfig:
     """Returns the config with the dtype that "auto" would be on this chip."""
     fastest = "float32" if chip.platform == "cpu" else "bfloat16"
     return dataclasses.replace(config, dtype=fastest) if config.dtype == "auto" else config
+
+
+def kernels_per_layer(program_of: Callable[[ModelConfig], Program], model: ModelConfig) -> int:
+    """Returns what another layer launches: of programs of a few layers, since compiling more says the same."""
+    layers = min(model.num_layers, 3)
+    more, fewer = (program_of(dataclasses.replace(model, num_layers=n)) for n in (layers, layers - 1))
+    return more.launches.count - fewer.launches.count
 
 
 def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps: int) -> Program:
@@ -103,7 +116,7 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     }
     rows = config.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     chunks = target_chunks(rows * config.seq_len)
-    options: dict[str, Any] = {"tail": config.tail, "reduction": config.reduction, "remat": config.remat}
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("tail", "reduction", "remat", "attention")}
     with jax.set_mesh(mesh):  # tells the kernels which device they are compiled for
         lowered = train_step.lower(*given.values(), config=model, tx=tx, mesh=mesh, **options)
     held = {
@@ -120,11 +133,17 @@ def target_chunks(positions: int) -> int:
     return math.ceil(TARGETS * positions / CHUNK)
 
 
-def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests: Requests) -> Program:
+def decode_program(
+    config: TrainConfig, model: ModelConfig, mesh: Mesh, requests: Requests, attention: str | None = None
+) -> Program:
     """Compiles a step of a server's engine, which decodes one token of every request.
 
     The devices of `tensor` are one engine, and there are `data` times `fsdp` engines, which share the requests. On a
     CPU an engine may hold its weights in half of the bytes that are given here (`serving.decoder.to_decode_layout`).
+    The requests are greedy; those for one cartridge see it together, and no two see the same tokens.
+
+    Args:
+      attention: the implementation of `decode_attention`; None for what an engine takes.
 
     Raises:
       UserError, DoesNotFit: as `train_program`.
@@ -142,7 +161,8 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
     shared, own = math.ceil(min(requests.cartridges, b) * config.init.num_slots / PAGE_SIZE), b * tokens
 
     def pages(count: int) -> Any:
-        shapes = empty_cache.eval_shape(model, count, jnp.dtype(config.dtype), mesh)
+        with jax.set_mesh(mesh):
+            shapes = empty_cache.eval_shape(model, count, jnp.dtype(config.dtype), mesh, attention)
         return sharding.abstract(shapes, sharding.PAGES, mesh)
 
     given = sharding.abstract(_weights(model, config.dtype), weight_specs(model), mesh)
@@ -151,9 +171,37 @@ def decode_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, requests
     weights = sharding.abstract(weights, decode_specs(model), mesh)
     asked = _decode_inputs(b, slots + tokens, model, mesh)
     with jax.set_mesh(mesh):
-        lowered = decode_step.lower(weights, pages(shared + own), *asked, config=model, mesh=mesh, num_top=TOP_K)
+        options: dict[str, Any] = {"config": model, "mesh": mesh, "num_top": TOP_K, "implementation": attention}
+        is_greedy = kernels.platform() != "cpu"
+        lowered = decode_step.lower(weights, pages(shared + own), *asked, **options, is_greedy=is_greedy)
+        together = thresholds(attention)
+    paged = _paged(pages(shared + own), b, slots, tokens, min(requests.cartridges, b), config, model, together)
     held = {"weights": weights, "cartridge": pages(shared), "caches": pages(own), "requests": asked}
-    return _compiled(lowered, held, mesh, 1)
+    return _compiled(lowered, held, mesh, 1, paged)
+
+
+def _paged(
+    pool: Any,
+    b: int,
+    slot_pages: int,
+    token_pages: int,
+    num_cartridges: int,
+    config: TrainConfig,
+    model: ModelConfig,
+    together: Thresholds,
+) -> Paged:
+    """What a layer's attention reads on average, by the block tables of the requests that are planned for."""
+    tensor = pool.bias.sharding.mesh.shape["tensor"]
+    k = len(collectives.kv_heads_by_device(model, tensor)[0])
+    cartridge_ids = np.arange(b, dtype=np.int32) % num_cartridges
+    tokens = np.arange(b * token_pages, dtype=np.int32).reshape(b, token_pages)
+    lens = np.full((model.num_layers, num_cartridges, k), config.init.num_slots, np.int32)
+    starts = np.stack([slot_starts(lens[:, 0])] * num_cartridges, axis=1)
+    slots = np.zeros((num_cartridges, slot_pages), np.int32)
+    metadata = AttentionMetadata(np.full(b, token_pages * PAGE_SIZE - 1), tokens, cartridge_ids, slots, starts, lens)
+    head_pages = float(head_pages_read(metadata, PAGE_SIZE, together).mean())
+    shapes = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in (pool.keys, pool.values, pool.bias)]
+    return Paged(shapes[0][0][0], head_pages * sum(math.prod(shape[1:]) * width for shape, width in shapes))
 
 
 def _decode_inputs(b: int, pages_each: int, model: ModelConfig, mesh: Mesh) -> tuple[Any, ...]:
@@ -174,7 +222,9 @@ def _decode_inputs(b: int, pages_each: int, model: ModelConfig, mesh: Mesh) -> t
     )
 
 
-def _compiled(lowered: Any, held: dict[str, Any], mesh: Mesh, unknown_trips: int) -> Program:
+def _compiled(
+    lowered: Any, held: dict[str, Any], mesh: Mesh, unknown_trips: int, paged: Paged | None = None
+) -> Program:
     platform = mesh.devices.flat[0].platform
     start = time.monotonic()
     try:
@@ -192,7 +242,9 @@ def _compiled(lowered: Any, held: dict[str, Any], mesh: Mesh, unknown_trips: int
         peak += memory.temp_size_in_bytes
     arguments = {name: _bytes_here(tree) for name, tree in held.items()}
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
-    return Program(arguments, memory.temp_size_in_bytes, peak, traffic(text, unknown_trips), seconds, text, flops)
+    launched = launches(text, paged, unknown_trips, is_gpu=platform == "gpu")
+    communicated = traffic(text, unknown_trips)
+    return Program(arguments, memory.temp_size_in_bytes, peak, communicated, launched, seconds, text, flops)
 
 
 def _bytes_here(tree: Any) -> int:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
-from cartridges_jax.kernels.decode_attention import decode_attention, ordered
+from cartridges_jax.kernels.decode_attention import KERNELS, chosen, decode_attention, ordered, rotate_and_write
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
 from cartridges_jax.kernels.gathered_matmul import has_kernel
 from cartridges_jax.models.block import Rope, block, decode_layer, embedded, norm, rope_table
@@ -114,6 +114,7 @@ def forward(
     positions_bt = step.metadata.starts[:, None] + jnp.arange(step.tokens.shape[1])
     ropes = {kind: rope_table(positions_bt, kind, config.head_dim) for kind in dict.fromkeys(config.layers)}
     x_btd = embedded(weights["embed"], step.tokens, config).astype(weights["final_norm"].dtype)
+    implementation = chosen(implementation)
     metadata = ordered(step.metadata, cache.page_size, implementation)
     for i, (layer, kind) in enumerate(zip(weights["layers"], config.layers, strict=True)):
         seen = metadata.of_layer(i)
@@ -132,15 +133,21 @@ def _layer(
     metadata: AttentionMetadata,
     kind: LayerSettings,
     config: ModelConfig,
-    implementation: str | None,
+    implementation: str,
 ) -> tuple[Array, Pages]:
+    is_one_kernel = implementation in KERNELS  # rotation and writing
+
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
-        page_bt, offset_bt = jnp.divmod(slot_mapping, pages.page_size)
-        written = pages.write(page_bt * metadata.heads + metadata.layer * metadata.kv_heads, offset_bt, k, v)
+        if is_one_kernel:
+            heads = jnp.concatenate([q, k, v], axis=2)  # as the projection gave them: nothing is moved
+            q, written = rotate_and_write(heads, rope, slot_mapping, pages, metadata, implementation)
+        else:
+            page_bt, offset_bt = jnp.divmod(slot_mapping, pages.page_size)
+            written = pages.write(page_bt * metadata.heads + metadata.layer * metadata.kv_heads, offset_bt, k, v)
         options = kind.window, kind.scale, config.soft_cap, layer.get("sinks")
         return decode_attention(q, written, metadata, implementation, *options), written
 
-    return block(layer, x_btd, rope, attend, config)
+    return block(layer, x_btd, None if is_one_kernel else rope, attend, config)
 
 
 def logits(weights: Weights, hidden: Float[Array, "m d"]) -> Float[Array, "m v"]:

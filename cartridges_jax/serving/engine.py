@@ -102,6 +102,8 @@ class Engine:
         self.page_size, self.max_position_embeddings = PAGE_SIZE, model.config.max_position_embeddings
         self._batch_sizes = batch_sizes or [*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
+        # a CPU branches at no cost, and needs no second program for steps without a draw
+        self._knows_greedy = kernels.platform() != "cpu"
         attention = chosen(attention)  # once, since pages of one implementation's layout are no other's
         self._options: dict[str, Any] = {"config": self._config, "mesh": self._mesh, "implementation": attention}
         sharding.check(model.config, self._mesh)
@@ -218,8 +220,15 @@ class Engine:
         if not self._rules.keys().isdisjoint(indices):
             return self.sample(self.forward(indices), [])
         batch = self._next_batch(indices)
+        is_greedy = self._knows_greedy and self._sequences.is_greedy
         self._cache, self._last, advancing, sampled = steps.decode_step(
-            self._weights, self._cache, self._last, batch, num_top=self.max_top_logprobs, **self._options
+            self._weights,
+            self._cache,
+            self._last,
+            batch,
+            num_top=self.max_top_logprobs,
+            is_greedy=is_greedy,
+            **self._options,
         )
         self._sequences.advance(advancing)
         return sampled, self._num_top(indices)
@@ -301,17 +310,18 @@ class Engine:
 
     def programs(self) -> list[Callable[[], object]]:
         """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
-        first_pages = BlockTable(range(self.pages_each))
+        first_pages, alternatives = BlockTable(range(self.pages_each)), (0, 1) if self._knows_greedy else (0,)
         nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
-        def decode(size: int, logits: LogitsRules | None = None) -> None:
+        def decode(size: int, num_top: int, logits: LogitsRules | None = None) -> None:
+            table = BlockTable([0, 0])
             for i in range(size):
-                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, BlockTable([0, 0]), 0.0, 1.0, 0, 0, 0, logits=logits))
+                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, table, 0.0, 1.0, 0, 0, 0, num_top, logits))
             for _ in range(2):  # as a new batch, and where pages begin
                 self.harvest(self.decode(range(size)))
 
         def masked(size: int) -> None:
-            decode(size, LogitsRules())  # its first half is the same
+            decode(size, 0, LogitsRules())  # its first half is the same
             self._rules.clear()
             self.harvest(self.sample(self.forward(range(size)), []))
 
@@ -323,7 +333,7 @@ class Engine:
         sizes = [(size, count) for size, rows in self._prefill_sizes.rows.items() for count in rows]
         return [
             *(functools.partial(prefill, *one) for one in sizes),
-            *(functools.partial(decode, size) for size in self._batch_sizes),
+            *(functools.partial(decode, size, num_top) for size in self._batch_sizes for num_top in alternatives),
             *(functools.partial(masked, size) for size in self._batch_sizes),
             functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
             functools.partial(self.copy, 0, 0, 0),

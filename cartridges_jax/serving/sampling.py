@@ -27,30 +27,37 @@ def sample(
     logits: Float[Array, "b v"],
     params: SamplingParams,
     num_top: int,
+    is_greedy: bool = False,
     processed: Float[Array, "b v"] | None = None,
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Int[Array, "b j"], Float[Array, "b j"]]:
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
 
-    Tokens are drawn from `processed`, if requests have had their logits changed. Log-probabilities are those of the
-    model all the same, before temperature, top-k and top-p, too: what distillation needs. Where no row wants
-    alternatives, theirs are meaningless. A row of logits that are no numbers has NaN for its token's log-probability,
-    and changes nothing about the others.
+    Log-probabilities are those of the model, before temperature, top-k and top-p: what distillation needs. Where no row
+    wants alternatives, theirs are meaningless. A row of logits that are no numbers has NaN for its token's
+    log-probability, and changes nothing about the others.
+
+    Args:
+      is_greedy: whether it is known that every row takes its best token and none wants alternatives. A GPU's host would
+        have to wait for numbers of the device in order to learn it.
+      processed: what tokens are drawn from, if requests have had their logits changed.
     """
     normalizer_b1 = normalizer(logits)
     # a row without one is taken to be certain of its first token, so that it costs the others no further search
     certain_v = jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER)
     logits = jnp.where(jnp.isnan(normalizer_b1), certain_v, logits)
     drawn_from = logits if processed is None else jnp.where(jnp.isnan(normalizer_b1), certain_v, processed)
-    top_logits_bj, top_ids_bj = jax.lax.cond(
-        (params.num_top > 0).any(),
-        lambda: tuple(jax.lax.top_k(logits, num_top)),
-        lambda: (jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)),
-    )
-    best_b = _best(drawn_from)
-    is_random_b = params.temperature > 0
-    token_b = jax.lax.cond(
-        is_random_b.any(), lambda: jnp.where(is_random_b, _draw(drawn_from, params), best_b), lambda: best_b
-    )
+    top_logits_bj, top_ids_bj = jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)
+    token_b = best_b = _best(drawn_from)
+    if not is_greedy:
+        top_logits_bj, top_ids_bj = jax.lax.cond(
+            (params.num_top > 0).any(),
+            lambda: tuple(jax.lax.top_k(logits, num_top)),
+            lambda: (top_logits_bj, top_ids_bj),
+        )
+        is_random_b = params.temperature > 0
+        token_b = jax.lax.cond(
+            is_random_b.any(), lambda: jnp.where(is_random_b, _draw(drawn_from, params), best_b), lambda: best_b
+        )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1
 

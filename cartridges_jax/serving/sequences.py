@@ -76,6 +76,7 @@ class Sequences:
         self._indices: list[int] = []  # those of the batch on the device
         self._rows = np.zeros(0, np.int32)  # the same, as an array
         self._batch: DecodeBatch | None = None
+        self.is_greedy = True  # whether no sequence of the batch draws its tokens or wants alternatives
 
     def begin(self, sequence: SequenceInput) -> None:
         """Puts a sequence in the place of the one that has had its index."""

@@ -113,7 +113,9 @@ def prefill_step(
     return sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)(weights, cache, step)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "num_top", "implementation"), donate_argnums=(1, 2))
+@functools.partial(
+    jax.jit, static_argnames=("config", "mesh", "num_top", "implementation", "is_greedy"), donate_argnums=(1, 2)
+)
 def decode_step(
     weights: Weights,
     cache: Pages,
@@ -124,11 +126,13 @@ def decode_step(
     mesh: Mesh,
     num_top: int,
     implementation: str | None = None,
+    is_greedy: bool = False,
 ) -> tuple[Pages, Array, Any, Any]:
     """Writes a token of each request and samples the token that follows it.
 
     Args:
       last: the last token of each sequence of the engine.
+      is_greedy: whether no request draws its token or wants alternatives (`sampling.sample`).
 
     Returns:
       The pages, the last tokens, the numbers of the batch's next step (`DecodeBatch.advancing`), and what is sampled.
@@ -136,7 +140,7 @@ def decode_step(
 
     def local(weights: Weights, cache: Pages, last: Array, batch: DecodeBatch):
         logits_bv, cache = _next_logits(weights, cache, last, batch, config, implementation)
-        last, sampled = _sampled(logits_bv, last, batch, num_top)
+        last, sampled = _sampled(logits_bv, last, batch, num_top, is_greedy)
         return cache, last, _advanced(batch), sampled
 
     in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), BATCH
@@ -183,10 +187,10 @@ def sample_step(
     """
     if state is None or logits_params is None:
         processed_bv = jnp.where(allowed(mask, logits.shape[1]), logits, NEVER)
-        return *_sampled(logits, last, batch, num_top, processed_bv), None
+        return *_sampled(logits, last, batch, num_top, processed_bv=processed_bv), None
     params, rows = batch.sampling_params, jax.tree.map(lambda of_all: of_all.at[batch.indices].get(mode="clip"), state)
     processed_bv = process(logits, rows, logits_params, params.temperature, params.step, mask)
-    last, sampled = _sampled(logits, last, batch, num_top, processed_bv)
+    last, sampled = _sampled(logits, last, batch, num_top, processed_bv=processed_bv)
     counts = state.counts.at[batch.indices, sampled[0]].add(1, mode="drop")
     return last, sampled, state.replace(counts=counts)
 
@@ -207,9 +211,14 @@ def _next_logits(
 
 
 def _sampled(
-    logits_bv: Array, last: Array, batch: DecodeBatch, num_top: int, processed_bv: Array | None = None
+    logits_bv: Array,
+    last: Array,
+    batch: DecodeBatch,
+    num_top: int,
+    is_greedy: bool = False,
+    processed_bv: Array | None = None,
 ) -> tuple[Array, Any]:
-    sampled = sample(logits_bv, batch.sampling_params, num_top, processed_bv)
+    sampled = sample(logits_bv, batch.sampling_params, num_top, is_greedy, processed_bv)
     return last.at[batch.indices].set(sampled[0], mode="drop"), sampled
 
 

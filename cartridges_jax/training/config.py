@@ -34,6 +34,8 @@ class TrainConfig:
     max_minutes: float | None = None  # of training, without evaluations; the run stops then, whatever its schedule says
     checkpoint_every: int = 50  # steps
     remat: Remat = "layers"  # what the backward pass computes again; "elementwise" holds more memory
+    # the implementation of attention: "xla", "gpu", "tpu"; None is the fastest that has been measured where it runs
+    attention: str | None = None
     targets: Targets = "logprobs"  # the teacher's log-probabilities, or "tokens": the answers' next tokens
     tail: Tail = "bucket"
     reduction: Reduction = "token"

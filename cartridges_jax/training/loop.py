@@ -105,6 +105,7 @@ def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoin
             tail=config.tail,
             reduction=config.reduction,
             remat=config.remat,
+            attention=config.attention,
             mesh=run.mesh,
         )
         batch = next(upcoming, None)  # on the device before the step ends

@@ -79,6 +79,7 @@ def loss_sum(
     tail: Tail,
     reduction: Reduction,
     remat: Remat = "layers",
+    attention: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the summed loss of a batch and its divisor, apart because means do not add up over micro-batches."""
     if tail not in ("drop", "bucket") or reduction not in ("token", "entry", "row"):
@@ -88,7 +89,7 @@ def loss_sum(
     batch = jax.tree.map(jnp.asarray, batch)
     inputs = batch.tokens, batch.segment_ids, batch.positions
     slots = *cartridge.prefix, cartridge.lengths, cartridge.offset
-    hidden_btd = hidden_states(params, *inputs, *slots, config=config, remat=remat)
+    hidden_btd = hidden_states(params, *inputs, *slots, config=config, implementation=attention, remat=remat)
     mask_btj = batch.target_entries
     targets = hidden_btd, batch.target_ids, batch.target_logprobs, mask_btj
     head_vd = head_weights(params)

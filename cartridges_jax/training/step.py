@@ -32,7 +32,10 @@ class TrainState:
     step: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "tx", "tail", "reduction", "remat", "mesh"), donate_argnums=0)
+OPTIONS = ("config", "tx", "tail", "reduction", "remat", "attention", "mesh")
+
+
+@functools.partial(jax.jit, static_argnames=OPTIONS, donate_argnums=0)
 def train_step(
     state: TrainState,
     params: Params,
@@ -44,6 +47,7 @@ def train_step(
     tail: Tail,
     reduction: Reduction,
     remat: Remat,
+    attention: str | None = None,  # the implementation; None: the fastest that has been measured here
     mesh: Mesh | None = None,  # None: one device
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update, and returns the new state and the step's metrics."""
@@ -53,7 +57,7 @@ def train_step(
 
         def loss(slots: Slots, micro: Batch) -> tuple[jax.Array, jax.Array]:
             options: Any = {"config": config, "tail": tail, "reduction": reduction, "remat": remat}
-            return loss_sum(Cartridge.of(slots, placement), params, micro, **options)
+            return loss_sum(Cartridge.of(slots, placement), params, micro, attention=attention, **options)
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
             (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(slots, micro)

@@ -1,4 +1,7 @@
-"""Requests over pages, two cartridges among them, and what each should get: one dense softmax, alone, in float64."""
+"""Requests over pages, two cartridges among them, and what each should get: one dense softmax, alone, in float64.
+
+`attend` is `decode_attention`, and the kernels of other platforms, interpreted in small blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,25 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cartridges_jax.kernels.decode_attention import new_pages, ordered
+from cartridges_jax import kernels
+from cartridges_jax.kernels.decode_attention import (
+    KERNELS,
+    decode_attention,
+    gpu,
+    gpu_kernels,
+    new_pages,
+    ordered,
+    rotate_and_write,
+    tpu,
+    tpu_kernels,
+)
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages, lay_out_slots, slot_starts
+from cartridges_jax.kernels.decode_attention.sharing import Thresholds
+from cartridges_jax.kernels.decode_attention.softmax import Options
 
 # the cartridge of each request, and how many tokens it has behind it
 REQUESTS = [("a", 6), ("b", 1), (None, 9), ("a", 1), ("a", 17)]
@@ -20,6 +37,39 @@ NUM_PAGES, PAGES_EACH = 40, 12
 WHOLE_PAGES, SHARED_PAGE = {"a": 30, "b": 35}, 39  # the cartridges' ends lie in one page
 LAYERS, LAYER = 2, 1  # the one that is asked for; in the other one, each head of a cartridge has one slot
 RAGGED = {"a": (19, 2, 0, 8), "b": (1, 3, 4, 0)}  # slots of the heads, again and again
+
+# several parts, blocks of members and blocks of keys, so that a mix-up shows
+THRESHOLDS = Thresholds(users=2, pages=1)
+PARTS = {"programs": 20, "fewest_parts": 2, "most_parts": 3, "shared_parts": 2}
+BLOCK_SIZES: dict[str | None, Any] = {
+    "gpu": gpu_kernels.BlockSizes(rows=16, keys=2, members=2, thresholds=THRESHOLDS, **PARTS, interpret=True),
+    "tpu": tpu_kernels.BlockSizes(rows=32, written=2, thresholds=THRESHOLDS, interpret=True),
+}
+
+
+def is_interpreted(implementation: str | None) -> bool:
+    """Whether it is a kernel of a platform that is not here."""
+    return implementation in KERNELS and implementation != kernels.platform()
+
+
+def attend(q: Any, pages: Pages, metadata: AttentionMetadata, implementation: str | None, **how: Any) -> jax.Array:
+    """`decode_attention`, or a kernel of another platform, interpreted; the metadata is not `ordered` yet."""
+    if not is_interpreted(implementation):
+        metadata = ordered(metadata, pages.page_size, implementation).of_layer(LAYER)
+        return decode_attention(q, pages, metadata, implementation, **how)
+    sizes, module = BLOCK_SIZES[implementation], {"gpu": gpu, "tpu": tpu}[implementation]
+    metadata = metadata._replace(order=module.ordered(metadata, pages.page_size, sizes)).of_layer(LAYER)
+    return getattr(module, f"{implementation}_attention")(q, pages, metadata, Options(**how), sizes)
+
+
+def rotated_and_written(
+    heads: Any, rope: Any, slot_mapping: Any, pages: Pages, metadata: AttentionMetadata, implementation: str
+) -> tuple[jax.Array, Pages]:
+    """`rotate_and_write` of a kernel of any platform."""
+    if not is_interpreted(implementation):
+        return rotate_and_write(heads, rope, slot_mapping, pages, metadata, implementation)
+    write = {"gpu": gpu.gpu_rotate_and_write, "tpu": tpu.tpu_rotate_and_write}[implementation]
+    return write(heads, rope, slot_mapping, pages, metadata, BLOCK_SIZES[implementation])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +125,8 @@ class Case:
         Slots of a cartridge `without` are NaN, too.
         """
         heads = LAYERS * self.kv_heads
-        pages = new_pages(NUM_PAGES * heads, self.z, self.h, jnp.float32, implementation)
+        layout = "xla" if is_interpreted(implementation) else implementation
+        pages = new_pages(NUM_PAGES * heads, self.z, self.h, jnp.float32, layout)
         pages = pages.replace(keys=pages.keys + np.nan, values=pages.values + np.nan, bias=pages.bias + np.nan)
         for name, table in self.tables.items():
             by_layer = [np.stack([a + 1, a]) for a in self.contents[name]]
@@ -92,12 +143,8 @@ class Case:
             pages = pages.write((6 * r + page) * heads + LAYER * self.kv_heads, offset, keys, values)
         return pages
 
-    def metadata(self, requests: list[int], t: int, implementation: str | None) -> AttentionMetadata:
-        """Of the requests, t query tokens each; those behind the batch's end are none."""
-        return ordered(self.given(requests, t), self.z, implementation).of_layer(LAYER)
-
     def given(self, requests: list[int], t: int) -> AttentionMetadata:
-        """The same, as it is given for every implementation and all layers."""
+        """The metadata of the requests, t query tokens each, for all layers; `attend` takes one of them."""
         names = list(WHOLE_PAGES)
         starts = [REQUESTS[r][1] * self.scale - t for r in requests]
         tokens = np.full((len(requests), PAGES_EACH), -1, np.int32)
@@ -120,10 +167,11 @@ class Case:
         scale: float | None = None,
         soft_cap: float | None = None,
         sinks: np.ndarray | None = None,
+        tokens: int | None = None,
     ) -> np.ndarray:
-        """The definition, of the last tokens of a request."""
-        name, tokens = REQUESTS[r]
-        tokens, (t, n, h) = tokens * self.scale, q_tnh.shape
+        """The definition, of the last tokens of a request, which has so many `tokens` if its contents were changed."""
+        name, usual = REQUESTS[r]
+        tokens, (t, n, h) = tokens or usual * self.scale, q_tnh.shape
         keys, values, bias = (a.astype(np.float64) for a in self.contents[r])
         seen_tk = np.arange(tokens)[None, :] <= tokens - t + np.arange(t)[:, None]
         if window is not None:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.kernels.prefix_attention.shapes import MODELS, Shape
-from cartridges_jax.planning.chips import devices_of
+from cartridges_jax.planning.chips import CHIPS, devices_of
 
 pytestmark = pytest.mark.aot
 
@@ -40,14 +40,15 @@ def mesh(device: str) -> Mesh:
 
 
 def compiled(device: str, shape: Shape, dtype: Any) -> Any:
-    """The output and all gradients, in `shard_map`, by the implementation that None picks there."""
-    on = mesh(device)
+    """The output and all gradients, in `shard_map`, by the kernels of its platform."""
+    on, name = mesh(device), CHIPS[device].platform
 
     def argument(size: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(on, spec))
 
     def local(arrays: dict[str, Any], segment_ids: Any, lengths: Any) -> Any:
-        return prefix_attention(segment_ids=segment_ids, window=shape.window, lengths=lengths, **arrays)
+        options: Any = {"implementation": name, "window": shape.window, "lengths": lengths}
+        return prefix_attention(segment_ids=segment_ids, **options, **arrays)
 
     def run(arrays: dict[str, Any], segment_ids: Any, lengths: Any, cotangent: Any) -> Any:
         # without check_vma, its transpose adds up the gradients of slots and bias over the batch's devices

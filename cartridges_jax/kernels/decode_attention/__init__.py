@@ -8,15 +8,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
+from cartridges_jax.kernels.decode_attention.sharing import Thresholds
 from cartridges_jax.kernels.decode_attention.softmax import Options
 from cartridges_jax.kernels.gathered_matmul import has_kernel
 
-IMPLEMENTATIONS = ("reference", "xla", "cpu")
+IMPLEMENTATIONS = ("reference", "xla", "cpu", "gpu", "tpu")
+KERNELS = ("gpu", "tpu")  # written in Pallas, each for the platform of its name
+HAVE_RUN: tuple[str, ...] = ()  # those of them that have been measured where they run, and so may be the default there
+# Those that they take. Arrays whose last axis is shorter than a register lie otherwise on a TPU than its kernel needs.
+HEAD_SIZES = {"gpu": (64, 128, 256), "tpu": (128, 256)}
 
 
 def decode_attention(
@@ -40,7 +45,7 @@ def decode_attention(
       q: the rotated queries of t tokens of each request, one behind the other; n is a multiple of k.
       pages: the pool, made by `new_pages` for this implementation, with the queries' own keys and values in it.
       metadata: a layer's (`AttentionMetadata.of_layer`) of what `ordered` gives for this implementation.
-      implementation: "reference", "xla", "cpu", or None for the fastest that can run here.
+      implementation: "reference", "xla", "cpu", "gpu", "tpu", or None for the fastest that has been measured here.
       window: how many tokens a query sees, its own included; None means all. Slots are always seen.
       scale: what a query's products with the keys are multiplied by; None means h**-0.5.
       soft_cap: what no score may exceed before its bias: cap * tanh(score / cap); None means no limit.
@@ -55,26 +60,71 @@ def decode_attention(
 
 
 def new_pages(num_head_pages: int, page_size: int, h: int, dtype: Any, implementation: str | None = None) -> Pages:
-    """Makes an empty pool of so many head pages in the layout of an implementation."""
-    return Pages.empty(num_head_pages, page_size, h, dtype, _module(chosen(implementation)).POSITIONS_LAST)
+    """Makes an empty pool of so many head pages in the layout of an implementation.
+
+    Raises:
+      UserError: an implementation that cannot run here, or not with heads of this size.
+    """
+    name = chosen(implementation)
+    if name in KERNELS and h not in HEAD_SIZES[name]:
+        raise UserError(
+            f"implementation is {name!r}, which takes heads of {' or '.join(map(str, HEAD_SIZES[name]))} numbers, and "
+            f"those of the model have {h}: choose 'xla'"
+        )
+    module = _module(name)
+    whole = -(-num_head_pages // module.MULTIPLE) * module.MULTIPLE if hasattr(module, "MULTIPLE") else num_head_pages
+    return Pages.empty(whole, page_size, h, dtype, module.POSITIONS_LAST)
+
+
+def rotate_and_write(
+    heads: Float[Array, "r t n+2k h"],
+    rope: tuple[Float[Array, "r t h/2"], Float[Array, "r t h/2"]],
+    slot_mapping: Int[Array, "r t"],
+    pages: Pages,
+    metadata: AttentionMetadata,
+    implementation: str,
+) -> tuple[Float[Array, "r t n h"], Pages]:
+    """Rotates a layer's queries and keys, writes the keys and the values to their pages, and gives the queries.
+
+    All of it is one kernel, which those of `KERNELS` have.
+
+    Args:
+      heads: those of the queries, of the keys and of the values beside each other, not rotated.
+      rope: cosines and sines of the tokens' positions.
+      slot_mapping: the index of each token among all positions of all pages; one that does not exist is not written.
+      pages, metadata: as `decode_attention` has them.
+    """
+    return getattr(_module(implementation), f"{implementation}_rotate_and_write")(
+        heads, rope, slot_mapping, pages, metadata
+    )
 
 
 def ordered(metadata: AttentionMetadata, page_size: int, implementation: str | None = None) -> AttentionMetadata:
     """Adds to the metadata what an implementation works out once for all layers of a step."""
+    module = _module(chosen(implementation))
+    return metadata._replace(order=module.ordered(metadata, page_size)) if hasattr(module, "ordered") else metadata
+
+
+def thresholds(implementation: str | None = None) -> Thresholds:
+    """From which size on an implementation reads what requests share together.
+
+    Only kernels have any. What the others read does not depend on the pages that there are.
+    """
     name = chosen(implementation)
-    return metadata._replace(order=_module(name).ordered(metadata, page_size)) if name == "cpu" else metadata
+    return _module(name).THRESHOLDS if name in KERNELS else Thresholds(1, 0)
 
 
 def chosen(implementation: str | None) -> str:
     """Gives the name of the implementation that was asked for, if it can run here, or of the fastest that can."""
-    has_cpu = has_kernel(kernels.platform())
+    platform = kernels.platform()
+    runs_here = {"cpu": has_kernel(platform), **{name: name == platform for name in KERNELS}}
     if implementation is None:
-        return "cpu" if has_cpu else "xla"
+        return platform if platform in ("cpu", *HAVE_RUN) and runs_here[platform] else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "cpu" and not has_cpu:
+    if not runs_here.get(implementation, True):
         raise UserError(
-            f"implementation is 'cpu', whose kernel cannot run here ({kernels.platform()}): expected None, for the "
+            f"implementation is {implementation!r}, whose kernel cannot run here ({platform}): expected None, for the "
             "fastest that can"
         )
     return implementation

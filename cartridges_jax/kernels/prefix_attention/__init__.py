@@ -15,6 +15,7 @@ from cartridges_jax.command_line.errors import UserError
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 KERNELS = ("tpu", "gpu")  # written in Pallas, each for the platform of its name
+HAVE_RUN: tuple[str, ...] = ()  # those of them that have been measured where they run, and so may be the default there
 HEAD_SIZES = (64, 128, 256)  # those that the kernels take
 
 
@@ -44,7 +45,8 @@ def prefix_attention(
       segment_ids: which of the conversations packed into a row a position belongs to; each conversation's positions
         stand side by side, and 0 is padding.
       bias: a log-weight added to each slot's score (arXiv 2602.16284); None means zero.
-      implementation: "reference", "xla", "tpu", "gpu", or None for the fastest that supports the call here.
+      implementation: "reference", "xla", "tpu", "gpu", or None for the fastest that supports the call and has been
+        measured here.
       window: how many keys of its segment a query sees, its own included; None means all. Slots are always seen.
       scale: what a query's products with the keys are multiplied by; None means h**-0.5.
       soft_cap: what no score may exceed before its bias: cap * tanh(score / cap); None means no limit.
@@ -94,7 +96,7 @@ def _choice(implementation: str | None, h: int, dtypes: set[jnp.dtype], lacking:
     platform = kernels.platform()
     supported = h in HEAD_SIZES and dtypes in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float32)})
     if implementation is None:
-        return platform if platform in KERNELS and supported and not lacking else "xla"
+        return platform if platform in HAVE_RUN and supported and not lacking else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
     if implementation in KERNELS and lacking:
