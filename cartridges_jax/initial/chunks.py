@@ -54,17 +54,19 @@ def chunks_of(model: LanguageModel, corpus: str, examples: Sequence[Example], co
     """
     if config.queries == "conversations" and not examples:
         raise UserError("init.matching.queries is 'conversations' and there are none: give a dataset, or use 'repeat'")
-    room = model.config.max_position_embeddings - ROW
-    bodies, (before, after) = _bodies(model, corpus, min(config.chunk_tokens, room))
-    return [Chunk([*before, *body, *after], _queries(model, body, examples, config)) for body in bodies]
+    texts, (before, after) = bodies(model, corpus, config)
+    return [Chunk([*before, *body, *after], _queries(model, body, examples, config)) for body in texts]
 
 
-def _bodies(model: LanguageModel, corpus: str, size: int) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
+def bodies(
+    model: LanguageModel, corpus: str, config: MatchingConfig
+) -> tuple[list[list[int]], tuple[list[int], list[int]]]:
     """Returns the document's tokens in chunks, and what stands before and after each in a system message.
 
-    With that, no chunk has more than `size` tokens. The last chunk begins early enough to be as long as the others, so
-    that one compiled program compacts them all.
+    With that, no chunk has more than `config.chunk_tokens` tokens. The last chunk begins early enough to be as long as
+    the others, so that one compiled program compacts them all.
     """
+    size = min(config.chunk_tokens, model.config.max_position_embeddings - ROW)
 
     def message(text: str) -> list[int]:
         return model.tokenizer.chat_ids([{"role": "system", "content": text}], add_generation_prompt=False)
@@ -100,7 +102,7 @@ def _queries(
     repeated = 2 * len(body)
     counts = {"both": (QUERY_TOKENS, repeated), "conversations": (QUERY_TOKENS + repeated, 0), "repeat": (0, repeated)}
     asked, said = counts[config.queries]
-    return _rows(examples, asked) + _rows(_repetitions(model, body), said)
+    return _rows(examples, asked) + _rows(repetitions(model, body), said)
 
 
 def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.ndarray]]:
@@ -108,12 +110,32 @@ def _rows(examples: Sequence[Example], num_tokens: int) -> list[dict[str, np.nda
     return [rows[i] for i in range(min(len(rows), math.ceil(num_tokens / ROW)))]
 
 
-def _repetitions(model: LanguageModel, tokens: Sequence[int]) -> list[Example]:
-    """Makes examples in which the document is repeated, piece by piece: their queries look for each of its tokens."""
+def repetitions(model: LanguageModel, tokens: Sequence[int], length: int = ROW, shift: float = 0.0) -> list[Example]:
+    """Makes examples in which a text is repeated, piece by piece: their queries look for each of its tokens.
+
+    Their targets are the text's own tokens.
+
+    Args:
+      length: the most tokens of an example.
+      shift: the part of a piece, below 1, by which the first one is shorter than the others.
+
+    Raises:
+      UserError: `length` leaves no room for a text.
+    """
     frame = model.tokenizer.turn_ids([{"role": "user", "content": "Repeat the text."}], add_generation_prompt=True)
-    size = ROW - len(frame)
-    nothing = np.zeros(0, np.int32)
+    size = length - len(frame)
+    if size < 1:
+        raise UserError(
+            f"a row of {length} tokens leaves no room for a text that is repeated: expected more than {len(frame)}"
+        )
+    starts = range(-int(shift * size), len(tokens), size)
+    pieces = [np.asarray(tokens[max(start, 0) : start + size], np.int32) for start in starts]
     return [
-        Example(np.asarray([*frame, *tokens[i : i + size]], np.int32), nothing, nothing, nothing.astype(np.float32))
-        for i in range(0, len(tokens), size)
+        Example(
+            np.concatenate([np.asarray(frame, np.int32), piece]),
+            np.arange(len(frame) - 1, len(frame) + len(piece) - 1, dtype=np.int32),
+            piece,
+            np.zeros(len(piece), np.float32),
+        )
+        for piece in pieces
     ]

@@ -20,7 +20,9 @@ from cartridges_jax.training.trackers import TrackConfig
 class TrainConfig:
     corpus: str  # the text file the cartridge stands in for
     output_dir: str
-    dataset: str | None = None  # dataset.parquet of `synth`, a folder of such files, hf:…, wandb:…; num_steps=0: none
+    dataset: str | None = None  # dataset.parquet of `synth`, a folder of such files, hf:…, wandb:…
+    # times that the document, repeated by the model behind all of it, is added to an epoch; dataset=None: it alone
+    repeats: int = 0
     mix: tuple[MixConfig, ...] = ()  # other conversations beside it, such as general ones without a context
     model: str = "smollm2-135m"
     dtype: str = "float32"  # of the frozen weights; "auto" is the one that the hardware multiplies fastest
@@ -54,7 +56,12 @@ class TrainConfig:
             raise UserError(f"num_steps is {self.num_steps}, expected at least 0")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise UserError(f"max_minutes is {self.max_minutes}, expected more than 0")
-        if self.dataset is None and self.num_steps != 0:
-            raise UserError("config.dataset names no conversations to train on: give one, or set num_steps to 0")
+        if self.repeats < 0:
+            raise UserError(f"repeats is {self.repeats}, expected at least 0")
+        if self.dataset is None and self.repeats == 0 and self.num_steps != 0:
+            raise UserError(
+                "config.dataset names no conversations to train on: give one, or train on the document itself with "
+                "repeats, or set num_steps to 0"
+            )
         if sum(mixed.weight for mixed in self.mix) > 1 - 1e-6:
             raise UserError("the weights of config.mix come to 1 or more: expected a rest for config.dataset")

@@ -22,6 +22,7 @@ from cartridges_jax.command_line.addresses import without_credentials
 from cartridges_jax.command_line.config import build
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import stage
+from cartridges_jax.initial.chunks import ROW
 from cartridges_jax.initial.initializers import initial_cartridge
 from cartridges_jax.interop.sources import dataset_files
 from cartridges_jax.models.config import ModelConfig
@@ -46,6 +47,7 @@ from cartridges_jax.training.example_cache import ExampleCache
 from cartridges_jax.training.loop import Best, RunState, TrainingRun, run_loop
 from cartridges_jax.training.metrics import METRICS, MetricsWriter, evaluation_behind, history
 from cartridges_jax.training.optim import optimizer
+from cartridges_jax.training.repetition import taught_repetitions
 from cartridges_jax.training.report import write_training_report
 from cartridges_jax.training.step import TrainState
 from cartridges_jax.training.trackers import TrackConfig
@@ -96,7 +98,8 @@ def _train(config: TrainConfig, model: LanguageModel | None) -> Path:
         examples = [] if config.dataset is None else cache.read(config.dataset)
         mixed = [(cache.read(one.dataset), one.weight) for one in config.mix]
         check_lengths([*examples, *(example for others, _ in mixed for example in others)], config.seq_len)
-        rows = PackedRows(examples, config.seq_len, step_rows, config.num_epochs, config.seed, mixed)
+    repeated = _repeated(config, model, corpus)
+    rows = PackedRows([*examples, *repeated], config.seq_len, step_rows, config.num_epochs, config.seed, mixed)
     thinking = None if config.dataset is None else thinking_of(config.dataset)
     evals = Evals(config.evals, model, config.targets, config.tail, thinking)
     cartridge = _initial(config, model, corpus, examples)
@@ -198,6 +201,15 @@ def _initial(config: TrainConfig, model: LanguageModel, corpus: str, examples: l
         return jax.block_until_ready(initial_cartridge(config.init, model, corpus, examples, config.seed))
 
 
+def _repeated(config: TrainConfig, model: LanguageModel, corpus: str) -> list[Example]:
+    """Makes the examples in which the document is repeated, if the run asks for some."""
+    if not config.repeats or config.num_steps == 0:
+        return []
+    length = min(config.seq_len, ROW)
+    with stage("repeating the document behind all of it"):
+        return taught_repetitions(model, corpus, config.repeats, length, config.init.matching)
+
+
 def _datasets(config: TrainConfig) -> list[str]:
     """Returns the names of all datasets whose conversations train the cartridge."""
     own = [] if config.dataset is None else [config.dataset]
@@ -272,6 +284,7 @@ def _with_training(
     objective = "distillation" if config.targets == "logprobs" else "next-token prediction"
     steps = f"{num_steps} steps" if config.evals.patience is None else f"{kept} steps, the best of {num_steps},"
     recipe = f"{steps} of {objective}, lr {config.optim.lr}, tail {config.tail}, reduction {config.reduction}"
+    recipe += f", the document repeated {config.repeats} times" if config.repeats else ""
     recipe += "" if config.quantization == "none" else f", {config.quantization} base"
     evaluated = evaluation_behind(kept, history(directory / METRICS))
     evaluation = before.evaluation if kept == 0 else ""
