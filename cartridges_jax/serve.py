@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DEFAULT_FOLDER = "cartridges"
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+/?")
+# how long the event loop may keep the engine's thread, and that the device, waiting for the interpreter's lock
+SWITCH_SECONDS = 5e-4
 LIMITS = {
     "port": (0, 65535),
     "max_num_seqs": (1, 4096),
@@ -39,6 +41,7 @@ LIMITS = {
     "max_seconds": (1, 1 << 20),
     "max_cartridges": (1, 4096),
     "cache_tokens": (1, 1 << 40),
+    "max_num_batched_tokens": (1, 1 << 20),
 }
 
 
@@ -59,6 +62,7 @@ def main(argv: list[str]) -> int:
         ready = f"ready: {url} (model {name}, {room}; a chat page at {url[:-2]})"
         if args.warmup:
             print(f"{url}: requests wait until all programs are compiled (--no-warmup: for their own)", file=sys.stderr)
+        sys.setswitchinterval(SWITCH_SECONDS)
         sys.stdin = io.StringIO()  # or the package wandb would ask there for a key, and a request wait for the answer
         return asyncio.run(run(server, sock, ready))
 
@@ -103,6 +107,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         "--cache-tokens", type=int, help="positions in memory (default: enough for all requests at --max-length)"
     )
     parser.add_argument("--attention", help="its implementation (default: the fastest that has been measured here)")
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        help="tokens of prompts that are read between two steps of the answers (default: few on a CPU)",
+    )
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for their turn")
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request")
     parser.add_argument("--max-seconds", type=int, default=600, help="that a request may take, waiting included")
@@ -188,8 +197,9 @@ def _load(
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
         bytes_per_token = model.kv_bytes_per_token
-        sizes = {"cache_tokens": args.cache_tokens, "attention": args.attention}
-        engine = device.Engine(model, args.max_num_seqs, args.max_length, **sizes)
+        names = "cache_tokens", "attention", "max_num_batched_tokens"
+        options = {name: getattr(args, name) for name in names}
+        engine = device.Engine(model, args.max_num_seqs, args.max_length, **options)
         model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 
