@@ -12,7 +12,7 @@ MADE := $(VENV)/.made-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.vers
 # `make test` leaves these out, and each of them has a command of its own below.
 OTHER := not parity and not aot and not real_servers and not vllm and not litellm and not clients and not gpu
 
-.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-aot test-gpu golden fuzz fuzz-api soak bench-compression lint
+.PHONY: quickstart install browser test test-slow test-parity test-servers test-vllm test-litellm test-clients test-aot test-gpu golden fuzz fuzz-api soak bench-compression lint
 
 # Large arrays get large pages, for which glibc asks only if it is told to, and vectors are as wide as the CPU has them:
 # a training step is a fifth faster on AVX-512.
@@ -52,6 +52,7 @@ test-slow: install browser
 PARITY := .venv-parity
 VLLM := .venv-vllm
 LITELLM := .venv-litellm
+CLIENTS := .venv-clients
 
 $(PARITY)/.made: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(PARITY)
@@ -76,6 +77,19 @@ $(LITELLM)/.made:
 
 test-litellm: install $(LITELLM)/.made
 	$(BIN)/python -m pytest -m litellm
+
+# Clients, evaluators and frameworks of others, as their users install them; those for JavaScript where npm is at hand.
+$(CLIENTS)/.made:
+	@$(PYTHON) -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python $(PIP) 'uv==0.13.9'
+	@$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python 'torch==2.13.0' 'lm-eval[api]==0.4.13' 'openai==3.3.0' 'langchain-openai==1.7.4' 'pydantic-ai-slim[openai]==2.38.0' 'instructor==1.17.0' 'openai-agents==0.24.0' 'smolagents[openai]==1.26.0' 'dspy==3.4.1'
+	@if command -v npm >/dev/null; then \
+	  npm install --silent --no-save --prefix $(CLIENTS)/node ai@6.0.326 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7; \
+	else echo "npm is not installed, the AI SDK is not tested"; fi
+	@touch $@
+
+test-clients: install $(CLIENTS)/.made
+	$(BIN)/python -m pytest -m clients
 
 test-vllm: install $(VLLM)/.made
 	$(BIN)/python -m pytest -m vllm
