@@ -1,4 +1,4 @@
-"""Where `make test-clients` keeps the clients of others: an environment of their own."""
+"""Where `make test-clients` keeps the clients of others: environments of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PYTHON = Path(os.environ.get("CLIENTS_PYTHON", Path(__file__).parents[2] / ".venv-clients" / "bin" / "python"))
+ROOT = Path(__file__).parents[2] / ".venv-clients"
+PYTHON = Path(os.environ.get("CLIENTS_PYTHON", ROOT / "bin" / "python"))
+NODE_MODULES = Path(os.environ.get("CLIENTS_NODE_MODULES", ROOT / "node" / "node_modules"))
 
 if not PYTHON.is_file():
     pytest.skip("the clients are not installed: make test-clients", allow_module_level=True)
