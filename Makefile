@@ -82,7 +82,7 @@ test-litellm: install $(LITELLM)/.made
 $(CLIENTS)/.made:
 	@$(PYTHON) -m venv --clear $(CLIENTS)
 	@$(CLIENTS)/bin/python $(PIP) 'uv==0.13.9'
-	@$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python 'torch==2.13.0' 'lm-eval[api]==0.4.13' 'anthropic==2.14.0' 'openai==3.3.0' 'langchain-openai==1.7.4' 'pydantic-ai-slim[openai]==2.38.0' 'instructor==1.17.0' 'openai-agents==0.24.0' 'smolagents[openai]==1.26.0' 'dspy==3.4.1'
+	@$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python 'lm-eval[api]==0.4.13' 'anthropic==2.14.0' 'openai==3.3.0' 'langchain-openai==1.7.4' 'pydantic-ai-slim[openai]==2.38.0' 'instructor==1.17.0' 'openai-agents==0.24.0' 'smolagents[openai]==1.26.0' 'dspy==3.4.1'
 	@if command -v npm >/dev/null; then \
 	  npm install --silent --no-save --prefix $(CLIENTS)/node ai@6.0.326 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7; \
 	else echo "npm is not installed, the AI SDK is not tested"; fi

@@ -35,8 +35,9 @@ from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
 from cartridges_jax.models.language_model import load_model
 from cartridges_jax.training import loop as loop_module
 from cartridges_jax.training.data import PackedRows, batches, read_examples
+from cartridges_jax.training.evals.during import Evals, EvalsConfig, GenerationEval, LossEval
 from cartridges_jax.training.losses import Reduction
-from cartridges_jax.training.metrics import MetricsLog
+from cartridges_jax.training.metrics import MetricsLog, MetricsWriter
 from cartridges_jax.training.run import train
 from cartridges_jax.training.step import TrainState, train_step
 
@@ -118,6 +119,62 @@ def test_progress_says_how_fast_it_is_and_what_it_takes(
         rf"{number} of them targets(, {number}% of the peak)?, {number} GB",
         first,
     )
+
+
+def test_nothing_waits_for_the_host_between_two_steps(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """The host computes nothing with JAX there, the next batch is on its way, and numbers are read a step late."""
+    happened: list[str] = []
+    step, stacked, write = loop_module.train_step, loop_module._stacked, MetricsWriter.step
+
+    def guarded_step(*arguments: Any, **options: Any) -> Any:
+        happened.append("step")
+        jax.config.update("jax_transfer_guard", "disallow" if happened.count("step") < 6 else "allow")
+        return step(*arguments, **options)
+
+    def noted_batches(*arguments: Any) -> Iterator[Any]:
+        for batch in stacked(*arguments):
+            happened.append("batch")
+            yield batch
+
+    def noted_write(*arguments: Any) -> None:
+        happened.append("write")
+        write(*arguments)
+
+    monkeypatch.setattr(loop_module, "train_step", guarded_step)
+    monkeypatch.setattr(loop_module, "_stacked", noted_batches)
+    monkeypatch.setattr(MetricsWriter, "step", noted_write)
+    try:
+        train(config_of(settings, num_steps=6, checkpoint_every=6), tiny.model())
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert happened[:9] == ["batch", "step", "batch", "step", "batch", "write", "step", "batch", "write"]
+
+
+def test_later_evaluations_compile_nothing(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither their forward passes nor what generates answers."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "What weighs 7 grams?", "answer": "The owl."}\n' * 3)
+    evals = EvalsConfig(
+        every=2,
+        loss=(LossEval("held_out", settings["dataset"]),),
+        generation=(GenerationEval("asked", str(questions), max_tokens=4),),
+        off_topic=True,
+    )
+    compiled: list[list[str]] = []
+    run_evals = Evals.run
+
+    def noted(self: Evals, cartridge: Cartridge) -> Any:
+        compiled.append([])
+        jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled[-1].append(name))
+        try:
+            return run_evals(self, cartridge)
+        finally:
+            jax.monitoring.clear_event_listeners()
+
+    monkeypatch.setattr(Evals, "run", noted)
+    train(config_of(settings, num_steps=6, checkpoint_every=6, evals=evals), tiny.model())
+    first, *others = [sum("compile" in name for name in names) for names in compiled]
+    assert first and others == [0, 0, 0]
 
 
 def test_the_loss_falls_and_the_cartridge_says_how_it_came_to_be(finished: dict[str, Any]):

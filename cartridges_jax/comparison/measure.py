@@ -12,7 +12,7 @@ from cartridges_jax.comparison.config import CompareConfig
 from cartridges_jax.comparison.likelihood import answer_nlls
 from cartridges_jax.comparison.methods import Context
 from cartridges_jax.models.language_model import LanguageModel
-from cartridges_jax.serving.generate import generate_ids
+from cartridges_jax.serving.generate import engine_for, generate_ids
 from cartridges_jax.suites import Suite, SuiteQuestion
 from cartridges_jax.training.evals.questions import Question, general_questions, shared_length
 from cartridges_jax.training.evals.timing import TIMED_TOKENS, time_answers
@@ -40,17 +40,17 @@ def measure(
     nlls = answer_nlls(model, prefix, tails, references)
     behind = (0 if context.prefix is None else context.prefix.average_slots) + max(map(len, prompts))
     longest = max(most_tokens, behind) + max(suite.max_answer_tokens, TIMED_TOKENS)
-    length = -(-longest // 256) * 256
+    engine = engine_for(model, [(0, -(-longest // 256) * 256)])
     chosen = _first_of_each_class(questions, config.answers_a_class)
     asked = [tuple(tails[i]) for i in chosen]
-    answers = generate_ids(model, asked, prefix, suite.max_answer_tokens, max_length=length)
+    answers = generate_ids(model, asked, prefix, suite.max_answer_tokens, engine=engine)
     texts = {i: model.tokenizer.decode(ids).strip() for i, ids in zip(chosen, answers, strict=True)}
     return {
         "questions": tuple(
             Asked(q.question, q.kind, nll, len(ids), texts.get(i), suite.score(q, texts[i]) if i in texts else None)
             for i, (q, nll, ids) in enumerate(zip(questions, nlls, references, strict=True))
         ),
-        **(time_answers(model, context.prefix, prompts[: config.timed_questions], length) if timed else {}),
+        **(time_answers(engine, context.prefix, prompts[: config.timed_questions]) if timed else {}),
         "off_topic": _off_topic(model, context),
     }
 

@@ -12,6 +12,7 @@ as it needs: whole pages, and for the rest a *fragment* of a page, which it shar
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -39,6 +40,9 @@ class Prefix:
         return cls(key, length, cartridge, getattr(cartridge, "thinking", None))
 
 
+WORTH_COPYING = 8  # a page of which less than this part is wanted is not copied: to write the tokens again costs less
+
+
 class Fragment(NamedTuple):
     """Head pages `start` to `start` + `count` - 1 of a page."""
 
@@ -57,7 +61,16 @@ class Node:
     parent: Node | None = None
     key: str | None = None  # of a root
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    ordered: list[tuple[int, ...]] = field(default_factory=list)  # what the children are found by, sorted
     users: int = 0
+
+    def add(self, child: Node) -> None:
+        self.children[child.tokens] = child
+        bisect.insort(self.ordered, child.tokens)
+
+    def remove(self, child: Node) -> None:
+        del self.children[child.tokens]
+        del self.ordered[bisect.bisect_left(self.ordered, child.tokens)]
 
 
 @dataclass
@@ -95,6 +108,7 @@ class PageCache:
         self._fragments: dict[int, set[Fragment]] = {}  # those that are taken, by the pages that have any
         self._roots: dict[str | None, Node] = {}
         self._idle: dict[Node, None] = {}  # nodes that no request uses; the one used longest ago comes first
+        self._num_idle_pages = 0  # that are theirs alone
 
     @property
     def num_used(self) -> int:
@@ -128,6 +142,8 @@ class PageCache:
         self._acquire(path)
         wanted = whole + self._count(num_tokens - shared)
         source, copied = _longest(path[-1], known[shared:])
+        if copied * WORTH_COPYING < self.page_size:
+            source, copied = None, 0
         is_there = self._make_room(wanted, rest, source, spare)
         if not is_there:
             source, copied = None, 0
@@ -158,7 +174,7 @@ class PageCache:
         if parent.tokens and len(parent.tokens) < size:  # inserted half full: its page is an own one again
             node = allocation.path.pop()
             assert node.parent is not None and not node.children
-            del node.parent.children[node.tokens]
+            node.parent.remove(node)
             allocation.own.insert(0, node.pages[0])
             parent = node.parent
         done = (len(allocation.path) - 1) * size
@@ -167,7 +183,8 @@ class PageCache:
             page = allocation.own.pop(0)
             node = parent.children.get(part)
             if node is None:
-                node = parent.children[part] = Node([page], tokens=part, parent=parent)
+                node = Node([page], tokens=part, parent=parent)
+                parent.add(node)
             elif len(part) < size:  # the page of another request, which goes on writing there
                 allocation.own.insert(0, page)
                 return
@@ -198,15 +215,13 @@ class PageCache:
 
         If dropping all of them were not enough, with so many pages to spare, none is dropped, and the result is False.
         """
-        if self._has_room(count + spare, rest, ()):
-            return True
-        idle = [node for node in self._idle if node is not kept]
-        if not self._has_room(count + spare, rest, idle):
-            return False
-        for node in idle:
-            if self._has_room(count, rest, ()):
-                break
-            self._drop(node)
+        pages = len(self._free_pages) + self._num_idle_pages - (len(kept.pages) if kept in self._idle else 0)
+        if rest or pages < count + spare:  # then it takes a closer look
+            idle = [node for node in self._idle if node is not kept]
+            if not self._has_room(count + spare, rest, idle):
+                return False
+        while not self._has_room(count, rest, ()):
+            self._drop(next(node for node in self._idle if node is not kept))
         return True
 
     def _has_room(self, count: int, rest: int, gone: Collection[Node]) -> bool:
@@ -240,6 +255,7 @@ class PageCache:
     def _drop(self, node: Node) -> None:
         assert not node.children
         del self._idle[node]
+        self._num_idle_pages -= len(node.pages)
         self._free_pages += node.pages
         if node.fragment is not None:
             page = node.fragment.page
@@ -250,18 +266,21 @@ class PageCache:
         if node.parent is None:
             del self._roots[node.key]
         else:
-            del node.parent.children[node.tokens]
+            node.parent.remove(node)
 
     def _acquire(self, path: Sequence[Node]) -> None:
         for node in path:
             node.users += 1
-            self._idle.pop(node, None)
+            if node in self._idle:
+                del self._idle[node]
+                self._num_idle_pages -= len(node.pages)
 
     def _release(self, path: Sequence[Node]) -> None:
         for node in reversed(path):
             node.users -= 1
             if node.users == 0:
                 self._idle[node] = None
+                self._num_idle_pages += len(node.pages)
 
     def _count(self, num_positions: int) -> int:
         return -(-num_positions // self.page_size)
@@ -269,10 +288,12 @@ class PageCache:
 
 def _longest(parent: Node, tokens: Sequence[int]) -> tuple[Node | None, int]:
     """The child that shares the longest beginning with `tokens`, and the length of that beginning."""
+    tokens = tuple(tokens)
+    at = bisect.bisect_left(parent.ordered, tokens)
     best, most = None, 0
-    for child in parent.children.values():
-        pairs = zip(child.tokens, tokens, strict=False)
+    for beside in parent.ordered[max(at - 1, 0) : at + 1]:  # no other has more in common with what stands between them
+        pairs = zip(beside, tokens, strict=False)
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         if length > most:
-            best, most = child, length
+            best, most = parent.children[beside], length
     return best, most

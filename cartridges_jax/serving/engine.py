@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
@@ -117,7 +116,8 @@ class Engine:
         self._last = jnp.zeros(max_num_seqs, jnp.int32)  # the last token that was sampled for each sequence
         self._logits_state: LogitsState | None = None  # until a request has rules for its logits
         self._rules: dict[int, LogitsParams] = {}  # of the sequences that have some
-        self._sequences = Sequences(max_num_seqs, self.pages_each, self._batch_sizes, self._metadata, self._put)
+        put = functools.partial(steps.put, mesh=self._mesh)
+        self._sequences = Sequences(max_num_seqs, self.pages_each, self._batch_sizes, self._metadata, put)
         self._prefill_sizes = CPU_PREFILL if kernels.platform() == "cpu" else ACCELERATOR_PREFILL
         self.max_num_batched_tokens = max_num_batched_tokens or self._prefill_sizes.max_num_batched_tokens
 
@@ -200,13 +200,6 @@ class Engine:
         # if all slots are one device's, it has so many times the average
         slot_pages_each = self.pages_each * self._mesh.shape["tensor"]
         return metadata.attention_metadata(starts, table, slots, slot_pages_each, self._shape_lk, self._loaded)
-
-    def _put(self, tree: Any) -> Any:
-        """Brings parts of a `DecodeBatch` to the devices."""
-        if self._mesh.size == 1:
-            return jax.device_put(tree)
-        specs = steps.BATCH if isinstance(tree, DecodeBatch) else P()
-        return jax.device_put(tree, sharding.shardings(specs, self._mesh))
 
     def begin(self, sequence: SequenceInput) -> None:
         self._sequences.begin(sequence)
@@ -313,12 +306,15 @@ class Engine:
 
         def decode(size: int, logits: LogitsRules | None = None) -> None:
             for i in range(size):
-                self.begin(SequenceInput(i, 0, 1, BlockTable([i]), 0.0, 1.0, 0, 0, 0, logits=logits))
-            self.harvest(self.decode(range(size)))
+                table = BlockTable([0, 0])
+                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, table, 0.0, 1.0, 0, 0, 0, logits=logits))
+            for _ in range(2):  # as a new batch, and where pages begin
+                self.harvest(self.decode(range(size)))
 
         def masked(size: int) -> None:
             decode(size, LogitsRules())  # its first half is the same
-            self._rules.clear()
+            self._logits_state = None
+            decode(size)
             self.harvest(self.sample(self.forward(range(size)), []))
 
         def prefill(size: int, rows: int) -> None:

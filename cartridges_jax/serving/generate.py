@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.metadata import PAGE_SIZE, num_pages
 from cartridges_jax.serving.scheduler import NOT_FINITE, Event, Finished, Prefix, Request, Scheduler, Token
 
 if TYPE_CHECKING:
@@ -50,9 +51,13 @@ def generate_ids(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    max_length: int | None = None,
+    engine: Engine | None = None,
 ) -> list[list[int]]:
-    """`generate` on token ids, stop tokens left out; callers of one `max_length` share their compiled programs."""
+    """`generate` on token ids, stop tokens left out.
+
+    Args:
+      engine: one of this model that nobody else uses; by default one is made, for which the weights are laid out anew.
+    """
     if not prompts:
         return []
     if not all(prompts):
@@ -64,11 +69,9 @@ def generate_ids(
             f"a prompt of {max(map(len, prompts))} tokens and an answer of {max_tokens} exceed {model.name}'s window "
             f"of {model.config.max_position_embeddings}: shorten one of them"
         )
-    if max_length is None:  # few sizes, so few compilations
-        max_length = -(-((prefix.length if prefix else 0) + longest) // 128) * 128
-    max_num_seqs = min(MAX_NUM_SEQS, len(prompts))
-    # one size of batch: compiling others would take longer than running them saves
-    engine = Engine(model, max_num_seqs, max_length, max_top_logprobs=1, batch_sizes=[max_num_seqs])
+    if engine is None:
+        max_num_seqs = min(MAX_NUM_SEQS, len(prompts))
+        engine = engine_for(model, [(prefix.length if prefix else 0, longest)], batch_sizes=[max_num_seqs])
     stop_ids = model.tokenizer.stop_ids
     requests = [
         Request(str(i), prompt, prefix, max_tokens, temperature, top_p, seed=seed + i, stop_ids=stop_ids)
@@ -81,6 +84,23 @@ def generate_ids(
         elif isinstance(event, Finished) and event.reason == "not_finite":
             raise UserError(f"prompt {event.id}: {NOT_FINITE}")
     return answers
+
+
+def engine_for(
+    model: LanguageModel, sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int] = (1, MAX_NUM_SEQS)
+) -> Engine:
+    """Makes an engine that answers as many prompts together as the last of `batch_sizes`.
+
+    Args:
+      sizes: slots of a cartridge that all prompts share, and the most tokens of a prompt with its answer behind it.
+      batch_sizes: few, since to compile another takes longer than its running saves.
+    """
+    max_num_seqs = batch_sizes[-1]
+    max_length = -(-max(map(sum, sizes)) // 128) * 128  # few lengths, so few compilations
+    # the last page of a cartridge may be its own
+    pages = max(num_pages(slots) + 1 + max_num_seqs * num_pages(tokens) for slots, tokens in sizes)
+    cache_tokens = max(pages, num_pages(max_length) + 1) * PAGE_SIZE
+    return Engine(model, max_num_seqs, max_length, 1, cache_tokens=cache_tokens, batch_sizes=batch_sizes)
 
 
 def run(scheduler: Scheduler, requests: Sequence[Request]) -> Iterator[Event]:

@@ -53,7 +53,7 @@ class Sequences:
       pages_each: how many pages the tokens of a sequence have at most.
       batch_sizes: how many rows a batch may have, in ascending order.
       attention_metadata: makes that of a batch, of `starts`, `block_table` and `slots` as `metadata` does.
-      put: brings arrays to the device.
+      put: brings a batch, or one of its arrays, to the devices.
     """
 
     def __init__(
@@ -96,9 +96,10 @@ class Sequences:
 
     def batch(self, indices: Sequence[int]) -> tuple[DecodeBatch, list[int]]:
         """The next step of these sequences, on the device, and the pages that begin in it."""
+        indices = list(indices)
         is_new = self._batch is None or indices != self._indices
         if is_new:
-            self._indices, self._rows = list(indices), np.array(indices, np.int32)
+            self._indices, self._rows = indices, np.array(indices, np.int32)
         positions = self._positions[self._rows]
         begins = positions % PAGE_SIZE == 0
         if is_new:

@@ -30,6 +30,13 @@ METADATA = AttentionMetadata(*[P()] * 4, sharding.CARTRIDGE, sharding.CARTRIDGE)
 STEP, BATCH = Step(P(), P(), METADATA), DecodeBatch(P(), P(), METADATA, P())  # type: ignore[arg-type]
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def put(tree: Any, *, mesh: Mesh) -> Any:
+    """Brings a `DecodeBatch`, or an array that every device has, to the devices: by one call for all its arrays."""
+    specs = BATCH if isinstance(tree, DecodeBatch) else P()
+    return sharding.on_mesh(lambda tree: tree, mesh, (specs,), specs)(tree)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def empty_cache(
     config: ModelConfig, num_pages: int, dtype: Any, mesh: Mesh, implementation: str | None = None

@@ -85,19 +85,20 @@ def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoin
     """Trains from `state` on until the run's steps, minutes or patience are used up; returns the last state."""
     config, step = run.config, int(state.train.step)
     tokens, seconds_before = run.tokens(step), float(state.seconds)
-    learning_rate = schedule(config.optim, run.num_steps)
+    learning_rates = np.asarray(schedule(config.optim, run.num_steps)(jnp.arange(run.num_steps))).tolist()
     step_rows = config.batch_size * config.accumulation
     if step == 0 and run.evals:
         state = _evaluated(run, state, BEFORE, writer)
     over = step >= run.num_steps or _out_of_time(config, seconds_before) or _out_of_patience(config, state)
     upcoming = _stacked(run, step)
-    placement = sharding.placed(run.initial.placement, sharding.PLACEMENT, run.mesh)
+    batch = next(upcoming, None)
+    placement = sharding.placed(jax.tree.map(jnp.asarray, run.initial.placement), sharding.PLACEMENT, run.mesh)
     pending = None
     while not over:
         train_state, metrics = train_step(
             state.train,
             run.model.params,
-            next(upcoming),
+            batch,
             placement,
             config=run.model.config,
             tx=run.tx,
@@ -106,12 +107,13 @@ def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoin
             remat=config.remat,
             mesh=run.mesh,
         )
+        batch = next(upcoming, None)  # on the device before the step ends
         tokens += sum(run.rows.num_tokens(i) for i in range(step * step_rows, (step + 1) * step_rows))
-        if pending:  # one step late, so that the host prepares the next batch while the device computes
+        if pending:  # one step late, so that the device never waits for the host
             writer.step(*pending)
         seconds = seconds_before + writer.seconds
-        state = RunState(train_state, state.best, _scalar(seconds, jnp.float32, run.mesh))
-        pending = (step, metrics, float(learning_rate(step)), tokens, seconds)
+        state = dataclasses.replace(state, train=train_state)
+        pending = (step, metrics, learning_rates[step], tokens, seconds)
         step += 1
         over = step >= run.num_steps or _out_of_time(config, seconds)
         evaluates = bool(run.evals) and (over or (config.evals.every is not None and step % config.evals.every == 0))
@@ -123,6 +125,7 @@ def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoin
             state = _evaluated(run, state, step - 1, writer)
             over = over or _out_of_patience(config, state)
         if over or saves:
+            state = dataclasses.replace(state, seconds=_scalar(seconds, jnp.float32, run.mesh))
             checkpoints.save(step, state)
     return state
 
@@ -164,7 +167,7 @@ def _stacked(run: TrainingRun, first: int) -> Iterator[Batch]:
     def place(share: np.ndarray) -> Any:
         share = share.reshape(shape[0], -1, *share.shape[1:])
         if run.mesh.size == 1:
-            return share
+            return jax.device_put(share)
         whole = (*shape, *share.shape[2:])
         return jax.make_array_from_callback(whole, placement, lambda index: share[:, place_in_share[index[1]]])
 

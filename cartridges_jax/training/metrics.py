@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from cartridges_jax.command_line import files
@@ -88,7 +89,7 @@ class MetricsWriter:
 
         `tokens` and `seconds` are those of the whole run so far, with what it did before it was resumed.
         """
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         for name in ("loss", "grad_norm"):
             if not np.isfinite(values[name]):
                 raise UserError(

@@ -458,7 +458,8 @@ def test_nothing_is_compiled_after_warmup():
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
     try:
         requests = [replace(request(i), prompt=TOKENS[i : i + 1 + 29 * i]) for i in range(8)]
-        assert len(sampled_tokens(engine, requests)) == 8
+        requests.append(replace(request(8), prompt=TOKENS[:126]))  # the answer begins a page
+        assert len(sampled_tokens(engine, requests)) == 9
         score(engine, TOKENS[:100], prefix_of("b"), 5)
         score(engine, TOKENS[:7], None, 0)
         assert not [name for name in compiled if "compile" in name]

@@ -138,7 +138,7 @@ def test_the_same_ids_in_all_places(
     questions.write_text(json.dumps({"question": question, "answer": "The owl."}) + "\n")
     prompts: list[tuple[int, ...]] = []
 
-    def generate(_: object, given: list[tuple[int, ...]], *rest: object) -> list[list[int]]:
+    def generate(_: object, given: list[tuple[int, ...]], *rest: object, **options: object) -> list[list[int]]:
         prompts.extend(given)
         return [[] for _ in given]
 

@@ -20,7 +20,8 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import Progress
 from cartridges_jax.interop import formats
 from cartridges_jax.models.language_model import LanguageModel, load_model
-from cartridges_jax.serving.generate import generate_ids
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.generate import MAX_NUM_SEQS, engine_for, generate_ids
 from cartridges_jax.training.data import exchanges, read_corpus
 from cartridges_jax.training.evals.during import general_nll
 from cartridges_jax.training.evals.loss import ROW, answer_nll
@@ -79,9 +80,10 @@ def evaluate(config: EvalConfig, model: LanguageModel | None = None) -> dict[str
         config = dataclasses.replace(config, thinking=cartridge.thinking)
     conditions = _conditions(config, model, corpus, cartridge)
     progress = Progress("evaluating", len(conditions) * 3, "parts")
-    rows = [
-        _measure(condition, questions, cartridge.average_slots, config, model, progress) for condition in conditions
-    ]
+    asked = [_laid_out(condition, questions, config, model) for condition in conditions]
+    batch_sizes = sorted({1, min(len(questions), MAX_NUM_SEQS)})  # timing takes one request at a time
+    engine = engine_for(model, [size for one in asked for size in one.sizes(config)], batch_sizes)
+    rows = [_measure(one, questions, config, model, engine, progress) for one in asked]
     progress.close()
     report = _report(config, model, cartridge, rows)
     write_report(Path(config.output_dir), report, Path(config.cartridge).parent / METRICS)
@@ -125,35 +127,59 @@ def _conditions(config: EvalConfig, model: LanguageModel, corpus: str, cartridge
     return conditions
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """All questions as they are put to the model under a condition, and the answers that are expected, in token ids.
+
+    What all prompts begin with is in `prefix`, and `tails` are the rest of them.
+    """
+
+    condition: Condition
+    prompts: list[list[int]]
+    references: list[list[int]]
+    prefix: Cartridge | None
+    tails: list[list[int]]
+
+    def sizes(self, config: EvalConfig) -> list[tuple[int, int]]:
+        """Returns what an engine has to hold to answer and to be timed, as `engine_for` takes it."""
+        answered = self.prefix, self.tails, config.max_answer_tokens
+        timed = self.condition.prefix, self.prompts, TIMED_TOKENS
+        return [
+            (prefix.average_slots if prefix else 0, max(map(len, prompts)) + num_tokens)
+            for prefix, prompts, num_tokens in (answered, timed)
+        ]
+
+
+def _laid_out(condition: Condition, questions: Sequence[Question], config: EvalConfig, model: LanguageModel) -> Asked:
+    asked = [_asked(condition, question, config, model) for question in questions]
+    prompts, references = ([pair[i] for pair in asked] for i in range(2))
+    if condition.system is None:
+        return Asked(condition, prompts, references, condition.prefix, prompts)
+    shared = shared_length(prompts)
+    prefix = Cartridge.from_tokens(model, prompts[0][:shared])
+    return Asked(condition, prompts, references, prefix, [prompt[shared:] for prompt in prompts])
+
+
 def _measure(
-    condition: Condition,
+    asked: Asked,
     questions: Sequence[Question],
-    num_slots: int,
     config: EvalConfig,
     model: LanguageModel,
+    engine: Engine,
     progress: Progress,
 ) -> dict[str, Any]:
     """Asks all questions under one condition, and returns its row of the report."""
-    asked = [_asked(condition, question, config, model) for question in questions]
-    prompts, references = ([pair[i] for pair in asked] for i in range(2))
-    prefix, tails = condition.prefix, prompts
-    if condition.system is not None:
-        shared = shared_length(prompts)
-        prefix = Cartridge.from_tokens(model, prompts[0][:shared])
-        tails = [prompt[shared:] for prompt in prompts]
+    condition, prefix, tails, references = asked.condition, asked.prefix, asked.tails, asked.references
 
     def nll_of(chosen: Sequence[int]) -> float:
         return answer_nll(model, prefix, [tails[i] for i in chosen], [references[i] for i in chosen])
 
     nll = nll_of(range(len(questions)))
     progress.advance(note=f"{condition.name}: log-likelihood")
-    # conditions with few tokens of context share compiled programs
-    longest = max(map(len, prompts)) + max(config.max_answer_tokens, TIMED_TOKENS)
-    length = -(-(num_slots + longest) // 256) * 256
-    answers = generate_ids(model, [tuple(tail) for tail in tails], prefix, config.max_answer_tokens, max_length=length)
+    answers = generate_ids(model, list(map(tuple, tails)), prefix, config.max_answer_tokens, engine=engine)
     texts = [model.tokenizer.decode(answer).strip() for answer in answers]
     progress.advance(note=f"{condition.name}: answers")
-    timing = time_answers(model, condition.prefix, prompts[: config.num_samples], length)
+    timing = time_answers(engine, condition.prefix, asked.prompts[: config.num_samples])
     progress.advance(note=f"{condition.name}: timing")
     slots = condition.prefix.average_slots if condition.prefix else 0
     context_tokens = slots if condition.system is None else len(model.tokenizer.encode(condition.system))

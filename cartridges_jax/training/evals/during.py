@@ -12,7 +12,8 @@ from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.parallel import sharding
-from cartridges_jax.serving.generate import generate_ids
+from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.generate import MAX_NUM_SEQS, engine_for, generate_ids
 from cartridges_jax.training.data import Example, Targets, typed_examples
 from cartridges_jax.training.evals.loss import answer_loss
 from cartridges_jax.training.evals.questions import Question, answered_examples, general_questions, questions_of
@@ -153,8 +154,9 @@ class Evals:
                 "eval_off_topic/damage": loss - self._without,
             }
         answers = []
+        engine = self._engine(cartridge) if self._config.generation else None
         for one in self._config.generation:
-            rows, num_tokens = self._answers(one, self._questions[one.name], cartridge)
+            rows, num_tokens = self._answers(one, self._questions[one.name], cartridge, engine)
             metrics[f"generate_{one.name}/score"] = statistics.mean(row["score"] for row in rows)
             metrics[f"generate_{one.name}/num_assistant_tokens"] = num_tokens
             answers += rows
@@ -169,12 +171,22 @@ class Evals:
             metrics[f"eval_{name}/seed_prompt_{kind}/count"] = len(groups[kind])
         return metrics
 
+    def _engine(self, cartridge: Cartridge) -> Engine:
+        """Makes the engine that generates answers. Between evaluations its memory is training's."""
+        sizes = [
+            (cartridge.average_slots, len(self._turn(question.asked(one.instruction))) + one.max_tokens)
+            for one in self._config.generation
+            for question in self._questions[one.name]
+        ]
+        most = max(len(self._questions[one.name]) * one.num_samples for one in self._config.generation)
+        return engine_for(self._model, sizes, [min(most, MAX_NUM_SEQS)])
+
     def _answers(
-        self, one: GenerationEval, questions: list[Question], cartridge: Cartridge
+        self, one: GenerationEval, questions: list[Question], cartridge: Cartridge, engine: Engine | None
     ) -> tuple[list[dict[str, Any]], int]:
         asked = [(i, sample) for i in range(len(questions)) for sample in range(one.num_samples)]
         prompts = [tuple(self._turn(questions[i].asked(one.instruction))) for i, _ in asked]
-        ids = generate_ids(self._model, prompts, cartridge, one.max_tokens, one.temperature)
+        ids = generate_ids(self._model, prompts, cartridge, one.max_tokens, one.temperature, engine=engine)
         rows = []
         for (i, sample), answer in zip(asked, ids, strict=True):
             question, text = questions[i], self._model.tokenizer.decode(answer).strip()

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 
 from cartridges_jax.cartridge.arrays import Cartridge
-from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.scheduler import Chunk, SequenceInput
@@ -15,16 +14,13 @@ from cartridges_jax.serving.scheduler import Chunk, SequenceInput
 TIMED_TOKENS = 16  # an answer's tokens, over whose decoding the rate is measured
 
 
-def time_answers(
-    model: LanguageModel, prefix: Cartridge | None, prompts: Sequence[Sequence[int]], length: int
-) -> dict[str, float]:
+def time_answers(engine: Engine, prefix: Cartridge | None, prompts: Sequence[Sequence[int]]) -> dict[str, float]:
     """Returns the seconds to an answer's first token and the tokens per second behind it, medians over the prompts.
 
-    The seconds include those in which the prefix is loaded. `length` is that of the cache, in tokens.
+    The seconds include those in which the prefix is loaded. No request may be under way in the engine.
     """
     held = None if prefix is None else Prefix.of("timed", prefix)
-    engine = Engine(model, 1, length, max_top_logprobs=1)
-    block_table = engine.block_table(held, range(engine.num_pages))
+    block_table = engine.block_table(held, range(engine.pages_each))
 
     first_token, rate = [], []
     for prompt in [prompts[0], *prompts]:  # the first run compiles
