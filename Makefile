@@ -78,10 +78,14 @@ $(LITELLM)/.made:
 test-litellm: install $(LITELLM)/.made
 	$(BIN)/python -m pytest -m litellm
 
-# So are the other clients, in one environment, each as it is today: a newer release may be a newer protocol.
+# Clients, evaluators and frameworks of others, as their users install them; those for JavaScript where npm is at hand.
 $(CLIENTS)/.made:
 	@$(PYTHON) -m venv --clear $(CLIENTS)
-	@$(CLIENTS)/bin/python $(PIP) 'anthropic==2.14.0' 'lm-eval[api]==0.4.13' 'openai==3.57.0' 'openai-agents==0.24.0' 'torch==2.13.0'
+	@$(CLIENTS)/bin/python $(PIP) 'uv==0.13.9'
+	@$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python 'lm-eval[api]==0.4.13' 'anthropic==2.14.0' 'openai==3.3.0' 'langchain-openai==1.7.4' 'pydantic-ai-slim[openai]==2.38.0' 'instructor==1.17.0' 'openai-agents==0.24.0' 'smolagents[openai]==1.26.0' 'dspy==3.4.1'
+	@if command -v npm >/dev/null; then \
+	  npm install --silent --no-save --prefix $(CLIENTS)/node ai@6.0.326 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7; \
+	else echo "npm is not installed, the AI SDK is not tested"; fi
 	@touch $@
 
 test-clients: install $(CLIENTS)/.made

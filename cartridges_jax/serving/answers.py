@@ -13,7 +13,7 @@ from cartridges_jax.serving.choices import Choice, Delta, Tokens
 from cartridges_jax.serving.engine_thread import Accepted, PendingRequest
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.scheduler import Scored
-from cartridges_jax.serving.tools import merged
+from cartridges_jax.serving.tools import joined
 
 OBJECTS = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "text": ("cmpl", *["text_completion"] * 2)}
 
@@ -115,10 +115,11 @@ class Answer:
     def _said(self, delta: Delta, name: Literal["message", "delta"]) -> dict[str, Any]:
         if self.generation.kind == "text":
             return {"text": delta.text}
+        calls = {"tool_calls": joined(delta.tool_calls)} if delta.tool_calls else {}
         if name == "delta":
-            calls = {"tool_calls": delta.tool_calls} if delta.tool_calls else {}
             return {name: ({"content": delta.text} if delta.text else {}) | calls}
-        calls = {"tool_calls": merged(delta.tool_calls)} if delta.tool_calls else {}
+        for call in calls.get("tool_calls", ()):
+            del call["index"]
         return {name: {"role": "assistant", "content": delta.text or (None if calls else "")} | calls}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -322,7 +322,8 @@ class Engine:
 
         def masked(size: int) -> None:
             decode(size, 0, LogitsRules())  # its first half is the same
-            self._rules.clear()
+            self._logits_state = None
+            decode(size, 0)
             self.harvest(self.sample(self.forward(range(size)), []))
 
         def prefill(size: int, rows: int) -> None:

@@ -403,12 +403,12 @@ class _ValueScan:
         return None
 
 
-def merged(parts: Sequence[Call]) -> list[Call]:
-    """Whole calls, of their parts."""
-    calls: list[Call] = []
+def joined(parts: Sequence[Call]) -> list[Call]:
+    """One part for each call: whole calls, if these are all parts."""
+    calls: dict[int, Call] = {}
     for part in parts:
-        if "id" in part:
-            calls.append({name: part[name] for name in ("id", "type")} | {"function": dict(part["function"])})
-        else:
+        if part["index"] in calls:
             calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
-    return calls
+        else:
+            calls[part["index"]] = part | {"function": dict(part["function"])}
+    return list(calls.values())

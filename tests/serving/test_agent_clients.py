@@ -34,7 +34,8 @@ def answer_to(prompt: str) -> str:
     """What the scripted model says: it asks for the weather, and tells it in the form that is asked for."""
     lines = [line for line in prompt.splitlines() if line.startswith('{"name"') and '"parameters"' in line]
     functions = {function["name"]: function["parameters"].get("properties", {}) for function in map(json.loads, lines)}
-    is_known = "<tool_response>" in prompt
+    last = prompt.rpartition("<|im_start|>user")[2]
+    is_known = "<tool_response>" in prompt or "Observation:" in last  # as smolagents tells what a tool has said
     for name, properties in functions.items():
         if "degrees" in properties and (is_known or len(functions) == 1):
             return called(name, WEATHER)
@@ -186,11 +187,12 @@ console.log(JSON.stringify({ asked, said, form }));
 
 
 @pytest.mark.parametrize("client", PROGRAMS)
-def test_python_clients(client: str, url: str):
+def test_python_clients(client: str, url: str, tmp_path: Path):
     if subprocess.run([PYTHON, "-c", f"import {client}"], capture_output=True).returncode:
         pytest.skip(f"{client} is not installed there")
-    program = START + PROGRAMS[client] + "\nprint(json.dumps(dict(asked=asked, said=said, form=form)))"
-    check([str(PYTHON), "-c", program, url])
+    program = tmp_path / "ask.py"  # some read their tools' source
+    program.write_text(START + PROGRAMS[client] + "\nprint(json.dumps(dict(asked=asked, said=said, form=form)))\n")
+    check([str(PYTHON), str(program), url])
 
 
 def test_the_ai_sdk(url: str, tmp_path: Path):

@@ -28,7 +28,7 @@ from cartridges_jax.serving.tools import (
     Tools,
     format_of,
     grammar_of,
-    merged,
+    joined,
 )
 
 WEATHER = {
@@ -99,7 +99,7 @@ def parsed(form: ToolFormat, pieces: list[str]) -> tuple[str, list[Any]]:
     for piece in pieces:
         text, calls = parser.push(piece)
         said, parts = said + text, parts + calls
-    return said + parser.flush(), merged(parts)
+    return said + parser.flush(), joined(parts)
 
 
 def split(text: str, rng: random.Random) -> list[str]:
