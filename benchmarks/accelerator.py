@@ -46,6 +46,7 @@ class Part:
 PARTS = {
     "correct": Part(("correct",), "kernels, loss, a training step and answers against float64 and the CPU"),
     "attention": Part(("attention", "torch_attention"), "prefix attention beside cuDNN and flex_attention"),
+    "decode": Part(("decode",), "decode attention beside XLA's and the roofline, together and alone, block sizes"),
     "train": Part(("train", "torch_train"), "the training step of 8B and 4B beside transformers and PEFT"),
     "engine": Part(("engine", "torch_engine"), "decoding and the first token beside the roofline and transformers"),
     "quickstart": Part(("quickstart",), "the quickstart's training and evaluation, its gap beside a CPU's"),

@@ -22,7 +22,7 @@ from cartridges_jax.kernels.prefix_attention import gpu, tpu, xla
 from cartridges_jax.parallel import collectives
 
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "accelerator.py"
-PARTS = {"device", "correct", "attention", "train", "engine", "quickstart", "profile"}
+PARTS = {"device", "correct", "attention", "decode", "train", "engine", "quickstart", "profile"}
 
 
 def run(folder: Path, *arguments: str, python: str = sys.executable) -> tuple[int, list[Line], str]:
@@ -64,6 +64,7 @@ def test_parts_are_listed_and_others_refused(tmp_path: Path) -> None:
     assert [line.split()[0] for line in listed.stdout.splitlines()] == [
         "correct",
         "attention",
+        "decode",
         "train",
         "engine",
         "quickstart",

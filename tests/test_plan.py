@@ -196,15 +196,20 @@ def test_the_command_prints_a_plan_and_a_sweep_one_that_fits():
 
 
 def test_the_step_of_decoding_is_planned():
-    done = plan("--topology=cpu:4", "--what=decode", "--requests=8", "--length=256")
+    done = plan("--topology=cpu:4", "--what=decode", "--requests=8", "--length=256", "--attention=xla", "--json")
     assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     model = shape_of("smollm2-135m")
     # four engines, two requests each; every position has a log-weight beside its key and value
     caches = model.num_layers * 2 * 256 * model.num_kv_heads * (2 * model.head_dim + 1) * 4
     weights = sum(a.size for a in jax.tree.leaves(abstract_params(model))) * 4
-    for name, size in (("weights", weights), ("caches", caches)):
-        assert f"{name:<13}{size / 2**30:10.3f} GiB" in done.stdout
-    assert "tokens/s for 8 requests at once" in done.stdout
+    assert found["memory"]["caches"] == caches and found["memory"]["weights"] == weights
+    assert found["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1} and found["attention"] == "xla"
+    assert found["tokens_per_second"] == pytest.approx(8 / found["seconds"])
+    # for the cartridge that both requests see, XLA's attention has a loop of a length that the data decide
+    assert found["host_waits"] == 2 * model.num_layers
+    assert found["kernels_per_step"] > model.num_layers * found["kernels_per_layer"] > 0
+    assert found["bytes_per_step"] > found["least_bytes_per_step"] > weights
 
 
 @pytest.mark.parametrize(
@@ -286,3 +291,21 @@ def test_compilers_without_devices_agree_with_the_sums_by_hand(topology: str, me
     found = json.loads(done.stdout)
     assert found["kernels"][kernel] > 0
     agree(found, expected_traffic(*case(found)))
+
+
+EIGHT_BILLION = ["--config=configs/large.py:train", "--config.mesh.fsdp=1", "--what=decode", "--cartridges=1"]
+STEPS = {"h200:1": "gpu", "v6e:1x1": "tpu", "v5e:2x4": "tpu"}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", STEPS)
+def test_a_step_of_an_accelerator_moves_what_it_must_and_waits_for_nobody(topology: str):
+    """Of Llama-3.1-8B, 64 requests behind one cartridge; on eight chips, their sums are kernels as well."""
+    flags = [f"--topology={topology}", f"--attention={STEPS[topology]}", "--requests=64", "--length=1024", "--json"]
+    flags += ["--config.mesh.tensor=8"] * (topology == "v5e:2x4")
+    done = run(["-m", "cartridges_jax.plan", *EIGHT_BILLION, *flags])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["host_waits"] == 0
+    assert found["kernels_per_layer"] <= 14
+    assert found["bytes_per_step"] <= 1.3 * found["least_bytes_per_step"]

@@ -54,7 +54,8 @@ def _engine(model: LanguageModel, n: int, size: sizes.Decoding) -> Engine:
     pages_each = -(-size.prompt // PAGE_SIZE) + -(-size.answer // PAGE_SIZE) + 1
     positions = n * pages_each * PAGE_SIZE + size.slots + PAGE_SIZE
     longest = size.slots + size.prompt + size.answer + 8
-    return Engine(model, n, longest, 1, cache_tokens=max(positions, longest + 2 * PAGE_SIZE), batch_sizes=[n])
+    room = max(positions, longest + 2 * PAGE_SIZE)
+    return Engine(model, n, longest, 1, cache_tokens=room, batch_sizes=[n], attention=models.own_kernel())
 
 
 def _requests(words: int, n: int, prefix: Prefix | None, size: sizes.Decoding, round: int) -> list[Request]:
@@ -84,7 +85,7 @@ def _steps(make: Callable[[], Engine], requests: Callable[[int], list[Request]],
 
 def _first_token(model: LanguageModel, prefix: Prefix, size: sizes.Decoding) -> Line:
     """Of a question of 32 tokens, behind a document as prompt and behind the cartridge, which is on the device."""
-    engine = Engine(model, 1, size.document + 64, 1)
+    engine = Engine(model, 1, size.document + 64, 1, attention=models.own_kernel())
     found: Line = {}
     for name, before, behind in (("document", size.document, None), ("cartridge", 0, prefix)):
         scheduler, spent = Scheduler(engine, 1), []

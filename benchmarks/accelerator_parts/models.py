@@ -11,7 +11,9 @@ import numpy as np
 
 from accelerator_parts import sizes
 from accelerator_parts.measuring import Options
+from cartridges_jax import kernels
 from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.kernels.decode_attention import KERNELS
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.models.params import Params, init_params
@@ -21,6 +23,11 @@ from cartridges_jax.training.batch import Batch
 TINY = ModelConfig("llama", 256, 2, 32, 4, 2, 8, 64, 1e-5, 5e5, 131_072, False)
 SMALL = ModelConfig("llama", 4096, 4, 512, 8, 2, 64, 1024, 1e-5, 5e5, 131_072, False)
 LARGE = {name: shape_of(name) for name in sizes.LARGE}
+
+
+def own_kernel() -> str | None:
+    """The name of the kernels that are written for this platform; they are measured, whatever the default is."""
+    return kernels.platform() if kernels.platform() in KERNELS else None
 
 
 def random_params(config: ModelConfig, dtype: str) -> Params:

@@ -46,7 +46,7 @@ def _training(config: ModelConfig, params: Params, tiny: bool) -> Callable[[], N
     cartridge, batch = models.random_cartridge(config, size.p), models.random_batch(config, size.rows, size.t)
     tx = optax.adam(1e-3)
     state = TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32))
-    options: Any = {"tail": "drop", "reduction": "token", "remat": "layers"}
+    options: Any = {"tail": "drop", "reduction": "token", "remat": "layers", "attention": models.own_kernel()}
 
     def step() -> None:
         nonlocal state
@@ -62,7 +62,8 @@ def _decoding(config: ModelConfig, params: Params, tiny: bool) -> Callable[[], N
     n = size.requests[:2][-1]  # 64
     model = models.without_tokenizer(config, params)
     longest = size.slots + size.prompt + size.answer + 8
-    engine = Engine(model, n, longest, 1, cache_tokens=n * 4 * 128 + longest + 256, batch_sizes=[n])
+    room = n * 4 * 128 + longest + 256
+    engine = Engine(model, n, longest, 1, cache_tokens=room, batch_sizes=[n], attention=models.own_kernel())
     prefix = Prefix("cartridge", size.slots, models.random_cartridge(config, size.slots))
     scheduler = Scheduler(engine, n)
     for i in range(n):

@@ -45,6 +45,19 @@ class Decoding:
     document: int
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodeAttention:
+    """One layer: requests at once, slots of the cartridge that they share, tokens of each, and heads."""
+
+    requests: tuple[int, ...]
+    slots: tuple[int, ...]
+    tokens: int
+    n: int = 32
+    k: int = 8
+    h: int = 128
+    dtype: str = "bfloat16"
+
+
 def attention(tiny: bool) -> list[Attention]:
     """8,192 tokens in every call, the shape that matters most first."""
     if tiny:
@@ -59,3 +72,9 @@ def training(tiny: bool) -> Training:
 
 def decoding(tiny: bool) -> Decoding:
     return Decoding((4,), 24, 16, 8, 200) if tiny else Decoding((1, 64, 16, 256), 2048, 128, 64, 8000)
+
+
+def decode_attention(tiny: bool) -> DecodeAttention:
+    if tiny:
+        return DecodeAttention((4,), (150,), 40, 4, 2, 8, "float32")
+    return DecodeAttention((1, 4, 16, 256, 64), (0, 512, 2048), 1024)

@@ -34,7 +34,7 @@ def _speed(config: ModelConfig, params: Params, remat: Remat, size: sizes.Traini
     rows, t, p = size.rows, size.t, size.p
     cartridge, batch, tx = models.random_cartridge(config, p), models.random_batch(config, rows, t), optax.adam(1e-3)
     state = TrainState(cartridge.slots, tx.init(cartridge.slots), jnp.zeros((), jnp.int32))
-    options: Any = {"tail": "drop", "reduction": "token", "remat": remat}
+    options: Any = {"tail": "drop", "reduction": "token", "remat": remat, "attention": models.own_kernel()}
     start = time.perf_counter()
     program = train_step.lower(state, params, batch, cartridge.placement, config=config, tx=tx, **options).compile()
     compiling = time.perf_counter() - start
