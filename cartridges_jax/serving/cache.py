@@ -116,10 +116,9 @@ class PageCache:
 
         Another thread may ask: it sees lists that were copied in one piece, of about the same moment.
         """
-        idle = list(self._idle)
-        dropped = {node.fragment for node in idle}
+        dropped = {node.fragment for node in list(self._idle)}
         emptied = sum(taken <= dropped for taken in list(self._fragments.values()))
-        return self.num_pages - len(self._free_pages) - sum(len(node.pages) for node in idle) - emptied
+        return self.num_pages - len(self._free_pages) - self._num_idle_pages - emptied
 
     def pages_needed(self, prefix: Prefix | None, num_tokens: int) -> int:
         """How many pages a request takes if it has nothing in common with others; part of a page counts as one."""

@@ -303,6 +303,10 @@ def test_any_traffic_gives_what_each_request_gets_alone(operations, max_num_seqs
         counts = {id: len(tokens) for id, tokens in answers(new).items()}
         assert memory or all(counts.get(id) == 1 for id in going), "a request that decodes gets one token every step"
         assert all(count == 1 for count in counts.values())
+        ended = {e.id for e in events if isinstance(e, Finished)}
+        assert scheduler.num_running + scheduler.num_waiting == len(submitted.keys() - ended)
+        assert scheduler.num_running <= max_num_seqs and 0 <= scheduler.kv_usage <= 1
+        assert (scheduler.kv_usage > 0) == (scheduler.num_running > 0), "what is only remembered is not in use"
 
     for kind, value in operations:
         if kind in ("submit", "follow"):
@@ -498,6 +502,7 @@ def test_the_ends_of_cartridges_share_pages_and_none_is_lost():
         return {allocation.slots[i // 8] + i % 8 for i in range(counts[key])}
 
     held = {key: allocate(key) for key in "abc"}
+    assert cache.num_used == 3 + 3, "pages of slots, and of tokens"
     a, b, c = (head_pages(held[key], key) for key in "abc")
     assert len(a | b | c) == 3 + 5 + 11
     assert {page // 8 for page in a} == {page // 8 for page in b}, "3 and 5 fill a page"
@@ -508,6 +513,7 @@ def test_the_ends_of_cartridges_share_pages_and_none_is_lost():
     assert head_pages(held["d"], "d") < {8 * (held["c"].slots[-1] // 8) + i for i in range(8)}
     for key in "acd":
         cache.free(held[key], [0])
+    assert cache.num_used == 0
     assert cache.allocate(None, range(24), 24) is not None, "everything that is idle makes room"
 
 
