@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     model = cj.load_model("smollm2-135m", dtype="float32")
     engine = Engine(model, args.requests, 512, batch_sizes=[args.requests])
-    Warmup(engine.programs()).run()
+    Warmup([*engine.programs(), *engine.rare_programs()]).run()
     constraint = GrammarCompiler(model.tokenizer).constraint(Grammar("json", json.dumps(SCHEMA)))
     rules = LogitsRules(frequency_penalty=0.5, repetition_penalty=1.1)
     plain = [Request(str(i), tuple(range(1000 + i, 1000 + i + PROMPT)), max_tokens=400) for i in range(args.requests)]

@@ -224,6 +224,7 @@ def _load(
         kv_bytes_per_token=bytes_per_token,
         document=document,
         programs=engine.programs() if args.warmup else (),
+        rare_programs=engine.rare_programs() if args.warmup else (),
     )
     return server, model.name
 

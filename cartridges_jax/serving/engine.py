@@ -309,22 +309,18 @@ class Engine:
         ]
 
     def programs(self) -> list[Callable[[], object]]:
-        """Calls that compile a program each; no request may be under way. Nothing is compiled after all of them."""
+        """Calls that compile a program each, before the first request. After all of them, and those of
+        `rare_programs`, nothing is compiled.
+        """
         first_pages, alternatives = BlockTable(range(self.pages_each)), (0, 1) if self._knows_greedy else (0,)
         nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
-        def decode(size: int, num_top: int, logits: LogitsRules | None = None) -> None:
+        def decode(size: int, num_top: int) -> None:
             table = BlockTable([0, 0])
             for i in range(size):
-                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, table, 0.0, 1.0, 0, 0, 0, num_top, logits))
+                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, table, 0.0, 1.0, 0, 0, 0, num_top))
             for _ in range(2):  # as a new batch, and where pages begin
                 self.harvest(self.decode(range(size)))
-
-        def masked(size: int) -> None:
-            decode(size, 0, LogitsRules())  # its first half is the same
-            self._logits_state = None
-            decode(size, 0)
-            self.harvest(self.sample(self.forward(range(size)), []))
 
         def prefill(size: int, rows: int) -> None:
             chunk = Chunk([0] * min(size, self.max_length), 0, first_pages)
@@ -335,12 +331,26 @@ class Engine:
         return [
             *(functools.partial(prefill, *one) for one in sizes),
             *(functools.partial(decode, size, num_top) for size in self._batch_sizes for num_top in alternatives),
-            *(functools.partial(masked, size) for size in self._batch_sizes),
             functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear, 0),
             lambda: self.scored(self.score(Chunk([0], 0, first_pages), [0]), 1),
         ]
+
+    def rare_programs(self) -> list[Callable[[], object]]:
+        """The same for steps with forms or rules for logits, which few servers see: also between two requests.
+
+        No page is written by them, since pages may hold what a later request has in common with an earlier one.
+        """
+
+        def decode(size: int, logits: LogitsRules | None) -> None:
+            for i in range(size):
+                self.begin(SequenceInput(i, 0, 1, BlockTable(()), 0.0, 1.0, 0, 0, 0, logits=logits))
+            self.harvest(self.sample(self.forward(range(size)), []))
+            self._logits_state = None
+
+        choices = [(size, logits) for size in self._batch_sizes for logits in (LogitsRules(), None)]
+        return [functools.partial(decode, *choice) for choice in choices]
 
     def _clear_begun(self, chunk: Chunk) -> None:
         """Clears the pages that begin with one of a chunk's positions, which are written next."""

@@ -133,6 +133,8 @@ class EngineThread:
         self._close(end)
 
     def _cycle(self, scheduler: Scheduler) -> None:
+        if not scheduler.has_work and self._inbox.empty() and self._warmup.run_rare():
+            return
         for pending in self._arrivals(wait=not scheduler.has_work):
             self._admit(scheduler, pending)
         for id, (pending, index) in self._live.items():

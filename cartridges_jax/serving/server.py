@@ -53,6 +53,7 @@ class Server:
       kv_bytes_per_token: what a position of prompt, answer or cartridge costs, for the chat page to show.
       document: a text that the chat page compares cartridges with.
       programs: calls that compile one program each, before the first request is answered.
+      rare_programs: the same, while there is no request.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Server:
         kv_bytes_per_token: int = 0,
         document: str | None = None,
         programs: Sequence[Callable[[], object]] = (),
+        rare_programs: Sequence[Callable[[], object]] = (),
         rng: random.Random | None = None,
     ):
         self._engine, self._tokenizer, self._store, self._model = engine, tokenizer, store, model
@@ -81,7 +83,7 @@ class Server:
         self._created = int(time.time())
         self._connections = connections.Connections(max(connections.LEAST, 2 * (engine.max_num_seqs + max_queue)))
         self._metrics = metrics.Metrics(model)
-        self._warmup = Warmup(programs)
+        self._warmup = Warmup(programs, rare_programs)
         self._catalog = Catalog(store, describe, max_seconds)
         self._reader = Reader(
             engine, tokenizer, store, model, max_choices=engine.max_num_seqs + max_queue, rng=rng or random.Random()

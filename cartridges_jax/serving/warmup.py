@@ -1,4 +1,4 @@
-"""Programs that are compiled before the first request: how far that is, and where they are kept for the next start."""
+"""Programs that are compiled before the first request or between requests, and where they are kept for the next start."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ KEPT_BYTES = 1 << 30  # of compiled programs on disk; beyond, those used longest
 
 
 class Warmup:
-    """Calls that compile one program each. One thread runs them, any thread may look how far it is."""
+    """Calls that compile one program each. One thread runs them, any thread may look how far it is.
 
-    def __init__(self, programs: Sequence[Callable[[], object]] = ()):
-        self._programs = programs
+    Args:
+      programs: what `run` calls.
+      rare: what `run_rare` calls, one after another.
+    """
+
+    def __init__(self, programs: Sequence[Callable[[], object]] = (), rare: Sequence[Callable[[], object]] = ()):
+        self._programs, self._rare = programs, iter(rare)
         self._begun = 0.0
         self.compiled = 0
 
@@ -46,6 +51,13 @@ class Warmup:
             self.compiled += 1
             progress.advance()
         progress.close()
+
+    def run_rare(self) -> bool:
+        """Compiles the next of the rare programs; False if there is none left."""
+        program = next(self._rare, None)
+        if program is not None:
+            program()
+        return program is not None
 
 
 def keep_programs() -> None:

@@ -27,6 +27,7 @@ from cartridges_jax.serving.scheduler import (
     BlockTable,
     Chunk,
     Finished,
+    LogitsRules,
     Prefix,
     Request,
     Sampled,
@@ -452,15 +453,40 @@ def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all(attention
         agree(together[r.id], sampled_tokens(Engine(tiny.model(), 1, 512, batch_sizes=[1]), [r])[r.id])
 
 
+class EveryToken:
+    """Allows every token."""
+
+    def mask(self) -> None:
+        return None
+
+    def take(self, token: int) -> None:
+        pass
+
+
+def test_rare_programs_are_compiled_between_requests_and_touch_none_of_their_pages():
+    engine = Engine(tiny.model(), max_num_seqs=3, max_length=384, batch_sizes=[1, 3])
+    scheduler = Scheduler(engine, 4)
+    first = replace(request(1), prompt=TOKENS[:300])
+    before = [e for e in run(scheduler, [first]) if isinstance(e, Token)]
+    warmup = Warmup(rare=engine.rare_programs())
+    while warmup.run_rare():
+        pass
+    again = list(run(scheduler, [replace(first, id="again")]))
+    assert [e.cached_tokens for e in again if isinstance(e, Started)] == [299]
+    agree([e.sampled for e in again if isinstance(e, Token)], [e.sampled for e in before])
+
+
 def test_nothing_is_compiled_after_warmup():
     engine = Engine(tiny.model(), max_num_seqs=3, max_length=384, batch_sizes=[1, 3])
-    Warmup(engine.programs()).run()
+    Warmup([*engine.programs(), *engine.rare_programs()]).run()
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
     try:
         requests = [replace(request(i), prompt=TOKENS[i : i + 1 + 29 * i]) for i in range(8)]
         requests.append(replace(request(8), prompt=TOKENS[:126]))  # the answer begins a page
-        assert len(sampled_tokens(engine, requests)) == 9
+        requests.append(replace(request(9), constraint=EveryToken))
+        requests.append(replace(request(10), logits=LogitsRules(presence_penalty=0.5)))
+        assert len(sampled_tokens(engine, requests)) == 11
         score(engine, TOKENS[:100], prefix_of("b"), 5)
         score(engine, TOKENS[:7], None, 0)
         assert not [name for name in compiled if "compile" in name]
