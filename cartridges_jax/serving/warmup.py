@@ -1,4 +1,4 @@
-"""Programs that are compiled before the first request or between requests, and where they are kept for the next start."""
+"""Programs that are compiled before the first request or between requests, and kept for the next start."""
 
 from __future__ import annotations
 
