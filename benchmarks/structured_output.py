@@ -20,7 +20,6 @@ from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import run
 from cartridges_jax.serving.grammar import Grammar, GrammarCompiler
 from cartridges_jax.serving.scheduler import LogitsRules, Request, Scheduler, Token
-from cartridges_jax.serving.warmup import Warmup
 
 PROMPT = 100
 # an answer that is longer than any that is measured
@@ -44,7 +43,6 @@ def main() -> None:
     args = parser.parse_args()
     model = cj.load_model("smollm2-135m", dtype="float32")
     engine = Engine(model, args.requests, 512, batch_sizes=[args.requests])
-    Warmup(engine.programs()).run()
     constraint = GrammarCompiler(model.tokenizer).constraint(Grammar("json", json.dumps(SCHEMA)))
     rules = LogitsRules(frequency_penalty=0.5, repetition_penalty=1.1)
     plain = [Request(str(i), tuple(range(1000 + i, 1000 + i + PROMPT)), max_tokens=400) for i in range(args.requests)]
@@ -55,7 +53,7 @@ def main() -> None:
         "all in a form": formed,
         "all with penalties": [dataclasses.replace(request, logits=rules) for request in plain],
     }
-    for requests in kinds.values():  # what is left to compile
+    for requests in kinds.values():  # compiles
         step_seconds(engine, requests, 2)
     found = defaultdict(list)
     for _ in range(args.rounds):
