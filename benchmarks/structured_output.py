@@ -65,14 +65,15 @@ def main() -> None:
 
 
 def step_seconds(engine: Engine, requests: list[Request], steps: int) -> float:
-    """Seconds a step, from the one in which all requests have a token."""
-    scheduler, seen, start = Scheduler(engine, len(requests)), dict.fromkeys((r.id for r in requests), 0), 0.0
+    """Seconds a step, of so many from the one in which all requests have a token."""
+    scheduler, seen = Scheduler(engine, len(requests)), dict.fromkeys((request.id for request in requests), 0)
+    start, before, last = 0.0, 0, 0
     for event in run(scheduler, requests):
         if isinstance(event, Token):
             seen[event.id] += 1
             if not start and min(seen.values()) >= 1:
-                start, before = time.perf_counter(), sum(seen.values())
-            if start and max(seen.values()) >= steps:
+                start, before, last = time.perf_counter(), sum(seen.values()), max(seen.values()) + steps
+            if start and max(seen.values()) == last:
                 return (time.perf_counter() - start) * len(requests) / (sum(seen.values()) - before)
     raise AssertionError("an answer ended too early")
 
