@@ -20,7 +20,6 @@ from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.generate import run
 from cartridges_jax.serving.grammar import Grammar, GrammarCompiler
 from cartridges_jax.serving.scheduler import LogitsRules, Request, Scheduler, Token
-from cartridges_jax.serving.warmup import Warmup
 
 PROMPT = 100
 # an answer that is longer than any that is measured
@@ -44,7 +43,6 @@ def main() -> None:
     args = parser.parse_args()
     model = cj.load_model("smollm2-135m", dtype="float32")
     engine = Engine(model, args.requests, 512, batch_sizes=[args.requests])
-    Warmup([*engine.programs(), *engine.rare_programs()]).run()
     constraint = GrammarCompiler(model.tokenizer).constraint(Grammar("json", json.dumps(SCHEMA)))
     rules = LogitsRules(frequency_penalty=0.5, repetition_penalty=1.1)
     plain = [Request(str(i), tuple(range(1000 + i, 1000 + i + PROMPT)), max_tokens=400) for i in range(args.requests)]
@@ -55,7 +53,7 @@ def main() -> None:
         "all in a form": formed,
         "all with penalties": [dataclasses.replace(request, logits=rules) for request in plain],
     }
-    for requests in kinds.values():  # what is left to compile
+    for requests in kinds.values():  # compiles
         step_seconds(engine, requests, 2)
     found = defaultdict(list)
     for _ in range(args.rounds):
@@ -67,14 +65,15 @@ def main() -> None:
 
 
 def step_seconds(engine: Engine, requests: list[Request], steps: int) -> float:
-    """Seconds a step, from the one in which all requests have a token."""
-    scheduler, seen, start = Scheduler(engine, len(requests)), dict.fromkeys((r.id for r in requests), 0), 0.0
+    """Seconds a step, of so many from the one in which all requests have a token."""
+    scheduler, seen = Scheduler(engine, len(requests)), dict.fromkeys((request.id for request in requests), 0)
+    start, before, last = 0.0, 0, 0
     for event in run(scheduler, requests):
         if isinstance(event, Token):
             seen[event.id] += 1
             if not start and min(seen.values()) >= 1:
-                start, before = time.perf_counter(), sum(seen.values())
-            if start and max(seen.values()) >= steps:
+                start, before, last = time.perf_counter(), sum(seen.values()), max(seen.values()) + steps
+            if start and max(seen.values()) == last:
                 return (time.perf_counter() - start) * len(requests) / (sum(seen.values()) - before)
     raise AssertionError("an answer ended too early")
 

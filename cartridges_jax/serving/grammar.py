@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_GRAMMARS = 64  # that are kept compiled
+# The work for one mask, for which all other requests wait, takes at most about a tenth of a second.
+LIMITS = {"step_lexer_fuel": 20_000, "initial_lexer_fuel": 200_000}
 # Any amount of space would let a model write nothing else.
 JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 ANY_OBJECT = '{"type": "object"}'
@@ -108,7 +110,8 @@ class GrammarCompiler:
                 made = llguidance.LLMatcher.grammar_from_json_schema(grammar.text, overrides=JSON_OPTIONS)
             else:
                 made = llguidance.grammar_from(grammar.form, grammar.text)
-            matcher = llguidance.LLMatcher(self._tokenizer.grammar_vocabulary, made, log_level=0)
+            limits, vocabulary = llguidance.LLParserLimits(**LIMITS), self._tokenizer.grammar_vocabulary
+            matcher = llguidance.LLMatcher(vocabulary, made, log_level=0, limits=limits)
             reason = matcher.get_error()
         except ValueError as error:
             matcher, reason = None, str(error)

@@ -7,6 +7,8 @@ from cartridges_jax.serving.fields import FLAG, IDS, TEXT, FieldTable, Schema
 from cartridges_jax.serving.protocol import ROLES
 from cartridges_jax.serving.store import SOURCES
 
+NULL: Schema = {"type": "null"}
+
 
 def document_of(model: str, table: FieldTable) -> Schema:
     """The API of a server of `model`."""
@@ -91,12 +93,21 @@ def _schemas(table: FieldTable) -> Schema:
     counts = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), count)
     usage = _object(counts | {"prompt_tokens_details": details})
     envelope = {"id": TEXT, "object": TEXT, "created": count, "model": TEXT, "usage": usage}
-    ending = {"index": count, "finish_reason": {"enum": ["stop", "length"]}}
-    answers = [ending | {"message": _object({"role": TEXT, "content": TEXT})}, ending | {"text": TEXT}]
+    ending = {"index": count, "finish_reason": {"enum": ["stop", "length", "tool_calls"]}}
+    message = _object({"role": TEXT, "content": {"anyOf": [TEXT, NULL]}})
+    answers = [ending | {"message": message}, ending | {"text": TEXT}]
     choices = [{"choices": {"type": "array", "items": _object(answer, "index")}} for answer in answers]
     error = {"message": TEXT, "type": TEXT, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}
     return {
-        "Message": _object({"role": {"enum": list(ROLES)}, "content": TEXT}, "role", "content"),
+        "Message": _object(
+            {
+                "role": {"enum": list(ROLES)},
+                "content": {"anyOf": [TEXT, {"type": "array", "items": _object({"type": TEXT, "text": TEXT})}, NULL]},
+                "tool_calls": {"type": "array", "items": {"type": "object"}},
+                "tool_call_id": TEXT,
+            },
+            "role",
+        ),
         "CartridgeReference": _object({"id": TEXT, "source": {"enum": list(SOURCES)}, "force_redownload": FLAG}, "id"),
         "ChatCompletionRequest": _object(table.schema("chat"), "messages"),
         "CompletionRequest": _object(table.schema("text"), "prompt"),

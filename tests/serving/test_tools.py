@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any, cast
 
 import jsonschema
@@ -218,6 +219,14 @@ def test_a_model_that_knows_nothing_keeps_to_a_form(seed: int):
     assert random_answer(made, read_grammar("grammar", "f", 'root ::= "<" [0-9]{2} ">"'), seed) is not None
     left = random_answer(made, without(("e", "cat", "\n")), seed, 3000)
     assert left is None or not any(word in left for word in ("e", "cat", "\n"))
+
+
+@pytest.mark.parametrize("pattern", ["(a{1000}){1000}", "a{1000000}b", "(a?){3000}a{3000}"])
+def test_a_grammar_that_never_ends_ends_its_answer_and_holds_up_nobody(pattern: str):
+    made = tiny.model().tokenizer
+    start = time.process_time()
+    answer = random_answer(made, read_grammar("regex", "f", pattern), 0, 20)
+    assert time.process_time() - start < 3 and (answer is None or not answer.strip("a"))
 
 
 @pytest.mark.parametrize(
