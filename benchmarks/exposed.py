@@ -43,7 +43,7 @@ def main() -> None:
 def compiled(topology: str, fsdp: int, tensor: int) -> tuple[int, int, int]:
     """Bytes exposed and in all, and at the peak of memory."""
     compile_here()
-    config = build(TrainConfig, load(["--config=configs/large.py:train"], TrainConfig))
+    config = build(TrainConfig, load(["--config=configs/large.py:train", "--config.attention=gpu"], TrainConfig))
     mesh = sharding.make_mesh(MeshConfig(None, fsdp, tensor), devices_of(topology)[1])
     program = train_program(config, shape_of(config.model), mesh, STEPS)
     chunks = target_chunks(config.batch_size // fsdp * config.seq_len)

@@ -3,8 +3,8 @@
     python -m benchmarks.plans            # wants `pip install '.[aot]'`; a few minutes
 
 `configs/large.py`: 2,048 slots, 32 rows of 2,048 tokens in a step, bfloat16; sizes are GiB. Every row is what
-`python -m cartridges_jax.plan --config=configs/large.py:train` prints for that model, topology and mesh; nothing here
-ran on the chips that it names.
+`python -m cartridges_jax.plan --config=configs/large.py:train` prints for that model, topology, mesh and `--attention`,
+the kernels of the platform; nothing here ran on the chips that it names.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 def row(config: TrainConfig, name: str, topology: str, mesh_config: MeshConfig) -> str:
     model, (chip, devices) = shape_of(name), devices_of(topology)
-    config = dataclasses.replace(config, model=name, mesh=mesh_config)
+    config = dataclasses.replace(config, model=name, mesh=mesh_config, attention=chip.platform)
     mesh = sharding.make_mesh(mesh_config, devices)
     program = train_program(config, model, mesh, STEPS)
     costs = train_costs(config, model, mesh.devices.shape)

@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
     model = shape_of(config.model)
     chip, devices = chips.devices_of(args.topology)
     config = with_dtype(config, chip)
+    if args.attention is not None and args.what != "decode":
+        config = dataclasses.replace(config, attention=args.attention)
     found: Plan = {"model": config.model, "topology": args.topology, "what": args.what}
     found |= {"devices": len(devices), "source": chip.source}
     if args.what == "sweep":
@@ -91,7 +93,6 @@ def _step(
     """What one step does on each device, of training or of decoding."""
     mesh = sharding.make_mesh(config.mesh, devices)
     if what == "train":
-        config = config if attention is None else dataclasses.replace(config, attention=attention)
         costs = train_costs(config, model, mesh.devices.shape)
     else:
         costs = decode_costs(config, model, mesh.devices.shape, requests)

@@ -62,6 +62,14 @@ def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Cartridge:
     return trained(settings_in(tmp_path_factory.mktemp("plain"), inputs) | SHORT)
 
 
+def test_an_implementation_of_attention_can_be_named(settings: dict[str, Any]):
+    one, other = (trained(settings, f"by {name}", attention=name, num_steps=1) for name in (None, "reference"))
+    np.testing.assert_allclose(one.keys, other.keys, atol=1e-5)
+    assert (np.asarray(one.keys) != np.asarray(other.keys)).any()  # by roundings: it is not the same program
+    with pytest.raises(UserError, match="implementation is 'gpu', which needs a gpu"):
+        trained(settings, "by gpu", attention="gpu", num_steps=1)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -61,7 +61,7 @@ def _block_sizes(tiny: bool) -> Iterator[tuple[str, Attend]]:
             "programs": (512, 2048),
             "fewest_parts": (2, 8),
             "shared_parts": (4, 16),
-            "members": (8,),
+            "requests": (8,),
         },
         "tpu": {"rows": (128, 512)},
     }

@@ -179,6 +179,17 @@ def test_a_temperature_near_zero_is_greedy(temperature: float):
     assert set(draws(logits, temperature=temperature)) == {int(np.argmax(logits))}
 
 
+def test_rows_that_are_known_to_be_greedy_get_what_they_get_anyway():
+    """Infinity and NaN included; and the program has no branch."""
+    logits = np.random.default_rng(2).standard_normal((5, V)).astype(np.float32)
+    logits[1, 3], logits[2, 4], logits[3] = np.inf, -np.inf, np.nan
+    how = sampling_params(5, temperature=0.0)
+    known = jax.jit(partial(sample, num_top=2, is_greedy=True)).lower(logits, how)
+    for found, expected in zip(known.compile()(logits, how)[:2], run(logits, how, 2), strict=False):
+        np.testing.assert_array_equal(found, expected)
+    assert "case" not in known.as_text() and "stablehlo.if" not in known.as_text()
+
+
 def test_log_probabilities_are_raw():
     logits = jnp.asarray(np.random.default_rng(2).standard_normal((DRAWS, V)), jnp.float32)
     how = sampling_params(DRAWS, temperature=0.3, top_p=0.7, top_k=3)

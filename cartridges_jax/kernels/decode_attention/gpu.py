@@ -58,7 +58,7 @@ def ordered(metadata: AttentionMetadata, z: int, block_sizes: BlockSizes | None 
     r = len(place_r)
     # a block of members begins with the leader of a group, and after every so many
     behind_leader_or = jnp.arange(r) - place_r[found.leader[:, request_at]]
-    begins_or = found.is_shared[:, request_at] & (behind_leader_or % sizes.members == 0)
+    begins_or = found.is_shared[:, request_at] & (behind_leader_or % sizes.requests == 0)
     block_place = (jnp.cumsum(begins_or.reshape(-1)) <= jnp.arange(max(sizes.blocks(r), 1))[:, None]).sum(1)
     left_or = found.users[:, request_at] - behind_leader_or
     left = left_or.reshape(-1).at[block_place].get(mode="fill", fill_value=0)
@@ -71,7 +71,7 @@ def ordered(metadata: AttentionMetadata, z: int, block_sizes: BlockSizes | None 
         found.common,
         request_at,
         block_place,
-        jnp.minimum(left, sizes.members),
+        jnp.minimum(left, sizes.requests),
         token_pages_r,
         counts.max((2, 3)),
         counts.sum((2, 3)),
@@ -83,7 +83,7 @@ def _layout(q: Array, pages: Pages, metadata: AttentionMetadata, options: Option
     (r, t, n, h), k = q.shape, metadata.kv_heads
     g = n // k
     tokens = max(i for i in range(1, t + 1) if t % i == 0 and (i * g <= sizes.rows or i == 1))
-    is_short = tokens == t and sizes.members * gpu_kernels.power_of_two(t * g) <= 2 * sizes.rows
+    is_short = tokens == t and sizes.requests * gpu_kernels.power_of_two(t * g) <= 2 * sizes.rows
     columns = metadata.block_table.shape[1] + metadata.slot_block_table.shape[1]
     own = min(max(sizes.programs // (r * (t // tokens) * k), sizes.fewest_parts), sizes.most_parts, columns)
     blocks = sizes.blocks(r) if is_short else 0

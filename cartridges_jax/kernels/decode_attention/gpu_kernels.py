@@ -37,7 +37,7 @@ class BlockSizes:
 
     rows: int = 64  # queries of a program
     keys: int = 64  # that a program multiplies at once; a power of two
-    members: int = 16  # requests of a program that reads what they share
+    requests: int = 16  # requests of a program that reads what they share
     thresholds: Thresholds = THRESHOLDS
     programs: int = 1024  # that read what requests have of their own: a few for each multiprocessor of a large GPU
     fewest_parts: int = 4  # a request's own keys are split into at most so many if there are many requests
@@ -50,7 +50,7 @@ class BlockSizes:
     def blocks(self, r: int) -> int:
         """How many blocks of members r requests form at most, of both kinds of groups together."""
         users = self.thresholds.users
-        return 2 * (-(-r // self.members) + r // users) if r >= users else 0
+        return 2 * (-(-r // self.requests) + r // users) if r >= users else 0
 
 
 class Order(NamedTuple):
@@ -63,7 +63,7 @@ class Order(NamedTuple):
     block_size: Int[Array, " c"]
     token_pages: Int[Array, " r"]
     longest: Int[Array, "2 l"]  # how many head pages a request has for a head: alone, and beside what it shares
-    total: Int[Array, "2 l"]  # of all requests and heads
+    all_pages: Int[Array, "2 l"]  # of all requests and heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _attend_kernel(layout: Layout, tree: Any, *refs: Any) -> None:
         place = tables.order.block_place[number]
         is_block = place < 2 * r
         kind, place = div(place, r), rem(place, r)
-        row_x = jnp.arange(max(layout.sizes.members * size, LEAST_ROWS))
+        row_x = jnp.arange(max(layout.sizes.requests * size, LEAST_ROWS))
         member_x, query_x = div(row_x, size), rem(row_x, size)
         chunk_x = tables.order.request_at[jnp.minimum(place + member_x, r - 1)]
         exists_x = (member_x < tables.order.block_size[number]) & (query_x < layout.m) & is_block
@@ -443,8 +443,8 @@ def _slot_pages(layout: Layout, tables: Tables, request: Array, head: Array) -> 
 
 def _pages_each(layout: Layout, tables: Tables) -> Array:
     """How many head pages a part of a request's own has: few, so that there are enough parts, but enough for all."""
-    longest, total = (a[layout.shares, tables.layer[0]] for a in (tables.order.longest, tables.order.total))
-    for_programs = _cdiv(total * layout.chunks_each, layout.sizes.programs)
+    longest, all_pages = (a[layout.shares, tables.layer[0]] for a in (tables.order.longest, tables.order.all_pages))
+    for_programs = _cdiv(all_pages * layout.chunks_each, layout.sizes.programs)
     return jnp.maximum(jnp.maximum(for_programs, _cdiv(longest, layout.own_parts)), 1)
 
 

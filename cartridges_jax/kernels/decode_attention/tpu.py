@@ -57,10 +57,10 @@ def tpu_attention(
     chunks, m = r * (t // tokens), -(-tokens * g // SUBLANES) * SUBLANES
     # chunks of one request are not read together: they see different pages
     fitting = max(sizes.rows // m, 1) if tokens == t else 1
-    members = max(i for i in range(1, fitting + 1) if chunks % i == 0)
+    requests = max(i for i in range(1, fitting + 1) if chunks % i == 0)
     scale = h**-0.5 if options.scale is None else options.scale
     layout = Layout(
-        sizes, tokens, t // tokens, n, k, m, members, pages.page_size, options.window, scale, options.soft_cap
+        sizes, tokens, t // tokens, n, k, m, requests, pages.page_size, options.window, scale, options.soft_cap
     )
     order = metadata.order
     tables = Tables(
@@ -71,7 +71,7 @@ def tpu_attention(
         slot_block_table=metadata.slot_block_table,
         token_pages=order.token_pages,
         leader=order.groups.leader,
-        leads=_leads(order.groups.leader, order.groups.is_shared, members),
+        leads=_leads(order.groups.leader, order.groups.is_shared, requests),
         is_shared=order.groups.is_shared,
         common=order.groups.common,
     )
@@ -99,8 +99,8 @@ def tpu_rotate_and_write(
     return tpu_kernels.rotate_and_write(sizes, heads, *both, slot_mapping, layer, pages, metadata)
 
 
-def _leads(leader_or: Int[Array, "o r"], is_shared_or: Bool[Array, "o r"], members: int) -> Bool[Array, "o r"]:
+def _leads(leader_or: Int[Array, "o r"], is_shared_or: Bool[Array, "o r"], requests: int) -> Bool[Array, "o r"]:
     """Which requests are the first of their group in their block, and so have it read."""
-    leader = leader_or.reshape(2, -1, members)
-    is_first = jnp.argmax(leader[..., None] == leader[..., None, :], axis=3) == jnp.arange(members)
+    leader = leader_or.reshape(2, -1, requests)
+    is_first = jnp.argmax(leader[..., None] == leader[..., None, :], axis=3) == jnp.arange(requests)
     return is_first.reshape(leader_or.shape) & is_shared_or

@@ -52,7 +52,7 @@ class Layout:
     n: int
     k: int
     m: int
-    members: int  # chunks of a block
+    requests: int  # chunks of a block
     z: int
     window: int | None
     scale: float
@@ -84,7 +84,7 @@ class Run(NamedTuple):
     request: Any
     slot_steps: Any
     column: Any
-    count: Any
+    num_steps: Any
 
 
 def attend(
@@ -104,8 +104,8 @@ def attend(
       page_heads: how many head pages a page has.
     """
     chunks, t, n, h = q.shape
-    shape = (layout.k, layout.members, layout.m)
-    block = pl.BlockSpec((layout.members, t, n, h), lambda i, *_: (i, 0, 0, 0))
+    shape = (layout.k, layout.requests, layout.m)
+    block = pl.BlockSpec((layout.requests, t, n, h), lambda i, *_: (i, 0, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     given = [] if sinks is None else [jnp.broadcast_to(sinks[..., None], (*sinks.shape, LANES))]
     of_given = [pl.BlockSpec((layout.k, layout.m, LANES), lambda i, *_: (0, 0, 0))] * len(given)
@@ -119,7 +119,7 @@ def attend(
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(chunks // layout.members,),
+            grid=(chunks // layout.requests,),
             in_specs=[block, *[anywhere] * 4, *of_given],
             out_specs=block,
             scratch_shapes=[
@@ -239,8 +239,8 @@ def _attend_kernel(layout: Layout, page_heads: int, widths: tuple[int, int], *re
     q_ref, all_slots_ref, *pool_refs = refs[:5]
     *sinks_refs, o_ref = refs[5:-9]
     sum_ref, rows_ref, max_ref, denominator_ref, *buffer_refs, slots_ref, semaphores = refs[-9:]
-    _, members, m, _ = rows_ref.shape
-    first_chunk = pl.program_id(0) * members
+    _, requests, m, _ = rows_ref.shape
+    first_chunk = pl.program_id(0) * requests
     of_layer = pltpu.make_async_copy(all_slots_ref.at[tables.layer[0]], slots_ref, semaphores.at[0, 0])
     of_layer.start()
     _gather_rows(layout, q_ref, rows_ref)
@@ -255,22 +255,22 @@ def _attend_kernel(layout: Layout, page_heads: int, widths: tuple[int, int], *re
     states = sum_ref, max_ref, denominator_ref
     fetch = functools.partial(_transfer, of, pool_refs, buffer_refs, semaphores)
     multiply = functools.partial(_multiply, of, rows_ref, buffer_refs, states)
-    is_together = members > 1 and layout.chunks_each == 1
+    is_together = requests > 1 and layout.chunks_each == 1
     if is_together:
         for kind in (SLOTS, TOKENS):
-            _read_together(of, kind, first_chunk, members, m, fetch, multiply)
+            _read_together(of, kind, first_chunk, requests, m, fetch, multiply)
 
     def request(i: Array, buffer: Array) -> Array:
         run = of.own_run(first_chunk + i, is_together)
-        following = of.own_run(first_chunk + jnp.minimum(i + 1, members - 1), is_together)
+        following = of.own_run(first_chunk + jnp.minimum(i + 1, requests - 1), is_together)
         number, offset = div(first_chunk + i, layout.chunks_each), rem(first_chunk + i, layout.chunks_each)
         query_mz = div(jax.lax.broadcasted_iota(jnp.int32, (m, layout.z), 0), layout.g)
         position_mz = tables.starts[number] + offset * layout.tokens + query_mz
 
         def step(s: Array, buffer: Array) -> Array:
-            is_last = s + 1 == run.count
+            is_last = s + 1 == run.num_steps
 
-            @pl.when(jnp.logical_not(is_last & (i + 1 == members)))
+            @pl.when(jnp.logical_not(is_last & (i + 1 == requests)))
             def _() -> None:
                 upcoming = Run(*(jnp.where(is_last, b, a) for a, b in zip(run, following, strict=True)))
                 fetch("start", upcoming, jnp.where(is_last, 0, s + 1), 1 - buffer)
@@ -279,16 +279,16 @@ def _attend_kernel(layout: Layout, page_heads: int, widths: tuple[int, int], *re
             multiply(run, s, buffer, i, position_mz)
             return 1 - buffer
 
-        return jax.lax.fori_loop(0, run.count, step, buffer)
+        return jax.lax.fori_loop(0, run.num_steps, step, buffer)
 
     fetch("start", of.own_run(first_chunk, is_together), jnp.int32(0), jnp.int32(0))
-    jax.lax.fori_loop(0, members, request, jnp.int32(0))
+    jax.lax.fori_loop(0, requests, request, jnp.int32(0))
     _scatter_rows(layout, states, o_ref)
 
 
 def _gather_rows(layout: Layout, q_ref: Any, rows_ref: Any) -> None:
     """Puts the queries of each kv head side by side, token by token; behind them are zeros."""
-    k, members, m, h = rows_ref.shape
+    k, requests, m, h = rows_ref.shape
     g, rest = layout.g, m - layout.tokens * layout.g
 
     def chunk(i: Array, _: Any) -> None:
@@ -297,13 +297,13 @@ def _gather_rows(layout: Layout, q_ref: Any, rows_ref: Any) -> None:
             rows = [token[head * g : (head + 1) * g] for token in tokens]
             rows_ref[head, i] = jnp.concatenate(rows + [jnp.zeros((rest, h), jnp.float32)] * (rest > 0))
 
-    jax.lax.fori_loop(0, members, chunk, None)
+    jax.lax.fori_loop(0, requests, chunk, None)
 
 
 def _scatter_rows(layout: Layout, state_refs: Any, o_ref: Any) -> None:
     """Divides the sums and puts the heads of each token side by side."""
     sum_ref, _, denominator_ref = state_refs
-    k, members, _, _ = sum_ref.shape
+    k, requests, _, _ = sum_ref.shape
     g = layout.g
 
     def chunk(i: Array, _: Any) -> None:
@@ -311,14 +311,14 @@ def _scatter_rows(layout: Layout, state_refs: Any, o_ref: Any) -> None:
         for j in range(layout.tokens):
             o_ref[i, j] = jnp.concatenate([rows[j * g : (j + 1) * g] for rows in found]).astype(o_ref.dtype)
 
-    jax.lax.fori_loop(0, members, chunk, None)
+    jax.lax.fori_loop(0, requests, chunk, None)
 
 
 def _read_together(
     of: _Metadata,
     kind: int,
     first_chunk: Array,
-    members: int,
+    requests: int,
     m: int,
     fetch: Callable[..., None],
     multiply: Callable[..., None],
@@ -333,7 +333,7 @@ def _read_together(
         def _() -> None:
             leader = tables.leader[kind * r + request]
             parts = []
-            for j in range(members):
+            for j in range(requests):
                 is_member = tables.leader[kind * r + first_chunk + j] == leader
                 start = jnp.where(is_member, tables.starts[first_chunk + j], NOWHERE)
                 parts.append(jnp.full((m, of.layout.z), start, jnp.int32))
@@ -345,7 +345,7 @@ def _read_together(
             fetch("start", run, jnp.int32(0), jnp.int32(0))
 
             def step(s: Array, buffer: Array) -> Array:
-                @pl.when(s + 1 < run.count)
+                @pl.when(s + 1 < run.num_steps)
                 def _() -> None:
                     fetch("start", run, s + 1, 1 - buffer)
 
@@ -353,9 +353,9 @@ def _read_together(
                 multiply(run, s, buffer, None, position_xz)
                 return 1 - buffer
 
-            jax.lax.fori_loop(0, run.count, step, jnp.int32(0))
+            jax.lax.fori_loop(0, run.num_steps, step, jnp.int32(0))
 
-    jax.lax.fori_loop(0, members, group, None)
+    jax.lax.fori_loop(0, requests, group, None)
 
 
 def _multiply(
