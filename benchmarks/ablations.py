@@ -67,7 +67,13 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "profile, at most 8 times the average": {"budget": "profile", "max_share": 8.0},
     "profile, at most 16 times the average": {"budget": "profile", "max_share": 16.0},
 }
+ON_BUDGETS: dict[str, dict[str, Any]] = {  # training on top of a start with slots for each head
+    "conversations": {},
+    "the document repeated": {"dataset": None, "repeats": 8},
+    "both": {"repeats": 4},
+}
 MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
+BUDGETED = OptimConfig(lr=1e-3, warmup_steps=4)  # behind attention matching with slots for each head
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine, 4 steps of warm-up": {},
@@ -166,6 +172,9 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
         yield Trial("sizes", f"1 of {share}", document, share)
     for share, (label, init) in itertools.product(args.shares, BUDGETS.items()):
         yield Trial(f"budgets-{share}", label, document, share, init=init)
+    for share, (label, changes) in itertools.product(args.shares, ON_BUDGETS.items()):
+        changes = {"optim": BUDGETED} | changes
+        yield Trial(f"on-budgets-{share}", label, document, share, changes=changes, init={"budget": "profile"})
     if args.five and args.generic:
         for label, dataset in (("five", args.five), ("generic", args.generic)):
             other = dataclasses.replace(document, dataset=dataset)
@@ -194,12 +203,11 @@ class Bench:
             **trial.init,
         )
         settings: dict[str, Any] = {"tail": "bucket", "optim": MATCHED if "matching" in trial.kind else PLAIN}
-        settings |= trial.changes
+        settings |= {"dataset": str(trial.document.dataset)} | trial.changes
         every = 5 * settings.get("num_epochs", 1)
         evaluation = LossEval("questions", None, str(trial.document.questions), INSTRUCTION)
         config = TrainConfig(
             corpus=str(trial.document.text),
-            dataset=str(trial.document.dataset),
             output_dir=str(folder),
             model=MODEL,
             seed=seed,
@@ -274,7 +282,7 @@ class Bench:
         made = self._output / "starts" / f"{trial.start_name(config.seed)}.safetensors"
         timed = made.with_suffix(".json")
         if not timed.is_file():
-            examples = read_examples(str(config.dataset), self._model.tokenizer)
+            examples = read_examples(trial.document.dataset, self._model.tokenizer)
             jax.clear_caches()  # compilation counts, also behind another run's
             begun = time.monotonic()
             start = initial_cartridge(config.init, self._model, read_corpus(config.corpus), examples, config.seed)
