@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from cartridges_jax.serving.engine import Engine
 
 DEFAULT_FOLDER = "cartridges"
+# how long the event loop may keep the engine's thread, and that the device, waiting for the interpreter's lock
+SWITCH_SECONDS = 5e-4
 LIMITS = {
     "port": (0, 65535),
     "max_num_seqs": (1, 4096),
@@ -36,6 +38,7 @@ LIMITS = {
     "max_seconds": (1, 1 << 20),
     "max_cartridges": (1, 4096),
     "cache_tokens": (1, 1 << 40),
+    "max_num_batched_tokens": (1, 1 << 20),
 }
 
 
@@ -56,6 +59,7 @@ def main(argv: list[str]) -> int:
         ready = f"ready: {url} (model {name}, {room}; a chat page at {url[:-2]})"
         if args.warmup:
             print(f"{url}: requests wait until all programs are compiled (--no-warmup: for their own)", file=sys.stderr)
+        sys.setswitchinterval(SWITCH_SECONDS)
         sys.stdin = io.StringIO()  # or the package wandb would ask there for a key, and a request wait for the answer
         return asyncio.run(run(server, sock, ready))
 
@@ -98,6 +102,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=2048, help="cartridge, prompt and answer of one request")
     parser.add_argument(
         "--cache-tokens", type=int, help="positions in memory (default: enough for all requests at --max-length)"
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        help="tokens of prompts that are read between two steps of the answers (default: few on a CPU)",
     )
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for their turn")
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of one request")
@@ -163,7 +172,8 @@ def _load(
     with progress.stage(f"loading {args.model}"):
         model = cj.load_model(args.model, args.dtype, _mesh(args.tensor))
         bytes_per_token = model.kv_bytes_per_token
-        engine = device.Engine(model, args.max_num_seqs, args.max_length, cache_tokens=args.cache_tokens)
+        limits = {"cache_tokens": args.cache_tokens, "max_num_batched_tokens": args.max_num_batched_tokens}
+        engine = device.Engine(model, args.max_num_seqs, args.max_length, **limits)
         model = dataclasses.replace(model, params={})  # the engine holds them in a layout of its own
     print(memory_of(engine, bytes_per_token), file=sys.stderr)
 

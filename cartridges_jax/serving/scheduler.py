@@ -406,11 +406,11 @@ class Scheduler:
 
     def _fill(self, budget: int, chunks: list[Chunk]) -> int:
         """Takes the next part of the prompt that is being written; returns how many tokens it has."""
-        seq, tokens = self._filling, self._filling.tokens
-        assert seq.allocation is not None
-        pages = seq.allocation.pages
+        seq = self._filling
+        assert seq is not None and seq.allocation is not None
+        tokens, pages = seq.tokens, seq.allocation.pages
         # The last token is left for the first decode, which samples what follows it.
-        part = tokens[seq.written : -1][:budget]
+        part = tokens[seq.written : min(seq.written + budget, len(tokens) - 1)]
         chunk = Chunk(part, seq.written, BlockTable(pages, seq.allocation.slots))
         seq.written += len(part)
         if part and seq.to_score:
@@ -420,9 +420,7 @@ class Scheduler:
             chunks.append(chunk)
         if seq.written == len(tokens) - 1:
             self._cache.insert(seq.allocation, tokens[:-1])
-            if (
-                seq.allocation.pages != pages
-            ):  # others had written the same: what was the sequence's own may be another's
+            if seq.allocation.pages != pages:  # others had written the same, and its own pages may be another's next
                 self._flush(chunks)
             self._begin(seq)
         return len(part)

@@ -85,7 +85,8 @@ def run_loop(run: TrainingRun, state: RunState, writer: MetricsWriter, checkpoin
     """Trains from `state` on until the run's steps, minutes or patience are used up; returns the last state."""
     config, step = run.config, int(state.train.step)
     tokens, seconds_before = run.tokens(step), float(state.seconds)
-    learning_rates = np.asarray(schedule(config.optim, run.num_steps)(jnp.arange(run.num_steps))).tolist()
+    rates = schedule(config.optim, run.num_steps)(jnp.arange(run.num_steps))  # one number if it is constant
+    learning_rates = np.broadcast_to(rates, run.num_steps).tolist()
     step_rows = config.batch_size * config.accumulation
     if step == 0 and run.evals:
         state = _evaluated(run, state, BEFORE, writer)

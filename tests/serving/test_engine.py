@@ -440,6 +440,20 @@ def test_with_too_little_memory_for_all_cartridges_each_is_loaded_again():
         agree(found[r.id], wanted[r.id])
 
 
+def test_a_request_that_gives_its_pages_back_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch):
+    """Three prompts fill a page each, and of five pages there are not enough for the second page of all answers."""
+    scarce = Engine(tiny.model(), max_num_seqs=3, max_length=256, cache_tokens=5 * PAGE_SIZE, batch_sizes=[3])
+    begun: list[int] = []
+    begin = scarce.begin
+    monkeypatch.setattr(scarce, "begin", lambda sequence: (begun.append(sequence.step), begin(sequence)))
+    requests = [Request(str(i), TOKENS[150 * i :][:120], max_tokens=20, temperature=0.8, seed=i) for i in range(3)]
+    found = sampled_tokens(scarce, requests)
+    assert len(begun) == 4 and begun[:3] == [0, 0, 0] and begun[3] > 0, "one went on behind its first tokens"
+    for r in requests:
+        agree(found[r.id], sampled_tokens(scarce, [r])[r.id])
+        assert len(found[r.id]) == 20 or found[r.id][-1].token in r.stop_ids
+
+
 @pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_a_shared_beginning_of_prompts_is_written_once_and_read_by_all(attention: str):
     engine = Engine(tiny.model(), max_num_seqs=4, max_length=512, batch_sizes=[4], attention=attention)

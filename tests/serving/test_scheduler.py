@@ -416,6 +416,25 @@ def test_requests_that_arrive_together_share_their_beginning():
     assert answers(events) == {request.id: alone(request) for request in wanted}
 
 
+def test_a_page_that_another_has_written_meanwhile_is_nobody_else_s_in_the_same_prefill():
+    """The last part of a prompt is written to a page that turns out to be there already, and is given to another."""
+    engine = FakeEngine(3)
+    scheduler = Scheduler(engine, 4, max_num_batched_tokens=6)
+    first = Request("first", (0,), max_tokens=8)
+    scheduler.submit(first)
+    for _ in range(8):
+        scheduler.step()
+    second = Request("second", (0, *alone(first)[:7], 1), max_tokens=3)
+    third = Request("third", (1, 1, 0, 0, 1), max_tokens=3)
+    for request in (second, third):
+        scheduler.submit(request)
+    assert Finished("first", "length") in scheduler.step()
+    engine.log.clear()
+    events = scheduler.step()
+    assert engine.log[:2] == ["prefill", "prefill"] and list(cached(events)) == ["third"]
+    assert answers(finish(scheduler)) == {request.id: alone(request) for request in (second, third)}
+
+
 def test_another_cartridge_shares_nothing():
     engine = FakeEngine(2)
     scheduler = Scheduler(engine, 4)

@@ -30,7 +30,8 @@ def counters(root: str) -> dict[str, float]:
 
 
 def test_a_document_becomes_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engines, "PREFILL_SIZES", {256: 1})  # compiling the others takes longer than they save here
+    # compiling the others takes longer than they save here
+    monkeypatch.setattr(engines, "CPU_PREFILL", engines.PrefillSizes({256: 1}, {256: {1: 1}}, 512))
     (tmp_path / "document.txt").write_text(tiny.TEXT)
     model = tiny.model()
     engine = engines.Engine(model, max_num_seqs=4, max_length=1024, max_top_logprobs=TOP, batch_sizes=[4])

@@ -58,7 +58,7 @@ def prompted(root: str, body: dict[str, Any]) -> list[int]:
 def test_the_same_ids_in_all_places(
     mode: bool | None, model: cj.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(engines, "PREFILL_SIZES", {256: 1})
+    monkeypatch.setattr(engines, "CPU_PREFILL", engines.PrefillSizes({256: 1}, {256: {1: 1}}, 512))
     tokenizer = model.tokenizer
     (tmp_path / "document.txt").write_text(tiny.TEXT)
     cartridges = tmp_path / "cartridges"
