@@ -57,7 +57,8 @@ class Field:
         if value is None:
             return self.default
         if self.refused:
-            if value != self.default and value not in NOTHING:
+            asks_for_nothing = self.default is not True and value in NOTHING
+            if value != self.default and not asks_for_nothing:
                 refuse(self.name, value, f"nothing: {self.refused}")
             return self.default
         return self.kind.read(self.name, value)
