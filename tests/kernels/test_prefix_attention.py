@@ -321,15 +321,19 @@ def test_a_kernel_that_cannot_run_here(implementation: str) -> None:
         ("cpu", 64, jnp.float32, False),
     ],
 )
-def test_none_is_the_kernel_of_the_devices_that_are_compiled_for(
-    platform: str, h: int, dtype: Any, kernel: bool
+@pytest.mark.parametrize("have_run", [(), tuple(KERNELS)])
+def test_none_is_the_kernel_of_the_devices_that_are_compiled_for_once_it_has_run_there(
+    platform: str, h: int, dtype: Any, kernel: bool, have_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cartridges_jax.kernels.prefix_attention.HAVE_RUN", have_run)
     own = [jax.ShapeDtypeStruct((1, 16, n, h), dtype) for n in (4, 2, 2)]
     slots = [jax.ShapeDtypeStruct((5, 2, h), jnp.float32)] * 2
     device = AbstractDevice(device_kind="some", num_cores=1, platform=platform)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
-        jaxpr = jax.make_jaxpr(prefix_attention)(*own, *slots, jax.ShapeDtypeStruct((1, 16), jnp.int32))
-    assert ("pallas_call" in str(jaxpr)) == kernel
+        jaxpr = jax.make_jaxpr(lambda *arrays: prefix_attention(*arrays))(
+            *own, *slots, jax.ShapeDtypeStruct((1, 16), jnp.int32)
+        )
+    assert ("pallas_call" in str(jaxpr)) == (kernel and platform in have_run)
 
 
 @pytest.mark.parametrize(

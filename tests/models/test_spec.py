@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import cartridges_jax as cj
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS
+from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS, KERNELS
 from cartridges_jax.models import spec
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
@@ -190,7 +190,7 @@ def test_what_a_config_says_otherwise_is_refused(toy: tuple[cj.LanguageModel, Te
     assert [layer.window for layer in ModelConfig.from_hf(CONFIG).layers] == [WINDOW, None] * 2
 
 
-@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
+@pytest.mark.parametrize("attention", [name for name in IMPLEMENTATIONS if name not in KERNELS])
 def test_it_decodes_as_its_forward_pass(toy: tuple[cj.LanguageModel, Tensors], attention: str):
     """A prompt in chunks, then token by token, behind a cartridge and behind none."""
     model, _ = toy

@@ -102,7 +102,7 @@ def test_log_probabilities_stay_those_of_the_model():
     params = SamplingParams(*(np.zeros(1, np.float32),) * 2, *(np.zeros(1, np.int32),) * 3, np.ones(1, np.int32))
     state, rows = empty_state(1, V), jax.tree.map(lambda a: a[None], LogitsParams.of(LogitsRules()))
     made = run(logits, state, rows, params.temperature, params.step, only)
-    token, logprob, best, best_logprobs = draw(logits, params, 3, made)
+    token, logprob, best, best_logprobs = draw(logits, params, 3, processed=made)
     wanted = jax.nn.log_softmax(logits[0])
     assert int(token[0]) == 7 and int(best[0, 0]) == int(logits[0].argmax())
     np.testing.assert_allclose(logprob[0], wanted[7], atol=1e-5)
