@@ -53,7 +53,7 @@ class PrefillSizes(NamedTuple):
 CPU_PREFILL = PrefillSizes(
     {16: 1, 32: 17, 64: 33, 96: 65, 128: 97, 256: 225},
     {16: {1: 1, 4: 3}} | {tokens: {1: 1} for tokens in (32, 64, 96, 128, 256)},
-    512,
+    1024,
 )
 # An accelerator takes as long for a few tokens as for hundreds.
 ACCELERATOR_PREFILL = PrefillSizes({32: 1, 128: 33}, {32: {1: 1, 16: 2}, 128: {1: 1, 4: 2, 16: 5}}, 2048)
