@@ -19,7 +19,7 @@ from cartridges_jax.kernels.decode_attention.gpu_kernels import THRESHOLDS as TH
 from cartridges_jax.kernels.decode_attention.gpu_kernels import BlockSizes, Layout, Order
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
 from cartridges_jax.kernels.decode_attention.sharing import SLOTS, by_group, groups, page_counts
-from cartridges_jax.kernels.decode_attention.softmax import Options
+from cartridges_jax.kernels.decode_attention.softmax import Options, largest_divisor, scale_of
 
 POSITIONS_LAST = False
 
@@ -82,12 +82,12 @@ def _layout(q: Array, pages: Pages, metadata: AttentionMetadata, options: Option
     """How a call is cut into programs, which depends on its shapes alone."""
     (r, t, n, h), k = q.shape, metadata.kv_heads
     g = n // k
-    tokens = max(i for i in range(1, t + 1) if t % i == 0 and (i * g <= sizes.rows or i == 1))
+    tokens = largest_divisor(t, sizes.rows // g)
     is_short = tokens == t and sizes.requests * gpu_kernels.power_of_two(t * g) <= 2 * sizes.rows
     columns = metadata.block_table.shape[1] + metadata.slot_block_table.shape[1]
     own = min(max(sizes.programs // (r * (t // tokens) * k), sizes.fewest_parts), sizes.most_parts, columns)
     blocks = sizes.blocks(r) if is_short else 0
-    scale = h**-0.5 if options.scale is None else options.scale
+    scale = scale_of(options.scale, h)
     shared = min(sizes.shared_parts, columns) if blocks else 0
     return Layout(
         sizes, tokens, t // tokens, n, k, pages.page_size, own, shared, blocks, options.window, scale, options.soft_cap

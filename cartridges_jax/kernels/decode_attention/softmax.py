@@ -1,4 +1,4 @@
-"""What the implementations have in common beside the pages: how heads lie, and a softmax that is computed online.
+"""What the implementations have in common beside the pages: how queries lie, and a softmax that is computed online.
 
 Partial results are merged by their running maxima and denominators as they come.
 
@@ -40,10 +40,20 @@ def finished(state: State, t: int) -> Float[Array, "r t n h"]:
     return heads_apart(o_rkmh / jnp.maximum(denominator_rkm, 1e-30)[..., None], t)
 
 
+def scale_of(scale: float | None, h: int) -> float:
+    """What a query's products with the keys are multiplied by."""
+    return h**-0.5 if scale is None else scale
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Into how many a number can be cut evenly, at most so many: of tokens, of chunks or of requests."""
+    return max(i for i in range(1, max(most, 1) + 1) if number % i == 0)
+
+
 def heads_together(q: Float[Array, "*r t n h"], k: int, scale: float | None) -> Float[Array, "*r k m h"]:
     """Scales the queries and puts those of each kv head side by side: m is t times n / k, with t first."""
     *r, t, n, h = q.shape
-    q = (q * (h**-0.5 if scale is None else scale)).reshape(*r, t, k, n // k, h)
+    q = (q * scale_of(scale, h)).reshape(*r, t, k, n // k, h)
     return jnp.moveaxis(q, -3, -4).reshape(*r, k, t * (n // k), h)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cartridges_jax.kernels.decode_attention import tpu_kernels
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
 from cartridges_jax.kernels.decode_attention.sharing import Groups, groups, page_counts
-from cartridges_jax.kernels.decode_attention.softmax import Options
+from cartridges_jax.kernels.decode_attention.softmax import Options, largest_divisor, scale_of, sinks_together
 from cartridges_jax.kernels.decode_attention.tpu_kernels import BIAS_ROWS, LANES, BlockSizes, Layout, Tables
 from cartridges_jax.kernels.decode_attention.tpu_kernels import THRESHOLDS as THRESHOLDS
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, pad_to_multiple
@@ -53,12 +53,12 @@ def tpu_attention(
     """Does what `decode_attention` says, on a TPU or interpreted."""
     sizes, (r, t, n, h), k = block_sizes or BlockSizes(), q.shape, metadata.kv_heads
     g = n // k
-    tokens = max(i for i in range(1, t + 1) if t % i == 0 and (i * g <= sizes.rows or i == 1))
+    tokens = largest_divisor(t, sizes.rows // g)
     chunks, m = r * (t // tokens), -(-tokens * g // SUBLANES) * SUBLANES
     # chunks of one request are not read together: they see different pages
-    fitting = max(sizes.rows // m, 1) if tokens == t else 1
-    requests = max(i for i in range(1, fitting + 1) if chunks % i == 0)
-    scale = h**-0.5 if options.scale is None else options.scale
+    fitting = sizes.rows // m if tokens == t else 1
+    requests = largest_divisor(chunks, fitting)
+    scale = scale_of(options.scale, h)
     layout = Layout(
         sizes, tokens, t // tokens, n, k, m, requests, pages.page_size, options.window, scale, options.soft_cap
     )
@@ -77,7 +77,7 @@ def tpu_attention(
     )
     sinks = None
     if options.sinks is not None:
-        sinks = jnp.tile(jnp.asarray(options.sinks, jnp.float32).reshape(k, 1, g), (1, tokens, 1)).reshape(k, -1)
+        sinks = sinks_together(jnp.asarray(options.sinks, jnp.float32), k, tokens)
         sinks = jnp.pad(sinks, ((0, 0), (0, m - tokens * g)), constant_values=MASKED)
     q_qtnh = q.reshape(chunks, tokens, n, h)
     return tpu_kernels.attend(layout, q_qtnh, sinks, pages, tables, order.slots, metadata.heads).reshape(q.shape)

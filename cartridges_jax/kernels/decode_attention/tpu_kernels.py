@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
 from cartridges_jax.kernels.decode_attention.sharing import SLOTS, TOKENS, Thresholds
+from cartridges_jax.kernels.decode_attention.softmax import largest_divisor
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, soft_capped
 
 THRESHOLDS = Thresholds(users=4, pages=2)
@@ -153,7 +154,7 @@ def rotate_and_write(
     r, t, heads_each, h = heads.shape
     k, rows = metadata.kv_heads, 32 // pages.keys.dtype.itemsize
     n = heads_each - 2 * k
-    b = max(i for i in range(1, sizes.written + 1) if r % i == 0)
+    b = largest_divisor(r, sizes.written)
     tiles = (rows - 1 + t - 1) // rows + 1
     block = functools.partial(pl.BlockSpec, index_map=lambda i, *_: (i, 0, 0, 0))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
