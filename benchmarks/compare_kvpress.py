@@ -13,6 +13,8 @@ serves heads of different lengths.
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.config import build, load
 from cartridges_jax.command_line.progress import Progress
-from cartridges_jax.comparison.cells import Cell, write_cell
+from cartridges_jax.comparison.cells import Cell, cell_name, write_cell
 from cartridges_jax.comparison.config import CompareConfig
 from cartridges_jax.comparison.measure import measure
 from cartridges_jax.comparison.methods import Context
@@ -64,16 +66,22 @@ def main() -> None:
     suite, model = load_suite(config.suite, config.suite_options), load_model(config.model, config.dtype)
     groups = question_groups(suite, config)
     presses = args.presses.split(",")
-    progress = Progress("compressing", len(groups) * len(presses) * len(config.shares), "cells")
+    cells = Path(config.output_dir) / CELLS
+
+    def is_missing(group: QuestionGroup, press: str, share: int) -> bool:
+        return not (cells / cell_name(group.name, press, share, 0)).is_file()
+
+    missing = [cell for cell in itertools.product(groups, presses, config.shares) if is_missing(*cell)]
+    progress = Progress("compressing", len(missing), "cells")
     with tempfile.TemporaryDirectory() as folder:
         theirs = torch_model(model, Path(folder))
-        for group in groups:
-            document = Document(model, theirs, group)
-            for press in presses:
-                for share in config.shares:
-                    cell = document.cell(press, share, suite, config)
-                    write_cell(Path(config.output_dir) / CELLS, cell)
-                    progress.advance(note=f"{group.name}: {press}, {cell.context_tokens} slots a head")
+        exact = copy.deepcopy(theirs).double()
+        for group, of_group in itertools.groupby(missing, key=lambda cell: cell[0]):
+            document = Document(model, theirs, exact, group)
+            for _, press, share in of_group:
+                cell = document.cell(press, share, suite, config)
+                write_cell(cells, cell)
+                progress.advance(note=f"{group.name}: {press}, {cell.context_tokens} slots a head")
     progress.close()
 
 
@@ -106,13 +114,22 @@ def _template(model: LanguageModel) -> str:
 
 
 class Document:
-    """A document in both programs, in a system message as every method has it."""
+    """A document in both programs, in a system message as every method has it.
 
-    def __init__(self, model: LanguageModel, theirs: Any, group: QuestionGroup):
-        self._model, self._theirs, self._group = model, theirs, group
+    Args:
+      exact: their model in float64, which says what logits are right. The document stands where a cartridge's does, at
+        the positions -p to -1: angles of other positions are rounded otherwise, by up to 1e-4.
+    """
+
+    def __init__(self, model: LanguageModel, theirs: Any, exact: Any, group: QuestionGroup):
+        self._model, self._theirs, self._exact, self._group = model, theirs, exact, group
         message = {"role": "system", "content": group.text}
         self._ids = model.tokenizer.chat_ids([message], add_generation_prompt=False)
         self._whole = Cartridge.from_tokens(model, self._ids)
+        self._exact_cache = DynamicCache()
+        with torch.no_grad():
+            positions = torch.arange(-len(self._ids), 0)[None]
+            exact.model(input_ids=torch.tensor([self._ids]), past_key_values=self._exact_cache, position_ids=positions)
 
     def cell(self, press: str, share: int, suite: Suite, config: CompareConfig) -> Cell:
         num_tokens = len(self._model.tokenizer.encode(self._group.text)) // share
@@ -167,18 +184,17 @@ class Document:
         return kept.transpose(0, 2, 1)
 
     def _check(self, kept_lpk: np.ndarray, cartridge: Cartridge, what: str) -> None:
-        """Ends the program if the logits of a question differ from those of kvpress's masking in torch."""
+        """Ends the program if the logits of a question differ from those of kvpress's masking in torch, in float64."""
         question = [{"role": "user", "content": self._group.questions[0].question}]
-        ids, p = self._model.tokenizer.turn_ids(question, add_generation_prompt=True), len(self._ids)
+        ids = self._model.tokenizer.turn_ids(question, add_generation_prompt=True)
         ours_tv = np.asarray(self._model.logits(np.array([ids]), cartridge=cartridge)[0])
-        cache = DynamicCache()
+        cache = copy.deepcopy(self._exact_cache)
         with torch.no_grad():
-            self._theirs.model(input_ids=torch.tensor([self._ids]), past_key_values=cache)
-            for layer, kept_pk in zip(self._theirs.model.layers, kept_lpk, strict=True):
+            for layer, kept_pk in zip(self._exact.model.layers, kept_lpk, strict=True):
                 places, heads = map(torch.from_numpy, np.nonzero(~kept_pk))
                 layer.self_attn.masked_key_indices = torch.zeros_like(heads), heads, places
-            positions = torch.arange(p, p + len(ids))[None]
-            theirs = self._theirs(input_ids=torch.tensor([ids]), past_key_values=cache, position_ids=positions)
+            positions = torch.arange(len(ids))[None]
+            theirs = self._exact(input_ids=torch.tensor([ids]), past_key_values=cache, position_ids=positions)
         difference = float(np.abs(ours_tv - theirs.logits[0].numpy()).max())
         print(f"{what}: logits differ by at most {difference:.1e}", file=sys.stderr, flush=True)
         if not difference < LARGEST_DIFFERENCE:

@@ -12,11 +12,13 @@ import numpy as np
 
 from cartridges_jax.command_line import files
 from cartridges_jax.comparison.cells import Asked, Cell
+from cartridges_jax.comparison.config import WITHOUT_BUDGET
 from cartridges_jax.training.report import markdown_table
 
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
 ALL = "all"  # the column of all classes together
+LEAST_BETWEEN_TICKS = 1.2  # of memory, as a factor, so that numbers do not overlap
 Key = tuple[str, str]  # of a question: its document and its text
 Estimate = tuple[float, float, float] | None  # a value and the bounds of its interval
 COSTS: tuple[tuple[str, str, str], ...] = (
@@ -177,8 +179,12 @@ def _draw(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
 
     classes = list(dict.fromkeys(kind for row in found for kind in row["gap_closed"]))
     columns = min(3, len(classes))
-    methods = list(dict.fromkeys(row["method"] for row in found))
-    memory = sorted({round(row["kv_bytes"] / 1e6, 1) for row in found if row["kv_bytes"] > 0})
+    methods = [method for method in dict.fromkeys(row["method"] for row in found) if method not in WITHOUT_BUDGET]
+    colors = dict.fromkeys(WITHOUT_BUDGET, "black") | {method: f"C{i % 10}" for i, method in enumerate(methods)}
+    memory: list[float] = []
+    for megabytes in sorted(row["kv_bytes"] / 1e6 for row in found if row["kv_bytes"] > 0):
+        if not memory or megabytes > LEAST_BETWEEN_TICKS * memory[-1]:
+            memory.append(megabytes)
     figure, grid = plt.subplots(
         -(-len(classes) // columns), columns, figsize=(4.2 * columns, 3.6 * -(-len(classes) // columns)), squeeze=False
     )
@@ -186,7 +192,7 @@ def _draw(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
         for method, points in _lines(found, kind):
             megabytes, gaps, below, above = zip(*points, strict=True)
             style = {
-                "color": f"C{methods.index(method) % 10}",
+                "color": colors[method],
                 "marker": "o",
                 "markersize": 4,
                 "capsize": 2,
@@ -197,7 +203,7 @@ def _draw(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
         axis.axhline(0, color="#b8c4d2", linewidth=0.8, zorder=0)
         axis.set_xscale("log")
         axis.minorticks_off()
-        axis.set_xticks(memory, [f"{megabytes:g}" for megabytes in memory], fontsize=8)
+        axis.set_xticks(memory, [f"{megabytes:.1f}" for megabytes in memory], fontsize=8)
         axis.set_title(kind, fontsize=10)
         axis.set_xlabel("keys and values, MB")
         axis.set_ylabel("gap closed")
