@@ -46,7 +46,7 @@ def compiled(topology: str, fsdp: int, tensor: int) -> tuple[int, int, int]:
     config = build(TrainConfig, load(["--config=configs/large.py:train", "--config.attention=gpu"], TrainConfig))
     mesh = sharding.make_mesh(MeshConfig(None, fsdp, tensor), devices_of(topology)[1])
     program = train_program(config, shape_of(config.model), mesh, STEPS)
-    chunks = target_chunks(config.batch_size // fsdp * config.seq_len)
+    chunks = target_chunks(config.batch_size // fsdp * config.seq_len, "gpu")
     whole = sum(found.num_bytes for found in program.collectives.values())
     return sum(exposed(program.text, chunks).values()), whole, program.peak
 

@@ -92,7 +92,7 @@ def test_collectives_are_those_that_the_design_implies(compiled: list[dict[str, 
     """The same sums by hand rank the plans of a sweep."""
     for found in compiled:
         config, model, mesh = case(found)
-        expected = expected_traffic(config, model, mesh)
+        expected = expected_traffic(config, model, mesh, "cpu")
         # here embedding and head are gathered before the loop over micro-batches
         expected["all-gather"] -= (config.accumulation - 1) * 2 * model.vocab_size * model.embed_dim * 4 / mesh[2]
         agree(found, expected)
@@ -104,7 +104,7 @@ def test_bytes_and_flops_are_linear_in_layers(compiled: list[dict[str, Any]]):
     for kind in ("all-gather", "all-reduce"):
         sizes = [f["collectives"][kind] for f in three]
         assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0, kind
-    flops = [train_costs(*case(f)).flops for f in three]
+    flops = [train_costs(*case(f), "cpu").flops for f in three]
     assert flops[2] - flops[1] == pytest.approx(flops[1] - flops[0])
 
 
@@ -118,7 +118,7 @@ def test_flops_by_hand_are_those_of_the_program(compiled: list[dict[str, Any]]):
     weights, t = model.layer_weights + model.vocab_size * model.embed_dim, config.seq_len
     keys = config.init.num_slots + t
     assert 4 * weights * t < counted < 4 * weights * t + 3.5 * 4 * model.num_heads * model.head_dim * keys * t
-    costs = train_costs(dataclasses.replace(config, remat="elementwise"), model, (1, 1, 1))
+    costs = train_costs(dataclasses.replace(config, remat="elementwise"), model, (1, 1, 1), "cpu")
     assert costs.parts[0].flops + 2 * costs.parts[1].flops == pytest.approx(counted, rel=0.2)
 
 
@@ -261,12 +261,12 @@ def test_a_cartridge_pays_later_against_a_cache_and_the_sooner_the_longer_the_do
 def test_costs_fall_with_devices_and_rise_with_work():
     model = shape_of("llama-3.1-8b")
     config = TrainConfig("-", "-", "-", dtype="bfloat16", seq_len=2048, batch_size=32)
-    whole = train_costs(config, model, (1, 1, 1))
-    assert whole.flops == pytest.approx(8 * train_costs(config, model, (2, 2, 2)).flops)
+    whole = train_costs(config, model, (1, 1, 1), "tpu")
+    assert whole.flops == pytest.approx(8 * train_costs(config, model, (2, 2, 2), "tpu").flops)
     # a forward pass and the activations' gradients: four FLOPs for each weight and token, the head's at targets only
     weights = model.num_layers * model.layer_weights * 65_536
     assert 4 * weights < whole.needed < 4.9 * weights < whole.flops
-    elementwise = train_costs(dataclasses.replace(config, remat="elementwise"), model, (1, 1, 1))
+    elementwise = train_costs(dataclasses.replace(config, remat="elementwise"), model, (1, 1, 1), "tpu")
     assert elementwise.needed == whole.needed and elementwise.flops < whole.flops
     assert least_memory(config, model, (1, 8, 1)) < least_memory(config, model, (8, 1, 1))
     chip = chips.CHIPS["v5e"]
@@ -290,7 +290,7 @@ def test_compilers_without_devices_agree_with_the_sums_by_hand(topology: str, me
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["kernels"][kernel] > 0
-    agree(found, expected_traffic(*case(found)))
+    agree(found, expected_traffic(*case(found), "gpu" if "gpu" in kernel else "tpu"))
 
 
 EIGHT_BILLION = ["--config=configs/large.py:train", "--config.mesh.fsdp=1", "--what=decode", "--cartridges=1"]

@@ -16,7 +16,7 @@ from cartridges_jax.planning.chips import Chip
 from cartridges_jax.planning.hlo import Traffic
 from cartridges_jax.planning.programs import TARGETS, TOP_K, Requests, longest_head, target_chunks
 from cartridges_jax.training.config import TrainConfig
-from cartridges_jax.training.losses import CHUNK
+from cartridges_jax.training.losses import CHUNKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Costs:
         return self.needed / (seconds * chip.flops)
 
 
-def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> Costs:
+def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], platform: str) -> Costs:
     """Returns the costs of a step of training.
 
     Every row counts as one conversation, which is the most that attention can cost. The FLOPs that are needed are those
@@ -71,7 +71,7 @@ def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, i
     layer_flops = (4 * matrices + 2 * again) * tokens + 3.5 * attention
     passes = 4 if config.remat == "layers" else 3
     weight_bytes = config.accumulation * (3 if config.remat == "layers" else 2) * matrices * width
-    chunks = config.accumulation * target_chunks(rows * config.seq_len)
+    chunks = config.accumulation * target_chunks(rows * config.seq_len, platform)
     return Costs(
         needed=4 * matrices * tokens + 3 * attention + 4 * head * targets,
         parts=(
@@ -95,7 +95,9 @@ def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
     return Costs(flops, (Part(flops, weights * width + position * read),))
 
 
-def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int]) -> dict[str, float]:
+def expected_traffic(
+    config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], platform: str
+) -> dict[str, float]:
     """Returns the bytes that a step's collectives write on a device, by kind of collective.
 
     They are: a layer's matrices, gathered in the forward and the backward pass; embedding and head, gathered for each
@@ -107,7 +109,7 @@ def expected_traffic(config: TrainConfig, model: ModelConfig, mesh: tuple[int, i
     width = jnp.dtype(config.dtype).itemsize
     gathered = config.accumulation * (2 * model.matrix_weights + model.end_weights)
     positions = config.batch_size // (data * fsdp) * config.seq_len
-    chunks = target_chunks(positions) * min(CHUNK, positions)
+    chunks = target_chunks(positions, platform) * min(CHUNKS[platform], positions)
     sums = positions * (5 * model.num_layers + 1) * model.embed_dim * width
     normalizers = 2 if config.tail == "bucket" else 1  # of two sums each
     sums += chunks * (model.embed_dim + 2 * normalizers + TOP_K) * 4  # a target's gradient, and its entries

@@ -34,7 +34,7 @@ from cartridges_jax.serving.sequences import DecodeBatch
 from cartridges_jax.serving.steps import BATCH, decode_step, empty_cache
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.config import TrainConfig
-from cartridges_jax.training.losses import CHUNK
+from cartridges_jax.training.losses import CHUNKS
 from cartridges_jax.training.optim import optimizer
 from cartridges_jax.training.step import TrainState, train_step
 
@@ -115,10 +115,10 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
         "placement": sharding.abstract(_placement(model, config), sharding.PLACEMENT, mesh),
     }
     rows = config.batch_size // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-    chunks = target_chunks(rows * config.seq_len)
     options: dict[str, Any] = {name: getattr(config, name) for name in ("tail", "reduction", "remat", "attention")}
     with jax.set_mesh(mesh):  # tells the kernels which device they are compiled for
         lowered = train_step.lower(*given.values(), config=model, tx=tx, mesh=mesh, **options)
+        chunks = target_chunks(rows * config.seq_len, kernels.platform())
     held = {
         "weights": given["weights"],
         "cartridge": given["state"].cartridge,
@@ -128,9 +128,9 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     return _compiled(lowered, held, mesh, chunks)
 
 
-def target_chunks(positions: int) -> int:
+def target_chunks(positions: int, platform: str) -> int:
     """Returns how many chunks the loss visits for so many positions; no other loop's length depends on the data."""
-    return math.ceil(TARGETS * positions / CHUNK)
+    return math.ceil(TARGETS * positions / CHUNKS[platform])
 
 
 def decode_program(

@@ -57,7 +57,7 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
         progress.advance()
         if program is None or not fits(program, chip):
             continue
-        costs = train_costs(changed, model, mesh)
+        costs = train_costs(changed, model, mesh, chip.platform)
         seconds = costs.seconds(chip, received(program.collectives))
         found.append(Candidate(mesh, changed, program, seconds, costs.mfu(chip, seconds)))
         if len(found) == KEPT:
@@ -89,8 +89,9 @@ def _possible(
                 except UserError:
                     continue
                 if least_memory(changed, model, mesh) <= (1 - SPARE) * chip.memory:
-                    costs = train_costs(changed, model, mesh)
-                    yield costs.seconds(chip, received(expected_traffic(changed, model, mesh))), mesh, changed
+                    costs = train_costs(changed, model, mesh, chip.platform)
+                    communicated = received(expected_traffic(changed, model, mesh, chip.platform))
+                    yield costs.seconds(chip, communicated), mesh, changed
 
 
 def _divisors(n: int) -> list[int]:
