@@ -85,11 +85,14 @@ def torch_model(family: str) -> Any:
 
 
 def torch_outputs(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each block's output [l, t, d] and the logits [t, v] of the fixed tokens, after loading `tensors`."""
+    """Each block's output [l, t, d] and the logits [t, v] of the fixed tokens, after loading `tensors`.
+
+    They are computed in float64, as float32 is rounded otherwise by every kind of CPU.
+    """
     import torch
 
-    state = {name: torch.from_numpy(array.astype(np.float32)) for name, array in tensors.items()}
-    missing, unknown = model.load_state_dict(state, strict=False)
+    state = {name: torch.from_numpy(array.astype(np.float64)) for name, array in tensors.items()}
+    missing, unknown = model.double().load_state_dict(state, strict=False)
     model.tie_weights()
     assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
     layers: list[np.ndarray] = []
@@ -101,11 +104,11 @@ def torch_outputs(model: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.nd
         logits = model(torch.from_numpy(fixed_tokens())[None].long()).logits[0].numpy()
     for hook in hooks:
         hook.remove()
-    return {"layers": np.stack(layers), "logits": logits}
+    return {"layers": np.stack(layers).astype(np.float32), "logits": logits.astype(np.float32)}
 
 
 def smollm2_logits() -> tuple[np.ndarray, np.ndarray]:
-    """Ids of PROMPT and SmolLM2-135M's logits [t, v], the dequantised GGUF file run by transformers."""
+    """Ids of PROMPT and SmolLM2-135M's logits [t, v], the dequantised GGUF file run by transformers in float64."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -119,7 +122,7 @@ def smollm2_logits() -> tuple[np.ndarray, np.ndarray]:
         files.gguf.parent, gguf_file=files.gguf.name, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        return ids, model.eval()(torch.from_numpy(ids)[None].long()).logits[0].numpy()
+        return ids, model.double().eval()(torch.from_numpy(ids)[None].long()).logits[0].numpy()
 
 
 def main() -> None:

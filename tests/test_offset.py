@@ -22,7 +22,8 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import to_pages, to_past_key_values
 from cartridges_jax.interop.formats import FORMATS, read, write
 from cartridges_jax.models import language_model
-from cartridges_jax.models.rope import shift_keys
+from cartridges_jax.models.config import LayerSettings
+from cartridges_jax.models.rope import frequencies, shift_keys
 from cartridges_jax.serving.store import CartridgeStore, Reference
 from cartridges_jax.training import losses
 from cartridges_jax.training.optim import OptimConfig, optimizer
@@ -78,6 +79,23 @@ def test_every_kind_of_rope_is_rotated_alike(tiny_model: cj.LanguageModel):
     after = tiny_model.logits(asked, cartridge=cartridge.at_offset(17, tiny_model.config))
     largest = float(jnp.abs(before).max())
     np.testing.assert_allclose(after, before, rtol=0, atol=TOLERANCE * max(1.0, largest / 4))
+
+
+# theta, head size, and frequencies that transformers rounds to another float32 than the nearest, by their index
+ROUNDED = (
+    (1e5, 64, {4: "0x1.e5a846p-3", 5: "0x1.52e812p-3", 6: "0x1.d8ffacp-4"}),
+    (5e5, 128, {2: "0x1.53c38cp-1", 4: "0x1.c2ef78p-2", 8: "0x1.8d2760p-3"}),
+    (1e6, 128, {1: "0x1.9c975ap-1", 3: "0x1.0bedde0p-1", 7: "0x1.c3f06ap-3"}),
+    (1e4, 64, {5: "0x1.e5a846p-3", 9: "0x1.33281ap-4", 10: "0x1.ccab84p-5"}),
+)
+
+
+@pytest.mark.parametrize(("theta", "head_dim", "rounded"), ROUNDED)
+def test_frequencies_are_rounded_as_in_transformers(theta: float, head_dim: int, rounded: dict[int, str]):
+    found = frequencies(LayerSettings(theta, (), None, None), head_dim)
+    assert found.dtype == np.float32 and len(found) == head_dim // 2
+    assert {i: float(found[i]) for i in rounded} == {i: float.fromhex(text) for i, text in rounded.items()}
+    np.testing.assert_allclose(found, theta ** (-np.arange(head_dim // 2) / (head_dim // 2)), rtol=2e-7)
 
 
 def test_bare_arrays_stand_at_the_beginning():

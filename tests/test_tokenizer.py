@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.models.hub import ModelFiles, resolve
-from cartridges_jax.models.tokenizer import StreamDecoder, Tokenizer, gguf_metadata, load_tokenizer
+from cartridges_jax.models.tokenizer import MAX_PENDING, StreamDecoder, Tokenizer, gguf_metadata, load_tokenizer
 
 TRICKY = [
     "",
@@ -187,6 +187,19 @@ def test_stream_holds_back_only_what_is_incomplete(smollm: Tokenizer) -> None:
     first = smollm.encode("🙂")[:1]
     assert stream.push(first[0]) == "" and stream.flush() == "\ufffd"
     assert stream.push(smollm.encode("x")[0]) == "x"
+
+
+@pytest.mark.parametrize("text", ["\x80" * 400, "é" * 200, "a\x80" * 200, "\xf0\x9f" * 150])
+def test_a_long_stream_of_parts_of_characters_is_told_as_it_comes(smollm: Tokenizer, text: str) -> None:
+    single = {smollm.token_bytes(i): i for i in range(300) if not smollm.is_special(i)}
+    ids = [single[bytes([byte])] for byte in (text.encode() if "é" in text else text.encode("latin-1"))]
+    ids[100:100] = [2] * 50  # the end of a turn, which is not shown
+    stream = StreamDecoder(smollm)
+    told = ""
+    for count, i in enumerate(ids, start=1):
+        told += stream.push(i)
+        assert len(smollm.decode(ids[:count])) - len(told) <= MAX_PENDING
+    assert told + stream.flush() == smollm.decode(ids)
 
 
 @pytest.mark.parametrize("pre", list(SPLITS))

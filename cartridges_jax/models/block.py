@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.models.config import LayerSettings, ModelConfig
+from cartridges_jax.models.rope import frequencies
 from cartridges_jax.models.spec import FAMILIES, ArraySpec, fused_arrays, layer_arrays
 from cartridges_jax.models.weights import Weight, weight_of
 from cartridges_jax.parallel import collectives
@@ -115,11 +116,7 @@ def embedded(table: Weight, tokens: Int[Array, "*b"], config: ModelConfig) -> Fl
 
 def rope_table(positions: Int[Array, "b t"], settings: LayerSettings, head_dim: int) -> Rope:
     """Computes cosines and sines of the rotation at each position, in float32, for layers of these settings."""
-    half = head_dim // 2
-    frequencies_h = settings.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if settings.rope_factors:
-        frequencies_h = frequencies_h / jnp.asarray(settings.rope_factors, jnp.float32)
-    angles_bth = positions[..., None].astype(jnp.float32) * frequencies_h
+    angles_bth = positions[..., None].astype(jnp.float32) * frequencies(settings, head_dim)
     return jnp.cos(angles_bth), jnp.sin(angles_bth)
 
 

@@ -37,6 +37,9 @@ _PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 _PROBES = (".", ",")  # system messages
 _OPEN_END = "<<the message goes on here>>"  # is cut off with all that a template puts behind it
 
+BYTES_OF_A_CHARACTER = 4  # at most
+MAX_PENDING = 32  # tokens that a stream decodes together with those before them; no character has as many
+
 # tokenizer.ggml.token_type; UNUSED is padding that converters add up to the size of the embedding.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _SCALARS = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11: "q", 12: "d"}
@@ -349,8 +352,9 @@ class StreamDecoder:
     """Decodes one token at a time; the pieces put together are what `Tokenizer.decode` gives for all ids at once.
 
     A character may be spread over several tokens: its first bytes decode to U+FFFD, which is held back until the rest
-    is there. A step decodes only what has come since the last whole character, and the token before it (some decoders
-    treat the first token of a text differently), so its cost does not grow with the text.
+    is there, or more bytes than a character has. A step decodes only what has come since the last whole character, or
+    `MAX_PENDING` tokens, and the token before it (some decoders treat the first token of a text differently), so its
+    cost does not grow with the text.
     Exact for byte-level vocabularies (GPT-2's kind: every model that a GGUF file can hold here).
     """
 
@@ -362,17 +366,23 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Takes the next token and gives the text that it completes: none while a character is incomplete."""
+        if self._skip and self._tokenizer.is_special(token_id):
+            return ""
         self._pending.append(token_id)
         text = self._decode()
-        whole = text.rstrip("\ufffd")
+        held = min(len(text) - len(text.rstrip("\ufffd")), BYTES_OF_A_CHARACTER - 1)
+        whole = text[: len(text) - held]
         piece = whole[self._sent :]
-        if len(whole) < len(text):
+        if held and len(self._pending) > MAX_PENDING:
+            self._context, self._pending = self._pending[:-held], self._pending[-held:]
+            self._sent = len(self._decode()) - held
+        elif held:
             self._sent = max(self._sent, len(whole))
         elif piece:
             self._context, self._pending = self._pending, []
             self._sent = len(self._decode())
-        elif not self._context:
-            self._pending = []  # special tokens before any text
+        else:
+            self._pending = []  # tokens without a text
         return piece
 
     def flush(self) -> str:
