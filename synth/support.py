@@ -26,7 +26,18 @@ _ORDINAL = {word: i for i, word in enumerate(_ORDINALS.split())} | {w: 10 * i fo
 _SMALL = {word: i for i, word in enumerate(_CARDINALS.split())} | {w: 10 * i for i, w in enumerate(_TENS.split(), 2)}
 _SMALL |= _ORDINAL
 _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "k": 1e3, "m": 1e6}
-_SCALES |= {"mn": 1e6, "bn": 1e9, "b": 1e9}
+_SCALES |= {"mn": 1e6, "bn": 1e9, "b": 1e9, "dozen": 12}
+_PARTS = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
 _ALSO = {"half": (0.5, 50), "quarter": (0.25, 25), "dozen": (12,), "twice": (2,), "decade": (10,), "century": (100,)}
 _COUNTED = re.compile(  # what follows a number that counts what the answer itself lists
     r"\W+(?:\w+\W+)?(?:aspects?|categories|examples?|factors?|features?|items?|kinds?|main|key|options?|parts?|points?"
@@ -43,15 +54,25 @@ _DATES = tuple(
         rf"(?<!\w){_DAY}(?: of)?[ -]{_NAMED_MONTH}(?:,?[ -]{_YEAR})?",
         rf"(?<!\w){_NAMED_MONTH} {_DAY}(?:,? {_YEAR})?",
         rf"(?<!\w){_NAMED_MONTH},? (?:of )?{_YEAR}",
-        rf"(?<![\w.]){_YEAR}([-/.])(?P<month>\d{{1,2}})\2(?P<day>\d{{1,2}})(?!\d)",
+        rf"(?<![\w.]){_YEAR}([-/.])(?P<month>\d{{1,2}})\2(?P<day>\d{{1,2}})(?!\d)(?:T(?=\d))?",  # T: a time follows
         r"(?<![\w.])(?P<day>\d{1,2})([-/.])(?P<month>\d{1,2})\2(?P<year>\d{4}|\d{2})(?!\d)",
     )
 )
-_TIME = re.compile(r"(?<![\w.,:])(\d{1,2})(?::(\d{2})(?::\d{2})?|[.](\d{2})(?= ?[ap]\.?m)|(?= ?[ap]\.?m\b))(?!\d)")
-_NUMBER = re.compile(r"(?<!\w)(?:\d{1,3}(?: \d{3})+(?!\d)|\d+(?:[.,']\d+)*)")
+_TIME = re.compile(
+    r"(?<![\w.,:])(\d{1,2})"
+    r"(?:(?::|h(?=\d\d\b))(\d{2})(?::\d{2})?|[.](\d{2})(?= ?[ap]\.?m)|(?= ?[ap]\.?m\b))(?!\d)"
+)
+_NUMBER = re.compile(  # also a fraction, one with a power of ten, and that of a version such as v2.1
+    r"(?:(?<!\w)|(?<=\b[vV]))(?:(?P<fraction>(?:\d+ )?\d+/\d+)(?![\w/])"
+    r"|(?P<mantissa>\d+(?:\.\d+)?)(?:[eE]| ?[x\u00d7] ?10\^?)(?P<exponent>[+-]?\d{1,2})(?!\w)"
+    r"|\d{1,3}(?: \d{3})+(?!\d)|\d+(?:[.,']\d+)*)"
+)
 _GROUPED = re.compile(r"\d{1,3}([.,'])\d{3}(?:\1\d{3})*(?:[.,]\d+)?")
 _SCALE = re.compile(rf"[ -]?({'|'.join(_SCALES)})\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_][\w']*")
+_GLUED = re.compile(r"(?<=[^\W\d])\d+")
+_WORD_PART = re.compile(r"[^\W\d_]+|\d+")  # of user_id or ISO8601
+_PART = re.compile(rf"( and an?)?[ -]({'|'.join(_PARTS)})s?\b", re.IGNORECASE)  # behind a number in words
 _ROMAN = re.compile(r"(?=.)(X{0,3})(IX|IV|V?I{0,3})")
 
 _CLAIM = re.compile(rf"(?<!\w)\d|[^\W\d_a-z]|\b(?:{'|'.join(_SMALL)})\b")
@@ -91,7 +112,9 @@ class Source:
     def __init__(self, text: str):
         text = _plain(text)
         words = [word.casefold() for word in _WORD.findall(text)]
-        self._words = {*words, *map(_bare, words)}
+        parts = {part.casefold() for part in _WORD_PART.findall(text)}
+        self._words = {*words, *map(_bare, words), *parts}
+        self._words |= set(map(_without_umlaut, self._words))
         capitals = list(_capitals(text))
         dates, rest = _dates(text)
         times, rest = _times(rest)
@@ -106,7 +129,7 @@ class Source:
         self._numbers |= {day for day, _ in self._years if day is not None}
         self._numbers |= {hour + half for hour, _ in self._times for half in (0, 12)}
         self._numbers |= {number for _, readings in _numbers(rest) for reading in readings for number in reading}
-        self._numbers |= {value for _, value, _ in _worded(text)}
+        self._numbers |= {value for _, value, _ in _worded(text)} | set(map(float, _GLUED.findall(text)))
         self._numbers |= {value for word in self._words & _ALSO.keys() for value in _ALSO[word]}
         self._numbers |= {number for name, _ in capitals if (number := _roman(name))}
         self._decades = {number // 10 for number in self._numbers}
@@ -166,7 +189,8 @@ class Source:
 
     def _has_name(self, name: str) -> bool:
         word = _bare(name.casefold())
-        if word in _NO_NAMES or self._words & {word, f"{word}s", f"{word}'s", word.removesuffix("s")}:
+        forms = {word, f"{word}s", f"{word}'s", word.removesuffix("s"), _without_umlaut(word)}
+        if word in _NO_NAMES or self._words & forms or self._words.issuperset(_WORD_PART.findall(word)):
             return True
         if _MONTH.get(word) in self._months or _PEOPLES.get(word) in self._words:
             return True
@@ -193,9 +217,14 @@ def _bare(word: str) -> str:
     return word.removesuffix("'s").rstrip("'")
 
 
+def _without_umlaut(word: str) -> str:
+    return re.sub("([aou])e", r"\1", word)
+
+
 def _plain(text: str) -> str:
     """The text with one form of dash, apostrophe, digit and letter: people write or omit accents as they like."""
-    text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
+    text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)  # between 1 and a half in one character
+    text = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text)).replace("\u2044", "/")
     return re.sub("[\u2018\u2019]", "'", re.sub("[\u2010-\u2015\u2212]", "-", text))
 
 
@@ -239,19 +268,38 @@ def _numbers(text: str) -> Iterator[tuple[tuple[int, int], list[tuple[float, ...
     """Yields the span and the readings of all written in digits. A reading is one number, or several side by side."""
     for found in _NUMBER.finditer(text):
         written, (start, end) = found[0], found.span()
-        parts = tuple(map(float, re.split(r"[.,' ]", written)))
-        plain = {re.sub("[,' ]", "", written), re.sub("[.' ]", "", written).replace(",", ".")}
-        readings = [(float(one),) for one in sorted(plain) if one.count(".") <= 1]
-        if not _GROUPED.fullmatch(written) and len(parts) != 2:
-            readings.append(parts)
+        parts = tuple(map(float, re.findall(r"\d+", written)))
+        readings: list[tuple[float, ...]]
+        if found["fraction"]:
+            *whole, above, below = parts
+            readings = [parts, *((share,) for share in (_shares(sum(whole) + above / below) if below else ()))]
+        elif found["exponent"]:
+            parts = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", written)))
+            readings = [parts, (float(f"{found['mantissa']}e{found['exponent']}"),)]
+        else:
+            plain = {re.sub("[,' ]", "", written), re.sub("[.' ]", "", written).replace(",", ".")}
+            readings = [(float(one),) for one in sorted(plain) if one.count(".") <= 1]
+            if not _GROUPED.fullmatch(written) and len(parts) != 2:
+                readings.append(parts)
         if scale := _SCALE.match(text, end):
-            scaled = [(number * _SCALES[scale[1].lower()],) for (number,) in readings if len(readings) < 3]
+            scaled = [(number * _SCALES[scale[1].lower()],) for number, *others in readings if not others]
             readings = scaled + (readings if len(scale[1]) == 1 else [])
         if len(written) == 2 and text[start - 1 : start] == "-" and text[start - 5 : start - 1].isdigit():
             readings.append((float(text[start - 5 : start - 3] + written),))  # 1914-18
+        if len(written) == 2 and text[start - 1 : start] == "'":  # '98
+            readings += [(1900 + parts[0],), (2000 + parts[0],)]
         if written.endswith("0") and re.match(r"'?s\b", text[end:]):
             readings.append((parts[-1] // 10, -10))
         yield (start, end), readings
+
+
+def _shares(value: float) -> set[float]:
+    """The ways in which people write a fraction: with fewer digits, or in percent."""
+    return {
+        value,
+        *(round(value, digits) for digits in (1, 2, 3)),
+        *(round(100 * value, digits) for digits in (0, 1, 2)),
+    }
 
 
 def _worded(text: str) -> Iterator[tuple[tuple[int, int], float, bool]]:
@@ -260,7 +308,8 @@ def _worded(text: str) -> Iterator[tuple[tuple[int, int], float, bool]]:
     i = 0
     while i < len(words):
         first, i = i, i + 1
-        if (value := _SMALL.get(words[first][0].lower())) is None:
+        is_article = words[first][0].lower() in ("a", "an")  # of a hundred, or a third
+        if (value := 1 if is_article else _SMALL.get(words[first][0].lower())) is None:
             continue
         total, current = 0.0, float(value)
         while i < len(words) and re.fullmatch("[ -]", text[words[i - 1].end() : words[i].start()]):
@@ -270,14 +319,25 @@ def _worded(text: str) -> Iterator[tuple[tuple[int, int], float, bool]]:
             small, scale = _SMALL.get(word), _SCALES.get(word) if len(word) > 2 else None
             if small is not None and _adds(current, small):
                 current += small
+            elif small is not None and 17 <= current <= 20 and small >= 10 and ahead == i:  # nineteen eighty-four
+                current = 100 * current + small
             elif scale and ahead == i:
-                total, current = (total, current * scale) if scale == 100 else (total + current * scale, 0.0)
+                total, current = (total, current * scale) if scale <= 100 else (total + current * scale, 0.0)
             else:
                 break
             i = ahead + 1
         total += current
+        span = words[first].start(), words[i - 1].end()
+        if part := _PART.match(text, span[1]):
+            share = 1 / _PARTS[part[2].lower()]
+            scale = _SCALE.match(text, part.end())
+            for value in _shares(total + share if part[1] else total * share):
+                yield span, value * (_SCALES[scale[1].lower()] if scale else 1), True
+        if is_article and first and (parts := _PARTS.get(words[first - 1][0].lower())):  # half a million
+            yield span, total / parts, True
         may_count = total <= 2 or (total <= 10 and words[first][0].lower() in _ORDINAL)
-        yield (words[first].start(), words[i - 1].end()), total, may_count
+        if not is_article or i > first + 1:
+            yield span, total, may_count or is_article or part is not None
 
 
 def _adds(current: float, small: int) -> bool:

@@ -130,18 +130,26 @@ def writable(text: str, where: str) -> str:
     return whole
 
 
-def parse_json(text: str | bytes, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(
+    text: str | bytes,
+    where: str,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    number: Callable[[str], Any] | None = None,
+) -> Any:
     """Returns the value of a JSON text. A lone surrogate in a string, escaped or not, becomes U+FFFD, which is logged.
 
     Args:
       pairs: makes a value of an object's pairs, whose names may repeat; by default a dict, in which the last one stays.
+      number: makes a value of a number as it is written; by default an int or a float, which may be rounded.
 
     Raises:
       UserError: the text is not JSON, or is nested too deeply; the sentence begins with `where`.
     """
     try:
         text = _decode_json(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
-        return json.loads(_without_lone_surrogates(text, where), object_pairs_hook=pairs)
+        return json.loads(
+            _without_lone_surrogates(text, where), object_pairs_hook=pairs, parse_int=number, parse_float=number
+        )
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
 

@@ -19,6 +19,8 @@ def opened(path: str, what: str) -> Iterator[zipfile.ZipFile]:
     """The archive at `path`. Raises: FileNotFoundError, UserError, if it is none, damaged, or unpacks to too much."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: expected {what}, set config.resource.path")
+    if not Path(path).stat().st_size:
+        raise UserError(f"{path} is empty: expected {what}")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()

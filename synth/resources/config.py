@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -50,7 +51,10 @@ SUFFIXES: dict[str, Kind] = {
     ".csv": "csv",
     ".tsv": "csv",
     ".mbox": "mbox",
+    ".eml": "mbox",
 }
+APPLE = "mbox"  # the file with the letters, in a folder that Apple's program calls NAME.mbox
+_LETTER = re.compile(rb"From .*\d\d:\d\d.*\n[!-9;-~]+:")  # an envelope and a header
 # Addresses instead of paths: what they give may be another text tomorrow.
 SCHEMES: dict[str, Kind] = {"arxiv:": "latex", "https://arxiv.org/": "latex", "slack:": "slack", "gmail:": "gmail"}
 
@@ -91,11 +95,24 @@ class ResourceConfig:
         if path.is_dir():
             if (path / "channels.json").is_file() and (path / "users.json").is_file():
                 return "slack"
+            if is_mailbox(path / APPLE):
+                return "mbox"
             return "latex" if any(_is_main_file(file) for file in path.glob("*.tex")) else "directory"
         if path.suffix.lower() == ".zip":
             return "slack"  # the only kind that comes as an archive
-        return SUFFIXES.get(path.suffix.lower(), "text")
+        return SUFFIXES.get(path.suffix.lower()) or ("mbox" if is_mailbox(path) else "text")
+
+
+def is_mailbox(path: Path) -> bool:
+    """Whether a file begins as an mbox file does, whatever it is called: many programs give such files no suffix."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return bool(_LETTER.match(file.read(4096)))
 
 
 def _is_main_file(path: Path) -> bool:
-    return path.is_file() and b"\\documentclass" in path.read_bytes()
+    try:
+        return path.is_file() and b"\\documentclass" in path.read_bytes()
+    except OSError:  # the folder's own reader counts what it may not read
+        return False

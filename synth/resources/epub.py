@@ -26,8 +26,10 @@ def read(path: str) -> Sections:
     """
     left_out: Counter[str] = Counter()
     sections: list[Section] = []
+    read_pages = 0
     with archive.opened(path, WHAT) as book:
         pages = _pages(book, path, left_out)
+        pictures = left_out["pictures"]
         locked = {found.get("uri", found.get("URI")) for found in _tags(_xml(book, _ENCRYPTION), "cipherreference")}
         if locked & set(pages):
             raise UserError(f"{path} is protected against being read by other programs: use a copy that is not")
@@ -37,12 +39,15 @@ def read(path: str) -> Sections:
             except KeyError:
                 left_out["pages that are not there"] += 1
                 continue
-            found = [section for section in found if section.text.strip()]
-            left_out["pages without text"] += not found
-            sections += found
+            left_out.update(found.left_out)
+            with_text = [section for section in found if section.text.strip()]
+            read_pages += bool(with_text)
+            left_out["pages without text"] += not with_text
+            sections += with_text
+    left_out["pictures"] = pictures  # those of the package, which a page may show any number of times
     if not sections:
         raise UserError(f"{path} holds no text on its {len(pages)} pages")
-    return Sections(sections, {"pages": len(pages), "sections": len(sections)}, left_out)
+    return Sections(sections, {"pages": read_pages, "sections": len(sections)}, left_out)
 
 
 def _pages(book: zipfile.ZipFile, path: str, left_out: Counter[str]) -> list[str]:
@@ -51,7 +56,9 @@ def _pages(book: zipfile.ZipFile, path: str, left_out: Counter[str]) -> list[str
     package_name = str(root.get("full-path")) if root is not None else ""
     package = _xml(book, package_name)
     items = {str(item.get("id")): item for item in _tags(package, "item")}
-    order = [items[ref] for one in _tags(package, "itemref") if (ref := str(one.get("idref"))) in items]
+    refs = [str(one.get("idref")) for one in _tags(package, "itemref")]
+    order = [items[ref] for ref in refs if ref in items]
+    left_out["pages that are not there"] = len(refs) - len(order)
     if not order:
         raise UserError(f"{path} is no EPUB: it does not say which of its files are its pages")
     ordered = {id(item) for item in order}

@@ -6,17 +6,20 @@ import codecs
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
-from synth.resources import documents, extras, text
+from synth.resources import documents, extras, mail, text
+from synth.resources.config import is_mailbox
 from synth.resources.sections import SEPARATOR, Section, Sections
 
 LARGEST_FILE = 2**20  # bytes; what is larger was rarely written by a person
 LARGEST_DOCUMENT = 2**28  # bytes, pictures included
 SNIFFED = 8192  # bytes at the beginning of a file: if there is a zero among them, it is no text
+
+_UNREADABLE = "files and folders that may not be read"
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,11 @@ def read(path: str, include: Sequence[str] = ()) -> Sections:
         if wanted is not None and not wanted.match_file(name):
             left_out["files that config.resource.include does not name"] += 1
             continue
-        if found := _read_file(file, name, left_out):
+        try:
+            found = _read_file(file, name, left_out)
+        except OSError as error:
+            found = _unreadable(error, left_out)
+        if found:
             files += 1
             first, *rest = found
             sections += [Section(first.name, f"File: {name}\n\n{first.text}"), *rest]
@@ -52,10 +59,15 @@ def read(path: str, include: Sequence[str] = ()) -> Sections:
 
 def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str]) -> Iterator[Path]:
     """Yields the files below `folder` that neither its .gitignore nor one of a folder above leaves out."""
-    gitignore = folder / ".gitignore"
-    if gitignore.is_file():
-        ignored = [*ignored, (folder, _ignore_file(text.decode(gitignore.read_bytes())))]
-    for entry in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+        gitignore = folder / ".gitignore"
+        if gitignore.is_file():
+            ignored = [*ignored, (folder, _ignore_file(text.decode(gitignore.read_bytes())))]
+    except OSError as error:
+        _unreadable(error, left_out)
+        return
+    for entry in entries:
         if entry.name == ".git":
             continue
         if entry.is_symlink():
@@ -68,6 +80,12 @@ def _walk(folder: Path, ignored: list[tuple[Path, Any]], left_out: Counter[str])
             yield entry
         else:
             left_out["pipes and devices"] += 1
+
+
+def _unreadable(error: OSError, left_out: Counter[str]) -> list[Section]:
+    log.warning("%s: left out", error)
+    left_out[_UNREADABLE] += 1
+    return []
 
 
 def _is_ignored(entry: Path, ignored: Sequence[tuple[Path, Any]]) -> bool:
@@ -98,19 +116,24 @@ def _ignore_file(content: str) -> Any:
 
 
 def _read_file(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
-    is_document, size = file.suffix.lower() in documents.READERS, file.stat().st_size
-    largest = LARGEST_DOCUMENT if is_document else LARGEST_FILE
+    suffix = file.suffix.lower()
+    reader = documents.READERS.get(suffix)
+    if reader is None and (suffix == ".eml" or is_mailbox(file)):
+        reader = mail.read_mbox
+    size, largest = file.stat().st_size, LARGEST_DOCUMENT if reader else LARGEST_FILE
     if size > largest:
         log.warning("%s is left out: %d bytes, more than %d", file, size, largest)
         left_out[f"files of more than {largest} bytes"] += 1
         return []
-    if is_document:
-        return _read_document(file, name, left_out)
+    if reader and size:
+        return _read_document(reader, file, name, left_out)
     content = _text_of(file.read_bytes())
     if not content.strip():
         left_out["empty files" if size == 0 or content else "files that are no texts"] += 1
         return []
-    return text.split(content.rstrip() + "\n\n", file, name)
+    found = text.split(content.rstrip() + "\n\n", file, name)
+    left_out.update(found.left_out)
+    return found
 
 
 def _text_of(data: bytes) -> str:
@@ -120,9 +143,9 @@ def _text_of(data: bytes) -> str:
     return text.decode(data)
 
 
-def _read_document(file: Path, name: str, left_out: Counter[str]) -> list[Section]:
+def _read_document(reader: Callable[[str], Sections], file: Path, name: str, left_out: Counter[str]) -> list[Section]:
     try:
-        found = documents.READERS[file.suffix.lower()](str(file))
+        found = reader(str(file))
     except UserError as error:
         log.warning("%s: left out", error)
         left_out["documents that cannot be read"] += 1

@@ -1,4 +1,7 @@
-"""Reads JSON and JSON lines as one line for every value, after the path to it, so that any stretch explains itself."""
+"""Reads JSON and JSON lines as one line for every value, after the path to it, so that any stretch explains itself.
+
+Numbers stay as they are written.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ class _Object(list[tuple[str, Any]]):
 
 
 def read_json(path: str) -> list[Section]:
-    return _sections(path, files.parse_json(read_whole(path), path, _Object))
+    return _sections(path, files.parse_json(read_whole(path), path, _Object, str))
 
 
 def read_jsonl(path: str) -> list[Section]:
     """The values of a file of JSON lines, numbered from 1 as lines are."""
     lines = files.json_lines(read_whole(path))
     return _sections(
-        path, _Object((str(n), files.parse_json(line, f"{path}, line {n},", _Object)) for n, line in lines)
+        path, _Object((str(n), files.parse_json(line, f"{path}, line {n},", _Object, str)) for n, line in lines)
     )
 
 

@@ -19,7 +19,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from cartridges_jax.command_line.errors import UserError
-from synth.resources import documents, html
+from synth.resources import documents, extras, html
+from synth.resources.config import APPLE
 from synth.resources.sections import Section, Sections
 from synth.resources.text import decode
 from synth.resources.web import Api
@@ -32,34 +33,52 @@ TEXT_KINDS = ("application/json", "application/x-ndjson", "application/xml", "ap
 LONGEST_HEADER = 2**14  # characters; the library's parser of addresses takes their number's square in time
 DEEPEST = 20  # messages and parts inside of one another
 
-# The envelope, a line before a message: From, an address and a time. All have the form that a file's first one has.
-_ENVELOPES = (
-    re.compile(rb"From .*\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b.*\b\d{1,2}:\d\d\b.*\b\d{4}\b"),
-    re.compile(rb"From \S+ .*\b\d{1,2}:\d\d\b"),
-    re.compile(rb"From \S*\s*$"),
+# The envelope, a line before a message: From, an address and a time, as the standard has it or in any other way.
+_ENVELOPE = re.compile(
+    rb"From .*\b(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) +(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) +\d{1,2}"
+    rb" +\d{1,2}:\d\d\b.*\b\d{4}\b"
 )
+_ODD_ENVELOPE = re.compile(rb"From \S+ (?=.*\b\d{4}\b).*\b\d{1,2}:\d\d\b|From \S*\s*$")
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:|>?From ")
+_KNOWN_FIELD = re.compile(
+    rb"(?:Bcc|Cc|Date|Delivered-To|From|In-Reply-To|Message-ID|MIME-Version|Received|References|Reply-To|Return-Path"
+    rb"|Sender|Status|Subject|To|(?:ARC|Authentication|Content|DKIM|Envelope|List|Resent|X)-[\w-]+)[ \t]*:|>From ",
+    re.IGNORECASE,
+)
 _QUOTED = re.compile(rb"^>(>*From )", re.MULTILINE)
+_NO_BASE64 = re.compile(r"^[A-Za-z0-9+/= \t]*+[^A-Za-z0-9+/=\s]", re.MULTILINE)
+_ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?=[?*])")
+
+# What is labelled so was often written in Windows' or another form of it that has more characters.
+_WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
+_WIDER |= {"iso8859-1": "cp1252", "iso8859-9": "cp1254"}
+_STUB = 4  # so many times as long is another form of a letter than one that only says to look at that other form
 
 log = logging.getLogger(__name__)
 
 
 class _Policy(email.policy.EmailPolicy):
-    """The library's, on headers of a bounded length."""
+    """The library's, on headers of a bounded length, which may hold bytes as they are and labels as people use them."""
 
     def header_fetch_parse(self, name: str, value: str) -> Any:
-        return super().header_fetch_parse(name, value[:LONGEST_HEADER])
+        value = decode(value[:LONGEST_HEADER].encode("utf-8", "surrogateescape"))
+        return super().header_fetch_parse(name, _ENCODED_WORD.sub(lambda found: f"=?{_codec(found[1])}", value))
 
 
 POLICY = _Policy()
 
 
 def read_mbox(path: str) -> Sections:
-    """The messages of an mbox file in its order. Raises: FileNotFoundError, UserError: it is not there, or has none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected an mbox file, set config.resource.path")
+    """The messages of an mbox file in its order, of a folder that Apple's program wrote, or the one of an .eml file.
+
+    Raises:
+      FileNotFoundError, UserError: there is no such file, or no message in it.
+    """
+    file = Path(path) / APPLE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: expected an mbox file, set config.resource.path")
     left_out: Counter[str] = Counter()
-    sections = [_section(raw, left_out) for raw in _split(Path(path))]
+    sections = [_section(raw, left_out) for raw in _split(file)]
     if not sections:
         raise UserError(f"{path} holds no message: an mbox file begins each with a line 'From '")
     return Sections(sections, {"messages": len(sections)}, left_out)
@@ -112,16 +131,19 @@ def _split(path: Path) -> Iterator[bytes]:
     """Yields the messages of an mbox file.
 
     Not all programs quote a line of a message that begins with "From ". So such a line begins a message only if it has
-    the form of an envelope and a header below it and, unless it says day and time in full, an empty line above.
+    the form of an envelope and a header below it: one that letters are known to have, unless the envelope is in the
+    standard's form and below an empty line. Other forms need that line.
     """
     message: list[bytes] | None = None
-    envelope: re.Pattern[bytes] | None = None
-    waiting, is_free = b"", True  # a line that may be an envelope, and whether the one before allows it
+    waiting, field = b"", _FIELD  # a line that may be an envelope, and what must be below it
+    is_free = True  # there is an empty line above
     with path.open("rb") as file:
         for number, line in enumerate(file):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+            if number == 0 and _FIELD.match(line) and not line.startswith(b"From "):  # a letter without an envelope
+                message = []
             if waiting:
-                if _FIELD.match(line):
+                if field.match(line):
                     if message is not None:
                         yield _unquoted(message)
                     message = []
@@ -129,8 +151,9 @@ def _split(path: Path) -> Iterator[bytes]:
                     message.append(waiting)
                 waiting = b""
             if line.startswith(b"From "):
-                envelope = envelope or next((form for form in _ENVELOPES if form.match(line)), None)
-                if envelope and (is_free or envelope is _ENVELOPES[0]) and envelope.match(line):
+                is_standard = bool(_ENVELOPE.match(line))
+                if is_standard or (is_free and _ODD_ENVELOPE.match(line)):
+                    field = _FIELD if message is None or (is_standard and is_free) else _KNOWN_FIELD
                     waiting, is_free = line, False
                     continue
             is_free = not line.strip()
@@ -173,6 +196,7 @@ def _header(message: EmailMessage, name: str) -> str:
 def _parts(part: EmailMessage, left_out: Counter[str], depth: int) -> Iterator[tuple[bool, str]]:
     """Yields the texts of a part and of the parts inside of it, and before each whether it is an attachment."""
     kind, name = _kind(part), _name(part)
+    _part_clear_text(part)
     if depth > DEEPEST:
         left_out["parts too deep inside of others"] += 1
     elif kind == "multipart/alternative":
@@ -180,19 +204,35 @@ def _parts(part: EmailMessage, left_out: Counter[str], depth: int) -> Iterator[t
     elif kind in ("message/rfc822", "message/global"):
         for inside in _inside(part) or [email.message_from_bytes(_payload(part), policy=POLICY)]:
             yield True, _attached(name or "message", _text(inside, left_out, depth + 1))
+    elif kind.startswith("message/"):  # a report in the form of headers
+        for inside in _inside(part):
+            yield True, _attached(name or kind, "\n".join(f"{key}: {value}" for key, value in inside.raw_items()))
     elif part.is_multipart():
         for inside in _inside(part):
             yield from _parts(inside, left_out, depth + 1)
     elif kind.startswith(("text/", "multipart/")) or kind in TEXT_KINDS:  # a multipart without parts is damaged
         if text := _decoded(part, kind).strip():
+            name = name or ("invitation" if kind == "text/calendar" else None)  # it is no form of the letter's words
             yield bool(name), _attached(name, text) if name else text
-    elif name and (text := _document(part, name)):
+    elif name and (text := _document(part, name, left_out)):
         yield True, _attached(name, text)
     else:
         left_out[f"attachments of {kind}"] += 1
+    left_out["notes to programs that read no parts"] += bool((part.preamble or "").strip())
+    if behind := decode((part.epilogue or "").encode("utf-8", "surrogateescape")).strip():
+        yield True, behind
 
 
-def _document(part: EmailMessage, name: str) -> str:
+def _part_clear_text(part: EmailMessage) -> None:
+    """Makes the text in clear that lists write below one in base64 the part's epilogue, as it is below other parts."""
+    payload = part.get_payload()
+    is_base64 = isinstance(payload, str) and _header(part, "Content-Transfer-Encoding").lower() == "base64"
+    if is_base64 and (found := _NO_BASE64.search(payload)):
+        part.set_payload(payload[: found.start()])
+        part.epilogue = payload[found.start() :]
+
+
+def _document(part: EmailMessage, name: str, left_out: Counter[str]) -> str:
     """The text of an attached document, or nothing if there is no library for it or that cannot read it."""
     suffix = PurePath(name).suffix.lower()
     if suffix not in documents.READERS:
@@ -201,10 +241,12 @@ def _document(part: EmailMessage, name: str) -> str:
         path = Path(folder) / f"attached{suffix}"
         path.write_bytes(_payload(part))
         try:
-            return "".join(section.text for section in documents.READERS[suffix](str(path)))
+            found = documents.READERS[suffix](str(path))
         except UserError as error:
             log.warning("%s, attached to a letter, is left out: %s", name, error)
             return ""
+    left_out.update(found.left_out)
+    return "".join(section.text for section in found)
 
 
 def _attached(name: str, text: str) -> str:
@@ -212,9 +254,9 @@ def _attached(name: str, text: str) -> str:
 
 
 def _best(alternatives: list[list[tuple[bool, str]]]) -> Iterator[tuple[bool, str]]:
-    """Yields, for a message in several forms, the texts of the first that has any, and all attachments."""
-    says = [any(not is_attached for is_attached, _ in texts) for texts in alternatives]
-    best = says.index(True) if any(says) else 0
+    """Yields, for a message in several forms, the texts of the first that is no stub, and all attachments."""
+    lengths = [sum(len(text) for is_attached, text in texts if not is_attached) for texts in alternatives]
+    best = next((i for i, length in enumerate(lengths) if length and length * _STUB >= max(lengths)), 0)
     for number, texts in enumerate(alternatives):
         yield from (one for one in texts if number == best or one[0])
 
@@ -245,8 +287,25 @@ def _payload(part: EmailMessage) -> bytes:
 
 
 def _decoded(part: EmailMessage, kind: str) -> str:
+    data = _payload(part)
     try:
-        text = _payload(part).decode(part.get_content_charset("utf-8"))
-    except (LookupError, ValueError):  # a charset that nobody knows, or another than is said
-        text = decode(_payload(part))
+        codec = _codec(part.get_content_charset() or (_declared(data) if kind == "text/html" else "utf-8"))
+        text = decode(data) if codec in ("ascii", "utf-8") else data.decode(codec, "replace")
+    except (LookupError, ValueError):  # a charset that nobody knows
+        text = decode(data)
     return html.to_text(text) if kind == "text/html" else text.replace("\r\n", "\n")
+
+
+def _declared(page: bytes) -> str:
+    """The charset that a page says it has."""
+    found = extras.load("bs4.dammit", "HTML").EncodingDetector.find_declared_encoding(page, is_html=True)
+    return found or "utf-8"
+
+
+def _codec(charset: str) -> str:
+    """Python's name of a charset, or of the wider one that its label stands for in letters."""
+    try:
+        name = codecs.lookup(charset.lower().removeprefix("x-")).name
+    except (LookupError, ValueError):
+        return charset
+    return _WIDER.get(name, name)

@@ -16,7 +16,9 @@ from synth.resources.sections import Sections, at_headings
 from synth.resources.text import markdown_headings
 from synth.resources.text import read as read_whole
 
-_FORMS = ("plain", "markdown", "latex")  # of an output, which is HTML only if it is nothing else
+_FORMS = ("plain", "markdown", "latex", "html")  # of an output; the first that says anything is taken
+_PICTURES = ("image/", "png", "jpeg", "svg")
+_OBJECT = re.compile(r"<[\w.]+ object(?: at \w+)?>")  # what Python says of a thing that has another form to be shown
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -54,17 +56,35 @@ def _pieces(cell: Mapping[str, Any], language: str, left_out: Counter[str]) -> I
         yield f"{'#' * (level if isinstance(level, int) else 1)} {source}"
     elif kind != "code":
         yield source
-        left_out["pictures"] += len(_get(cell, "attachments") or {})
+        attachments = cell.get("attachments")
+        left_out["pictures"] += len(attachments) if isinstance(attachments, dict) else 0
     elif source.strip():
         yield _fenced(source, language)
     for output in dicts(cell.get("outputs")):
         data = output["data"] if isinstance(output.get("data"), dict) else output
-        forms = (output.get("text"), output.get("traceback"), *(data.get(f"text/{form}") for form in _FORMS))
-        text = next((text for form in forms if (text := _joined(form)).strip()), "")
-        text = text or html.to_text(_joined(data.get("text/html")))
-        left_out["pictures"] += any(str(kind).startswith(("image/", "png", "jpeg", "svg")) for kind in data)
+        forms = (form for form in _forms(output, data) if form.strip() and not _OBJECT.fullmatch(form.strip()))
+        text = next(forms, _form(data, "plain"))
+        left_out["pictures"] += any(kind.startswith(_PICTURES) for kind in data)
+        for kind in data:
+            if "/" in kind and not kind.startswith(_PICTURES) and kind.removeprefix("text/") not in _FORMS:
+                left_out[f"outputs of type {kind}"] += 1
         if text.strip():
             yield _fenced(_COLOURS.sub("", text), "")
+
+
+def _forms(output: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+    """What an output is in words, in every form that it has."""
+    yield _joined(output.get("text"))
+    yield _joined(output.get("traceback"))
+    yield ": ".join(str(output[key]) for key in ("ename", "evalue") if output.get(key))
+    for form in _FORMS:
+        yield _form(data, form)
+
+
+def _form(data: Mapping[str, Any], form: str) -> str:
+    """A form of an output, whose name was shorter before version 4 of the format."""
+    text = _joined(data.get(f"text/{form}", data.get(form)))
+    return html.to_text(text) if form == "html" and text else text
 
 
 def _joined(value: Any) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import io
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cartridges_jax.command_line.errors import UserError
 from synth.resources import archive, extras, html, table
@@ -17,7 +19,29 @@ from synth.resources.sections import Section, Sections
 _DRAWN = {"media/": "pictures and films", "charts/chart": "charts", "diagrams/data": "diagrams"}
 _CELL = re.compile(rb"""<(?:\w+:)?c\b[^>]*?\br=["']([A-Z]{1,3})(\d{1,7})["']""")
 MOST_CELLS = 2**25  # of a sheet
-_FORMULAS = (b"<m:oMath>", b"<m:oMath ")
+_FORMULA = re.compile(rb"<m:oMath\b")
+_TWO_WAYS = "{http://schemas.openxmlformats.org/markup-compatibility/2006}AlternateContent"  # to show one thing
+# What stands around text in Word's XML, where the library knows no such element and would pass over the text.
+_AROUND = re.compile(rb"</?w:(?:fldSimple|bdo|dir|ruby|rubyBase)\b[^>]*>")
+_OLD_BOXES = "text boxes in the form of older programs"
+_UNREAD_IN_WORD = {
+    "formulas": _FORMULA,
+    "readings above words": re.compile(rb"<w:rt>"),
+    "drop-down fields": re.compile(rb"<w:ddList>"),
+    "text boxes": re.compile(rb"<wps:txbx\b"),
+    _OLD_BOXES: re.compile(rb"<v:textbox\b"),
+}
+_UNREAD_IN_SLIDES = {"formulas": _FORMULA, "comments": re.compile(rb"<(?:p|p188):cm\b")}
+_UNREAD_IN_SHEETS = {
+    "cells with an error": re.compile(rb"<c\b[^>]*\bt=[\"']e[\"'][^>]*(?<!/)>"),
+    # a text may be empty, but no number
+    "formulas without a saved value": re.compile(
+        rb"<c\b(?![^>]*\bt=)[^>]*(?<!/)><f\b(?:[^>]*/>|[^>]*>[^<]*</f>)(?:<v\s*/>|<v></v>)?</c>"
+    ),
+    "text boxes": re.compile(rb"<xdr:txBody>(?:(?!</xdr:txBody>).)*?<a:t>", re.DOTALL),
+    "page headers": re.compile(rb"<(?:odd|even|first)Header>"),
+    "page footers": re.compile(rb"<(?:odd|even|first)Footer>"),
+}
 
 
 def read_docx(path: str) -> Sections:
@@ -29,9 +53,10 @@ def read_docx(path: str) -> Sections:
     mammoth = extras.load("mammoth", "a Word document")
     found = archive.check_office(path, "a Word document")
     left_out = _unread(found, "word/", _DRAWN | {"header": "page headers", "footer": "page footers"})
-    left_out["formulas"] = sum(found.get("word/document.xml", b"").count(tag) for tag in _FORMULAS)
+    left_out.update(_unread_in(found, "word/", _UNREAD_IN_WORD))
+    left_out["text boxes"] = max(0, left_out["text boxes"] - left_out.pop(_OLD_BOXES))  # read are those in the old form
     try:
-        with open(path, "rb") as file:
+        with _with_all_text(path, found) as file:
             source = mammoth.convert_to_html(
                 file,
                 style_map="comment-reference => sup",
@@ -46,7 +71,10 @@ def read_docx(path: str) -> Sections:
 def read_pptx(path: str) -> Sections:
     """The text of a presentation, slide by slide, with tables and the speaker's notes; raises as `read_docx` does."""
     pptx = extras.load("pptx", "a presentation")
-    left_out = _unread(archive.check_office(path, "a presentation"), "ppt/", _DRAWN)
+    found = archive.check_office(path, "a presentation")
+    left_out = _unread(found, "ppt/", _DRAWN)
+    for folder in ("ppt/slides/", "ppt/comments/"):
+        left_out.update(_unread_in(found, folder, _UNREAD_IN_SLIDES))
     try:
         slides = [_slide(number, slide) for number, slide in enumerate(pptx.Presentation(path).slides, 1)]
     except Exception as error:
@@ -61,6 +89,7 @@ def read_spreadsheet(path: str) -> Sections:
     calamine = extras.load("python_calamine", "a spreadsheet")
     found = archive.check_office(path, "a spreadsheet")
     left_out = _unread(found, "xl/", _DRAWN | {"comments": "sheets' comments", "threadedComments": "comments"})
+    left_out.update(_unread_in(found, "xl/", _UNREAD_IN_SHEETS))
     for name, data in found.items():
         if (cells := _spanned(data)) > MOST_CELLS:
             raise UserError(
@@ -95,6 +124,22 @@ def _unread(found: Iterable[str], folder: str, kinds: dict[str, str]) -> Counter
     return Counter(kind for name in names for start, kind in kinds.items() if name.startswith(start))
 
 
+def _unread_in(found: Mapping[str, bytes], folder: str, kinds: Mapping[str, re.Pattern[bytes]]) -> Counter[str]:
+    texts = [data for name, data in found.items() if name.startswith(folder)]
+    return Counter({kind: sum(len(pattern.findall(data)) for data in texts) for kind, pattern in kinds.items()})
+
+
+def _with_all_text(path: str, found: Mapping[str, bytes]) -> IO[bytes]:
+    """A Word document without what stands around some of its text."""
+    if not any(_AROUND.search(data) for data in found.values()):
+        return open(path, "rb")
+    made = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w") as new:
+        for name, data in found.items():
+            new.writestr(name, _AROUND.sub(b"", data) if data else old.read(name))
+    return made
+
+
 def _some(sections: Sequence[Section], path: str, read: dict[str, int], left_out: Counter[str]) -> Sections:
     if not any(section.text.strip() for section in sections):
         raise UserError(f"{path} holds no text: what it shows may be pictures, run it through OCR first")
@@ -102,6 +147,9 @@ def _some(sections: Sequence[Section], path: str, read: dict[str, int], left_out
 
 
 def _slide(number: int, slide: Any) -> Section:
+    for ways in list(slide.element.iter(_TWO_WAYS)):  # the library passes over them
+        for shape in [shape for first in ways[:1] for shape in first]:
+            ways.addprevious(shape)
     shapes = slide.shapes
     title = " ".join(shapes.title.text_frame.text.split()) if shapes.title is not None else ""
     lines = [line for shape in shapes for line in _shape_lines(shape)]

@@ -43,8 +43,7 @@ class Sections(list[Section]):
 
     def __str__(self) -> str:
         read = _counted(self.read or {"sections": len(self)})
-        left_out = f"left out: {_counted(self.left_out)}" if self.left_out else "nothing was left out"
-        return f"read {read}, {sum(len(section.text) for section in self)} characters; {left_out}"
+        return f"read {read}, {sum(len(section.text) for section in self)} characters; {told(self.left_out)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +84,12 @@ def at_definitions(code: str, name: str) -> list[Section]:
         if text := "".join(lines[start:end]):
             sections.append(Section(f"{name}{SEPARATOR}{title}" if title else name, text))
     return sections
+
+
+def told(left_out: Mapping[str, int]) -> str:
+    """The end of a sentence about what was read; counts of zero are not told."""
+    counts = {name: count for name, count in left_out.items() if count}
+    return f"left out: {_counted(counts)}" if counts else "nothing was left out"
 
 
 def _counted(counts: Mapping[str, int]) -> str:

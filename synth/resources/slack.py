@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,9 +37,12 @@ _OTHERS += ("message_replied", "pinned_item", "reminder_add", "reminder_delete",
 HOUSEKEEPING |= dict.fromkeys((*_OTHERS, "unpinned_item"), _NOTICES)
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}\.json")
 PROFILE_NAMES = ("display_name", "real_name", "name")
 
 Message = Mapping[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 def read_export(path: str) -> Sections:
@@ -49,14 +54,27 @@ def read_export(path: str) -> Sections:
     found = _zip_files(Path(path)) if Path(path).is_file() else _folder_files(Path(path))
     users: dict[str, str] = {}
     channels: dict[str, list[Message]] = {}
+    unread: Counter[str] = Counter()
     for name, data in found:
-        content = files.parse_json(data, f"{path} is no Slack export: {name} in it")
         parts = PurePosixPath(name).parts
-        if parts[-1] == "users.json":
+        if parts[0] == "__MACOSX" or parts[-1].startswith("._"):  # a Mac's own notes about the files it packed
+            continue
+        is_day = len(parts) > 1 and bool(_DAY.fullmatch(parts[-1]))
+        if not is_day and parts[-1] != "users.json":
+            unread["files that are neither users.json nor a day of a channel"] += 1
+            continue
+        try:
+            content = dicts(files.parse_json(data, f"{path}: {name} in it"))
+        except UserError as error:
+            log.warning("%s: left out", error)
+            unread["files that cannot be read"] += 1
+            continue
+        if is_day:
+            channels.setdefault(parts[-2], []).extend(content)
+        else:
             users |= _names(content)
-        elif len(parts) > 1 and isinstance(content, list):
-            channels.setdefault(parts[-2], []).extend(message for message in content if isinstance(message, dict))
     sections = _sections(channels, users)
+    sections.left_out.update(unread)
     if not sections:
         raise UserError(f"{path} is no Slack export: expected users.json and a folder of JSON files for every channel")
     return sections
@@ -128,14 +146,16 @@ def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:
         yield file.relative_to(path).as_posix(), file.read_bytes()
 
 
-def _names(users: Iterable[Any]) -> dict[str, str]:
-    names = {}
-    for user in users:
-        if isinstance(user, dict):
-            profile = user.get("profile") or {}
-            found = [*(profile.get(name) for name in PROFILE_NAMES), user.get("real_name"), user.get("name"), "?"]
-            names[str(user.get("id"))] = next(filter(None, found))
-    return names
+def _names(users: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {
+        str(user.get("id")): _name(user.get("profile")) or str(user.get("real_name") or user.get("name") or "?")
+        for user in users
+    }
+
+
+def _name(profile: Any) -> str:
+    found = (profile.get(name) for name in PROFILE_NAMES) if isinstance(profile, dict) else ()
+    return str(next(filter(None, found), ""))
 
 
 def _sections(channels: Mapping[str, Iterable[Message]], users: Mapping[str, str]) -> Sections:
@@ -200,7 +220,9 @@ def _line(message: Message, users: Mapping[str, str], counts: _Counts) -> str:
             continue
         inside = file.get("plain_text") or file.get("preview_plain_text") or file.get("preview") or ""
         text = f"{text} [file: {title}]" + (f"\n{inside}" if inside else "")
+        is_cut = file.get("preview_is_truncated") or file.get("lines_more")
         counts.left_out["files, but for their names"] += not inside
+        counts.left_out["files, but for their beginnings"] += bool(inside and is_cut)
     if not (text := text.strip()):
         counts.left_out["messages without words"] += 1
         return ""
@@ -213,11 +235,8 @@ def _who(message: Message, users: Mapping[str, str]) -> str:
     """The name of a message's author: from users.json, or else from the message, if that is of another workspace."""
     if known := users.get(str(message.get("user"))):
         return known
-    for key in ("user_profile", "bot_profile"):
-        profile = message.get(key)
-        names = [profile.get(name) for name in PROFILE_NAMES] if isinstance(profile, dict) else []
-        if any(names):
-            return str(next(filter(None, names)))
+    if said := _name(message.get("user_profile")) or _name(message.get("bot_profile")):
+        return said
     return str(message.get("username") or message.get("user") or "someone")
 
 

@@ -14,6 +14,7 @@ DEEPEST = 40  # elements inside of elements; Slack's own go five deep
 
 _MENTION = re.compile(r"<([@#!])([^|>]+)(?:\|([^>]*))?>")
 _LINK = re.compile(r"<((?:https?|mailto|tel):[^|>]+)(?:\|([^>]*))?>")
+_STYLE = re.compile(r"(?<!\w)[*_~`]+|[*_~`]+(?!\w)")
 _ENTITIES = (("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&"))
 _NAMED = ("pretext", "author_name", "title", "label", "text", "description", "value", "alt_text", "hint", "footer")
 _NESTED = ("elements", "fields", "rows", "blocks", "accessory", "element", "attachments", "message_blocks", "message")
@@ -24,8 +25,9 @@ def text_of(message: Mapping[str, Any], users: Users) -> str:
     text = _plain(str(message.get("text") or ""), users)
     pieces = [text] if text.strip() else []
     blocks = dicts(message.get("blocks"))
-    # what a person types comes both as text and as one block of rich text
-    if not pieces or [block.get("type") for block in blocks] != ["rich_text"]:
+    # What a person types comes both as text and as one block of rich text. An app's text may be a mere hint at its own.
+    is_app = message.get("bot_id") or message.get("subtype") == "bot_message"
+    if not pieces or is_app or [block.get("type") for block in blocks] != ["rich_text"]:
         pieces = _joined(pieces, "\n".join(_words(block, users) for block in blocks))
     for attachment in dicts(message.get("attachments")):
         own = _words({key: value for key, value in attachment.items() if key != "fallback"}, users)
@@ -34,15 +36,15 @@ def text_of(message: Mapping[str, Any], users: Users) -> str:
 
 
 def _joined(pieces: list[str], more: str) -> list[str]:
-    """The pieces together with `more`, but without any of them that another says already."""
-    more = more.strip()
-    if not more or any(_squeezed(more) in _squeezed(piece) for piece in pieces):
+    """The pieces together with `more`, but without any whose lines all stand in another."""
+    if any(_lines(more) <= _lines(piece) for piece in [*pieces, ""]):
         return pieces
-    return [*(piece for piece in pieces if _squeezed(piece) not in _squeezed(more)), more]
+    return [*(piece for piece in pieces if not _lines(piece) <= _lines(more)), more.strip()]
 
 
-def _squeezed(text: str) -> str:
-    return re.sub(r"\W+", "", text)
+def _lines(text: str) -> set[str]:
+    """The lines that say something, without Slack's marks of bold, italic, struck and code."""
+    return {" ".join(_STYLE.sub("", line).split()) for line in text.split("\n") if line.strip()}
 
 
 def _words(node: Mapping[str, Any], users: Users) -> str:

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
-from collections import Counter
 from pathlib import Path
 
 from cartridges_jax.command_line import files
+from cartridges_jax.command_line.errors import UserError
 from synth.resources import extras, rst
 from synth.resources.sections import Heading, Section, Sections, at_definitions, at_headings
 
-_DIRECTIVES = re.compile(r"^[ \t]*\.\. (include|literalinclude|toctree|image|figure)::", re.MULTILINE)
+_DECLARATION = re.compile(rb"(?:charset|coding)\s*[:=]\s*[\"']?([\w.-]+)")  # of XML, HTML, Python, Emacs and Vim
+_LATIN = (b"iso-8859-1", b"latin", b"ascii", b"us-ascii")  # often declared for what is Windows' form of it
+_BEGINNING = 2**16  # bytes
 PROSE_SUFFIXES = ("", ".txt", ".log")  # other texts of a folder are code, as far as their lines look like it
 
 
 def read(path: str) -> str:
     """The text of a file. Raises: FileNotFoundError, UserError: it is not there, holds no text, or is not UTF-8."""
-    return files.read_text(path, "a text file: set config.resource.path")
+    text = files.read_text(path, "a text file: set config.resource.path")
+    if "\0" in text:
+        raise UserError(f"{path} holds zero bytes: it is no text, or UTF-16 without a byte-order mark, convert it")
+    return text
 
 
 def decode(data: bytes) -> str:
-    """Decodes a text of unknown encoding: it is UTF-8, perhaps damaged, or else Latin-1 or Windows' form of that."""
+    """Decodes a text of unknown encoding: UTF-8, perhaps damaged, or what it declares, or what its bytes look like."""
     try:
         return files.decode(data)
     except UnicodeDecodeError:
         pass
+    if (declared := _DECLARATION.search(data[:_BEGINNING])) and not declared[1].lower().startswith(_LATIN):
+        with contextlib.suppress(LookupError, ValueError):
+            return data.decode(declared[1].decode())
     text = data.decode("utf-8", "replace")
     damaged = text.count(files.REPLACEMENT)
     if sum(not character.isascii() for character in text) > 2 * damaged:  # UTF-8 with a few bytes that are not
         return text
+    high = re.findall(rb"[\x80-\xff]+", data)
+    if sum(map(len, high)) > 2 * len(high):  # in Latin letters such bytes stand alone
+        sample = data[: data.rfind(b"\n", 0, _BEGINNING) + 1 or None]
+        best = extras.load("charset_normalizer", "a text that is not UTF-8").from_bytes(sample).best()
+        if best is not None:
+            return data.decode(best.encoding, "replace")
     try:
         return data.decode("cp1252")
     except UnicodeDecodeError:
@@ -56,17 +71,14 @@ def markdown_headings(text: str) -> list[Heading]:
 
 
 def read_rst(path: str) -> Sections:
-    """A reStructuredText file as it stands. Files that its directives name are not read, but counted."""
-    text = read(path)
-    unread = Counter(f"files named by {name}" for name in _DIRECTIVES.findall(text))
-    return Sections(at_headings(text, rst.headings(text), Path(path).name), left_out=unread)
+    return rst.sections_of(read(path), Path(path).name)
 
 
-def split(text: str, path: Path, name: str) -> list[Section]:
+def split(text: str, path: Path, name: str) -> Sections:
     """Cuts one text of a folder into sections, as its suffix tells."""
     suffix = path.suffix.lower()
     if suffix in (".md", ".markdown"):
-        return at_headings(text, markdown_headings(text), name)
+        return Sections(at_headings(text, markdown_headings(text), name))
     if suffix == ".rst":
-        return at_headings(text, rst.headings(text), name)
-    return [Section(name, text)] if suffix in PROSE_SUFFIXES else at_definitions(text, name)
+        return rst.sections_of(text, name)
+    return Sections([Section(name, text)] if suffix in PROSE_SUFFIXES else at_definitions(text, name))

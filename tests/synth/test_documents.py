@@ -114,6 +114,55 @@ def test_a_presentation(tmp_path: Path):
     assert found.told == "p.pptx: read 2 slides, 70 characters; left out: 1 slides without text"
 
 
+def test_words_that_the_library_for_word_passes_over(tmp_path: Path):
+    run = "<w:r><w:t>{}</w:t></w:r>".format
+    ruby = f"<w:ruby><w:rubyPr/><w:rt>{run('kan')}</w:rt><w:rubyBase>{run('base')}</w:rubyBase></w:ruby>"
+    field = f'<w:fldSimple w:instr="TITLE">{run("a title")}</w:fldSimple><w:bdo w:val="rtl">{run(" turned")}</w:bdo>'
+    choice = '<w:fldChar w:fldCharType="begin"><w:ffData><w:ddList></w:ddList></w:ffData></w:fldChar>'
+    box = '<wps:txbx xmlns:wps="x">hidden</wps:txbx>'
+    body = f"<w:p><w:r>{ruby}</w:r></w:p><w:p>{field}</w:p><w:p><w:r>{choice}</w:r><w:r>{box}</w:r></w:p>"
+    found = read(make_docx(tmp_path / "a.docx", body))
+    assert found.to_string().split() == ["base", "a", "title", "turned"]
+    assert found.told.endswith("1 readings above words, 1 drop-down fields, 1 text boxes")
+
+
+def test_shapes_of_slides_that_may_be_shown_in_two_ways(tmp_path: Path):
+    made = pptx.Presentation()
+    slide = made.slides.add_slide(made.slide_layouts[6])
+    slide.shapes.add_textbox(0, 0, Inches(1), Inches(1)).text_frame.text = "In both ways"
+    made.save(str(tmp_path / "p.pptx"))
+    with zipfile.ZipFile(tmp_path / "p.pptx") as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    choice = b'<mc:AlternateContent xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"><mc:Choice>'
+    formula = b'<m:oMath xmlns:m="x"/></mc:Choice><mc:Fallback/></mc:AlternateContent>'
+    xml = (
+        members["ppt/slides/slide1.xml"]
+        .replace(b"<p:sp>", choice + b"<p:sp>")
+        .replace(b"</p:sp>", b"</p:sp>" + formula)
+    )
+    members |= {"ppt/slides/slide1.xml": xml, "ppt/comments/comment1.xml": b"<p:cmLst><p:cm id='1'/><p:cm/></p:cmLst>"}
+    found = read(zipped(tmp_path / "p.pptx", members))
+    assert found.to_string() == "In both ways\n\n"
+    assert found.told.endswith("left out: 1 formulas, 2 comments")
+
+
+def test_what_a_spreadsheet_shows_beside_its_values(tmp_path: Path):
+    path = tmp_path / "s.xlsx"
+    with xlsxwriter.Workbook(path) as book:
+        sheet = book.add_worksheet()
+        sheet.write_row(0, 0, ["a", "b", "c"])
+        sheet.write_formula(1, 0, "=1/0", None, "#DIV/0!")
+        sheet.write_formula(1, 1, "=1+1", None, "")
+        sheet.write_formula(1, 2, "=1+1", None, 2)
+        sheet.insert_textbox(3, 3, "In a box")
+        sheet.set_header("&LAbove")
+    found = read(path)
+    assert found.to_string() == "row 1\nc: 2\n\n"
+    assert found.told.endswith(
+        "left out: 1 cells with an error, 1 formulas without a saved value, 1 text boxes, 1 page headers"
+    )
+
+
 def test_a_spreadsheet(tmp_path: Path):
     path = tmp_path / "s.xlsx"
     with xlsxwriter.Workbook(path, {"default_date_format": "yyyy-mm-dd"}) as book:
@@ -147,7 +196,8 @@ def make_epub(path: Path, **changes: str) -> Path:
         '<opf:item id="lost" href="lost.xhtml" media-type="application/xhtml+xml"/>'
         '<opf:item id="extra" href="extra.xhtml" media-type="application/xhtml+xml"/>'
         '<opf:item id="pic" href="a.png" media-type="image/png"/></opf:manifest><opf:spine><opf:itemref idref="cover"/>'
-        '<opf:itemref idref="one"/><opf:itemref idref="lost"/><opf:itemref idref="two"/></opf:spine></opf:package>',
+        '<opf:itemref idref="one"/><opf:itemref idref="lost"/><opf:itemref idref="unknown"/>'
+        '<opf:itemref idref="two"/></opf:spine></opf:package>',
         "OPS/one.xhtml": xhtml.format("T", "<h1>One</h1><p>First words, <a id='x'/>caf&#233;.</p>"),
         "OPS/text/two b.xhtml": xhtml.format("T", "<p>Before</p><h2>Two</h2><p>Last words.</p>"),
         "OPS/cover.xhtml": xhtml.format("Cover", "<img src='a.png'/>"),
@@ -160,8 +210,9 @@ def test_a_book(tmp_path: Path):
     found = read(make_epub(tmp_path / "b.epub"))
     assert names(found) == ["One", "T", "Two"]
     assert found.to_string().split("\n\n") == ["# One", "First words, café.\nBefore", "## Two", "Last words.\n"]
+    assert found.told.startswith("b.epub: read 2 pages, 3 sections, ")
     assert found.told.endswith(
-        "left out: 1 pages outside of the reading order, 1 pictures, 1 pages without text, 1 pages that are not there"
+        "left out: 2 pages that are not there, 1 pages outside of the reading order, 1 pictures, 1 pages without text"
     )
     locked = {"META-INF/encryption.xml": '<e><enc:CipherReference URI="OPS/one.xhtml"/></e>'}
     with pytest.raises(UserError, match="is protected against being read"):
@@ -208,6 +259,26 @@ def test_a_notebook(tmp_path: Path):
             read(path)
 
 
+@pytest.mark.parametrize(
+    ("output", "text", "left_out"),
+    [
+        ({"data": {"text/plain": "<IPython.core.display.Markdown object>", "text/markdown": "**It**"}}, "**It**", ""),
+        ({"data": {"text/plain": ["<a.B object at 0x7f>"], "text/html": "<b>It</b>"}}, "It", ""),
+        ({"data": {"text/plain": "<a.B object>", "image/png": ""}}, "<a.B object>", "1 pictures"),
+        ({"output_type": "error", "ename": "KeyError", "evalue": "'a'", "traceback": []}, "KeyError: 'a'", ""),
+        ({"output_type": "pyout", "html": ["<b>It</b>"]}, "It", ""),
+        ({"data": {"application/x.y+json": {}, "text/plain": "It"}}, "It", "1 outputs of type application/x.y+json"),
+    ],
+)
+def test_outputs_of_a_notebook(tmp_path: Path, output: dict[str, object], text: str, left_out: str):
+    path = tmp_path / "n.ipynb"
+    cells = [{"cell_type": "code", "outputs": [output]}, {"cell_type": "markdown", "source": "", "attachments": 3}]
+    path.write_text(json.dumps({"cells": cells}))
+    found = read(path)
+    assert found.to_string() == f"```\n{text}\n```\n"
+    assert found.told.endswith(f"left out: {left_out}" if left_out else "nothing was left out")
+
+
 RST = """Before.
 
 =====
@@ -230,6 +301,29 @@ Sub
 
 .. include:: other.txt
 
+.. toctree::
+   :hidden:
+
+   a
+   The next <b>
+
+.. tab::
+
+   .. figure:: x.png
+
+   .. literalinclude:: a.py
+
+.. |picture| image:: y.png
+
+.. csv-table:: Numbers
+   :file: a.csv
+
+.. automodule:: a
+
+.. code-block:: rst
+
+   .. include:: no.txt
+
 Last
 ====
 """
@@ -241,7 +335,17 @@ def test_restructured_text_keeps_every_character(tmp_path: Path):
     found = read(path)
     assert found.to_string() == RST
     assert names(found) == ["a.rst", "Title", "Title > Sub", "Title > Sub > Last"]
-    assert found.sections[1].text.startswith("=====\nTitle") and found.told.endswith("1 files named by include")
+    assert found.sections[1].text.startswith("=====\nTitle")
+    assert found.told.endswith(
+        "2 pictures, 1 files named by include, 2 files named by toctree, 1 files named by literalinclude, "
+        "1 files named by csv-table, 1 files named by automodule"
+    )
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+def test_line_ends_of_restructured_text_in_a_folder(tmp_path: Path, end: str):
+    (tmp_path / "a.rst").write_bytes(RST.replace("\n", end).encode())
+    assert names(read(tmp_path)) == ["a.rst", "Title", "Title > Sub", "Title > Sub > Last"]
 
 
 def test_documents_in_a_folder_and_attached_to_a_letter(tmp_path: Path):
@@ -261,7 +365,9 @@ def test_documents_in_a_folder_and_attached_to_a_letter(tmp_path: Path):
     letter.add_attachment(b"PK", filename="b.docx", **kind)
     (tmp_path / "m.mbox").write_bytes(b"From x Mon Jan  1 10:00:00 2024\n" + letter.as_bytes())
     mails = mail.read_mbox(str(tmp_path / "m.mbox"))
-    assert "--- A.DOCX\n" in mails[0].text and "Some new words" in mails[0].text and mails.left_out.total() == 1
+    assert "--- A.DOCX\n" in mails[0].text and "Some new words" in mails[0].text
+    attached = "1 attachments of application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+    assert str(mails).endswith(f"left out: 1 page headers, 1 pictures and films, 1 formulas, {attached}")
 
 
 @pytest.mark.parametrize("suffix", ["docx", "pptx", "xlsx", "epub"])
@@ -269,6 +375,9 @@ def test_bombs_and_damage(tmp_path: Path, suffix: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(archive, "LARGEST", 2**22)
     path = tmp_path / f"a.{suffix}"
     with pytest.raises(FileNotFoundError, match="does not exist: expected"):
+        read(path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="is empty: expected"):
         read(path)
     path.write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read as"):

@@ -14,7 +14,7 @@ from stub_server import MODEL
 from test_self_study import Scorer
 
 from cartridges_jax.command_line.errors import UserError
-from synth import conversation
+from synth import conversation, given
 from synth.config import ClientConfig, ExistingConfig, GivenConfig, SynthConfig
 from synth.conversation import Conversation
 from synth.dry_run import describe
@@ -80,6 +80,22 @@ def test_questions_are_asked_as_they_stand_about_the_chunk_they_name(
     assert "given: read 4 questions, 1 of them answered, about 2 chunks; left out: 1 chunks that no" in (
         capsys.readouterr().out
     )
+
+
+def test_what_lies_beside_the_chunks_stops_no_run_and_is_counted(make_given: MakeConfig, tmp_path: Path):
+    chunks = {"cafe\u0301.md": "Coffee.", "empty.md": "", "._a.md": "\0", "deeper/d.md": "Deep.", "e.MD": "Loud."}
+    questions: dict[str, list[Any]] = {
+        "1.jsonl": [{"question": "What is it?", "chunk": "caf\u00e9.md"}],
+        "._1.jsonl": ["\0"],
+        "2.json": ["{}"],
+    }
+    config = make_given(path=folder(tmp_path / "beside", chunks, questions), num_conversations=1)
+    assert given.told(config) == (
+        "beside: read 1 questions, 0 of them answered, about 1 chunks; left out: 1 chunks that no question names, "
+        "3 files that are neither chunks/*.md nor questions/*.jsonl"
+    )
+    (one,) = make(config)
+    assert "Coffee." in one.system_prompt and one.metadata["chunk"] == "caf\u00e9.md"
 
 
 def test_the_same_again_and_after_a_stop(make_given: MakeConfig, tmp_path: Path):

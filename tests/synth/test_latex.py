@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cartridges_jax.command_line.errors import UserError
@@ -68,6 +68,7 @@ def test_a_paper_is_one_text(paper: Path, name: str, caplog: pytest.LogCaptureFi
 
 def test_comments():
     assert without_comments("a % b\n") == "a \n"
+    assert without_comments("a % b\rc % d\r\ne") == "a \nc \ne"
     assert without_comments("a\\% b \\\\% c\n") == "a\\% b \\\\\n"
     assert without_comments("  % whole\nnext\n") == "next\n"
     verbatim = "\\begin{verbatim}\n100 % sure\n\\end{verbatim}\n"
@@ -87,6 +88,12 @@ def test_comments():
         "\\begin{Verbatim}\n% kept \\begin{comment}\n\\end{Verbatim}",
         "\\lstnewenvironment{code}{}{}\n\\begin{code}\n% kept\n\\end{code}",
         r"\verb|\input{nothing}| \verb+\end{document}+ 50\% \\\% \verb|\\|",
+        "\\begin{semiverbatim}\n5 % 3\n\\end{semiverbatim} \\Verb|5 % 3|",
+        "\\newminted{python}{}\n\\begin{pythoncode}\n5 % 3\n\\end{pythoncode}",
+        "\\newtcblisting[auto counter]{listed}{}\n\\begin{listed}\n5 % 3\n\\end{listed}",
+        r"\MakeShortVerb{\|} |5 % 3| and |\end{document}|",
+        r"\newcommand{\finish}{\end{document}} \def\stop{\endinput} {\endinput}",
+        r"\ifdefined\x\endinput\fi \ifdefined\x \else \ifnum1=1 a\fi \endinput \fi",
     ],
 )
 def test_what_only_looks_like_a_comment_or_a_command(tmp_path: Path, kept: str, caplog: pytest.LogCaptureFixture):
@@ -158,6 +165,40 @@ Last.
     told = str(found)
     assert told.startswith("read 13 files, ")
     assert told.endswith("left out: 4 included files that are not there, 1 pictures, 1 \\bibliography")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        r"\def\inc#1{\input{#1}}\inc{part}",
+        r"\NewDocumentCommand{\inc}{m}{\input{#1}}\inc{part}",
+        r"\NewDocumentCommand\inc{m m}{\input{#2}}\inc{x}{part}",
+        r"\newcommand{\chap}[2]{\section{#1}\label{#2}\input{#2}}\chap{The \emph{first}}{part}",
+        "\\lstinputlisting[language={[LaTeX]TeX},\n  caption=It]{part.tex}",
+        r"\loadglsentries{part} \csvreader[head]{part.tex}{}{\x}" + "\\input%\n  {part}",
+        r"\markdownInput{part.tex} \csvautotabular{part.tex} \DTLloaddb{data}{part.tex}",
+        r"\pgfplotstabletypeset[sep=comma]{part.tex} \pgfplotstabletypeset{\data}",
+    ],
+)
+def test_every_way_to_name_a_file(tmp_path: Path, command: str):
+    (tmp_path / "part.tex").write_text("Words.")
+    (tmp_path / "main.tex").write_text(f"\\documentclass{{a}}\\begin{{document}}{command}\\end{{document}}")
+    found = latex.read(str(tmp_path))
+    assert "".join(section.text for section in found).count("Words.") == command.count("{part")
+    assert not found.left_out
+
+
+def test_files_that_are_not_read_are_counted(tmp_path: Path):
+    for name in ("README.md", "src/a.py", "supplement.tex", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\\documentclass{a}")
+    command = r"\newcommand{\inc}[2][x]{\input{#2}}\inc{supplement} \newmintedfile{python}{} \pythonfile{src/a.py}"
+    (tmp_path / "main.tex").write_text(r"\documentclass{a}\begin{document}" + command)
+    assert str(latex.read(str(tmp_path))).endswith(
+        "left out: 1 files that a macro's argument names, 1 \\newmintedfile, "
+        "3 files of the folder that the document does not include"
+    )
+    assert "of the folder" not in str(latex.read(str(tmp_path / "main.tex")))
 
 
 def test_files_that_include_one_another_end(tmp_path: Path):
@@ -244,6 +285,7 @@ def test_what_is_no_source():
         arxiv.unpack(b"\x1f\x8b\x08nonsense", "it")
 
 
+@settings(deadline=None)  # the first noise imports a library that guesses encodings
 @given(st.binary(max_size=2000), st.integers(0, 400))
 def test_no_bytes_do_anything_but_a_sentence(noise: bytes, place: int):
     """Archives that were damaged anywhere give texts or a ValueError."""

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import base64
+import functools
 import json
 import os
 import subprocess
 import zipfile
+from collections.abc import Callable
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,28 @@ def write(path: Path, content: str | bytes) -> Path:
 def test_a_text_file_is_its_very_text(tmp_path: Path):
     text = "  One.\r\n\nTwo — é.\n"
     assert read(write(tmp_path / "a.txt", text), tmp_path).to_string() == Path(tmp_path / "a.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("gbk", "这是一个关于机器学习的文本文件。模型的训练需要大量的数据。"),
+        ("cp932", "これは日本語のテキストです。モデルの訓練にはデータが必要です。"),
+        ("cp1251", "Это текст на русском языке, в котором много слов."),
+        ("koi8-r", "# -*- coding: koi8-r -*- Это язык."),
+        ("cp1251", "<?xml version='1.0' encoding='windows-1251'?><p>Это текст.</p>"),
+        ("cp1252", "<meta charset=iso-8859-1>Die Größe „fünf“ wäre höher, le café a été créé."),
+    ],
+)
+def test_texts_that_are_not_utf_8(tmp_path: Path, encoding: str, words: str):
+    write(tmp_path / "folder" / "a.txt", f"{words}\n".encode(encoding))
+    assert read(tmp_path / "folder", tmp_path).to_string() == f"File: a.txt\n\n{words}\n\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html"])
+def test_utf_16_without_a_mark_is_no_text(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match="holds zero bytes"):
+        read(write(tmp_path / name, "words".encode("utf-16-le")), tmp_path)
 
 
 MARKDOWN = """Before.
@@ -192,6 +217,13 @@ def test_a_name_that_occurs_twice_in_json_is_told_twice(tmp_path: Path):
         assert said.split() == f"{where}a: first {where}b/c: 1 {where}b/c: {{}} {where}a/0: second".split()
 
 
+def test_numbers_of_json_are_as_they_are_written(tmp_path: Path):
+    numbers = ("1.10", "12345678901234567890.123", "1e400", "-0", "7" * 5000)
+    text = "[" + ", ".join(numbers) + ", true, null]"
+    expected = "".join(f"{i}: {number}\n" for i, number in enumerate([*numbers, "true", "null"])) + "\n"
+    assert read(write(tmp_path / "t.json", text), tmp_path).to_string() == expected
+
+
 def test_json_lines_are_counted_from_one(tmp_path: Path):
     found = read(write(tmp_path / "t.jsonl", '{"q": "who"}\n\n{"q": "why"}\n'), tmp_path)
     assert names(found) == ["1", "3"] and "3/q: why" in found.to_string()
@@ -210,6 +242,31 @@ def test_csv_rows_stand_alone(tmp_path: Path):
     assert named.to_string() == "row 1\na: 1\nb;c: 2\n\n"
     with pytest.raises(UserError, match="has no row below its first"):
         read(write(tmp_path / "u.csv", "a,b\n"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('id;"Umsatz (EUR, netto, brutto)"\n1;5,30\n', [{"id": "1", "Umsatz (EUR, netto, brutto)": "5,30"}]),
+        ('a,b\n"He said \\"hi, there\\"",2\n', [{"a": 'He said "hi, there"', "b": "2"}]),
+        ('a,b\n1, "one, two"\n', [{"a": "1", "b": "one, two"}]),
+        (
+            'a\tb\n1\t"open\n2\tx\n3\t"y" z\n',
+            [{"a": "1", "b": '"open'}, {"a": "2", "b": "x"}, {"a": "3", "b": '"y" z'}],
+        ),
+        ('a,b\n"x,\ny",1\n', [{"a": "x,\ny", "b": "1"}]),
+        ('a,b\n"C:\\dir\\","say ""hi"""\n', [{"a": "C:\\dir\\", "b": 'say "hi"'}]),
+    ],
+)
+def test_csv_as_programs_write_it(tmp_path: Path, text: str, rows: list[dict[str, str]]):
+    written = (f"row {i}\n" + "".join(f"{k}: {v}\n" for k, v in row.items()) + "\n" for i, row in enumerate(rows, 1))
+    found = read(write(tmp_path / "t.csv", text), tmp_path)
+    assert found.to_string() == "".join(written) and found.told.endswith("nothing was left out")
+
+
+def test_csv_with_a_quote_that_is_not_closed(tmp_path: Path):
+    found = read(write(tmp_path / "t.csv", "a,b\n" + '"x, y",1\n' * 9 + '"z,1\nq,2\n'), tmp_path)
+    assert "q,2" in found.to_string() and found.told.endswith("left out: 1 quotes that are not closed")
 
 
 HTML = """<!doctype html><html><head><title>The  page</title><style>p {}</style></head><body>
@@ -237,6 +294,36 @@ def test_html_is_what_a_reader_sees(tmp_path: Path):
         read(write(tmp_path / "q.html", "<script>1</script>"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<head><title>T</title><p>words", "words"),
+        ("<head><title>T<p>words", "T\n\nwords"),
+        ("a<nav><ul><li>b</ul><p>c", "a\n\n- b\n\nc"),
+        ("<h2><button>Why?</button></h2>So.", "## Why?\n\nSo."),
+        ("10<sup>6</sup>, x<sup>n+1</sup>, the 1<sup>st</sup>, Ca<sup>2+</sup>", "10^6, x^(n+1), the 1st, Ca^2+"),
+        ("so<a href=#n><sup>12</sup></a>, so<sup><a href=#n>[3]</a></sup>", "so[12], so[3]"),
+        ("<li><sup>12</sup> A note.", "- 12 A note."),
+        ("<ruby>漢<rt>kan</rt></ruby><ruby>字<rp>(</rp><rt>ji</rt><rp>)</rp></ruby>", "漢(kan)字(ji)"),
+        ("<p>a<![CDATA[ & b]]>", "a & b"),
+        ("a<form>b<fieldset>c<select><option>d<option>e</select></form>f<center>g", "a\n\nb\n\nc\n\nd\n\ne\n\nf\n\ng"),
+        ("<pre>\n  x = 1\ny\n</pre>", "  x = 1\ny"),
+    ],
+)
+def test_html_as_it_is_written(page: str, text: str):
+    assert html.to_text(page) == f"{text}\n"
+
+
+def test_what_is_left_out_of_html_is_counted(tmp_path: Path):
+    page = "<nav>a</nav><nav></nav>Words<button>b</button><noscript>c</noscript><img src=d><svg><title>e</title></svg>"
+    found = read(write(tmp_path / "p.html", page + "<iframe src=f></iframe><template>g</template>"), tmp_path)
+    assert found.to_string() == "Words\n"
+    assert found.told.endswith(
+        "left out: 1 navigation menus, 1 buttons, 1 texts for browsers without scripts, 2 pictures, 1 frames"
+        ", 1 templates"
+    )
+
+
 def test_html_of_any_depth():
     assert "deep" in html.to_text("<div>" * 20_000 + "deep")
 
@@ -257,6 +344,36 @@ def test_pdf_pages(tmp_path: Path):
     assert found.to_string() == "The first page.\n\nThe third.\n\n"
     inside = read(make_pdf(write(tmp_path / "d" / "x.txt", "y").parent / "b.pdf", ["In a folder."]).parent, tmp_path)
     assert names(inside) == ["b.pdf > page 1", "x.txt"] and "File: b.pdf\n\nIn a folder." in inside.to_string()
+
+
+def test_a_pdf_with_notes_and_a_form(tmp_path: Path):
+    made = fpdf.FPDF()
+    made.add_page()
+    made.set_font("Helvetica", size=12)
+    made.multi_cell(0, text="Words.")
+    made.text_annotation(x=10, y=10, text="Not so.")
+    made.link(10, 10, 5, 5, "https://a.b")
+    made.output(str(tmp_path / "plain.pdf"))
+    writer = pypdf.PdfWriter(clone_from=tmp_path / "plain.pdf")
+    name, string, array, mapping = (
+        getattr(pypdf.generic, f"{kind}Object") for kind in ("Name", "TextString", "Array", "Dictionary")
+    )
+    values = {"Path": ("Tx", string("/a")), "Agreed": ("Btn", name("/Yes")), "Sent": ("Btn", name("/Off"))}
+    values["Signed"] = ("Sig", mapping())
+    fields = [
+        mapping({name("/T"): string(title), name("/FT"): name(f"/{kind}"), name("/V"): value})
+        for title, (kind, value) in values.items()
+    ]
+    form = {name("/Fields"): array(map(writer._add_object, fields))}
+    writer.root_object[name("/AcroForm")] = mapping(form)
+    writer.write(tmp_path / "a.pdf")
+    found = read(tmp_path / "a.pdf", tmp_path)
+    assert found.to_string() == "Words.\n\nNote: Not so.\n\nPath: /a\nAgreed: Yes\n\n"
+    assert names(found) == ["page 1", "form"] and "read 1 pages, " in found.told
+    form[name("/Fields")] = array(fields)  # which the format does not allow
+    writer.root_object[name("/AcroForm")] = mapping(form)
+    writer.write(tmp_path / "b.pdf")
+    assert read(tmp_path / "b.pdf", tmp_path).told.endswith("left out: 1 forms that cannot be read")
 
 
 def test_pdfs_that_cannot_be_read(tmp_path: Path):
@@ -367,6 +484,86 @@ def test_a_letter_between_pictures_and_one_whose_plain_form_is_empty(tmp_path: P
     first, second, third = read_mails(tmp_path, mixed.encode(), empty.encode(), damaged)
     assert "Still words." in third.text
     assert "Above.\nBelow.\nList's footer" in first.text and "Only here." in second.text
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        b"From bob@x 2024-01-02 10:00:00\n",
+        b"From MAILER-DAEMON\n",
+        b"From - Di Jan 02 10:00:00 2024\n",
+        b"From bob@x Tue, 2 Jan 2024 10:00:00 +0000\n",
+    ],
+)
+def test_letters_below_envelopes_of_several_forms(tmp_path: Path, envelope: bytes):
+    parts = b"Subject: one\nContent-Type: multipart/mixed; boundary=x\n\n--x\n\nHello.\n--x--\n"
+    body = b"\nFrom Mon 10:00 to Fri 17:30, 2024\nNote: bring a pen\n\nFrom Mon 9:00, 2024\nNote: and paper\n\n"
+    stored = b"From a@b Mon Jan  1 10:00:00 2024\n" + parts + b"\n" + envelope + b"Received: now\nSubject: two\n" + body
+    found = mail.read_mbox(str(write(tmp_path / "m.mbox", stored)))
+    assert [section.name for section in found] == ["one", "two"]
+    assert "Note: bring a pen\n\nFrom Mon 9:00, 2024\nNote: and paper" in found[1].text
+
+
+def test_the_forms_and_ends_of_a_letter(tmp_path: Path):
+    def parts(kind: str, *inside: str, behind: str = "") -> bytes:
+        return (
+            f"Content-Type: {kind}; boundary=x\n\n" + "".join(f"--x\n{p}\n" for p in inside) + f"--x--\n{behind}"
+        ).encode()
+
+    stub = "Content-Type: text/plain\n\nYour program shows no HTML."
+    page = f"Content-Type: text/html\n\n<p>{'What it says. ' * 20}</p>"
+    calendar = "Content-Type: text/calendar\n\n" + "RULE\n" * 99 + "LOCATION:Oslo"
+    report = "Content-Type: message/delivery-status\n\nReporting-MTA: dns; x\n\nFinal-Recipient: a@b\nStatus: 5.1.1"
+    abuse = "Content-Type: message/feedback-report\n\nFeedback-Type: abuse"
+    clear_below = b"Content-Transfer-Encoding: base64\n\nSGVsbG8u\n\n_______________\nList mailing list\n"
+    letters = read_mails(
+        tmp_path,
+        parts("multipart/alternative", stub, page),
+        parts("multipart/alternative", "\nAt three in Oslo.", calendar),
+        parts("multipart/report", report, abuse, behind="The list's footer.\n"),
+        clear_below,
+    )
+    forms, meeting, reports, clear = (letter.text for letter in letters)
+    assert "What it says." in forms and "no HTML" not in forms
+    assert "At three in Oslo." in meeting and "LOCATION:Oslo" in meeting
+    for words in ("Status: 5.1.1", "Feedback-Type: abuse", "The list's footer."):
+        assert words in reports
+    assert clear == "Hello.\n_______________\nList mailing list\n\n"
+    assert str(letters).endswith("nothing was left out")
+
+
+@pytest.mark.parametrize(
+    ("label", "codec", "words"),
+    [
+        ("gb2312", "gbk", "\u670b\u53cb\u5011"),
+        ("shift_jis", "cp932", "\u2460 \u30c6\u30b9\u30c8"),
+        ("ks_c_5601-1987", "cp949", "\ub620\ubc29\uac01\ud558"),
+        ("iso-8859-1", "cp1252", "\u201cfive\u201d \u20ac"),
+    ],
+)
+def test_charsets_as_letters_label_them(tmp_path: Path, label: str, codec: str, words: str):
+    coded = base64.b64encode(words.encode(codec)).decode()
+    subject = f"Subject: =?{label}?B?{coded}?=\n"
+    plain = f"{subject}Content-Type: text/plain; charset={label}\n\n".encode() + words.encode(codec) + b"\xff.\n"
+    page = f'Content-Type: text/html\n\n<meta charset="{label}">'.encode() + words.encode(codec)
+    raw = b"Subject: caf\xe9\n\nwords\n"
+    first, second, third = read_mails(tmp_path, plain, page, raw)
+    assert first.name == words and words in first.text and words in second.text and third.name == "caf\u00e9"
+
+
+def test_letters_in_files_of_other_names(tmp_path: Path):
+    letter = b"Thread-Topic: one\nSubject: one\n\nHello.\n"
+    stored = b"From x Mon Jan  1 10:00:00 2024\n" + letter
+    root = tmp_path / "folder"
+    paths = (
+        write(root / "a.eml", letter),
+        write(root / "Inbox", stored),
+        write(root / "Work.mbox" / "mbox", stored).parent,
+    )
+    for path in paths:
+        assert read(path, tmp_path).to_string() == "Subject: one\n\nHello.\n\n"
+    write(root / "notes.txt", "From here on at 10:00:\nno letter.\n")
+    assert names(read(root, tmp_path)) == ["Inbox > one", "Work.mbox/mbox > one", "a.eml > one", "notes.txt"]
 
 
 def test_letters_inside_of_letters_without_end(tmp_path: Path):
@@ -548,6 +745,49 @@ def test_a_slack_message_is_what_its_last_edit_left(tmp_path: Path):
     assert text == "10:00 Ada L: final" and "read 1 messages" in told and "2 deleted messages" in told
 
 
+def test_a_slack_message_keeps_what_only_looks_as_if_it_were_said_twice(tmp_path: Path):
+    hidden = {"type": "rich_text", "elements": [{"type": "text", "text": "The disk is full."}]}
+    snippet = {"name": "a.py", "preview": "x = 1", "lines_more": 90}
+    text, told = slack_text(
+        tmp_path,
+        at(0, text="-5", attachments=[{"text": "15"}]),
+        at(1, text="C++", attachments=[{"text": "C"}, {"text": "\U0001f44d"}]),
+        at(2, text="New alert", blocks=[hidden], bot_id="B1"),
+        at(3, text="*Same*  words", attachments=[{"text": "Same words"}]),
+        at(4, files=[snippet]),
+    )
+    assert text.split("\n") == [
+        *("10:00 Ada L: -5", "15"),
+        *("10:01 Ada L: C++", "C", "\U0001f44d"),
+        *("10:02 Ada L: New alert", "The disk is full."),
+        "10:03 Ada L: *Same*  words",
+        *("10:04 Ada L: [file: a.py]", "x = 1"),
+    ]
+    assert told.endswith("left out: 1 files, but for their beginnings")
+
+
+@pytest.mark.parametrize("users", [None, 3, [{"id": "U1", "profile": "x", "name": "Ada L"}, 4]])
+def test_a_slack_export_that_was_packed_anew(tmp_path: Path, users: Any):
+    members = {
+        "top/users.json": json.dumps(users),
+        "top/channels.json": "[]",
+        "top/general/canvas_in_the_conversation.json": "[]",
+        "top/general/2024-01-01.json": json.dumps([at(0, text="words")]),
+        "top/general/2024-01-02.json": "",
+        "top/general/._2024-01-01.json": "\0",
+        "__MACOSX/top/general/2024-01-01.json": "\0",
+    }
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    found = slack.read_export(str(tmp_path / "export.zip"))
+    assert [section.name for section in found] == ["#general, 2024-01-01"]
+    assert str(found).startswith("read 1 messages, 1 channels, ")
+    assert str(found).endswith(
+        "left out: 2 files that are neither users.json nor a day of a channel, 1 files that cannot be read"
+    )
+
+
 def test_no_slack_export(tmp_path: Path):
     with pytest.raises(UserError, match="is not a zip file"):
         read(write(tmp_path / "a.zip", "no"), tmp_path)
@@ -602,3 +842,23 @@ def test_what_no_person_wrote_is_left_out_of_a_folder_and_counted(tmp_path: Path
     assert found.to_string() == "File: kept.txt\n\nkept\n\n"
     for words in ("1 pipes and devices", "1 files of more than 1048576 bytes", "3 files of more than 268435456 bytes"):
         assert words in found.told
+
+
+def test_what_may_not_be_read_stops_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = tmp_path / "folder"
+    for name in ("kept.txt", "secret.txt", "closed/a.txt"):
+        write(root / name, "words")
+    write(root / "empty.docx", "")
+    write(root / "list.rst", "Words.\n\n.. toctree::\n\n   one\n   two\n")
+
+    def refuse(path: Path, function: Callable[[Path], Any]) -> Any:
+        if path.name in ("secret.txt", "closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(path)
+
+    for what, function in (("read_bytes", Path.read_bytes), ("iterdir", Path.iterdir)):
+        monkeypatch.setattr(Path, what, functools.partialmethod(refuse, function))
+    found = read(root, tmp_path)
+    assert found.to_string().startswith("File: kept.txt\n\nwords\n\nFile: list.rst\n\nWords.")
+    expected = "left out: 2 files and folders that may not be read, 1 empty files, 2 files named by toctree"
+    assert found.told.endswith(expected)
