@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 import cartridges_jax as cj
-from cartridges_jax.serving.engine import Engine
+from cartridges_jax.serving.engine import PAGE_SIZE, Engine
 from cartridges_jax.serving.generate import run
 from cartridges_jax.serving.scheduler import Prefix, Request, Scheduler, Token
 from cartridges_jax.serving.warmup import Warmup
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def shared_step(model: cj.LanguageModel, slots: int, n: int, rounds: int) -> None:
-    positions = n * (PROMPT + ANSWER + 128) + slots + 128
+    positions = n * (PROMPT + ANSWER + 2 * PAGE_SIZE) + slots + PAGE_SIZE  # so many that all run together
     engine = Engine(model, n, slots + PROMPT + ANSWER + 8, cache_tokens=positions, batch_sizes=[n])
     scheduler = Scheduler(engine, n)
     prefixes = {"without": None, "with": cartridge(model, slots)}

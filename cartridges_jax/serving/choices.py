@@ -121,9 +121,9 @@ class Tokens:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def entry(self, token: int, logprob: float | None, as_id: bool) -> dict[str, Any]:
-        """The log-probability of a token. Its bytes join to the text, in which special tokens do not stand."""
-        raw = None if self.tokenizer.is_special(token) else list(self.tokenizer.token_bytes(token))
+    def entry(self, token: int, logprob: float | None, as_id: bool, is_shown: bool) -> dict[str, Any]:
+        """The log-probability of a token. The bytes of those that are shown join to the text."""
+        raw = list(self.tokenizer.token_bytes(token)) if is_shown else None
         name = f"token_id:{token}" if as_id else self.name(token)
         return {"token": name, "token_id": token, "logprob": logprob, "bytes": raw}
 
@@ -152,11 +152,12 @@ class Choice:
         skips = generation.skip_special_tokens
         if generation.tools is not None:
             names = [function["name"] for function in generation.tools.callable]
-            self._calls = CallParser(form := format_of(tokens.tokenizer), names)
+            self._calls = CallParser(form := format_of(tokens.tokenizer), names, generation.tools.parallel)
             skips &= not form.begin  # which may be such a token
         self._decoder = StreamDecoder(tokens.tokenizer, skip_special_tokens=skips)
         self._stops = StopStrings(generation.stops, generation.include_stops)
         self._offsets = Offsets(tokens)
+        self._min_tokens = request.logits.min_tokens if request.logits else 0
         self.num_tokens = self.cached_tokens = 0
         self.ended: float | None = None  # time.monotonic() of its end
         self.sum_logprobs = 0.0
@@ -207,12 +208,16 @@ class Choice:
     def _read_calls(self, parser: CallParser, delta: Delta) -> None:
         """Takes calls out of a text; a model that has called has stopped for that."""
         delta.text, delta.tool_calls = parser.push(delta.text)
+        if parser.is_done:
+            self.finish_reason = "stop"
         if self.finish_reason is not None:
             delta.text += parser.flush()
         if self.finish_reason == "stop" and parser.count:
             self.finish_reason = "tool_calls"
 
     def _certain(self, piece: str) -> str:
+        if self.num_tokens <= self._min_tokens:
+            return piece  # as in vLLM, no stop string begins before
         certain, stopped = self._stops.push(piece)
         if stopped:
             self.finish_reason = "stop"
@@ -222,9 +227,10 @@ class Choice:
         """Adds the prompt, with log-probabilities of all its tokens but the first."""
         first = self._request.prompt[0]
         delta.text = "".join(map(self._decoder.push, self._request.prompt))
-        entry = self._tokens.entry(first, None, self._generation.tokens_as_ids)
+        is_shown = self._is_text(first)
+        entry = self._tokens.entry(first, None, self._generation.tokens_as_ids, is_shown)
         delta.logprobs.append(entry | {"top_logprobs": []})
-        delta.offsets.append(self._offsets.push(first, self._is_text(first)))
+        delta.offsets.append(self._offsets.push(first, is_shown))
         for one in scored:
             self._tell(delta, one.sampled, True)
 
@@ -234,7 +240,9 @@ class Choice:
     def _tell(self, delta: Delta, sampled: Sampled, is_shown: bool) -> None:
         """Adds a token's log-probabilities."""
         as_ids, count = self._generation.tokens_as_ids, self._request.top_logprobs
+        is_shown &= self._is_text(sampled.token)
         alternatives = zip(sampled.top_ids[:count], sampled.top_logprobs[:count], strict=True)
-        best = [self._tokens.entry(token, logprob, as_ids) for token, logprob in alternatives]
-        delta.logprobs.append({**self._tokens.entry(sampled.token, sampled.logprob, as_ids), "top_logprobs": best})
-        delta.offsets.append(self._offsets.push(sampled.token, is_shown and self._is_text(sampled.token)))
+        best = [self._tokens.entry(token, logprob, as_ids, self._is_text(token)) for token, logprob in alternatives]
+        entry = self._tokens.entry(sampled.token, sampled.logprob, as_ids, is_shown)
+        delta.logprobs.append({**entry, "top_logprobs": best})
+        delta.offsets.append(self._offsets.push(sampled.token, is_shown))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -23,6 +24,8 @@ from cartridges_jax.serving.metrics import Metrics, TokenTimer
 from cartridges_jax.serving.protocol import ApiError, Fields, read_body, refuse, to_json, to_json_in_pieces
 from cartridges_jax.serving.requests import GenerationRequest, Reader, check_logprobs
 from cartridges_jax.serving.scheduler import Prefix
+
+logger = logging.getLogger(__name__)
 
 WRITE_SECONDS = 60.0  # for a reader that has stopped reading
 LONG_BODY = 1 << 13  # bytes; tokenizing more than this would hold up the event loop
@@ -61,12 +64,12 @@ class Completions:
 
         return handler
 
-    def speaking(self, dialect: Callable[[Reader, Fields], Dialect]) -> Handler:
+    def speaking(self, dialect: type[Dialect]) -> Handler:
         """The handler of a POST in an API of other words, which asks for one answer."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            spoken = dialect(self._reader, await read_body(request))
             try:
+                spoken = dialect(self._reader, await read_body(request))
                 generation = await asyncio.to_thread(spoken.read)
                 async with self._answering(generation) as answer:
                     if generation.stream:
@@ -74,14 +77,14 @@ class Completions:
                     deltas = await answer.all()
                     return web.json_response(spoken.whole(answer, deltas), dumps=to_json)
             except ApiError as error:
-                return spoken.refusal(error)
+                return dialect.refusal(error)
 
         return handler
 
     async def prepare(self, generation: GenerationRequest) -> tuple[GenerationRequest, Prefix | None]:
         """The request as it will be answered, and its cartridges, loaded. Raises: ApiError."""
         prefix = await self._catalog.prefix(generation.cartridges)
-        return await _in_mode_of(prefix, generation), prefix
+        return self._reader.fitted(await _in_mode_of(prefix, generation), prefix), prefix
 
     async def batch(self, request: web.Request) -> web.StreamResponse:
         """`{"requests": […]}`: the chat completions of all, in their order, as JSON or npz; or one of them, unwrapped.
@@ -209,6 +212,11 @@ async def _stream(request: web.Request, answer: Answer, writer: EventWriter) -> 
             await _send(response, writer.end())
         except ApiError as error:  # the status is out already
             await _send(response, writer.fail(error))
+        except ConnectionResetError:
+            raise
+        except Exception:
+            logger.exception("a streamed answer failed")
+            await _send(response, writer.fail(ApiError(500, "the server failed: its log says why", code="failed")))
         await response.write_eof()
     except ConnectionResetError:
         if request.transport is not None:

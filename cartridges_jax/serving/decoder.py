@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from cartridges_jax import kernels
 from cartridges_jax.kernels.decode_attention import KERNELS, chosen, decode_attention, ordered, rotate_and_write
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
-from cartridges_jax.kernels.gathered_matmul import has_kernel
+from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
 from cartridges_jax.models.block import Rope, block, decode_layer, embedded, norm, rope_table
 from cartridges_jax.models.config import LayerSettings, ModelConfig
 from cartridges_jax.models.params import Params, decode_specs, weight_specs
@@ -115,11 +116,21 @@ def forward(
     ropes = {kind: rope_table(positions_bt, kind, config.head_dim) for kind in dict.fromkeys(config.layers)}
     x_btd = embedded(weights["embed"], step.tokens, config).astype(weights["final_norm"].dtype)
     implementation = chosen(implementation)
+    if implementation == "cpu":
+        ropes = {kind: _kept(rope) for kind, rope in ropes.items()}
     metadata = ordered(step.metadata, cache.page_size, implementation)
     for i, (layer, kind) in enumerate(zip(weights["layers"], config.layers, strict=True)):
         seen = metadata.of_layer(i)
         x_btd, cache = _layer(layer, cache, x_btd, ropes[kind], step.slot_mapping, seen, kind, config, implementation)
     return norm(x_btd, weights["final_norm"], config), cache
+
+
+def _kept(rope: Rope) -> Rope:
+    """The same numbers as a product's result. XLA keeps that, and would work out a sine for every head and layer."""
+    b, t, half = rope[0].shape
+    table_1xh, first = jnp.concatenate(rope, axis=-1).reshape(1, b * t, 2 * half), np.zeros(1, np.int32)
+    kept_bth = gathered_matmul(table_1xh, first, jnp.eye(2 * half)[None], first).reshape(b, t, 2 * half)
+    return kept_bth[..., :half], kept_bth[..., half:]
 
 
 # one jit inside another: layers of one kind are traced once

@@ -11,7 +11,7 @@ from cartridges_jax.serving.answers import Answer
 from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.fields import Field, Kind, Route, Schema
 from cartridges_jax.serving.protocol import ApiError, Fields, refuse, text, to_json
-from cartridges_jax.serving.requests import GenerationRequest
+from cartridges_jax.serving.requests import GenerationRequest, Reader
 
 DONE = b"data: [DONE]\n\n"
 
@@ -33,6 +33,8 @@ class EventWriter(Protocol):
 class Dialect(Protocol):
     """One request of an API: it is made of a body, and first read."""
 
+    def __init__(self, reader: Reader, body: Fields): ...
+
     def read(self) -> GenerationRequest:
         """What is asked for. Raises: ApiError."""
 
@@ -41,7 +43,8 @@ class Dialect(Protocol):
 
     def writer(self, answer: Answer) -> EventWriter: ...
 
-    def refusal(self, error: ApiError) -> web.Response: ...
+    @staticmethod
+    def refusal(error: ApiError) -> web.Response: ...
 
 
 class ChunkWriter:

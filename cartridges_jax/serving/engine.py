@@ -126,7 +126,7 @@ class Engine:
     def head_pages(self, prefix: Prefix) -> int:
         cartridge: Any = prefix.cartridge
         lengths = cartridge.checked(self._config).all_lengths
-        return max(-(-int(lengths[:, own].sum()) // PAGE_SIZE) for own in self._heads)
+        return max(metadata.num_pages(int(lengths[:, own].sum())) for own in self._heads)
 
     def load(self, prefix: Prefix, slots: Sequence[int]) -> None:
         if not slots:  # a cartridge may have none
@@ -135,25 +135,20 @@ class Engine:
         keys, values, bias = cartridge.checked(self._config).at_offset(0, self._config).prefix
         keys, values = np.asarray(keys), np.asarray(values)
         bias = np.zeros(keys.shape[:3], np.float32) if bias is None else np.asarray(bias)
-        lengths = cartridge.all_lengths
-        laid = [self._by_device(a, lengths) for a in (keys, values, bias)]
-        num_head_pages = len(laid[0])
+        lengths, num_head_pages = cartridge.all_lengths, self.head_pages(prefix)
+        laid = [self._by_device(a, lengths, len(slots) * self.heads_per_page) for a in (keys, values, bias)]
         for i, first in enumerate(slots):
-            done = i * self.heads_per_page
-            count = min(num_head_pages - done, self.heads_per_page)
-            self._load(first, count, [a[done : done + count] for a in laid])
+            part = slice(i * self.heads_per_page, (i + 1) * self.heads_per_page)
+            count = min(num_head_pages - part.start, self.heads_per_page)
+            written = [a[part] for a in laid]
+            self._cache = steps.load_slots(self._cache, first, count, *written, mesh=self._mesh)
         starts = np.concatenate([slot_starts(lengths[:, own]) for own in self._heads], axis=1)
         self._loaded[slots[0]] = starts, lengths[:, self._heads.reshape(-1)]
 
-    def _by_device(self, slots: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Lays out the slots of each device's heads, [e, devices, z, …]; e is what the fullest device has."""
-        laid = [lay_out_slots(slots[:, :, own], lengths[:, own], PAGE_SIZE) for own in self._heads]
-        most = max(map(len, laid))
-        return np.stack([np.pad(a, [(0, most - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in laid], axis=1)
-
-    def _load(self, first: int, count: int, slots: Sequence[np.ndarray]) -> None:
-        full = [np.pad(a, [(0, self.heads_per_page - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in slots]
-        self._cache = steps.load_slots(self._cache, first, count, *full, mesh=self._mesh)
+    def _by_device(self, slots: np.ndarray, lengths: np.ndarray, num_head_pages: int) -> np.ndarray:
+        """Lays out the slots of each device's heads, [e, devices, z, …], where e is the number of head pages."""
+        laid = (lay_out_slots(slots[:, :, own], lengths[:, own], PAGE_SIZE, num_head_pages) for own in self._heads)
+        return np.stack(list(laid), axis=1)
 
     def copy(self, source: int, target: int, count: int) -> None:
         self._cache = steps.copy_page(self._cache, source, target, count, heads=self.heads_per_page, mesh=self._mesh)
@@ -313,7 +308,6 @@ class Engine:
         `rare_programs`, nothing is compiled.
         """
         first_pages, alternatives = BlockTable(range(self.pages_each)), (0, 1) if self._knows_greedy else (0,)
-        nothing = np.zeros((0, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
 
         def decode(size: int, num_top: int) -> None:
             table = BlockTable([0, 0])
@@ -327,11 +321,15 @@ class Engine:
             step = self._step([chunk] * rows, rows, size)
             self._cache = steps.prefill_step(self._weights, self._cache, step, **self._options)
 
+        def load() -> None:
+            page = np.zeros((self.heads_per_page, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
+            self._cache = steps.load_slots(self._cache, 0, 0, page, page, page[..., 0], mesh=self._mesh)
+
         sizes = [(size, count) for size, rows in self._prefill_sizes.rows.items() for count in rows]
         return [
             *(functools.partial(prefill, *one) for one in sizes),
             *(functools.partial(decode, size, num_top) for size in self._batch_sizes for num_top in alternatives),
-            functools.partial(self._load, 0, 0, (nothing, nothing, nothing[..., 0])),
+            load,
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear, 0),
             lambda: self.scored(self.score(Chunk([0], 0, first_pages), [0]), 1),

@@ -35,6 +35,7 @@ from cartridges_jax.serving.warmup import Warmup
 
 logger = logging.getLogger(__name__)
 
+QUIET_SECONDS = 30.0  # without a request, after which a program is compiled that would hold up the next one
 PROMPT = {"chat": "messages", "text": "prompt"}  # the field that is too long
 
 
@@ -133,8 +134,6 @@ class EngineThread:
         self._close(end)
 
     def _cycle(self, scheduler: Scheduler) -> None:
-        if not scheduler.has_work and self._inbox.empty() and self._warmup.run_rare():
-            return
         for pending in self._arrivals(wait=not scheduler.has_work):
             self._admit(scheduler, pending)
         for id, (pending, index) in self._live.items():
@@ -149,10 +148,19 @@ class EngineThread:
         self._post(updates)
 
     def _arrivals(self, wait: bool) -> list[PendingRequest]:
-        arrivals = [self._inbox.get()] if wait else []
+        arrivals = [self._next()] if wait else []
         while not self._inbox.empty():  # this thread is the only one that takes
             arrivals.append(self._inbox.get())
         return [pending for pending in arrivals if pending is not None]
+
+    def _next(self) -> PendingRequest | None:
+        """Waits for a request. Each time that none has come for a while, one of the rare programs is compiled."""
+        quiet: float | None = QUIET_SECONDS
+        while True:
+            try:
+                return self._inbox.get(timeout=quiet)
+            except queue.Empty:
+                quiet = QUIET_SECONDS if self._warmup.run_rare() else None
 
     def _admit(self, scheduler: Scheduler, pending: PendingRequest) -> None:
         """Submits the choices of a request: all of them or none."""
@@ -175,11 +183,18 @@ class EngineThread:
 
     def _complete(self, pending: PendingRequest, request: Request) -> Request:
         """The request with what only this thread knows. Raises: ApiError, if it does not fit."""
+        if not request.prompt:
+            raise ApiError(
+                400, "the prompt is empty: give at least one token", PROMPT[pending.generation.kind], "invalid_value"
+            )
         most, max_tokens = most_tokens(self._engine, pending.prefix), pending.generation.max_tokens
         if max_tokens is None:
             max_tokens = max(most - len(request.prompt), 1)
         if len(request.prompt) + max_tokens > most:
             raise _overflow(pending, most, len(request.prompt), max_tokens)
+        if request.logits is not None and request.logits.min_tokens > max_tokens:
+            message = f"min_tokens is {request.logits.min_tokens}, expected at most {max_tokens}: so many tokens fit"
+            raise ApiError(400, message, "min_tokens", "invalid_value")
         return replace(request, prefix=pending.prefix, max_tokens=max_tokens, deadline=pending.deadline)
 
     def _reject(self, pending: PendingRequest, error: ApiError) -> None:

@@ -77,7 +77,7 @@ class FieldTable:
             if name not in known and name not in NEUTRAL and values.get(name) is not None:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else "/openapi.json lists the fields that there are"
-                refuse(name, values.get(name), f"nothing: this route has no such field ({hint})")
+                refuse(name[:80], values.get(name), f"nothing: this route has no such field ({hint})")
         return {name: field.read(values) for name, field in known.items()}
 
     def schema(self, route: Route) -> Schema:
@@ -91,6 +91,7 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
     flag, text = Kind(protocol.read_flag, FLAG), Kind(protocol.text, TEXT)
     count, best = _integer(1, SEEDS), _integer(0, max_top_logprobs)
     ids = Kind(partial(_token_ids, vocab_size), IDS | {"maxItems": MAX_TOKEN_IDS})
+    some = Kind(partial(_token_ids, vocab_size, least=1), ids.schema | {"minItems": 1})
     chat: tuple[Route, ...] = ("chat",)
     only_text: tuple[Route, ...] = ("text",)
     template: tuple[Route, ...] = ("chat", "tokenize")
@@ -121,7 +122,7 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
             Field("presence_penalty", _number(-2, 2), "What a token loses for being in the answer.", 0.0),
             Field("repetition_penalty", _number(0.01, 100), "Divides logits of tokens that were there.", 1.0),
             Field("logit_bias", Kind(partial(_bias, vocab_size), {"type": "object"}), "Adds to tokens' logits.", ()),
-            Field("allowed_token_ids", ids, "The only tokens that may be drawn."),
+            Field("allowed_token_ids", some, "The only tokens that may be drawn."),
             Field("bad_words", _WORDS, "Texts that are never written.", ()),
             # where it ends
             Field("max_tokens", count, "The most tokens of an answer.", routes=chat),
@@ -130,7 +131,7 @@ def generation_fields(max_top_logprobs: int, max_choices: int, vocab_size: int) 
             Field("stop", _STOPS, "Texts that end the answer.", ()),
             Field("stop_token_ids", ids, "Tokens that end the answer.", ()),
             Field("ignore_eos", flag, "Goes on behind the model's own end.", False),
-            Field("min_tokens", _integer(0, SEEDS), "So many tokens come before any that ends the answer.", 0),
+            Field("min_tokens", _integer(0, SEEDS - 1), "So many tokens come before any that ends the answer.", 0),
             # its form, and what it may call
             Field("response_format", Kind(read_response_format, {"type": "object"}), "A type, or a JSON schema."),
             Field("structured_outputs", Kind(read_structured_outputs, {"type": "object"}), "vLLM's json, regex, …"),
@@ -194,9 +195,9 @@ def _number(low: float, high: float) -> Kind:
     return Kind(read, {"type": "number", "minimum": low, "maximum": high})
 
 
-def _token_ids(vocab_size: int, name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > MAX_TOKEN_IDS:
-        refuse(name, value, f"a list of at most {MAX_TOKEN_IDS} token ids")
+def _token_ids(vocab_size: int, name: str, value: object, least: int = 0) -> tuple[int, ...]:
+    if not isinstance(value, list) or not least <= len(value) <= MAX_TOKEN_IDS:
+        refuse(name, value, f"a list of {least} to {MAX_TOKEN_IDS} token ids")
     return protocol.token_ids(name, value, vocab_size)
 
 

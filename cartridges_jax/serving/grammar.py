@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_GRAMMARS = 64  # that are kept compiled
+MAX_CHARACTERS = 1 << 19  # of one grammar
 # The work for one mask, for which all other requests wait, takes at most about a tenth of a second.
-LIMITS = {"step_lexer_fuel": 20_000, "initial_lexer_fuel": 200_000}
+LIMITS = {"step_lexer_fuel": 20_000, "initial_lexer_fuel": 200_000, "step_max_items": 10_000}
+LIMITS["max_grammar_size"] = 20_000  # parts of rules; 2,000 properties of a schema have as many
+STACK_BYTES = 1 << 29  # of address space, for a rule within a rule within …; those of `MAX_CHARACTERS` need half of it
 # Any amount of space would let a model write nothing else.
 JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,16}"}
 ANY_OBJECT = '{"type": "object"}'
+_STACK_SIZE = threading.Lock()
 FORMS = ("json", "regex", "choice", "grammar", "json_object")  # of `structured_outputs`
 
 
@@ -43,8 +49,10 @@ def read_response_format(name: str, value: object) -> Grammar | None:
     kind = fields.get("type")
     if kind == "text":
         return None
-    if kind == "json_object":
+    if kind == "json_object" and fields.get("schema") is None:
         return Grammar("json", ANY_OBJECT, name)
+    if kind == "json_object":  # llama.cpp and others let its schema stand beside it
+        return read_grammar("json", f"{name}.schema", fields.get("schema"))
     if kind != "json_schema":
         refuse(f"{name}.type", kind, "text, json_object or json_schema")
     schema = Fields(fields.get("json_schema"), f"{name}.json_schema").get("schema", {})
@@ -103,6 +111,20 @@ class GrammarCompiler:
         return lambda: GrammarConstraint(compiled.deep_copy(), self._tokenizer.vocab_size, stop_ids)
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
+        if len(grammar.text) > MAX_CHARACTERS:
+            message = f"{grammar.param} has {len(grammar.text)} characters, expected at most {MAX_CHARACTERS}"
+            raise ApiError(400, message, grammar.param, "invalid_grammar")
+        with _STACK_SIZE:  # of all threads that begin meanwhile
+            before = threading.stack_size(STACK_BYTES)
+            try:
+                thread = ThreadPoolExecutor(1)
+                made = thread.submit(self._compile_here, grammar)
+            finally:
+                threading.stack_size(before)
+        with thread:
+            return made.result()
+
+    def _compile_here(self, grammar: Grammar) -> llguidance.LLMatcher:
         import llguidance
 
         try:
@@ -112,7 +134,9 @@ class GrammarCompiler:
                 made = llguidance.grammar_from(grammar.form, grammar.text)
             limits, vocabulary = llguidance.LLParserLimits(**LIMITS), self._tokenizer.grammar_vocabulary
             matcher = llguidance.LLMatcher(vocabulary, made, log_level=0, limits=limits)
-            reason = matcher.get_error()
+            first = matcher.deep_copy()  # its mask takes the most work, and may be too much
+            first.compute_bitmask()
+            reason = matcher.get_error() or first.get_error()
         except ValueError as error:
             matcher, reason = None, str(error)
         if matcher is None or reason:
@@ -122,24 +146,28 @@ class GrammarCompiler:
 
 
 class GrammarConstraint:
-    """The masks of one answer, as `Engine.sample` takes them; the engine's thread makes it."""
+    """The masks of one answer, as `Engine.sample` takes them; the engine's thread makes it.
+
+    Where the grammar meets one of its limits it `is_broken`, and the answer ends.
+    """
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_ids: frozenset[int]):
         import numpy as np
 
         self._matcher = matcher
+        self.is_broken = False
         self._mask = np.zeros((1, -(-vocab_size // 32)), np.int32)
         self._ends = np.zeros_like(self._mask)
         np.bitwise_or.at(self._ends.view(np.uint32)[0], [i // 32 for i in stop_ids], [1 << i % 32 for i in stop_ids])
 
     def mask(self) -> np.ndarray:
-        """The bits of the tokens that may come next; only the end, if the grammar has met one of its limits."""
+        """The bits of the tokens that may come next; only the end, if there are none."""
         from llguidance.numpy import fill_next_token_bitmask
 
-        if self._matcher.is_error():
-            return self._ends[0]
-        fill_next_token_bitmask(self._matcher, self._mask, 0)
-        return self._mask[0] if self._mask.any() else self._ends[0]
+        if not self._matcher.is_error():
+            fill_next_token_bitmask(self._matcher, self._mask, 0)
+        self.is_broken = self._matcher.is_error()
+        return self._ends[0] if self.is_broken or not self._mask.any() else self._mask[0]
 
     def take(self, token: int) -> None:
         """The next token is this one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,9 +13,10 @@ from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.dialects import event, joined_text, passed_on, read_list, renamed
 from cartridges_jax.serving.fields import FieldTable
 from cartridges_jax.serving.parts import Part, Parts, Step, parts_of
-from cartridges_jax.serving.protocol import ApiError, Fields, refuse, text, to_json
+from cartridges_jax.serving.protocol import ApiError, Fields, object_of, refuse, text, to_json
 from cartridges_jax.serving.requests import GenerationRequest, Reader
 
+THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 NAMES = {"stop": "stop_sequences"}  # what the chat calls the fields of a message
 TEXTS = ("text",)
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -69,6 +69,8 @@ class Message:
         asked = TABLE.read(self._body, "messages")
         choice = Fields(asked["tool_choice"], "tool_choice")
         thinking = Fields(asked["thinking"], "thinking").get("type")
+        if thinking not in (None, *THINKING):
+            refuse("thinking.type", thinking, f"one of {', '.join(THINKING)}")
         messages = _messages(asked["system"], asked["messages"])
         chat = {
             **{name: asked[name] for name in ("model", "cartridges", "max_tokens", "temperature", "top_p", "top_k")},
@@ -80,7 +82,7 @@ class Message:
             "parallel_tool_calls": not choice.flag("disable_parallel_tool_use"),
         }
         if thinking is not None:
-            chat["chat_template_kwargs"] = {"enable_thinking": thinking != "disabled"}
+            chat["chat_template_kwargs"] = {"enable_thinking": THINKING[thinking]}
         if messages[-1]["role"] == "assistant":  # the answer goes on with what it begins with
             chat |= {"add_generation_prompt": False, "continue_final_message": True}
         try:
@@ -95,7 +97,8 @@ class Message:
     def writer(self, answer: Answer) -> MessageWriter:
         return MessageWriter(answer)
 
-    def refusal(self, error: ApiError) -> web.Response:
+    @staticmethod
+    def refusal(error: ApiError) -> web.Response:
         response = error.response()
         response.text = to_json(_error(error))
         return response
@@ -161,16 +164,7 @@ def _block(part: Part) -> dict[str, Any]:
     """A part of an answer as a content block."""
     if not part.name:
         return {"type": "text", "text": part.text}
-    return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": _arguments(part.text)}
-
-
-def _arguments(written: str) -> dict[str, Any]:
-    """A call's arguments; those of a call that was cut are none."""
-    try:
-        arguments = json.loads(written)
-    except ValueError:
-        return {}
-    return arguments if isinstance(arguments, dict) else {}
+    return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": object_of(part.text)}
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
@@ -232,18 +226,21 @@ def _assistant(where: str, blocks: object) -> dict[str, Any]:
 
 def _user(where: str, blocks: object) -> Iterator[dict[str, Any]]:
     """What tools gave, each a message, and what the user says."""
-    said = ""
+    said, is_result = "", False
     for i, value in enumerate(read_list(where, blocks)):
         block = Fields(value, f"{where}[{i}]")
         kind = block.get("type")
         if kind == "text":
             said += text(f"{where}[{i}].text", block.get("text"))
         elif kind == "tool_result":
+            is_result = True
+            id = text(f"{where}[{i}].tool_use_id", block.get("tool_use_id"))
             given = joined_text(f"{where}[{i}].content", block.get("content", ""), TEXTS)
-            yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": given}
+            given = f"Error: {given}" if block.flag("is_error") else given
+            yield {"role": "tool", "tool_call_id": id, "content": given}
         else:
             refuse(f"{where}[{i}].type", kind, "text or tool_result")
-    if said:
+    if said or not is_result:
         yield {"role": "user", "content": said}
 
 

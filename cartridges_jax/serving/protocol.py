@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import reprlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from aiohttp import web
@@ -25,6 +26,7 @@ RETRY_AFTER_SECONDS = 1
 MAX_STOP_LENGTH = 1024  # characters
 TAG, END_TAG = "<cartridge>", "</cartridge>"
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+MAX_DEPTH = 200  # of lists and objects within one another; Python's JSON gives up at about 900, wherever it is then
 to_json = functools.partial(json.dumps, allow_nan=False)  # NaN is no JSON, and nobody else could read it
 PIECE = 64  # items of a list that are encoded at once
 
@@ -37,6 +39,46 @@ def to_json_in_pieces(value: Any) -> str:
         pieces = (to_json(value[i : i + PIECE])[1:-1] for i in range(0, len(value), PIECE))
         return f"[{', '.join(pieces)}]"
     return to_json(value)
+
+
+def from_json(written: str | bytes, finite: bool = True) -> Any:
+    """The value that JSON stands for, if `to_json` can write it, too: of `finite` numbers, and not too deep.
+
+    Raises: ValueError, as `json` does.
+    """
+    number = _finite if finite else float
+    try:
+        value = json.loads(written, parse_constant=number, parse_float=number)
+    except RecursionError:
+        raise UserError(f"it is nested deeper than {MAX_DEPTH} times") from None
+    opened = (b"[", b"{") if isinstance(written, bytes) else ("[", "{")
+    may_be_deep = sum(map(written.count, opened)) > MAX_DEPTH
+    inner = _containers([value]) if may_be_deep else []
+    for _ in range(MAX_DEPTH):
+        if not inner:
+            return value
+        inner = [part for whole in inner for part in _containers(whole.values() if isinstance(whole, dict) else whole)]
+    raise UserError(f"it is nested deeper than {MAX_DEPTH} times")
+
+
+def object_of(written: str) -> dict[str, Any]:
+    """The object that a model wrote as JSON; an empty one, if it was cut, or is none."""
+    try:
+        value = from_json(written)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if type(value) in (dict, list)]
+
+
+def _finite(written: str) -> float:
+    value = float(written)
+    if not math.isfinite(value):
+        raise UserError(f"{written[:20]} is no finite number")
+    return value
 
 
 class ApiError(Exception):
@@ -106,10 +148,10 @@ async def read_body(request: web.Request) -> Fields:
         async with asyncio.timeout(BODY_SECONDS):
             raw = await request.read()
         raw = _unpacked(raw, request.headers.get("Content-Encoding", "").strip().lower(), request.client_max_size)
-        return Fields(json.loads(raw), size=len(raw))
+        return Fields(from_json(raw, finite=False), size=len(raw))  # a number's field says what it may be
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 
 
@@ -197,8 +239,8 @@ def _read_call(where: str, value: object) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
+            arguments = from_json(arguments or "{}")
+        except ValueError:
             refuse(f"{where}.function.arguments", arguments, "JSON")
     if not isinstance(arguments, dict):
         refuse(f"{where}.function.arguments", arguments, "a JSON object")
@@ -280,6 +322,6 @@ def _split(content: str) -> tuple[str, list[str]]:
 
 def _read_tag(tag: str) -> Reference:
     try:
-        return read_reference("<cartridge>", json.loads(tag))
-    except (ValueError, RecursionError):
+        return read_reference("<cartridge>", from_json(tag))
+    except ValueError:
         refuse("<cartridge>", tag, 'JSON like {"id": "manual", "source": "local"}')

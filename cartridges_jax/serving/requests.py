@@ -20,7 +20,7 @@ from cartridges_jax.serving import tools as toolbox
 from cartridges_jax.serving.fields import generation_fields
 from cartridges_jax.serving.grammar import GrammarCompiler, without
 from cartridges_jax.serving.protocol import SEEDS, ApiError, Fields, refuse, shorten
-from cartridges_jax.serving.scheduler import Constraint, Engine, LogitsRules, Request, most_tokens
+from cartridges_jax.serving.scheduler import Constraint, Engine, LogitsRules, Prefix, Request, most_tokens
 from cartridges_jax.serving.store import CartridgeStore, Reference
 from cartridges_jax.serving.tools import Tools, grammar_of
 
@@ -50,6 +50,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None  # so many alternatives at each token of the prompt; None: nothing about it
     fingerprint: bool = False  # Tokasaurus' `system_fingerprint` with the token ids
     echo: bool = False  # the prompt is told in front of the answer
+    truncates: bool = False  # prompts lose their beginning where they do not fit
     packed: bool = False  # and with log-probabilities, instead of `logprobs`
     # The prompt in a mode of thinking, of a chat that does not say which: then it is the cartridge's.
     in_mode: Callable[[bool | None], tuple[int, ...]] | None = None
@@ -105,7 +106,7 @@ class Reader:
         conversation = self._conversation(fields)
 
         def prompt_of(thinking: bool | None = None) -> tuple[int, ...]:
-            return self._truncated(conversation.prompt_of(thinking), fields, max_tokens)
+            return _truncated(conversation.prompt_of(thinking), fields)
 
         return self._read_shared(
             fields,
@@ -127,7 +128,7 @@ class Reader:
         prompts = self._read_prompts(fields, bool(cartridges))
         return self._read_shared(
             fields,
-            [self._truncated(prompt, fields, fields["max_tokens"]) for prompt in prompts],
+            [_truncated(prompt, fields) for prompt in prompts],
             fields["logprobs"] or 0,
             kind="text",
             model=model,
@@ -144,6 +145,8 @@ class Reader:
         Raises: ApiError.
         """
         fields = self.table.read(body, "tokenize")
+        if fields["messages"] is not None and fields["prompt"] is not None:
+            refuse("prompt", fields["prompt"], "either messages or a prompt")
         if fields["messages"] is None:
             protocol.text("prompt", fields["prompt"])
             model, cartridges = self._read_model(fields, ())
@@ -206,7 +209,7 @@ class Reader:
                 if key in ("messages", "tools", "add_generation_prompt", "continue_final_message"):
                     refuse(f"{name}.{key}", value, f"{key} beside {name}, not in it")
                 if key != "enable_thinking" and key not in self._tokenizer.template_variables:
-                    refuse(f"{name}.{key}", value, "nothing: the model's chat template does not read it")
+                    refuse(f"{name}.{key[:80]}", value, "nothing: the model's chat template does not read it")
                 given[key] = value
         return {key: value for key, value in given.items() if key != "enable_thinking"}
 
@@ -261,6 +264,7 @@ class Reader:
             tokens_as_ids=fields["return_tokens_as_token_ids"],
             prompt_logprobs=prompt_logprobs,
             packed=packed,
+            truncates=fields["truncate_prompt_tokens"] == -1,
         )
         check_logprobs(self.num_logprobs(generation), "top_logprobs" if generation.kind == "chat" else "logprobs")
         return generation
@@ -293,12 +297,13 @@ class Reader:
                 refuse(name, fields[name], f"nothing beside {grammar.param}: the grammar says where the answer ends")
         return self._compiler.constraint(grammar)
 
-    def _truncated(self, prompt: tuple[int, ...], fields: dict[str, Any], max_tokens: int | None) -> tuple[int, ...]:
-        """The end of a prompt that is asked for; of -1 tokens, what leaves room for the answer."""
-        most = fields["truncate_prompt_tokens"]
-        if most == -1:
-            most = max(most_tokens(self._engine, None) - (max_tokens or 1), 1)
-        return prompt if most is None else prompt[max(len(prompt) - most, 0) :]
+    def fitted(self, generation: GenerationRequest, prefix: Prefix | None) -> GenerationRequest:
+        """The request with as much of its prompts' ends as fits behind its cartridges, if it asks for that."""
+        if not generation.truncates:
+            return generation
+        most = max(most_tokens(self._engine, prefix) - (generation.max_tokens or 1), 1)
+        ends = tuple(replace(request, prompt=request.prompt[-most:]) for request in generation.requests)
+        return replace(generation, requests=ends)
 
     def num_logprobs(self, generation: GenerationRequest) -> int:
         """The most log-probabilities that are kept until its answers are complete; none if they are streamed."""
@@ -357,6 +362,12 @@ class Reader:
             raise ApiError(404, message, "model", "model_not_found")
         protocol.check_cartridges(self._store, [Reference(id)], "model", "model_not_found")
         return Reference(id)
+
+
+def _truncated(prompt: tuple[int, ...], fields: dict[str, Any]) -> tuple[int, ...]:
+    """The end of a prompt that is asked for; where that is what fits, `Reader.fitted` takes it."""
+    most = fields["truncate_prompt_tokens"]
+    return prompt if most in (None, -1) else prompt[max(len(prompt) - most, 0) :]
 
 
 def check_logprobs(count: int, param: str) -> None:

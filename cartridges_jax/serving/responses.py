@@ -16,7 +16,7 @@ from cartridges_jax.serving.choices import Delta
 from cartridges_jax.serving.dialects import event, joined_text, passed_on, read_list, renamed
 from cartridges_jax.serving.fields import FieldTable
 from cartridges_jax.serving.parts import Part, Parts, Step, parts_of
-from cartridges_jax.serving.protocol import ApiError, Fields, refuse, text
+from cartridges_jax.serving.protocol import ApiError, Fields, refuse, text, to_json
 from cartridges_jax.serving.requests import GenerationRequest, Reader
 
 TEXTS = ("input_text", "output_text", "text")
@@ -62,10 +62,10 @@ class Response:
 
     def __init__(self, reader: Reader, body: Fields):
         self._reader, self._body = reader, body
-        self._asked: dict[str, Any] = {}
+        self._echoed: dict[str, Any] = {}  # what its response repeats
 
     def read(self) -> GenerationRequest:
-        asked = self._asked = TABLE.read(self._body, "responses")
+        asked = TABLE.read(self._body, "responses")
         for name in read_list("include", asked["include"]):
             if name != REASONING:
                 refuse("include", name, "nothing of this: the answer is all that is told")
@@ -78,6 +78,17 @@ class Response:
             "tool_choice": asked["tool_choice"] and _nested("tool_choice", asked["tool_choice"]),
             "response_format": _response_format(Fields(asked["text"], "text")),
         }
+        self._echoed = {
+            **{name: asked[name] for name in ECHOED},
+            "tool_choice": asked["tool_choice"] or "auto",
+            "text": {"format": {"type": "text"}} | asked["text"],
+            "metadata": self._body.get("metadata", {}),
+        }
+        for name, value in self._echoed.items():
+            try:
+                to_json(value)
+            except ValueError:
+                refuse(name, value, "JSON, of finite numbers")
         try:
             return self._reader.chat(Fields(chat, size=self._body.size))
         except ApiError as error:
@@ -89,7 +100,8 @@ class Response:
     def writer(self, answer: Answer) -> ResponseWriter:
         return ResponseWriter(self, answer)
 
-    def refusal(self, error: ApiError) -> web.Response:
+    @staticmethod
+    def refusal(error: ApiError) -> web.Response:
         return error.response()
 
     def told(
@@ -109,10 +121,7 @@ class Response:
             "error": error and {"code": error.code or "server_error", "message": error.message},
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "usage": _usage(answer) if finish_reason else None,
-            **{name: self._asked[name] for name in ECHOED},
-            "tool_choice": self._asked["tool_choice"] or "auto",
-            "text": {"format": {"type": "text"}} | self._asked["text"],
-            "metadata": self._body.get("metadata", {}),
+            **self._echoed,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
@@ -148,7 +157,8 @@ class ResponseWriter:
 
     def _step(self, step: Step) -> Iterator[bytes]:
         kind, part, piece = step
-        item = item_of(self._answer, part, "in_progress" if kind == "open" else "completed")
+        ended = "incomplete" if self._finish_reason == "length" else "completed"
+        item = item_of(self._answer, part, "in_progress" if kind == "open" else ended)
         place = {"output_index": part.index}
         inside = place | {"item_id": item["id"]} | ({} if part.name else {"content_index": 0})
         said = "function_call_arguments" if part.name else "output_text"

@@ -42,21 +42,28 @@ def sample(
       processed: what tokens are drawn from, if requests have had their logits changed.
     """
     normalizer_b1 = normalizer(logits)
-    # a row without one is taken to be certain of its first token, so that it costs the others no further search
-    certain_v = jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER)
-    logits = jnp.where(jnp.isnan(normalizer_b1), certain_v, logits)
-    drawn_from = logits if processed is None else jnp.where(jnp.isnan(normalizer_b1), certain_v, processed)
+    is_broken_b = jnp.isnan(normalizer_b1)[:, 0]
+    drawn_from = logits if processed is None else processed
+
+    def whole(logits: Array) -> Array:
+        """A broken row taken to be certain of its first token, so that it costs the others no further search."""
+        certain_v = jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER)
+        return jnp.where(is_broken_b[:, None], certain_v, logits)
+
     top_logits_bj, top_ids_bj = jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)
-    token_b = best_b = _best(drawn_from)
+    token_b = best_b = jnp.where(is_broken_b, 0, _best(drawn_from))
     if not is_greedy:
+        # logits are mended where a branch needs them so: most steps take neither, and a copy of all costs time
         top_logits_bj, top_ids_bj = jax.lax.cond(
             (params.num_top > 0).any(),
-            lambda: tuple(jax.lax.top_k(logits, num_top)),
+            lambda: tuple(jax.lax.top_k(whole(logits), num_top)),
             lambda: (top_logits_bj, top_ids_bj),
         )
         is_random_b = params.temperature > 0
         token_b = jax.lax.cond(
-            is_random_b.any(), lambda: jnp.where(is_random_b, _draw(drawn_from, params), best_b), lambda: best_b
+            is_random_b.any(),
+            lambda: jnp.where(is_random_b, _draw(whole(drawn_from), params), best_b),
+            lambda: best_b,
         )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1

@@ -158,7 +158,9 @@ class Engine(Protocol):
 
 
 class Constraint(Protocol):
-    """What restricts a request's next token by those before it, as a grammar does."""
+    """What restricts a request's next token by those before it, as a grammar does; if it `is_broken`, no more."""
+
+    is_broken: bool
 
     def mask(self) -> Any:
         """The tokens that may come next, as `Engine.sample` takes them."""
@@ -533,7 +535,7 @@ class Scheduler:
         seq.answer.append(sampled.token)
         self._events.append(Token(request.id, sampled))
         if sampled.token in request.stop_ids:
-            self._end(seq, "stop")
+            self._end(seq, "length" if seq.constraint and seq.constraint.is_broken else "stop")
         elif len(seq.answer) == request.max_tokens:
             self._end(seq, "length")
         elif seq.constraint is not None:

@@ -9,9 +9,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cartridges_jax.command_line.progress import stage
+from cartridges_jax.command_line.progress import printable, stage
 
-START_SECONDS = 300.0  # a server that has not started by then never will
+START_SECONDS = 900.0  # a server that has not started by then never will
+SECONDS_BETWEEN_LOOKS = 1.0  # at the server's log, while it starts
 STOP_SECONDS = 10.0  # after which it is killed
 
 
@@ -26,7 +27,7 @@ def server_process(flags: Sequence[str], log: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     with process:  # which waits for its end
         try:
-            with stage("starting the server and compiling its programs"):
+            with stage("starting the server and compiling its programs"), _progress_from(log):
                 url = _ready_url(process, log)
             yield url
         finally:
@@ -35,6 +36,27 @@ def server_process(flags: Sequence[str], log: Path) -> Iterator[str]:
                 process.wait(timeout=STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@contextlib.contextmanager
+def _progress_from(log: Path) -> Iterator[None]:
+    """Prints what the server says about the programs that it compiles, as it says it."""
+    is_ready = threading.Event()
+
+    def follow() -> None:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            while not is_ready.wait(SECONDS_BETWEEN_LOOKS):
+                for line in lines:
+                    if line.startswith("compiling: "):
+                        print(printable(line.rstrip()), file=sys.stderr, flush=True)
+
+    follower = threading.Thread(target=follow, name="progress", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        is_ready.set()
+        follower.join()
 
 
 def _ready_url(process: subprocess.Popen[str], log: Path) -> str:

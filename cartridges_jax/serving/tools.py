@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from cartridges_jax.models.tokenizer import Tokenizer
 from cartridges_jax.serving.grammar import JSON_OPTIONS, Grammar
-from cartridges_jax.serving.protocol import ApiError, Fields, refuse, text
+from cartridges_jax.serving.protocol import ApiError, Fields, from_json, object_of, refuse, text
 
 MAX_TOOLS = 128
 MAX_CALLS = 16  # that a grammar allows in one answer
@@ -106,10 +106,9 @@ def read_tool_choice(name: str, value: object) -> str:
 def chosen(fields: dict[str, Any]) -> Tools | None:
     """The tools of a request, if something may be called. Raises: ApiError."""
     functions, choice = fields["tools"], fields["tool_choice"]
-    if choice is None:
-        choice = "auto" if functions else "none"
-    if choice == "none":
+    if choice == "none" or (choice in (None, "auto") and not functions):  # as clients say it that have no tools now
         return None
+    choice = choice or "auto"
     if not functions:
         refuse("tool_choice", choice, "tools to choose from")
     only = choice.removeprefix("function:")
@@ -165,6 +164,8 @@ def grammar_of(tools: Tools, tokenizer: Tokenizer, answer: Grammar | None) -> Gr
     Calls that are required are all there is. Otherwise there is the answer that is asked for instead of them, or any
     text between them.
     """
+    if answer is not None and answer.form != "json":
+        refuse(answer.param, answer.text, "a JSON schema, where tools may be called instead")
     form = format_of(tokenizer)
     is_between = tools.choice == "auto" and answer is None
     alone = is_between and (form.is_named or bool(form.end))  # then texts may be between calls, too
@@ -172,8 +173,6 @@ def grammar_of(tools: Tools, tokenizer: Tokenizer, answer: Grammar | None) -> Gr
     if tools.choice != "auto":
         start = calls
     elif answer is not None:
-        if answer.form != "json":
-            refuse(answer.param, answer.text, "a JSON schema, where tools may be called instead")
         start = f"({calls}) | answer"
         rules.append(f"answer: %json {_with_options(answer.text, answer.param)}")
     elif tools.strict:
@@ -222,7 +221,7 @@ def _rule(name: str, form: ToolFormat, function: dict[str, Any], tokenizer: Toke
 def _with_options(schema: Any, param: str) -> str:
     """A JSON schema as text, with how `llguidance` is to take it."""
     try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
+        schema = from_json(schema) if isinstance(schema, str) else schema
         return json.dumps({**schema, "x-guidance": JSON_OPTIONS}, allow_nan=False)
     except (ValueError, TypeError, RecursionError):
         raise ApiError(400, f"{param} holds what is no JSON schema", param, "invalid_grammar") from None
@@ -244,11 +243,11 @@ Call = dict[str, Any]  # a part of a call, as OpenAI's chunks have it
 class CallParser:
     """Reads calls from a text that comes in pieces: what is said beside them, and parts of calls as they are complete.
 
-    What looks like a call and is none is text.
+    What looks like a call and is none is text. What follows the only call, if they are not `parallel`, is nothing.
     """
 
-    def __init__(self, form: ToolFormat, names: Sequence[str]):
-        self._form, self._names = form, names
+    def __init__(self, form: ToolFormat, names: Sequence[str], parallel: bool = True):
+        self._form, self._names, self._parallel = form, names, parallel
         self._state: Literal["text", "calls", "arguments", "closing"] = "text"
         self._readers = {
             "text": self._text,
@@ -257,9 +256,14 @@ class CallParser:
             "closing": self._closing,
         }
         self._held = ""
-        self._scan = _ValueScan()
+        self._scan, self._scanned = _ValueScan(), 0  # of an object in the held text, and how far
         self._said = False
         self.count = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the only call that there may be is complete."""
+        return not self._parallel and self.count > 0 and self._state not in ("arguments", "closing")
 
     def push(self, piece: str) -> tuple[str, list[Call]]:
         """Takes the next piece; gives the text and the calls' parts that are certain now."""
@@ -268,16 +272,16 @@ class CallParser:
         while True:
             before = self._state, self._held
             said += self._readers[self._state](calls)
-            if (self._state, self._held) == before:
+            if self.is_done or (self._state, self._held) == before:
                 self._said |= bool(said.strip())
                 return said, calls
 
     def flush(self) -> str:
         """The text that was held back, at the end of the answer."""
         held, self._held = self._held, ""
-        if self._state in ("arguments", "closing") or (self._state == "calls" and not held.strip(" \n];,")):
-            return ""
-        return held.rstrip() if self.count else held
+        if self.count or (self._state == "calls" and not held.strip(" \n];,")):
+            return ""  # the beginning of another call, which was cut
+        return held
 
     def _text(self, _: list[Call]) -> str:
         begin = self._form.begin
@@ -321,7 +325,8 @@ class CallParser:
         if head is not None:
             name, rest = head
             self._open(name, calls)
-            self._held, self._state, self._scan = rest, "arguments", _ValueScan()
+            self._held, self._state = rest, "arguments"
+            self._scan, self._scanned = _ValueScan(), 0
             return ""
         return self._whole(held, calls)
 
@@ -338,17 +343,17 @@ class CallParser:
     def _whole(self, held: str, calls: list[Call]) -> str:
         """A call whose parts come in another order, or what turns out to be none."""
         if held.startswith("{"):
-            try:
-                made, end = json.JSONDecoder().raw_decode(held)
-            except ValueError:
-                if _ValueScan().push(held) is None:
-                    return ""  # not complete yet
-                made, end = None, len(held)
-            arguments = made and (made.get("arguments") or made.get("parameters") or {})
-            if made and made.get("name") in self._names and isinstance(arguments, dict):
+            read, self._scanned = self._scanned, len(held)
+            end = self._scan.push(held[read:])
+            if end is None:
+                return ""  # not complete yet
+            self._scan, self._scanned = _ValueScan(), 0
+            made = object_of(held[: read + end])
+            arguments = made.get("arguments") or made.get("parameters") or {}
+            if made.get("name") in self._names and isinstance(arguments, dict):
                 self._open(made["name"], calls)
                 calls.append({"index": self.count - 1, "function": {"arguments": json.dumps(arguments)}})
-                self._held = held[end:]
+                self._held = held[read + end :]
                 return ""
         elif self._form.is_named and "{" not in held and len(held) < 100:
             return ""  # a name, so far

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import save_file
-from test_server import HELLO, SAID, Client, ScriptEngine, folder, serving  # pyrefly: ignore[missing-import]
+from test_server import END, HELLO, SAID, Client, ScriptEngine, folder, serving  # pyrefly: ignore[missing-import]
 
 from cartridges_jax import serve
 from cartridges_jax.cartridge import file as cartridge_file
@@ -89,6 +89,78 @@ def test_deep_bodies(depth: int, field: str):
                 assert status < 500 and (status == 200 or len(reply["error"]["message"]) < 500)
 
     serving(ScriptEngine(SAID), test)
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", "Infinity", "[" * 975 + "]" * 975])
+def test_what_is_no_json_is_told_to_nobody(value: str):
+    async def test(client: Client) -> None:
+        for stream in ("true", "false"):
+            body = f'{{"input": "x", "metadata": {{"a": {value}}}, "stream": {stream}}}'
+            status, reply = await client.post("/v1/responses", data=body)
+            assert status == 400 and "JSON" in reply["error"]["message"]
+        status, reply = await client.post("/v1/messages", data='{"messages": ' + "[" * 975)
+        assert status == 400 and reply["type"] == "error" and "is not JSON" in reply["error"]["message"]
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": f'{{"a": {value}}}'}}
+        said = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
+        status, reply = await client.chat(messages=said)
+        assert status == 400 and "arguments" in reply["error"]["message"]
+
+    serving(ScriptEngine(SAID), test)
+
+
+@pytest.mark.parametrize("value", ["1e999", "NaN", "[" * 300 + "]" * 300])
+@pytest.mark.parametrize("written", ['{"arguments": {"a": %s}, "name": "f"}', '{"name": "f", "arguments": {"a": %s}}'])
+def test_what_a_model_writes_that_is_no_json_breaks_no_answer(value: str, written: str):
+    tool: Any = {"name": "f", "input_schema": {"type": "object"}}
+    chat_tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+    async def test(client: Client) -> None:
+        body = {"messages": HELLO, "max_tokens": 900}
+        status, reply = await client.post("/v1/messages", json=body | {"tools": [tool]})
+        assert status == 200 and all(block.get("input", {}) == {} for block in reply["content"])
+        assert (await client.chat(tools=[chat_tool], max_tokens=900))[0] == 200
+
+    said = f"<tool_call>{written % value}</tool_call>".encode()
+    serving(ScriptEngine([*said, END], max_length=2000), test)
+
+
+DEEP = {f"a{i}": {"prefixItems": [{"$ref": f"#/$defs/a{i + 1}"}]} for i in range(4000)} | {"a4000": {"type": "string"}}
+ROUND = {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}
+GRAMMARS = [
+    ("grammar", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(8000)) + 'r8000: "a"\n'),
+    ("grammar", "start: " + '"a"? ' * 9000),
+    ("grammar", 'start: "b" ' + '"a"? ' * 9000),
+    ("grammar", 'start: a{3000}\na: b{3000}\nb: "x"{3000}\n'),
+    ("json", json.dumps({"$ref": "#/$defs/a", "$defs": ROUND})),
+    ("json", json.dumps({"$ref": "#/$defs/a0", "$defs": DEEP})),
+    ("regex", "a" * (1 << 20)),
+]
+COMPILES = """
+import json, sys, time, tiny
+from cartridges_jax.serving.grammar import Grammar, GrammarCompiler
+from cartridges_jax.serving.protocol import ApiError
+
+compiler = GrammarCompiler(tiny.model().tokenizer)
+for case in json.load(sys.stdin):
+    try:
+        constraint = compiler.constraint(Grammar(*case, "form"))()
+    except ApiError as error:
+        assert "form" in error.message and len(error.message) < 400
+        continue
+    for token in b"bxaaa":
+        start = time.perf_counter()
+        constraint.mask()
+        assert time.perf_counter() - start < 1, case[1][:80]
+        constraint.take(token)
+print("all")
+"""
+
+
+def test_a_grammar_kills_nobody_and_holds_nobody_up():
+    """In a process of its own, which such grammars have ended."""
+    command, folder = [sys.executable, "-c", COMPILES], Path(tiny.__file__).parent
+    done = subprocess.run(command, input=json.dumps(GRAMMARS), text=True, cwd=folder, capture_output=True)
+    assert done.stdout == "all\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

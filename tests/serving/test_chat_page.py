@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from browser import chromium
-from playwright.sync_api import Browser, Error, Page, expect
+from playwright.sync_api import Browser, Error, Page, Route, expect
 from running import running  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 from test_server import END, TOKENIZER, FakeCartridge, ScriptEngine  # pyrefly: ignore[missing-import]
 
@@ -75,9 +75,13 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     pages: list[Page] = []
     complaints: list[str] = []
 
-    def open_one(url: str, where: str = "/", quiet: bool = True, **settings: Any) -> Page:
+    def open_one(
+        url: str, where: str = "/", quiet: bool = True, held: list[Route] | None = None, **settings: Any
+    ) -> Page:
         page = browser.new_page(**settings)
         pages.append(page)
+        if held is not None:  # then the page waits for what the server has, until the test lets it go on
+            page.route("**/v1/models", lambda request: held.append(request))
         if quiet:
             page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -206,6 +210,36 @@ def test_a_full_context_drops_its_oldest_turns(serve_page: Callable[..., str], o
     assert told[0] < told[1] < told[2] and max(told) <= 900, "and the model was told as much as fits"
     page.click("#clear")
     expect(page.locator("#messages > *")).to_have_count(1)
+
+
+@pytest.mark.parametrize("view", ["chat", "compare"])
+def test_a_question_waits_for_what_the_page_has_to_know(
+    view: str, serve_page: Callable[..., str], open_page: Callable[..., Page]
+):
+    """A question that is sent while the list of cartridges is on its way is answered with what that list chooses."""
+    held: list[Route] = []
+    page = open_page(serve_page(), f"/#{view}", quiet=False, held=held)
+    field, said = {"chat": ("#question", ".figures"), "compare": ("#same", ".column.cartridge")}[view]
+    expect(page.locator("#cartridge")).to_be_disabled()
+    page.locator("#document").evaluate("field => { field.value = 'Mine.'; }")
+    page.fill(field, "How wide is the lid?")
+    page.press(field, "Enter")
+    page.wait_for_timeout(200)
+    held[0].continue_()
+    expect(page.locator(said)).to_contain_text("5 slots + ")
+    expect(page.locator("#cartridge")).to_be_enabled()
+    expect(page.locator("#problem")).to_be_empty()
+    expect(page.locator("#document")).to_have_value("Mine.")
+
+
+def test_a_choice_outlives_a_new_key(serve_page: Callable[..., str], open_page: Callable[..., Page]):
+    page = open_page(serve_page(), quiet=False)
+    page.select_option("#cartridge", "")
+    page.evaluate("document.querySelector('#login').hidden = false")
+    page.fill("#key", "anything")
+    page.press("#key", "Enter")
+    expect(page.locator("#login")).to_be_hidden()
+    expect(page.locator("#cartridge")).to_have_value("")
 
 
 def test_keys_and_focus(serve_page: Callable[..., str], open_page: Callable[..., Page]):

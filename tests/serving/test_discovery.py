@@ -30,6 +30,29 @@ def test_every_model_that_is_listed_answers(folder: Path):
     serving(ScriptEngine(SAID), test, folder)
 
 
+# What each sends behind the model that was picked and the messages, besides the numbers that its user sets: as its
+# sources of 2025 and 2026 have it.
+GUIS = {
+    "Open WebUI": {"stream": True, "stream_options": {"include_usage": True}},
+    "LibreChat": {"stream": True, "stream_options": {"include_usage": True}, "user": "66f0c", "n": 1}
+    | {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0},
+    "Jan": {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.7, "top_k": 20, "top_p": 0.8}
+    | {"tools": [], "tool_choice": "auto", "max_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("gui", GUIS)
+def test_a_picker_shows_cartridges_and_their_chat_answers(gui: str, folder: Path):
+    async def test(client: Client) -> None:
+        key = {"Authorization": "Bearer none"}  # all three send one, whether the server asks for it or not
+        _, reply = await client.get("/v1/models", headers=key)
+        assert "tiny:manual" in [model["id"] for model in reply["data"]]
+        chunks = await client.stream(model="tiny:manual", **GUIS[gui])
+        assert {chunk["model"] for chunk in chunks} == {"tiny:manual"} and chunks[-1]["usage"]["completion_tokens"] > 0
+
+    serving(ScriptEngine(SAID), test, folder)
+
+
 def test_tokasaurus_own_client_finds_one_model(folder: Path):
     async def test(client: Client) -> None:
         assert [model["id"] for model in (await client.get("/v1/models"))[1]["data"]] == ["tiny"]

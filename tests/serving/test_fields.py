@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from test_server import (  # pyrefly: ignore[missing-import] (pytest puts this f
     Client,
     ScriptEngine,
     content,
+    folder,
     serving,
 )
 
 from cartridges_jax.serving.fields import NEUTRAL, generation_fields
 from cartridges_jax.serving.openapi import document_of
 
+__all__ = ["folder"]  # a fixture
 TABLE = generation_fields(4, 8, 257)
 EMOJI = [*"a👍!".encode(), END]
 
@@ -68,15 +71,18 @@ def test_what_ends_an_answer_may_be_shown():
     serving(ScriptEngine(SAID), test)
 
 
-def test_prompts_are_cut_at_their_beginning():
+def test_prompts_are_cut_at_their_beginning(folder: Path):
     async def test(client: Client) -> None:
         ask: Any = {"max_tokens": 2, "return_token_ids": True}
         _, reply = await client.post("/v1/completions", json={"prompt": "abcdef", "truncate_prompt_tokens": 3} | ask)
         assert bytes(reply["prompt_token_ids"]) == b"def"
         _, reply = await client.post("/v1/completions", json={"prompt": "x" * 900, "truncate_prompt_tokens": -1} | ask)
         assert len(reply["prompt_token_ids"]) == 400 - 2
+        behind = {"prompt": "x" * 900, "truncate_prompt_tokens": -1, "model": "tiny:manual"}
+        _, reply = await client.post("/v1/completions", json=behind | ask)
+        assert len(reply["prompt_token_ids"]) == 400 - 5 - 2, "the cartridge's slots take room, too"
 
-    serving(ScriptEngine(SAID), test)
+    serving(ScriptEngine(SAID), test, folder)
 
 
 def test_bytes_join_to_the_text_and_offsets_are_characters():
@@ -90,6 +96,33 @@ def test_bytes_join_to_the_text_and_offsets_are_characters():
         assert told["text_offset"] == [0, 1, 1, 1, 1, 2, 3]
 
     serving(ScriptEngine(EMOJI), test)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop_token_ids": [ord("e")]},
+        {"stop_token_ids": [ord("e")], "include_stop_str_in_output": True},
+        {"skip_special_tokens": False, "include_stop_str_in_output": True},
+        {"skip_special_tokens": False},
+    ],
+)
+def test_bytes_join_to_the_text_however_it_ends(fields: dict[str, Any]):
+    async def test(client: Client) -> None:
+        _, reply = await client.chat(logprobs=True, **fields)
+        entries = reply["choices"][0]["logprobs"]["content"]
+        assert bytes(byte for entry in entries for byte in entry["bytes"] or []).decode() == said(reply)
+
+    serving(ScriptEngine(SAID), test)
+
+
+def test_no_stop_string_ends_an_answer_before_its_time():
+    async def test(client: Client) -> None:
+        assert said((await client.chat(stop=["ü", "ß", "!"]))[1]) == "Gr"
+        assert said((await client.chat(stop=["ü", "ß", "!"], min_tokens=4))[1]) == "Grü"
+        assert said((await client.chat(stop=["ü", "!"], min_tokens=6))[1]) == "Grüße"
+
+    serving(ScriptEngine(SAID), test)
 
 
 class Ambiguous(type(TOKENIZER)):  # type: ignore[misc]

@@ -203,3 +203,39 @@ def test_a_message_goes_on(client: openai.OpenAI):
     reply = client.chat.completions.create(model="tiny", messages=turns, max_tokens=2, extra_body=body).model_dump()
     decode = tiny.model().tokenizer.decode
     assert decode(reply["prompt_token_ids"], skip_special_tokens=False).endswith("assistant\nThe cat number")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_tokens": 2**31 - 1},
+        {"min_tokens": 2**31},
+        {"allowed_token_ids": []},
+        {"tools": TOOLS, "tool_choice": "required", "guided_regex": "a+"},
+        {"tools": TOOLS, "tool_choice": "required", "bad_words": ["cat"]},
+        {"x" * 1000: 1},
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_next_is_answered(client: openai.OpenAI, fields: dict[str, Any]):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=fields)
+    assert len(str(caught.value)) < 1000
+    assert client.completions.create(model="tiny", prompt=TEXT, max_tokens=2).choices
+
+
+def test_an_empty_prompt_is_not_too_long(client: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="", max_tokens=2)
+    assert caught.value.code == "invalid_value"
+
+
+def test_a_schema_beside_json_object_is_kept_to(client: openai.OpenAI):
+    asked: Any = {"type": "json_object", "schema": SCHEMA}
+    reply = client.chat.completions.create(model="tiny", messages=HELLO, response_format=asked, max_tokens=200)
+    jsonschema.validate(json.loads(reply.choices[0].message.content or ""), SCHEMA)
+
+
+def test_a_grammar_that_meets_a_limit_has_not_stopped(client: openai.OpenAI):
+    body = {"guided_grammar": 'start: "b" ' + '"a"? ' * 9000}
+    (choice,) = client.chat.completions.create(model="tiny", messages=HELLO, extra_body=body).choices
+    assert choice.message.content == "b" and choice.finish_reason == "length"

@@ -192,6 +192,8 @@ class FakeEngine:
 class NoRepeats:
     """A constraint that depends on all tokens before: none may come a third time."""
 
+    is_broken = False
+
     def __init__(self) -> None:
         self.taken: list[int] = []
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from cartridges_jax.models.tokenizer import Tokenizer
-from cartridges_jax.serving.grammar import Grammar, GrammarCompiler, read_grammar, without
+from cartridges_jax.serving.grammar import Grammar, GrammarCompiler, read_grammar, read_response_format, without
 from cartridges_jax.serving.protocol import ApiError
 from cartridges_jax.serving.tools import (
     HERMES,
@@ -237,3 +237,39 @@ def test_what_is_no_grammar_is_refused(form: str, value: Any):
     with pytest.raises(ApiError) as refused:
         GrammarCompiler(tiny.model().tokenizer).constraint(read_grammar(form, "field", value))
     assert refused.value.status == 400 and refused.value.param == "field"
+
+
+@pytest.mark.parametrize("form", FORMATS.values())
+def test_a_call_that_is_cut_leaves_nothing_behind(form: ToolFormat):
+    text = next(text for text, _, count in TEXTS[form] if count == 2) % ARGUMENTS
+    whole, _ = parsed(form, [text])
+    for end in range(len(text)):
+        said, calls = parsed(form, [text[:end]])
+        assert whole.startswith(said) or not calls
+
+
+@pytest.mark.parametrize("form", FORMATS.values())
+def test_the_only_call_is_the_last_word(form: ToolFormat):
+    text = next(text for text, _, count in TEXTS[form] if count == 2) % ARGUMENTS
+    parser, calls = CallParser(form, NAMES, parallel=False), []
+    for character in text:
+        calls += parser.push(character)[1]
+        if parser.is_done:
+            break
+    assert len(joined(calls)) == 1 and parser.is_done and parser.flush() == ""
+    assert CallParser(form, NAMES, parallel=False).push(text)[1][0]["index"] == 0
+    assert len(joined(CallParser(form, NAMES, parallel=False).push(text)[1])) == 1
+
+
+def test_a_long_answer_that_begins_as_a_call_takes_time_in_proportion():
+    parser, start = CallParser(LLAMA, NAMES), time.perf_counter()
+    for _ in range(8000):
+        parser.push('{"a": [' if not parser.count else "")
+    assert time.perf_counter() - start < 2
+
+
+def test_a_grammar_stands_in_the_field_that_was_sent():
+    plain = read_response_format("response_format", {"type": "json_object"})
+    with_schema = read_response_format("response_format", {"type": "json_object", "schema": CLOCK["parameters"]})
+    assert plain and plain.param == "response_format"
+    assert with_schema and with_schema.param == "response_format.schema"

@@ -17,6 +17,7 @@ from test_server import SAID, Client, ScriptEngine, serving  # pyrefly: ignore[m
 
 from cartridges_jax import serve
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.serving import engine_thread, server_process
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.warmup import Warmup
 
@@ -41,6 +42,39 @@ def test_requests_wait_and_health_says_how_long():
         assert await client.get("/health") == (200, {"status": "ok"})
 
     serving(ScriptEngine(SAID), test, programs=[partial(gate.wait, 20) for gate in gates])
+
+
+def test_rare_programs_wait_until_no_request_has_come_for_a_while(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_thread, "QUIET_SECONDS", 0.4)
+    compiled: list[int] = []
+
+    async def test(client: Client) -> None:
+        for _ in range(8):  # which together take longer than the quiet that it waits for
+            await asyncio.sleep(0.1)
+            assert (await client.chat())[0] == 200
+        assert not compiled
+        for count in 1, 2:
+            while len(compiled) < count:
+                await asyncio.sleep(0.01)
+            assert (await client.chat())[0] == 200
+        assert compiled == [0, 1]
+
+    serving(ScriptEngine(SAID), test, rare_programs=[partial(compiled.append, i) for i in range(2)])
+
+
+def test_a_process_that_starts_a_server_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(server_process, "SECONDS_BETWEEN_LOOKS", 0.01)
+    log = tmp_path / "log"
+    log.touch()
+    with server_process._progress_from(log):
+        with log.open("a", encoding="utf-8") as file:
+            file.write("loading a model ...\ncompiling: 1/9 programs, 0.15 programs/s, 1m28s left\n")
+        said = ""
+        while "compiling" not in said:
+            said += capsys.readouterr().err
+    assert said == "compiling: 1/9 programs, 0.15 programs/s, 1m28s left\n"
 
 
 def test_a_program_that_cannot_be_compiled_is_a_failed_engine():

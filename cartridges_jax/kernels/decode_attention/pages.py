@@ -157,13 +157,23 @@ def slot_head_page(
 
 
 def lay_out_slots(
-    slots: Float[np.ndarray, "l p k *h"], lengths: Int[np.ndarray, "l k"], page_size: int
+    slots: Float[np.ndarray, "l p k *h"],
+    lengths: Int[np.ndarray, "l k"],
+    page_size: int,
+    num_head_pages: int | None = None,
 ) -> Float[np.ndarray, "e z *h"]:
-    """Lays a cartridge's slots out as its head pages hold them; behind the last is zero. It is done on the host."""
-    is_slot_lkp = np.arange(slots.shape[1]) < lengths[..., None]
-    laid = np.swapaxes(slots, 1, 2)[is_slot_lkp]
-    padding = [(0, -len(laid) % page_size)] + [(0, 0)] * (laid.ndim - 1)
-    return np.pad(laid, padding).reshape(-1, page_size, *laid.shape[1:])
+    """Lays a cartridge's slots out as its head pages hold them, on the host; behind the last is zero.
+
+    Args:
+      num_head_pages: how many there are to be; by default as few as hold the slots.
+    """
+    e = -(-int(lengths.sum()) // page_size) if num_head_pages is None else num_head_pages
+    laid = np.zeros((e * page_size, *slots.shape[3:]), slots.dtype)
+    starts = slot_starts(lengths)
+    for layer, head in np.ndindex(lengths.shape):
+        start, length = starts[layer, head], lengths[layer, head]
+        laid[start : start + length] = slots[layer, :length, head]
+    return laid.reshape(e, page_size, *slots.shape[3:])
 
 
 def slot_starts(lengths: Int[np.ndarray, "l k"]) -> Int[np.ndarray, "l k"]:

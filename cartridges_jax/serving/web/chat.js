@@ -1,5 +1,5 @@
 // A conversation, with or without a cartridge.
-import { $, answer, bytes, count, element, positions, rate, seconds, sendsOnEnter, server, stopsOnEscape } from "./page.js";
+import { $, answer, begin, bytes, count, element, positions, rate, seconds, sendsOnEnter, server, stopsOnEscape } from "./page.js";
 import { markdown } from "./markdown.js";
 
 const FULL = "The context is full: the model no longer knows what stands above this line.";
@@ -46,6 +46,7 @@ async function answerWhatFits(turn, signal) {
     const told = turns.flatMap(({ question, answer: said }) => [
       { role: "user", content: question }, { role: "assistant", content: said }]);
     try {
+      await begin();
       return await answer([...told, { role: "user", content: turn.question }], $("cartridge").value, show, signal);
     } catch (error) {
       if (error.code !== "context_length_exceeded" || !turns.length) throw error;

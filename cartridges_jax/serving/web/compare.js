@@ -1,6 +1,6 @@
 // The same question with nothing, with the cartridge and with the full document, one after the other: side by side in
 // time they would slow each other down, and the figures would say nothing.
-import { $, answer, bytes, count, element, positions, rate, seconds, sendsOnEnter, server, stopsOnEscape } from "./page.js";
+import { $, answer, begin, bytes, count, element, positions, rate, seconds, sendsOnEnter, server, stopsOnEscape } from "./page.js";
 import { markdown } from "./markdown.js";
 
 let running = null;
@@ -38,11 +38,12 @@ function measure(place, made) {
 }
 
 async function compare(question) {
+  running = new AbortController();
+  busy(true);
+  await begin().catch(() => null); // what fails here fails again below, beside each answer
   const wanted = columns();
   const places = wanted.map(draw);
   $("columns").replaceChildren(...places.map((place) => place.box));
-  running = new AbortController();
-  busy(true);
   for (const [i, column] of wanted.entries()) {
     const place = places[i];
     if (!column.ready || running.signal.aborted) continue;

@@ -160,6 +160,13 @@ async function watchStart() {
   setTimeout(watchStart, 1000);
 }
 
+let known = null; // the promise of what the page has to know before it asks; none after a failure
+
+export function begin() {
+  known ??= start().catch((error) => { known = null; throw error; });
+  return known;
+}
+
 async function start() {
   const models = (await (await ask("/v1/models")).json()).data;
   $("login").hidden = true;
@@ -169,11 +176,13 @@ async function start() {
   $("model").textContent = server.model;
   const { data } = await (await ask("/v1/cartridges")).json();
   const names = data.filter((cartridge) => cartridge.source === "local").map((cartridge) => cartridge.id);
+  const chosen = $("cartridge").disabled ? names[0] ?? "" : $("cartridge").value; // a choice outlives a new key
   $("cartridge").replaceChildren(...["", ...names].map((name) => element("option", { value: name }, name || "none")));
-  if (names.length) $("cartridge").value = names[0];
-  await describe();
+  $("cartridge").value = names.includes(chosen) ? chosen : "";
+  $("cartridge").disabled = false;
+  describe();
   const given = await ask("/document").catch(() => null);
-  if (given) $("document").value = await given.text();
+  if (given) $("document").value ||= await given.text();
   $("document").dispatchEvent(new Event("input"));
 }
 
@@ -181,7 +190,8 @@ $("cartridge").addEventListener("change", describe);
 $("login").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", $("key").value);
-  start().then(route).catch(complain);
+  known = null;
+  begin().then(route).catch(complain);
 });
 addEventListener("hashchange", route);
 
@@ -193,4 +203,4 @@ startChat();
 startCompare();
 route();
 watchStart();
-start().catch(complain);
+begin().catch(complain);
