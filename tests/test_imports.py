@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def source(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imports(module: str, lazy: bool = True) -> set[str]:
+@functools.cache
+def imports(module: str, lazy: bool = True) -> frozenset[str]:
     """Names of the modules that `module` imports, those for the type checker only left out.
 
     `from a import b` gives both a and a.b, since b may be a module. Imports inside functions count with `lazy`.
@@ -47,7 +49,7 @@ def imports(module: str, lazy: bool = True) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module} imports relatively: write the whole name"
             found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def _nodes(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
@@ -66,7 +68,7 @@ def needed(module: str, lazy: bool) -> set[str]:
     Those are the modules that it imports and the packages that they lie in. A package that `module` itself lies in
     counts only where a name is taken from it (`from a import b`, which runs `a` first).
     """
-    found = imports(module, lazy) & set(MODULES)
+    found = set(MODULES) & imports(module, lazy)
     packages = {package for name in found for package in _packages(name)} - _packages(module)
     return (found | packages) - {module}
 
@@ -90,7 +92,7 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-def within(names: set[str], *roots: str) -> set[str]:
+def within(names: Set[str], *roots: str) -> set[str]:
     return {name for name in names if any(name == root or name.startswith(f"{root}.") for root in roots)}
 
 
