@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bm25s
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -139,6 +140,14 @@ def config(folder: Path, **changes: Any) -> CompareConfig:
 
 def run(settings: CompareConfig) -> Path:
     return compare(settings, UNUSED, ServerConfig(), "", [])
+
+
+def test_programs_of_a_document_do_not_outlive_it(tmp_path: Path):
+    """Those of three documents would be more than a process can have."""
+    alive = jax.devices()[0].client.live_executables
+    before = len(alive())
+    run(config(tmp_path, methods=UNTRAINED[:2]))
+    assert len(alive()) <= before
 
 
 def test_a_run_goes_on_where_it_was_and_fills_one_table(tmp_path: Path):

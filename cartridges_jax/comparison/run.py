@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from cartridges_jax.command_line import files
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.command_line.progress import Progress
@@ -110,9 +112,13 @@ def _budgets(groups: Sequence[QuestionGroup], config: CompareConfig) -> Iterator
 def _fill(config: CompareConfig, train: TrainConfig, suite: Suite, directory: Path, missing: Sequence[Budget]) -> None:
     model = load_model(config.model, config.dtype)
     progress = Progress("comparing", len(missing), "cells")
-    for budget in missing:
-        write_cell(directory / CELLS, _cell(budget, config, train, suite, model, directory))
-        progress.advance(note=f"{budget.group.name}: {budget.method}")
+    for _, of_document in itertools.groupby(missing, key=lambda budget: budget.group.name):
+        for budget in of_document:
+            write_cell(directory / CELLS, _cell(budget, config, train, suite, model, directory))
+            progress.advance(note=f"{budget.group.name}: {budget.method}")
+        # Programs for one document's length are no other's. Their code lies in mappings, of which Linux gives a process
+        # 65,530: those of three documents do not fit.
+        jax.clear_caches()
     progress.close()
 
 
