@@ -157,6 +157,7 @@ class Completions:
         return await asyncio.to_thread(read, fields) if is_long else read(fields)
 
     def _read_batch(self, fields: Fields) -> list[GenerationRequest]:
+        fields.has_only("requests", "model")
         bodies = fields.get("requests")
         if not isinstance(bodies, list) or not 0 < len(bodies) <= MAX_BATCH:
             refuse("requests", bodies, f"a list of 1 to {MAX_BATCH} chat completions")

@@ -6,7 +6,6 @@ accepted. A name that the table lacks is refused, since nobody could say what it
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -73,11 +72,7 @@ class FieldTable:
     def read(self, values: Fields, route: Route) -> dict[str, Any]:
         """The checked value of every field of a route. Raises: ApiError, which names the first that is wrong."""
         known = {field.name: field for field in self.fields if route in field.routes}
-        for name in values.values:
-            if name not in known and name not in NEUTRAL and values.get(name) is not None:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else "/openapi.json lists the fields that there are"
-                refuse(name[:80], values.get(name), f"nothing: this route has no such field ({hint})")
+        values.has_only(*known, *NEUTRAL)
         return {name: field.read(values) for name, field in known.items()}
 
     def schema(self, route: Route) -> Schema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 import json
 import math
@@ -110,6 +111,14 @@ class Fields:
     def get(self, name: str, default: Any = None) -> Any:
         value = self.values.get(name)
         return default if value is None else value
+
+    def has_only(self, *known: str) -> None:
+        """Refuses names beside these, since nobody could say what they would have changed. Raises: ApiError."""
+        for name in self.values:
+            if name not in known and self.get(name) is not None:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else "/openapi.json lists the fields that there are"
+                refuse(name[:80], self.get(name), f"nothing: there is no such field here ({hint})")
 
     def flag(self, name: str, default: bool = False) -> bool:
         return read_flag(name, self.get(name, default))
@@ -275,6 +284,7 @@ def read_cartridges(value: object) -> tuple[Reference, ...]:
 
 def read_reference(where: str, value: object) -> Reference:
     fields = Fields(value, where)
+    fields.has_only("id", "source", "force_redownload")
     source = fields.get("source", "local")
     if not isinstance(source, str) or source not in SOURCES:
         refuse(f"{where}.source", source, f"one of {', '.join(SOURCES)}")

@@ -254,6 +254,7 @@ class Server:
         return _reply({"prompt": await asyncio.to_thread(self._text, await read_body(request))})
 
     def _text(self, fields: Fields) -> str:
+        fields.has_only("tokens", "model")
         return self._tokenizer.decode(
             token_ids("tokens", fields.get("tokens"), self._tokenizer.vocab_size), skip_special_tokens=False
         )

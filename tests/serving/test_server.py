@@ -168,7 +168,7 @@ def serving(
         runner = await server.start(sock)
         try:
             async with aiohttp.ClientSession() as session:
-                await asyncio.wait_for(test(Client(session, f"http://127.0.0.1:{sock.getsockname()[1]}")), 15)
+                await asyncio.wait_for(test(Client(session, f"http://127.0.0.1:{sock.getsockname()[1]}")), 60)
         finally:
             if isinstance(engine, ScriptEngine):
                 engine.gate.set()
@@ -525,6 +525,24 @@ def test_bodies_and_routes():
     serving(ScriptEngine(SAID), test, max_body=40000)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "near"),
+    [
+        ("/detokenize", {"tokens": [104], "skip_special_tokens": True}, "skip_special_tokens", "openapi"),
+        ("/v1/cartridges/load", {"id": "manual", "force_redownlaod": True}, "force_redownlaod", "force_redownload"),
+        ("/v1/chat/completions", {"messages": HELLO, "cartridges": [{"id": "a", "sorce": "local"}]}, "sorce", "source"),
+        ("/custom/synchronous-batch-completions", {"requests": [], "request": []}, "request", "requests"),
+    ],
+)
+def test_a_name_that_nobody_reads_is_refused_everywhere(path: str, body: dict[str, Any], param: str, near: str):
+    async def test(client: Client) -> None:
+        status, reply = await client.post(path, json=body)
+        assert status == 400 and reply["error"]["param"] == param
+        assert "no such field" in reply["error"]["message"] and near in reply["error"]["message"]
+
+    serving(ScriptEngine(SAID), test)
+
+
 def test_tokenize_and_detokenize():
     async def test(client: Client) -> None:
         _, reply = await client.post("/tokenize", json={"prompt": "hi"})
@@ -552,7 +570,7 @@ def test_api_key():
 
 
 async def until(true: Callable[[], bool]) -> None:
-    for _ in range(500):
+    for _ in range(3000):
         if true():
             return
         await asyncio.sleep(0.01)
@@ -695,7 +713,7 @@ def test_a_signal_stops_the_server(number):
         try:
             assert process.stdout is not None and process.stdout.readline().startswith("ready: ")
             process.send_signal(number)
-            _, errors = process.communicate(timeout=10)
+            _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 0 and errors == "stopped\n"
