@@ -39,4 +39,6 @@ def shift_keys(keys: Any, distance: Any, config: ModelConfig) -> Any:
     cos, sin = xp.cos(angles_l11h).astype(xp.float32), xp.sin(angles_l11h).astype(xp.float32)
     first, second = keys[..., :half], keys[..., half:]
     with np.errstate(over="ignore", invalid="ignore"):  # as in a compiled program, there is no warning
-        return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(keys.dtype)
+        return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(
+            keys.dtype, copy=False
+        )

@@ -29,7 +29,7 @@ from cartridges_jax.planning.hlo import Traffic, traffic
 from cartridges_jax.planning.launches import Launches, Paged, launches
 from cartridges_jax.serving.decoder import to_decode_layout
 from cartridges_jax.serving.metadata import PAGE_SIZE
-from cartridges_jax.serving.sampling import SamplingParams
+from cartridges_jax.serving.sampling import GREEDY, SamplingParams
 from cartridges_jax.serving.sequences import DecodeBatch
 from cartridges_jax.serving.steps import BATCH, decode_step, empty_cache
 from cartridges_jax.training.batch import Batch
@@ -172,8 +172,8 @@ def decode_program(
     asked = _decode_inputs(b, slots + tokens, model, mesh)
     with jax.set_mesh(mesh):
         options: dict[str, Any] = {"config": model, "mesh": mesh, "num_top": TOP_K, "implementation": attention}
-        is_greedy = kernels.platform() != "cpu"
-        lowered = decode_step.lower(weights, pages(shared + own), *asked, **options, is_greedy=is_greedy)
+        wants = None if kernels.platform() == "cpu" else GREEDY
+        lowered = decode_step.lower(weights, pages(shared + own), *asked, **options, wants=wants)
         together = thresholds(attention)
     paged = _paged(pages(shared + own), b, slots, tokens, min(requests.cartridges, b), config, model, together)
     held = {"weights": weights, "cartridge": pages(shared), "caches": pages(own), "requests": asked}

@@ -15,7 +15,9 @@ not levelled further: a cartridge takes as many head pages on every device as it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from cartridges_jax.serving import decoder, metadata, steps
 from cartridges_jax.serving.cache import Prefix
 from cartridges_jax.serving.logits_processors import LogitsParams, LogitsState, begin_row, empty_state, row_of
 from cartridges_jax.serving.metadata import PAGE_SIZE
+from cartridges_jax.serving.sampling import GREEDY, KINDS, Wants, kind_for
 from cartridges_jax.serving.scheduler import BlockTable, Chunk, LogitsRules, Sampled, Scored, SequenceInput
 from cartridges_jax.serving.sequences import DecodeBatch, Sequences
 
@@ -102,8 +105,8 @@ class Engine:
         self.page_size, self.max_position_embeddings = PAGE_SIZE, model.config.max_position_embeddings
         self._batch_sizes = batch_sizes or [*(size for size in BATCH_SIZES if size < max_num_seqs), max_num_seqs]
         self._config, self._mesh = model.config, sharding.mesh_of(model.params)
-        # a CPU branches at no cost, and needs no second program for steps without a draw
-        self._knows_greedy = kernels.platform() != "cpu"
+        # a CPU branches at no cost, and needs no other programs for what requests want of their sampling
+        self._kinds = (GREEDY,) if kernels.platform() == "cpu" else KINDS
         attention = chosen(attention)  # once, since pages of one implementation's layout are no other's
         self._options: dict[str, Any] = {"config": self._config, "mesh": self._mesh, "implementation": attention}
         sharding.check(model.config, self._mesh)
@@ -136,19 +139,15 @@ class Engine:
         keys, values = np.asarray(keys), np.asarray(values)
         bias = np.zeros(keys.shape[:3], np.float32) if bias is None else np.asarray(bias)
         lengths, num_head_pages = cartridge.all_lengths, self.head_pages(prefix)
-        laid = [self._by_device(a, lengths, len(slots) * self.heads_per_page) for a in (keys, values, bias)]
+        whole = len(slots) * self.heads_per_page
+        laid = [lay_out_slots(a, lengths, self._heads, PAGE_SIZE, whole) for a in (keys, values, bias)]
         for i, first in enumerate(slots):
             part = slice(i * self.heads_per_page, (i + 1) * self.heads_per_page)
             count = min(num_head_pages - part.start, self.heads_per_page)
-            written = [a[part] for a in laid]
+            written = [a[:, part] for a in laid]
             self._cache = steps.load_slots(self._cache, first, count, *written, mesh=self._mesh)
         starts = np.concatenate([slot_starts(lengths[:, own]) for own in self._heads], axis=1)
         self._loaded[slots[0]] = starts, lengths[:, self._heads.reshape(-1)]
-
-    def _by_device(self, slots: np.ndarray, lengths: np.ndarray, num_head_pages: int) -> np.ndarray:
-        """Lays out the slots of each device's heads, [e, devices, z, …], where e is the number of head pages."""
-        laid = (lay_out_slots(slots[:, :, own], lengths[:, own], PAGE_SIZE, num_head_pages) for own in self._heads)
-        return np.stack(list(laid), axis=1)
 
     def copy(self, source: int, target: int, count: int) -> None:
         self._cache = steps.copy_page(self._cache, source, target, count, heads=self.heads_per_page, mesh=self._mesh)
@@ -212,17 +211,17 @@ class Engine:
         self._sequences.extend(index, page)
 
     def decode(self, indices: Sequence[int]) -> Any:
-        if not self._rules.keys().isdisjoint(indices):
+        wants = self._wants(indices)
+        if wants not in (None, GREEDY) or not self._rules.keys().isdisjoint(indices):
             return self.sample(self.forward(indices), [])
         batch = self._next_batch(indices)
-        is_greedy = self._knows_greedy and self._sequences.is_greedy
         self._cache, self._last, advancing, sampled = steps.decode_step(
             self._weights,
             self._cache,
             self._last,
             batch,
             num_top=self.max_top_logprobs,
-            is_greedy=is_greedy,
+            wants=wants,
             **self._options,
         )
         self._sequences.advance(advancing)
@@ -249,7 +248,13 @@ class Engine:
             rules += [NO_RULES] * (len(logits_bv) - len(rules))
             processing = self._logits_state, jax.tree.map(lambda *own: np.stack(own), *rules)
         self._last, sampled, state = steps.sample_step(
-            self._last, logits_bv, batch, mask, *processing, num_top=self.max_top_logprobs
+            self._last,
+            logits_bv,
+            batch,
+            mask,
+            *processing,
+            num_top=self.max_top_logprobs,
+            wants=self._wants(indices),
         )
         self._logits_state = self._logits_state if state is None else state
         return sampled, self._num_top(indices)
@@ -259,6 +264,10 @@ class Engine:
         for page in begun:
             self._clear(page)
         return batch
+
+    def _wants(self, indices: Sequence[int]) -> Wants | None:
+        """What sequences want of their sampling; None where branches find it out."""
+        return kind_for(self._sequences.wants(indices)) if len(self._kinds) > 1 else None
 
     def _num_top(self, indices: Sequence[int]) -> list[int]:
         return [self._sequences.num_top[i] for i in indices]
@@ -307,12 +316,11 @@ class Engine:
         """Calls that compile a program each, before the first request. After all of them, and those of
         `rare_programs`, nothing is compiled.
         """
-        first_pages, alternatives = BlockTable(range(self.pages_each)), (0, 1) if self._knows_greedy else (0,)
+        first_pages = BlockTable(range(self.pages_each))
 
-        def decode(size: int, num_top: int) -> None:
-            table = BlockTable([0, 0])
+        def decode(size: int, kind: Wants) -> None:
             for i in range(size):
-                self.begin(SequenceInput(i, 0, PAGE_SIZE - 1, table, 0.0, 1.0, 0, 0, 0, num_top))
+                self.begin(_of_kind(kind, i, PAGE_SIZE - 1, BlockTable([0, 0])))
             for _ in range(2):  # as a new batch, and where pages begin
                 self.harvest(self.decode(range(size)))
 
@@ -322,13 +330,13 @@ class Engine:
             self._cache = steps.prefill_step(self._weights, self._cache, step, **self._options)
 
         def load() -> None:
-            page = np.zeros((self.heads_per_page, len(self._heads), PAGE_SIZE, self._config.head_dim), np.float32)
+            page = np.zeros((len(self._heads), self.heads_per_page, PAGE_SIZE, self._config.head_dim), np.float32)
             self._cache = steps.load_slots(self._cache, 0, 0, page, page, page[..., 0], mesh=self._mesh)
 
         sizes = [(size, count) for size, rows in self._prefill_sizes.rows.items() for count in rows]
         return [
             *(functools.partial(prefill, *one) for one in sizes),
-            *(functools.partial(decode, size, num_top) for size in self._batch_sizes for num_top in alternatives),
+            *(functools.partial(decode, size, kind) for size in self._batch_sizes for kind in self._kinds),
             load,
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear, 0),
@@ -341,13 +349,13 @@ class Engine:
         No page is written by them, since pages may hold what a later request has in common with an earlier one.
         """
 
-        def decode(size: int, logits: LogitsRules | None) -> None:
+        def decode(size: int, logits: LogitsRules | None, kind: Wants) -> None:
             for i in range(size):
-                self.begin(SequenceInput(i, 0, 1, BlockTable(()), 0.0, 1.0, 0, 0, 0, logits=logits))
+                self.begin(dataclasses.replace(_of_kind(kind, i, 1, BlockTable(())), logits=logits))
             self.harvest(self.sample(self.forward(range(size)), []))
             self._logits_state = None
 
-        choices = [(size, logits) for size in self._batch_sizes for logits in (LogitsRules(), None)]
+        choices = itertools.product(self._batch_sizes, (LogitsRules(), None), self._kinds)
         return [functools.partial(decode, *choice) for choice in choices]
 
     def _clear_begun(self, chunk: Chunk) -> None:
@@ -359,6 +367,12 @@ class Engine:
     def _clear(self, page: int) -> None:
         values = steps.clear_page(self._cache.values, page, heads=self.heads_per_page, mesh=self._mesh)
         self._cache = self._cache.replace(values=values)
+
+
+def _of_kind(kind: Wants, index: int, position: int, block_table: BlockTable) -> SequenceInput:
+    """A sequence that wants so much of its sampling."""
+    temperature, top_p = float(kind.draws), 0.5 if kind.filters else 1.0
+    return SequenceInput(index, 0, position, block_table, temperature, top_p, 0, 0, 0, int(kind.alternatives))
 
 
 def _fitting(sizes: Mapping[int, int], number: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 NEVER = -1e30  # the logit of a token that is never drawn
 SORTED = 256  # so many best tokens are sorted first, in the hope that top-p or top-k ends among them
+
+T = TypeVar("T")
 
 
 @flax.struct.dataclass
@@ -23,11 +28,31 @@ class SamplingParams:
     num_top: Int[Array, " b"]  # how many alternatives the row wants; they are found if any row wants some
 
 
+class Wants(NamedTuple):
+    """What rows of a batch want, as a host knows it.
+
+    A program for it has no branch: a GPU's host would have to wait for numbers of the device in order to take one.
+    """
+
+    draws: bool = False  # of tokens
+    filters: bool = False  # top-p or top-k
+    alternatives: bool = False
+
+
+GREEDY = Wants()
+KINDS = (GREEDY, Wants(True), Wants(True, True), Wants(alternatives=True), Wants(True, True, True))  # by what they cost
+
+
+def kind_for(wants: Wants) -> Wants:
+    """Returns the first of the `KINDS`, for which programs are compiled, that does all that is wanted."""
+    return next(kind for kind in KINDS if all(has or not is_wanted for has, is_wanted in zip(kind, wants, strict=True)))
+
+
 def sample(
     logits: Float[Array, "b v"],
     params: SamplingParams,
     num_top: int,
-    is_greedy: bool = False,
+    wants: Wants | None = None,
     processed: Float[Array, "b v"] | None = None,
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Int[Array, "b j"], Float[Array, "b j"]]:
     """Returns token ids, their log-probabilities, and the `num_top` best ids and theirs, best first.
@@ -37,8 +62,7 @@ def sample(
     log-probability, and changes nothing about the others.
 
     Args:
-      is_greedy: whether it is known that every row takes its best token and none wants alternatives. A GPU's host would
-        have to wait for numbers of the device in order to learn it.
+      wants: the most that rows want; by default branches find it out, which cost a CPU nothing.
       processed: what tokens are drawn from, if requests have had their logits changed.
     """
     normalizer_b1 = normalizer(logits)
@@ -50,23 +74,28 @@ def sample(
         certain_v = jnp.where(jnp.arange(logits.shape[1]) == 0, 0, NEVER)
         return jnp.where(is_broken_b[:, None], certain_v, logits)
 
-    top_logits_bj, top_ids_bj = jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)
-    token_b = best_b = jnp.where(is_broken_b, 0, _best(drawn_from))
-    if not is_greedy:
-        # logits are mended where a branch needs them so: most steps take neither, and a copy of all costs time
-        top_logits_bj, top_ids_bj = jax.lax.cond(
-            (params.num_top > 0).any(),
-            lambda: tuple(jax.lax.top_k(whole(logits), num_top)),
-            lambda: (top_logits_bj, top_ids_bj),
-        )
-        is_random_b = params.temperature > 0
-        token_b = jax.lax.cond(
-            is_random_b.any(),
-            lambda: jnp.where(is_random_b, _draw(whole(drawn_from), params), best_b),
-            lambda: best_b,
-        )
+    # logits are mended where a branch needs them so: most steps take neither, and a copy of all costs time
+    nothing = jnp.zeros((len(logits), num_top)), jnp.zeros((len(logits), num_top), jnp.int32)
+    top_logits_bj, top_ids_bj = _if(
+        (params.num_top > 0).any() if wants is None else wants.alternatives,
+        lambda: tuple(jax.lax.top_k(whole(logits), num_top)),
+        lambda: nothing,
+    )
+    best_b, is_random_b = jnp.where(is_broken_b, 0, _best(drawn_from)), params.temperature > 0
+    token_b = _if(
+        is_random_b.any() if wants is None else wants.draws,
+        lambda: jnp.where(is_random_b, _draw(whole(drawn_from), params, wants), best_b),
+        lambda: best_b,
+    )
     logprob_b = (jnp.take_along_axis(logits, token_b[:, None], axis=-1) - normalizer_b1)[:, 0]
     return token_b, logprob_b, top_ids_bj, top_logits_bj - normalizer_b1
+
+
+def _if(condition: Array | bool, then: Callable[[], T], otherwise: Callable[[], T]) -> T:
+    """Takes a branch on the device, or now where the condition is known."""
+    if isinstance(condition, bool):
+        return then() if condition else otherwise()
+    return jax.lax.cond(condition, then, otherwise)
 
 
 def normalizer(logits_bv: Float[Array, "b v"]) -> Float[Array, "b 1"]:
@@ -84,13 +113,14 @@ def _best(logits_bv: Array) -> Array:
     return jnp.where(logits_bv == logits_bv.max(-1, keepdims=True), ids_v, logits_bv.shape[1]).min(-1)
 
 
-def _draw(logits_bv: Array, params: SamplingParams) -> Array:
+def _draw(logits_bv: Array, params: SamplingParams, wants: Wants | None) -> Array:
     temperature_b1 = jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
     # the best logit becomes 0 first, so that a temperature near zero cannot overflow
     probs_bv = jax.nn.softmax((logits_bv - logits_bv.max(-1, keepdims=True)) / temperature_b1, axis=-1)
-    probs_bv = jax.lax.cond(
-        ((params.top_p < 1) | (params.top_k > 0)).any(),
-        lambda: jnp.where(probs_bv >= _threshold(probs_bv, params), probs_bv, 0.0),
+    threshold = _threshold if wants is None else _bisected
+    probs_bv = _if(
+        ((params.top_p < 1) | (params.top_k > 0)).any() if wants is None else wants.filters,
+        lambda: jnp.where(probs_bv >= threshold(probs_bv, params), probs_bv, 0.0),
         lambda: probs_bv,
     )
     cumulative_bv = jnp.cumsum(probs_bv, axis=-1)

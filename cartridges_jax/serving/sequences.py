@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
 from cartridges_jax.serving.metadata import PAGE_SIZE, written_pages
-from cartridges_jax.serving.sampling import SamplingParams
+from cartridges_jax.serving.sampling import SamplingParams, Wants
 from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 
 
@@ -76,7 +76,6 @@ class Sequences:
         self._indices: list[int] = []  # those of the batch on the device
         self._rows = np.zeros(0, np.int32)  # the same, as an array
         self._batch: DecodeBatch | None = None
-        self.is_greedy = True  # whether no sequence of the batch draws its tokens or wants alternatives
 
     def begin(self, sequence: SequenceInput) -> None:
         """Puts a sequence in the place of the one that has had its index."""
@@ -112,6 +111,13 @@ class Sequences:
             table = self._put(self._written_pages(self._padded_rows()))
             self._batch = self._batch.replace(metadata=self._batch.metadata._replace(block_table=table))
         return self._batch, self._block_table[self._rows[begins], positions[begins] // PAGE_SIZE].tolist()
+
+    def wants(self, indices: Sequence[int]) -> Wants:
+        """What these sequences want together."""
+        params = self._sampling_params
+        drawing = [i for i in indices if params.temperature[i] > 0]
+        filters = any(params.top_p[i] < 1 or params.top_k[i] > 0 for i in drawing)
+        return Wants(bool(drawing), filters, any(self.num_top[i] > 0 for i in indices))
 
     def advance(self, advancing: tuple[Any, Any, Any]) -> None:
         """Goes on to the next step, with what this one's program has returned for it."""

@@ -22,7 +22,7 @@ from cartridges_jax.parallel import collectives, sharding
 from cartridges_jax.serving.decoder import Step, Weights, forward, logits
 from cartridges_jax.serving.logits_processors import LogitsParams, LogitsState, allowed, process
 from cartridges_jax.serving.metadata import PAGE_SIZE
-from cartridges_jax.serving.sampling import NEVER, normalizer, sample
+from cartridges_jax.serving.sampling import NEVER, Wants, normalizer, sample
 from cartridges_jax.serving.sequences import DecodeBatch
 
 # Everything about a step lies on every device; of a cartridge's heads each has those that its query heads read.
@@ -55,18 +55,18 @@ def load_slots(
     cache: Pages,
     first: Int[Array, ""],
     count: Int[Array, ""],
-    keys: Float[Array, "e devices z h"],
-    values: Float[Array, "e devices z h"],
-    bias: Float[Array, "e devices z"],
+    keys: Float[Array, "devices e z h"],
+    values: Float[Array, "devices e z h"],
+    bias: Float[Array, "devices e z"],
     *,
     mesh: Mesh,
 ) -> Pages:
     """Writes a part of a cartridge, for each device of `tensor` its own, to `count` head pages from `first` on."""
 
     def local(cache: Pages, first: Array, count: Array, *slots: Array) -> Pages:
-        return cache.load(first, count, *(part[:, 0] for part in slots))
+        return cache.load(first, count, *(part[0] for part in slots))
 
-    in_specs = sharding.PAGES, P(), P(), *[P(None, "tensor")] * 3
+    in_specs = sharding.PAGES, P(), P(), *[P("tensor")] * 3
     run = sharding.on_mesh(local, mesh, in_specs, sharding.PAGES)
     return run(cache, first, count, keys, values, bias)
 
@@ -114,7 +114,7 @@ def prefill_step(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "mesh", "num_top", "implementation", "is_greedy"), donate_argnums=(1, 2)
+    jax.jit, static_argnames=("config", "mesh", "num_top", "implementation", "wants"), donate_argnums=(1, 2)
 )
 def decode_step(
     weights: Weights,
@@ -126,13 +126,13 @@ def decode_step(
     mesh: Mesh,
     num_top: int,
     implementation: str | None = None,
-    is_greedy: bool = False,
+    wants: Wants | None = None,
 ) -> tuple[Pages, Array, Any, Any]:
     """Writes a token of each request and samples the token that follows it.
 
     Args:
       last: the last token of each sequence of the engine.
-      is_greedy: whether no request draws its token or wants alternatives (`sampling.sample`).
+      wants: what requests want of their sampling, if the host knows it (`sampling.sample`).
 
     Returns:
       The pages, the last tokens, the numbers of the batch's next step (`DecodeBatch.advancing`), and what is sampled.
@@ -140,7 +140,7 @@ def decode_step(
 
     def local(weights: Weights, cache: Pages, last: Array, batch: DecodeBatch):
         logits_bv, cache = _next_logits(weights, cache, last, batch, config, implementation)
-        last, sampled = _sampled(logits_bv, last, batch, num_top, is_greedy)
+        last, sampled = _sampled(logits_bv, last, batch, num_top, wants)
         return cache, last, _advanced(batch), sampled
 
     in_specs = sharding.fitted(weights, decode_specs(config), mesh), sharding.PAGES, P(), BATCH
@@ -170,7 +170,7 @@ def logits_step(
     return run(weights, cache, last, batch)
 
 
-@functools.partial(jax.jit, static_argnames="num_top", donate_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnames=("num_top", "wants"), donate_argnums=(0, 4))
 def sample_step(
     last: Int[Array, " seqs"],
     logits: Float[Array, "b v"],
@@ -180,6 +180,7 @@ def sample_step(
     logits_params: LogitsParams | None = None,
     *,
     num_top: int,
+    wants: Wants | None = None,
 ) -> tuple[Array, Any, LogitsState | None]:
     """The other half, among the tokens whose bits are set in the mask, 32 in a word, the lowest first.
 
@@ -187,10 +188,10 @@ def sample_step(
     """
     if state is None or logits_params is None:
         processed_bv = jnp.where(allowed(mask, logits.shape[1]), logits, NEVER)
-        return *_sampled(logits, last, batch, num_top, processed_bv=processed_bv), None
+        return *_sampled(logits, last, batch, num_top, wants, processed_bv), None
     params, rows = batch.sampling_params, jax.tree.map(lambda of_all: of_all.at[batch.indices].get(mode="clip"), state)
     processed_bv = process(logits, rows, logits_params, params.temperature, params.step, mask)
-    last, sampled = _sampled(logits, last, batch, num_top, processed_bv=processed_bv)
+    last, sampled = _sampled(logits, last, batch, num_top, wants, processed_bv)
     counts = state.counts.at[batch.indices, sampled[0]].add(1, mode="drop")
     return last, sampled, state.replace(counts=counts)
 
@@ -215,10 +216,10 @@ def _sampled(
     last: Array,
     batch: DecodeBatch,
     num_top: int,
-    is_greedy: bool = False,
+    wants: Wants | None,
     processed_bv: Array | None = None,
 ) -> tuple[Array, Any]:
-    sampled = sample(logits_bv, batch.sampling_params, num_top, is_greedy, processed_bv)
+    sampled = sample(logits_bv, batch.sampling_params, num_top, wants, processed_bv)
     return last.at[batch.indices].set(sampled[0], mode="drop"), sampled
 
 

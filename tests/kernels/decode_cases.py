@@ -130,7 +130,9 @@ class Case:
         pages = pages.replace(keys=pages.keys + np.nan, values=pages.values + np.nan, bias=pages.bias + np.nan)
         for name, table in self.tables.items():
             by_layer = [np.stack([a + 1, a]) for a in self.contents[name]]
-            laid = [lay_out_slots(a, self.lengths(name), self.z) for a in by_layer]
+            lengths, own = self.lengths(name), np.arange(self.kv_heads)[None]
+            count = -(-int(lengths.sum()) // self.z)
+            laid = [lay_out_slots(a, lengths, own, self.z, count)[0] for a in by_layer]
             laid = [a * np.nan if name == without else a for a in laid]
             for i, first in enumerate(table):
                 part = [a[i * heads : (i + 1) * heads] for a in laid]

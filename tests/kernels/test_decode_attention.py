@@ -146,11 +146,16 @@ def test_slots_lie_flat():
     """Head behind head and layer behind layer; no memory is lost but behind the last slot."""
     lengths = np.array([[5, 0, 2], [1, 4, 3]])
     slots = np.arange(2 * 5 * 3).reshape(2, 5, 3) + 1
-    laid = lay_out_slots(slots, lengths, 4)
-    assert laid.shape == (4, 4)
+    laid = lay_out_slots(slots, lengths, np.array([[0, 1, 2]]), 4, 4)
+    assert laid.shape == (1, 4, 4)
     first, second = slots
     flat = [*first[:, 0], *first[:2, 2], *second[:1, 0], *second[:4, 1], *second[:3, 2], 0]
     assert laid.reshape(-1).tolist() == flat
+    on_two = lay_out_slots(slots, lengths, np.array([[0], [2]]), 4, 2)
+    assert on_two.reshape(2, 8).tolist() == [
+        [*first[:, 0], *second[:1, 0], 0, 0],
+        [*first[:2, 2], *second[:3, 2], 0, 0, 0],
+    ]
     assert slot_starts(lengths).tolist() == [[0, 5, 5], [7, 8, 12]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import tiny
 from engine_context import log_normal_lengths
 from scoring import score  # pyrefly: ignore[missing-import] (pytest puts this folder on the path)
 
+from cartridges_jax import kernels
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS, KERNELS
@@ -23,6 +24,7 @@ from cartridges_jax.models.language_model import LanguageModel
 from cartridges_jax.serving.cache import PageCache
 from cartridges_jax.serving.engine import ACCELERATOR_PREFILL, CPU_PREFILL, PAGE_SIZE, Engine, PrefillSizes
 from cartridges_jax.serving.generate import generate, generate_ids, run
+from cartridges_jax.serving.metadata import num_pages
 from cartridges_jax.serving.scheduler import (
     BlockTable,
     Chunk,
@@ -490,7 +492,17 @@ def test_rare_programs_are_compiled_between_requests_and_touch_none_of_their_pag
     agree([e.sampled for e in again if isinstance(e, Token)], [e.sampled for e in before])
 
 
-def test_nothing_is_compiled_after_warmup():
+@pytest.fixture
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Programs as this platform has them, but for its kernels. They run on a CPU, and no others are kept."""
+    jax.clear_caches()
+    monkeypatch.setattr(kernels, "platform", lambda: request.param)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"], indirect=True)
+def test_nothing_is_compiled_after_warmup(platform: None):
     engine = Engine(tiny.model(), max_num_seqs=3, max_length=384, batch_sizes=[1, 3])
     Warmup([*engine.programs(), *engine.rare_programs()]).run()
     compiled: list[str] = []
@@ -499,8 +511,8 @@ def test_nothing_is_compiled_after_warmup():
         requests = [replace(request(i), prompt=TOKENS[i : i + 1 + 29 * i]) for i in range(8)]
         requests.append(replace(request(8), prompt=TOKENS[:126]))  # the answer begins a page
         requests.append(replace(request(9), constraint=EveryToken))
-        requests.append(replace(request(10), logits=LogitsRules(presence_penalty=0.5)))
-        assert len(sampled_tokens(engine, requests)) == 11
+        requests += [request(10 + i, **how) for i, how in enumerate(WANTED)]
+        assert len(sampled_tokens(engine, requests)) == 10 + len(WANTED)
         score(engine, TOKENS[:100], prefix_of("b"), 5)
         score(engine, TOKENS[:7], None, 0)
         assert not [name for name in compiled if "compile" in name]
@@ -508,6 +520,39 @@ def test_nothing_is_compiled_after_warmup():
         assert [name for name in compiled if "compile" in name]  # the listener does listen
     finally:
         jax.monitoring.clear_event_listeners()
+
+
+WANTED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.7},
+    {"temperature": 1.0, "top_k": 3},
+    {"top_logprobs": 3},
+    {"temperature": 1.0, "top_logprobs": 2},
+    {"logits": LogitsRules(presence_penalty=0.5)},
+]
+
+
+@pytest.fixture(scope="module")
+def by_want() -> list[tuple[Request, list[Sampled]]]:
+    """Requests that want different things of their sampling, and what a CPU answers."""
+    nothing: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "top_logprobs": 0}
+    requests = [request(i, **nothing | how) for i, how in enumerate(WANTED)]
+    answers = sampled_tokens(Engine(tiny.model(), 8, 384), requests)
+    assert len({tuple(sampled.token for sampled in answer) for answer in answers.values()}) > 3
+    return [(one, answers[one.id]) for one in requests]
+
+
+@pytest.mark.parametrize("platform", ["gpu"], indirect=True)
+def test_an_accelerator_s_programs_give_what_requests_want(
+    by_want: list[tuple[Request, list[Sampled]]], platform: None
+):
+    """They have no branches: the host, which knows what is wanted, chooses among them."""
+    engine = Engine(tiny.model(), 8, 384, batch_sizes=[1, 8], attention="xla")
+    together = sampled_tokens(engine, [one for one, _ in by_want])
+    for one, answer in by_want:
+        agree(sampled_tokens(engine, [one])[one.id], answer)
+        agree(together[one.id], answer)
 
 
 def test_a_seed_is_a_sample():
@@ -543,15 +588,16 @@ def test_a_prompt_is_scored_as_the_forward_pass_sees_it(engine: Engine, name: st
 def test_a_cartridge_takes_the_memory_of_its_slots(mean: int):
     """Of a model of SmolLM2's heads, whose cartridge has many short ones and a few long ones."""
     lengths = log_normal_lengths(30, 3, mean)
-    shape = 30, int(lengths.max()), 3
-    laid = [lay_out_slots(np.zeros((*shape, *h), np.float32), lengths, PAGE_SIZE) for h in ([64], [64], [])]
+    heads, count = np.arange(3)[None], num_pages(int(lengths.sum()))
+    slots = [np.zeros((30, int(lengths.max()), 3, *h), np.float32) for h in ([64], [64], [])]
+    laid = [lay_out_slots(a, lengths, heads, PAGE_SIZE, count)[0] for a in slots]
     cache = PageCache(20, PAGE_SIZE, 90, lambda prefix: len(laid[0]))
     allocations = [cache.allocate(Prefix(str(i), mean, None), [0], 1) for i in range(3)]
     assert all(a is not None for a in allocations)
     taken = {head_page for a in allocations for head_page in head_pages_of(a.slots, len(laid[0]), 90)}
     assert len(taken) == 3 * len(laid[0]), "what several have in common is no head page"
-    slots = 2 * 64 * 4 * int(lengths.sum())
-    assert slots < sum(a.nbytes for a in laid) <= 1.15 * slots
+    needed = 2 * 64 * 4 * int(lengths.sum())
+    assert needed < sum(a.nbytes for a in laid) <= 1.15 * needed
 
 
 def head_pages_of(slots: Sequence[int], count: int, heads: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from unittest import mock
 
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cartridges_jax.serving.sampling import SORTED, SamplingParams, _bisected, _threshold, sample
+from cartridges_jax.serving.sampling import (
+    KINDS,
+    SORTED,
+    SamplingParams,
+    Wants,
+    _bisected,
+    _threshold,
+    kind_for,
+    sample,
+)
 
 V = 16
 DRAWS = 4000
@@ -179,15 +189,28 @@ def test_a_temperature_near_zero_is_greedy(temperature: float):
     assert set(draws(logits, temperature=temperature)) == {int(np.argmax(logits))}
 
 
-def test_rows_that_are_known_to_be_greedy_get_what_they_get_anyway():
-    """Infinity and NaN included; and the program has no branch."""
-    logits = np.random.default_rng(2).standard_normal((5, V)).astype(np.float32)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_whose_wants_are_known_get_what_they_get_anyway(kind: Wants):
+    """Infinity and NaN included; and the program has no branch. A row that wants less than others gets just that."""
+    rng, b = np.random.default_rng(2), 40
+    logits = rng.standard_normal((b, V)).astype(np.float32)
     logits[1, 3], logits[2, 4], logits[3] = np.inf, -np.inf, np.nan
-    how = sampling_params(5, temperature=0.0)
-    known = jax.jit(partial(sample, num_top=2, is_greedy=True)).lower(logits, how)
-    for found, expected in zip(known.compile()(logits, how)[:2], run(logits, how, 2), strict=False):
+    how = sampling_params(b, temperature=1.0 if kind.draws else 0.0)
+    how = how.replace(seed=jnp.arange(b), temperature=how.temperature * (jnp.arange(b) % 3 > 0))
+    if kind.filters:
+        how = how.replace(top_p=jnp.linspace(0.05, 1, b), top_k=jnp.arange(b) % 7)
+    how = how.replace(num_top=jnp.arange(b) % 3 if kind.alternatives else jnp.zeros(b, jnp.int32))
+    known = jax.jit(partial(sample, num_top=2, wants=kind)).lower(logits, how)
+    for found, expected in zip(known.compile()(logits, how), run(logits, how, 2), strict=True):
         np.testing.assert_array_equal(found, expected)
     assert "case" not in known.as_text() and "stablehlo.if" not in known.as_text()
+
+
+def test_a_program_does_at_least_what_is_wanted():
+    for wants in map(Wants._make, itertools.product([False, True], repeat=3)):
+        kind = kind_for(wants)
+        assert all(has or not is_wanted for has, is_wanted in zip(kind, wants, strict=True))
+    assert [kind_for(kind) for kind in KINDS] == list(KINDS)
 
 
 def test_log_probabilities_are_raw():

@@ -159,21 +159,24 @@ def slot_head_page(
 def lay_out_slots(
     slots: Float[np.ndarray, "l p k *h"],
     lengths: Int[np.ndarray, "l k"],
+    heads: Int[np.ndarray, "devices k"],
     page_size: int,
-    num_head_pages: int | None = None,
-) -> Float[np.ndarray, "e z *h"]:
+    num_head_pages: int,
+) -> Float[np.ndarray, "devices e z *h"]:
     """Lays a cartridge's slots out as its head pages hold them, on the host; behind the last is zero.
 
     Args:
-      num_head_pages: how many there are to be; by default as few as hold the slots.
+      heads: those of each device, which has head pages of its own.
+      num_head_pages: how many these are on every device.
     """
-    e = -(-int(lengths.sum()) // page_size) if num_head_pages is None else num_head_pages
-    laid = np.zeros((e * page_size, *slots.shape[3:]), slots.dtype)
-    starts = slot_starts(lengths)
-    for layer, head in np.ndindex(lengths.shape):
-        start, length = starts[layer, head], lengths[layer, head]
-        laid[start : start + length] = slots[layer, :length, head]
-    return laid.reshape(e, page_size, *slots.shape[3:])
+    laid = np.empty((len(heads), num_head_pages * page_size, *slots.shape[3:]), slots.dtype)
+    for on_device, own in zip(laid, heads, strict=True):
+        starts = slot_starts(lengths[:, own])
+        for layer, i in np.ndindex(starts.shape):
+            start, length = starts[layer, i], lengths[layer, own[i]]
+            on_device[start : start + length] = slots[layer, :length, own[i]]
+        on_device[lengths[:, own].sum() :] = 0
+    return laid.reshape(len(heads), num_head_pages, page_size, *slots.shape[3:])
 
 
 def slot_starts(lengths: Int[np.ndarray, "l k"]) -> Int[np.ndarray, "l k"]:
