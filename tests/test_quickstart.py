@@ -80,7 +80,7 @@ def test_from_a_document_without_questions_to_a_report_and_again_in_the_notebook
     assert len(table) >= len(conditions) and all(line in second.stdout for line in table)
     assert f"run directory: runs/{directory.name} " in second.stdout
     assert (directory / "train" / "cartridge.safetensors").read_bytes() == cartridge
-    assert "server" not in second.stderr and time.monotonic() - begun < 60
+    assert "server" not in second.stderr and time.monotonic() - begun < 120
 
 
 def test_the_notebook_keeps_no_output_and_every_cell_is_python():

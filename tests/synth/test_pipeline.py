@@ -239,7 +239,7 @@ def test_ctrl_c_stops_cleanly(server: StubServer, command: Callable[..., list[st
     while len(server.requests) < 20:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on" in error and "Traceback" not in error
 
