@@ -142,6 +142,8 @@ $(KVPRESS)/.made: pyproject.toml constraints.txt
 	@$(KVPRESS)/bin/python $(PIP) --constraint $(KVPRESS)/constraints.txt --editable '.[compare]' 'torch==2.13.0' 'transformers==5.2.0' 'kvpress==0.5.5'
 	@touch $@
 
+# With XLA's way of adding up for which `test-parity` gives the reason.
+bench-compression: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=
 bench-compression: $(KVPRESS)/.made
 	$(KVPRESS)/bin/python benchmarks/compare_kvpress.py --config=$(or $(CONFIG),configs/compare/embedded.py)
 

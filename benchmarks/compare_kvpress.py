@@ -1,7 +1,7 @@
 """What NVIDIA's kvpress keeps of a document, as cells of a comparison: `make bench-compression`.
 
-    .venv-kvpress/bin/python benchmarks/compare_kvpress.py --config=configs/compare/embedded.py [--presses=KVgrad,KVzip]
-        [--config.compare.documents="('manual',)"]
+    XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= .venv-kvpress/bin/python benchmarks/compare_kvpress.py
+        --config=configs/compare/embedded.py [--presses=KVgrad,KVzip] [--config.compare.documents="('manual',)"]
 
 The presses' own code, in torch, chooses which tokens every head keeps, the average over heads being a method's budget.
 The model answers behind the document's keys and values with the others masked, by this repository's evaluation, at the
@@ -52,7 +52,7 @@ PRESSES: dict[str, Callable[[float], Any]] = {
     "ExpectedAttention": lambda ratio: ExpectedAttentionPress(compression_ratio=ratio),
 }
 EVICTED = -1e9  # of a bias
-LARGEST_DIFFERENCE = 2e-4  # of logits, between the two programs
+LARGEST_DIFFERENCE = 1e-4  # of logits, between the two programs
 
 
 def main() -> None:

@@ -6,9 +6,8 @@ The suite `embedded` has three invented documents and 120 questions in four clas
 paraphrases without its rare words, questions over several places, and questions that the document does not answer.
 Self-study and training are the quickstart's. `--config.compare.documents="('manual',)"` compares on one document.
 
-Hardware: 2 CPU cores and 8 GB of memory take about an hour, as added up from the times of single cells: 6 minutes for
-self-study, 25 for 15 cartridges, 15 for the summaries and for what BM25 finds, the rest for everything else. BM25
-needs `pip install 'cartridges-jax[compare]'`.
+Hardware: 2 CPU cores and 12 GB of memory take 80 minutes: 8 for self-study, 35 for 15 cartridges, 15 for the summaries
+and for what BM25 finds, the rest for everything else. BM25 needs `pip install 'cartridges-jax[compare]'`.
 """
 
 from ml_collections import ConfigDict
