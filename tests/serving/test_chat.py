@@ -188,11 +188,14 @@ def test_pastes_ctrl_c_and_typing_ahead(tmp_path: Path):
         session.read(until="three")
         session.type("\r")
         session.read(until=end)
+        session.read(until=prompt, start=session.screen.index(end.encode()))
         start = len(session.screen)
         session.type("/nonsense and more\x03")  # Ctrl-C
         session.read(until=prompt, start=start)
         session.type("again\r")
         session.read(until="again", start=start)
+        # readline turns the terminal's echo on when it ends, a moment before the answer turns it off
+        session.read(until=chat.MARK_PASTES, start=session.screen.index(b"again", start))
         session.type("typed meanwhile")
         shown = session.read(until="typed meanwhile", start=start)
         session.type("\x15/undo\r/undo\r/undo\r/quit\r")  # Ctrl-U takes the line away
