@@ -47,7 +47,7 @@ def make_config(server: StubServer, tmp_path: Path) -> Callable[..., SynthConfig
             "output_dir": str(tmp_path / "out"),
             "num_conversations": 10,
             "resource": ResourceConfig(str(document)),
-            "client": ClientConfig(server.url, MODEL, timeout_seconds=1.0, max_retries=3),
+            "client": ClientConfig(server.url, MODEL, timeout_seconds=20.0, max_retries=3),
             "chunker": ChunkerConfig(min_tokens=100, max_tokens=300),
             "conversations_per_chunk": 4,
             "top_logprobs": 5,

@@ -57,7 +57,7 @@ def make(config: SynthConfig) -> list[Conversation]:
 @pytest.fixture
 def make_given(scorer: Scorer, make_config: MakeConfig, tmp_path: Path) -> MakeConfig:
     def made(**changes: Any) -> SynthConfig:
-        client = ClientConfig(scorer.url, MODEL, timeout_seconds=2.0)
+        client = ClientConfig(scorer.url, MODEL, timeout_seconds=30.0)
         given = GivenConfig(changes.pop("path", None) or folder(tmp_path / "given"), changes.pop("share", 1.0))
         return make_config(**{"client": client, "given_questions": given, "num_conversations": 4} | changes)
 

@@ -73,7 +73,7 @@ def test_questions_of_one_list(speaker: Speaker, make_config: MakeConfig):
         return "Here:\n1. Who?\n2) What?\n**3.** Where?" if "Number the results" in task else f"About {task}"
 
     speaker.speak = speak
-    client = ClientConfig(speaker.url, MODEL, timeout_seconds=2.0)
+    client = ClientConfig(speaker.url, MODEL, timeout_seconds=30.0)
     config = make_config(client=client, questions_per_call=3, conversations_per_chunk=6, num_conversations=12)
     made = make(config)
     assert [one.messages[0].content for one in made] == ["Who?", "What?", "Where?"] * 4
@@ -86,7 +86,7 @@ def test_questions_of_one_list(speaker: Speaker, make_config: MakeConfig):
 
 def test_a_list_that_is_too_short_is_asked_for_again_then_used(speaker: Speaker, make_config: MakeConfig):
     speaker.speak = lambda body: "1. Who?" if "Number the results" in body["messages"][-1]["content"] else "He."
-    client = ClientConfig(speaker.url, MODEL, timeout_seconds=2.0)
+    client = ClientConfig(speaker.url, MODEL, timeout_seconds=30.0)
     made = make(make_config(client=client, questions_per_call=2, conversations_per_chunk=2, num_conversations=4))
     assert [one.messages[0].content for one in made] == ["Who?", "Who?"], "those without a question are filtered"
     assert sum("Number the results" in body["messages"][-1]["content"] for body in speaker.requests) == 6
@@ -109,7 +109,7 @@ def test_thinking_is_drawn_once_a_conversation_and_recorded(speaker: Speaker, ma
         return "<think>\nhm\n</think>\n\nSo it is." if thinks else "It is."
 
     speaker.speak = speak
-    client = ClientConfig(speaker.url, MODEL, timeout_seconds=2.0)
+    client = ClientConfig(speaker.url, MODEL, timeout_seconds=30.0)
     config = make_config(
         client=client,
         num_conversations=60,
@@ -160,7 +160,7 @@ def test_tools_may_be_used_by_either_side(speaker: Speaker, make_config: MakeCon
         return '<tool_call>{"name": "search", "arguments": {"query": "item 41"}}</tool_call>' if wants_call else "Yes?"
 
     speaker.speak = speak
-    client = ClientConfig(speaker.url, MODEL, timeout_seconds=2.0)
+    client = ClientConfig(speaker.url, MODEL, timeout_seconds=30.0)
     tools = ToolsConfig(search=True, sides=sides)
     (made,) = make(make_config(client=client, num_conversations=1, tools=tools, seed_prompts=("question",)))
     assert [c["name"] for c in made.metadata["tool_calls"]] == ["search"] * len(sides)
@@ -265,7 +265,7 @@ def write_logs(path: Path, count: int, **more: Any) -> str:
 
 def test_existing_conversations_are_scored_in_context(scorer: Scorer, make_config: MakeConfig, tmp_path: Path):
     logs = write_logs(tmp_path / "logs.jsonl", 12)
-    client = ClientConfig(scorer.url, MODEL, timeout_seconds=2.0)
+    client = ClientConfig(scorer.url, MODEL, timeout_seconds=30.0)
     made = make(make_config(client=client, distill_existing=ExistingConfig(logs), top_logprobs=2))
     assert [one.messages[0].content for one in made] == [f"q{i}" for i in range(10)]
     for one in made:
@@ -281,14 +281,14 @@ def test_existing_conversations_are_scored_in_context(scorer: Scorer, make_confi
 
 def test_a_line_may_bring_its_own_context(scorer: Scorer, make_config: MakeConfig, tmp_path: Path):
     logs = write_logs(tmp_path / "logs.jsonl", 2, context="Its very own.")
-    client = ClientConfig(scorer.url, MODEL, timeout_seconds=2.0)
+    client = ClientConfig(scorer.url, MODEL, timeout_seconds=30.0)
     made = make(make_config(client=client, distill_existing=ExistingConfig(logs), num_conversations=2))
     assert all("Its very own." in one.system_prompt and "Line" not in one.system_prompt for one in made)
 
 
 def test_general_instructions_mixed_in_without_context(scorer: Scorer, make_config: MakeConfig, tmp_path: Path):
     logs = write_logs(tmp_path / "general.jsonl", 4)
-    client = ClientConfig(scorer.url, MODEL, timeout_seconds=2.0)
+    client = ClientConfig(scorer.url, MODEL, timeout_seconds=30.0)
     mixed = make_config(client=client, distill_existing=ExistingConfig(logs, 0.1, False), num_conversations=40)
     made = make(mixed)
     given = [one for one in made if one.type == "distill_existing"]
