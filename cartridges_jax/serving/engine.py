@@ -211,10 +211,9 @@ class Engine:
         self._sequences.extend(index, page)
 
     def decode(self, indices: Sequence[int]) -> Any:
-        wants = self._wants(indices)
+        batch, wants = self._next_batch(indices), self._wants
         if wants not in (None, GREEDY) or not self._rules.keys().isdisjoint(indices):
-            return self.sample(self.forward(indices), [])
-        batch = self._next_batch(indices)
+            return self.sample(self._forward(indices, batch), [])
         self._cache, self._last, advancing, sampled = steps.decode_step(
             self._weights,
             self._cache,
@@ -228,15 +227,17 @@ class Engine:
         return sampled, self._num_top(indices)
 
     def forward(self, indices: Sequence[int]) -> Any:
-        batch = self._next_batch(indices)
+        return self._forward(indices, self._next_batch(indices))
+
+    def _forward(self, indices: Sequence[int], batch: DecodeBatch) -> Any:
         self._cache, advancing, logits = steps.logits_step(
             self._weights, self._cache, self._last, batch, **self._options
         )
         self._sequences.advance(advancing)
-        return logits, batch, list(indices)
+        return logits, batch, self._wants, list(indices)
 
     def sample(self, logits: Any, masks: Sequence[np.ndarray | None]) -> Any:
-        logits_bv, batch, indices = logits
+        logits_bv, batch, wants, indices = logits
         mask = np.full((len(logits_bv), -(-self._config.vocab_size // 32)), -1, np.int32)
         for row, words in zip(mask, masks, strict=False):
             if words is not None:  # a tokenizer may have fewer tokens than the model
@@ -254,7 +255,7 @@ class Engine:
             mask,
             *processing,
             num_top=self.max_top_logprobs,
-            wants=self._wants(indices),
+            wants=wants,
         )
         self._logits_state = self._logits_state if state is None else state
         return sampled, self._num_top(indices)
@@ -265,9 +266,10 @@ class Engine:
             self._clear(page)
         return batch
 
-    def _wants(self, indices: Sequence[int]) -> Wants | None:
-        """What sequences want of their sampling; None where branches find it out."""
-        return kind_for(self._sequences.wants(indices)) if len(self._kinds) > 1 else None
+    @property
+    def _wants(self) -> Wants | None:
+        """What the batch wants of its sampling; None where branches find it out."""
+        return kind_for(self._sequences.wants) if len(self._kinds) > 1 else None
 
     def _num_top(self, indices: Sequence[int]) -> list[int]:
         return [self._sequences.num_top[i] for i in indices]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
 from cartridges_jax.serving.metadata import PAGE_SIZE, written_pages
-from cartridges_jax.serving.sampling import SamplingParams, Wants
+from cartridges_jax.serving.sampling import GREEDY, SamplingParams, Wants
 from cartridges_jax.serving.scheduler import BlockTable, SequenceInput
 
 
@@ -76,6 +76,7 @@ class Sequences:
         self._indices: list[int] = []  # those of the batch on the device
         self._rows = np.zeros(0, np.int32)  # the same, as an array
         self._batch: DecodeBatch | None = None
+        self.wants = GREEDY  # what the sequences of the batch want of their sampling
 
     def begin(self, sequence: SequenceInput) -> None:
         """Puts a sequence in the place of the one that has had its index."""
@@ -112,13 +113,6 @@ class Sequences:
             self._batch = self._batch.replace(metadata=self._batch.metadata._replace(block_table=table))
         return self._batch, self._block_table[self._rows[begins], positions[begins] // PAGE_SIZE].tolist()
 
-    def wants(self, indices: Sequence[int]) -> Wants:
-        """What these sequences want together."""
-        params = self._sampling_params
-        drawing = [i for i in indices if params.temperature[i] > 0]
-        filters = any(params.top_p[i] < 1 or params.top_k[i] > 0 for i in drawing)
-        return Wants(bool(drawing), filters, any(self.num_top[i] > 0 for i in indices))
-
     def advance(self, advancing: tuple[Any, Any, Any]) -> None:
         """Goes on to the next step, with what this one's program has returned for it."""
         assert self._batch is not None
@@ -132,6 +126,9 @@ class Sequences:
         slots = [self._slots[i] for i in self._indices]
         metadata = self._attention_metadata(self._positions[rows_b], self._written_pages(rows_b), slots)
         params = jax.tree.map(lambda of_all: of_all[rows_b], self._sampling_params)
+        draws_b, filters_b = params.temperature > 0, (params.top_p < 1) | (params.top_k > 0)
+        wanted = draws_b, draws_b & filters_b, params.num_top > 0
+        self.wants = Wants(*(bool(by_row.any()) for by_row in wanted))
         return DecodeBatch(rows_b, self._tokens[rows_b], metadata, params)
 
     def _padded_rows(self) -> np.ndarray:
