@@ -45,7 +45,9 @@ def _progress_from(log: Path) -> Iterator[None]:
 
     def follow() -> None:
         with log.open(encoding="utf-8", errors="replace") as lines:
-            while not is_ready.wait(SECONDS_BETWEEN_LOOKS):
+            ended = False
+            while not ended:
+                ended = is_ready.wait(SECONDS_BETWEEN_LOOKS)  # what was said until then is printed, too
                 for line in lines:
                     if line.startswith("compiling: "):
                         print(printable(line.rstrip()), file=sys.stderr, flush=True)
