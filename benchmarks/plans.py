@@ -50,7 +50,7 @@ def row(config: TrainConfig, name: str, topology: str, mesh_config: MeshConfig) 
     config = dataclasses.replace(config, model=name, mesh=mesh_config, attention=chip.platform)
     mesh = sharding.make_mesh(mesh_config, devices)
     program = train_program(config, model, mesh, STEPS)
-    costs = train_costs(config, model, mesh.devices.shape, chip.platform)
+    costs = train_costs(config, model, mesh.devices.shape, mesh.devices.flat[0].device_kind)
     seconds = costs.seconds(chip, received(program.collectives))
     held = program.arguments
     sizes = held["weights"], held["cartridge"] + held["optimizer"], program.activations, program.peak

@@ -15,12 +15,13 @@ from numpy.testing import assert_allclose
 
 import cartridges_jax as cj
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.block_sizes import of_device
 from cartridges_jax.models.config import ModelConfig, rope_factors
 from cartridges_jax.models.params import init_params
 from cartridges_jax.models.transformer import Remat
-from cartridges_jax.training.losses import CHUNKS, Reduction, Tail, loss_sum, top_k_cross_entropy
+from cartridges_jax.training.losses import Reduction, Tail, loss_sum, top_k_cross_entropy
 
-CHUNK = CHUNKS["cpu"]
+CHUNK = of_device("cpu").loss_chunk
 TAILS: tuple[Tail, ...] = ("drop", "bucket")
 REDUCTIONS: tuple[Reduction, ...] = ("token", "entry", "row")
 BOTH = [(tail, reduction) for tail in TAILS for reduction in REDUCTIONS]

@@ -18,7 +18,7 @@ from accelerator_parts import models, sizes
 from accelerator_parts.engine import copy_bandwidth
 from accelerator_parts.measuring import Line, Options, attempts, rounded, seconds
 from cartridges_jax import kernels
-from cartridges_jax.kernels.decode_attention import gpu, gpu_kernels, new_pages, tpu, tpu_kernels, xla
+from cartridges_jax.kernels.decode_attention import gpu, new_pages, tpu, xla
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata
 from cartridges_jax.kernels.decode_attention.sharing import Thresholds, head_pages_read
 from cartridges_jax.kernels.decode_attention.softmax import Options as AttentionOptions
@@ -73,8 +73,8 @@ def _block_sizes(tiny: bool) -> Iterator[tuple[str, Attend]]:
 
 
 def _kernel(name: str, **changed: Any) -> Attend:
-    module, kind = {"gpu": (gpu, gpu_kernels.BlockSizes), "tpu": (tpu, tpu_kernels.BlockSizes)}[name]
-    block_sizes = dataclasses.replace(kind(), **changed)
+    module = {"gpu": gpu, "tpu": tpu}[name]
+    block_sizes = dataclasses.replace(module.default_block_sizes(), **changed)
 
     def attend(q: Any, pages: Any, metadata: AttentionMetadata) -> Any:
         metadata = metadata._replace(order=module.ordered(metadata._replace(layer=None), PAGE_SIZE, block_sizes))

@@ -13,3 +13,9 @@ def platform() -> str:
     # a mesh knows the devices that are compiled for, which may be elsewhere
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def device_kind() -> str:
+    """Names the device that is compiled for, as its maker does: "TPU v6 lite", "NVIDIA H100 80GB HBM3", "cpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from cartridges_jax import kernels
 from cartridges_jax.cartridge.arrays import Placement, Slots
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.block_sizes import of_device
 from cartridges_jax.kernels.decode_attention import thresholds
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, slot_starts
 from cartridges_jax.kernels.decode_attention.sharing import Thresholds, head_pages_read
@@ -34,7 +35,6 @@ from cartridges_jax.serving.sequences import DecodeBatch
 from cartridges_jax.serving.steps import BATCH, decode_step, empty_cache
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.config import TrainConfig
-from cartridges_jax.training.losses import CHUNKS
 from cartridges_jax.training.optim import optimizer
 from cartridges_jax.training.step import TrainState, train_step
 
@@ -118,7 +118,7 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     options: dict[str, Any] = {name: getattr(config, name) for name in ("tail", "reduction", "remat", "attention")}
     with jax.set_mesh(mesh):  # tells the kernels which device they are compiled for
         lowered = train_step.lower(*given.values(), config=model, tx=tx, mesh=mesh, **options)
-        chunks = target_chunks(rows * config.seq_len, kernels.platform())
+        chunks = target_chunks(rows * config.seq_len, kernels.device_kind())
     held = {
         "weights": given["weights"],
         "cartridge": given["state"].cartridge,
@@ -128,9 +128,9 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     return _compiled(lowered, held, mesh, chunks)
 
 
-def target_chunks(positions: int, platform: str) -> int:
+def target_chunks(positions: int, device_kind: str) -> int:
     """Returns how many chunks the loss visits for so many positions; no other loop's length depends on the data."""
-    return math.ceil(TARGETS * positions / CHUNKS[platform])
+    return math.ceil(TARGETS * positions / of_device(device_kind).loss_chunk)
 
 
 def decode_program(

@@ -45,7 +45,7 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
     Raises:
       UserError: none of those that were compiled fits.
     """
-    tried = sorted(_possible(config, model, chip, len(devices)), key=lambda predicted: predicted[0])[:TRIED]
+    tried = sorted(_possible(config, model, chip, devices), key=lambda predicted: predicted[0])[:TRIED]
     found: list[Candidate] = []
     progress = Progress("compiling", len(tried), "candidates")
     for _, mesh, changed in tried:
@@ -57,7 +57,7 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
         progress.advance()
         if program is None or not fits(program, chip):
             continue
-        costs = train_costs(changed, model, mesh, chip.platform)
+        costs = train_costs(changed, model, mesh, devices[0].device_kind)
         seconds = costs.seconds(chip, received(program.collectives))
         found.append(Candidate(mesh, changed, program, seconds, costs.mfu(chip, seconds)))
         if len(found) == KEPT:
@@ -73,10 +73,10 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
 
 
 def _possible(
-    config: TrainConfig, model: ModelConfig, chip: Chip, count: int
+    config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]
 ) -> Iterator[tuple[float, tuple[int, int, int], TrainConfig]]:
     """Yields predicted seconds, mesh and config of all that the sizes allow and that the memory might hold."""
-    total = config.batch_size * config.accumulation
+    total, count = config.batch_size * config.accumulation, len(devices)
     for tensor in _divisors(count):
         for fsdp in _divisors(count // tensor):
             mesh = count // tensor // fsdp, fsdp, tensor
@@ -89,8 +89,8 @@ def _possible(
                 except UserError:
                     continue
                 if least_memory(changed, model, mesh) <= (1 - SPARE) * chip.memory:
-                    costs = train_costs(changed, model, mesh, chip.platform)
-                    communicated = received(expected_traffic(changed, model, mesh, chip.platform))
+                    costs = train_costs(changed, model, mesh, devices[0].device_kind)
+                    communicated = received(expected_traffic(changed, model, mesh, devices[0].device_kind))
                     yield costs.seconds(chip, communicated), mesh, changed
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cartridges_jax import kernels
 from cartridges_jax.cartridge.arrays import Cartridge, Placement, Slots
 from cartridges_jax.command_line.errors import UserError
+from cartridges_jax.kernels.block_sizes import of_device
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.transformer import Remat, head_weights, hidden_states
@@ -28,9 +29,6 @@ from cartridges_jax.training.batch import Batch
 if TYPE_CHECKING:
     from cartridges_jax.models.language_model import LanguageModel
 
-# How many target positions have logits at one time, by platform. The head is read once for each chunk: on accelerators
-# a product of 128 rows takes as long as reading it, and one of 256 (v5e) to 600 (v6e) as long as multiplying it.
-CHUNKS = {"cpu": 128, "gpu": 512, "tpu": 256}
 NOTHING = -1e30  # a logit whose probability is zero; finite, so that a row of them gives no NaN
 
 Tail = Literal["drop", "bucket"]
@@ -105,7 +103,7 @@ def loss_sum(
     return total, batch.num_targets if reduction == "token" else mask_btj.sum().astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def top_k_cross_entropy(
     hidden: Float[Array, "t d"],
     head: Float[Array, "v d"],
@@ -113,20 +111,33 @@ def top_k_cross_entropy(
     logprobs: Float[Array, "t j"],
     mask: Bool[Array, "t j"],
     tail: Tail,
+    chunk: int | None = None,
 ) -> Float[Array, ""]:
-    """Returns the loss summed over targets. No gradient flows to `head`, which is frozen."""
-    return _over_chunks(hidden, head, ids, logprobs, mask, tail, with_gradient=False)[0]
+    """Returns the loss summed over targets. No gradient flows to `head`, which is frozen.
+
+    Args:
+      chunk: how many targets have logits at one time; None is what the table of block sizes has for this device.
+    """
+    return _over_chunks(hidden, head, ids, logprobs, mask, tail, chunk, with_gradient=False)[0]
 
 
-def _backward(tail: Tail, gradient_td: Array, cotangent: Array) -> tuple[Any, ...]:
+def _backward(tail: Tail, chunk: int | None, gradient_td: Array, cotangent: Array) -> tuple[Any, ...]:
     return (gradient_td * cotangent.astype(gradient_td.dtype), None, None, None, None)
 
 
 def _over_chunks(
-    hidden: Array, head: Array, ids: Array, logprobs: Array, mask: Array, tail: Tail, *, with_gradient: bool
+    hidden: Array,
+    head: Array,
+    ids: Array,
+    logprobs: Array,
+    mask: Array,
+    tail: Tail,
+    chunk: int | None,
+    *,
+    with_gradient: bool,
 ) -> tuple[Array, Array]:
     t = hidden.shape[0]
-    chunk = min(CHUNKS[kernels.platform()], t)
+    chunk = min(chunk or of_device(kernels.device_kind()).loss_chunk, t)
     is_target_t = mask.any(-1)
     padded = -(-t // chunk) * chunk
     # targets come first, in their order; an index past the end reads a row of zeros (mode="fill"), and what is written

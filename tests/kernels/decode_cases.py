@@ -18,7 +18,6 @@ from cartridges_jax.kernels.decode_attention import (
     KERNELS,
     decode_attention,
     gpu,
-    gpu_kernels,
     new_pages,
     ordered,
     rotate_and_write,
@@ -42,7 +41,9 @@ RAGGED = {"a": (19, 2, 0, 8), "b": (1, 3, 4, 0)}  # slots of the heads, again an
 THRESHOLDS = Thresholds(users=2, pages=1)
 PARTS = {"programs": 20, "fewest_parts": 2, "most_parts": 3, "shared_parts": 2}
 BLOCK_SIZES: dict[str | None, Any] = {
-    "gpu": gpu_kernels.BlockSizes(rows=16, keys=2, requests=2, thresholds=THRESHOLDS, **PARTS, interpret=True),
+    "gpu": dataclasses.replace(
+        gpu.default_block_sizes(), rows=16, keys=2, requests=2, thresholds=THRESHOLDS, **PARTS, interpret=True
+    ),
     "tpu": tpu_kernels.BlockSizes(rows=32, written=2, thresholds=THRESHOLDS, interpret=True),
 }
 

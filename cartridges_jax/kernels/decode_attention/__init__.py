@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from cartridges_jax import kernels
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
-from cartridges_jax.kernels.decode_attention.sharing import Thresholds
+from cartridges_jax.kernels.decode_attention.sharing import Thresholds, default_thresholds
 from cartridges_jax.kernels.decode_attention.softmax import Options
 from cartridges_jax.kernels.gathered_matmul import has_kernel
 
@@ -111,7 +111,7 @@ def thresholds(implementation: str | None = None) -> Thresholds:
     Only kernels have any. What the others read does not depend on the pages that there are.
     """
     name = chosen(implementation)
-    return _module(name).THRESHOLDS if name in KERNELS else Thresholds(1, 0)
+    return default_thresholds(name) if name in KERNELS else Thresholds(1, 0)
 
 
 def chosen(implementation: str | None) -> str:

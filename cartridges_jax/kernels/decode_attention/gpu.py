@@ -14,14 +14,19 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.block_sizes import of_kernel
 from cartridges_jax.kernels.decode_attention import gpu_kernels
-from cartridges_jax.kernels.decode_attention.gpu_kernels import THRESHOLDS as THRESHOLDS
 from cartridges_jax.kernels.decode_attention.gpu_kernels import BlockSizes, Layout, Order
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
-from cartridges_jax.kernels.decode_attention.sharing import SLOTS, by_group, groups, page_counts
+from cartridges_jax.kernels.decode_attention.sharing import SLOTS, by_group, default_thresholds, groups, page_counts
 from cartridges_jax.kernels.decode_attention.softmax import Options, largest_divisor, scale_of
 
 POSITIONS_LAST = False
+
+
+def default_block_sizes() -> BlockSizes:
+    """Gives what the table has for this device."""
+    return BlockSizes(default_thresholds("gpu"), **of_kernel("gpu").decode)
 
 
 def gpu_attention(
@@ -32,7 +37,7 @@ def gpu_attention(
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "r t n h"]:
     """Does what `decode_attention` says, on a GPU or interpreted."""
-    layout = _layout(q, pages, metadata, options, block_sizes or BlockSizes())
+    layout = _layout(q, pages, metadata, options, block_sizes or default_block_sizes())
     parts = gpu_kernels.attend(layout, q, pages, metadata)
     return gpu_kernels.merge(layout, q, *parts, metadata, options.sinks)
 
@@ -46,13 +51,13 @@ def gpu_rotate_and_write(
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Float[Array, "r t n h"], Pages]:
     """Rotates queries and keys, which stand beside each other and beside the values, and writes the latter two."""
-    interpret = (block_sizes or BlockSizes()).interpret
+    interpret = (block_sizes or default_block_sizes()).interpret
     return gpu_kernels.rotate_and_write(heads, *rope, slot_mapping, pages, metadata, interpret)
 
 
 def ordered(metadata: AttentionMetadata, z: int, block_sizes: BlockSizes | None = None) -> Order:
     """Works out what is read together, and how many head pages the requests have to read of their own."""
-    sizes = block_sizes or BlockSizes()
+    sizes = block_sizes or default_block_sizes()
     found = groups(metadata, z, sizes.thresholds)
     place_r, request_at = by_group(found)
     r = len(place_r)

@@ -26,25 +26,24 @@ from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pag
 from cartridges_jax.kernels.decode_attention.sharing import SLOTS, TOKENS, Thresholds
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, soft_capped
 
-THRESHOLDS = Thresholds(users=4, pages=4)
 LEAST_ROWS = 16  # of a product, as Triton has them
 div, rem = jax.lax.div, jax.lax.rem
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How attention is cut into programs, and from when on requests read together. None of it has been measured."""
+    """How attention is cut into programs, and from when on requests read together."""
 
-    rows: int = 64  # queries of a program
-    keys: int = 64  # that a program multiplies at once; a power of two
-    requests: int = 16  # requests of a program that reads what they share
-    thresholds: Thresholds = THRESHOLDS
-    programs: int = 1024  # that read what requests have of their own: a few for each multiprocessor of a large GPU
-    fewest_parts: int = 4  # a request's own keys are split into at most so many if there are many requests
-    most_parts: int = 32  # and if there are few
-    shared_parts: int = 8
-    warps: int = 4
-    stages: int = 3
+    thresholds: Thresholds
+    rows: int  # queries of a program
+    keys: int  # that a program multiplies at once; a power of two
+    requests: int  # requests of a program that reads what they share
+    programs: int  # that read what requests have of their own: a few for each multiprocessor of a large GPU
+    fewest_parts: int  # a request's own keys are split into at most so many if there are many requests
+    most_parts: int  # and if there are few
+    shared_parts: int
+    warps: int
+    stages: int
     interpret: bool = False  # interpreted, the kernels run on every platform
 
     def blocks(self, r: int) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from cartridges_jax.kernels.block_sizes import of_kernel
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, slot_page_counts
 
 SLOTS, TOKENS = 0, 1  # the kinds of groups: what their members have in common
@@ -24,6 +25,12 @@ class Thresholds(NamedTuple):
 
     users: int  # members of a group
     pages: int  # that they have in common, of slots for each head on average
+
+
+def default_thresholds(platform: str) -> Thresholds:
+    """Gives what the table has for a platform's kernel on this device."""
+    line = of_kernel(platform)
+    return Thresholds(line.users, line.pages)
 
 
 class Groups(NamedTuple):

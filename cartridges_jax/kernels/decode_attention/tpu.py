@@ -14,12 +14,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from cartridges_jax.kernels.block_sizes import of_kernel
 from cartridges_jax.kernels.decode_attention import tpu_kernels
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
-from cartridges_jax.kernels.decode_attention.sharing import Groups, groups, page_counts
+from cartridges_jax.kernels.decode_attention.sharing import Groups, default_thresholds, groups, page_counts
 from cartridges_jax.kernels.decode_attention.softmax import Options, largest_divisor, scale_of, sinks_together
 from cartridges_jax.kernels.decode_attention.tpu_kernels import BIAS_ROWS, LANES, BlockSizes, Layout, Tables
-from cartridges_jax.kernels.decode_attention.tpu_kernels import THRESHOLDS as THRESHOLDS
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, pad_to_multiple
 
 POSITIONS_LAST = False
@@ -35,9 +35,14 @@ class Order(NamedTuple):
     slots: Int[Array, "l 1 2ak"]  # where the slots of each head of each cartridge start, and then how many they are
 
 
+def default_block_sizes() -> BlockSizes:
+    """Gives what the table has for this device."""
+    return BlockSizes(default_thresholds("tpu"), **of_kernel("tpu").decode)
+
+
 def ordered(metadata: AttentionMetadata, z: int, block_sizes: BlockSizes | None = None) -> Order:
     """Works out what requests have in common."""
-    found = groups(metadata, z, (block_sizes or BlockSizes()).thresholds)
+    found = groups(metadata, z, (block_sizes or default_block_sizes()).thresholds)
     lists = (jnp.asarray(a).reshape(len(a), 1, -1) for a in (metadata.slot_starts, metadata.slot_lens))
     slots = pad_to_multiple(jnp.concatenate([*lists], axis=2), 2, LANES)
     return Order(found, page_counts(metadata, z)[1], slots)
@@ -51,7 +56,7 @@ def tpu_attention(
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "r t n h"]:
     """Does what `decode_attention` says, on a TPU or interpreted."""
-    sizes, (r, t, n, h), k = block_sizes or BlockSizes(), q.shape, metadata.kv_heads
+    sizes, (r, t, n, h), k = block_sizes or default_block_sizes(), q.shape, metadata.kv_heads
     g = n // k
     tokens = largest_divisor(t, sizes.rows // g)
     chunks, m = r * (t // tokens), -(-tokens * g // SUBLANES) * SUBLANES
@@ -95,7 +100,7 @@ def tpu_rotate_and_write(
     cos, sin = rope
     both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
     layer = jnp.asarray(metadata.layer, jnp.int32).reshape(1)
-    sizes = block_sizes or BlockSizes()
+    sizes = block_sizes or default_block_sizes()
     return tpu_kernels.rotate_and_write(sizes, heads, *both, slot_mapping, layer, pages, metadata)
 
 

@@ -26,7 +26,6 @@ from cartridges_jax.kernels.decode_attention.sharing import SLOTS, TOKENS, Thres
 from cartridges_jax.kernels.decode_attention.softmax import largest_divisor
 from cartridges_jax.kernels.prefix_attention.blockwise import MASKED, soft_capped
 
-THRESHOLDS = Thresholds(users=4, pages=2)
 NOWHERE = -(1 << 30)  # the position of a query that sees nothing
 LANES = 128
 BIAS_ROWS = 8  # of head pages, which are copied together: as many as a register has
@@ -35,11 +34,11 @@ div, rem = jax.lax.div, jax.lax.rem
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How much is worked on at once, and from when on requests read together. None of it has been measured."""
+    """How much is worked on at once, and from when on requests read together."""
 
-    rows: int = 256  # queries of a block of requests, of each kv head
-    written: int = 32  # requests whose new keys are written at once
-    thresholds: Thresholds = THRESHOLDS
+    thresholds: Thresholds
+    rows: int  # queries of a block of requests, of each kv head
+    written: int  # requests whose new keys are written at once
     interpret: bool | pltpu.InterpretParams = False  # interpreted, the kernels run on every platform
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.block_sizes import of_kernel
 from cartridges_jax.kernels.prefix_attention import gpu_kernels
 from cartridges_jax.kernels.prefix_attention.blockwise import (
     MASKED,
@@ -29,9 +30,9 @@ PassSizes = tuple[BlockSizes, BlockSizes]  # those of the forward and of the bac
 
 
 def default_block_sizes(h: int, dtype: Any) -> PassSizes:
-    """Gives the largest blocks that fit the registers and the shared memory of an H100."""
+    """Gives what the table has for this device, by the width of what a block holds."""
     is_wide = h > 128 or jnp.dtype(dtype).itemsize > 2
-    forward, backward = ((64, 32), (32, 32)) if is_wide else ((128, 64), (64, 64))
+    forward, backward = of_kernel("gpu").prefix["wide" if is_wide else "usual"]
     warps = 4 if h == 64 else 8
     return BlockSizes(*forward, warps), BlockSizes(*backward, warps)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from cartridges_jax.kernels.block_sizes import of_kernel
 from cartridges_jax.kernels.prefix_attention import tpu_kernels
 from cartridges_jax.kernels.prefix_attention.blockwise import (
     MASKED,
@@ -30,13 +31,14 @@ from cartridges_jax.kernels.prefix_attention.tpu_kernels import BlockSizes, Inpu
 
 
 def default_block_sizes(t: int, g: int, p: int, is_ragged: bool = False) -> BlockSizes:
-    """Gives blocks of about 1,024 lanes of queries by 512 keys, whose float32 scores take 2 MB.
+    """Gives what the table has for this device, or less where there is less.
 
     If heads have lengths of their own, their blocks of slots are as small as blocks can be.
     """
-    queries, slot_blocks = max(1024 // g // 128, 1) * 128, max(-(-p // 512), 1)
+    most = of_kernel("tpu").prefix
+    queries, slot_blocks = max(most["queries"] // g // 128, 1) * 128, max(-(-p // most["slots"]), 1)
     slots = _aligned(1 if is_ragged else -(-p // slot_blocks))
-    return BlockSizes(g, min(_aligned(t), queries), min(_aligned(t), 512), slots)
+    return BlockSizes(g, min(_aligned(t), queries), min(_aligned(t), most["keys"]), slots)
 
 
 def _aligned(size: int) -> int:
