@@ -44,7 +44,7 @@ def test_loading_pinning_and_unloading(folder: Path):
 
 
 def test_a_new_version_leaves_those_that_run_alone(folder: Path):
-    engine = ScriptEngine(list(b"abc"), max_num_seqs=2, pause=0.005)
+    engine = ScriptEngine(list(b"abc"), max_num_seqs=2, pause=0.05)
 
     async def test(client: Client) -> None:
         before = (await act(client, "load", id="manual"))[1]["version"]

@@ -91,7 +91,7 @@ class ScriptEngine(FakeEngine):
         self.steps = 0
 
     def decode(self, indices: Sequence[int]) -> list[Sampled]:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         time.sleep(self.pause)
         self.steps += 1
         return super().decode(indices)
@@ -579,7 +579,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(stream):
-    engine = ScriptEngine(list(b"abc"), max_num_seqs=1, pause=0.005)
+    engine = ScriptEngine(list(b"abc"), max_num_seqs=1, pause=0.02)
 
     async def test(client: Client) -> None:
         asked = asyncio.create_task(client.chat(stream=stream))

@@ -45,11 +45,11 @@ def test_requests_wait_and_health_says_how_long():
 
 
 def test_rare_programs_wait_until_no_request_has_come_for_a_while(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_thread, "QUIET_SECONDS", 1.5)
+    monkeypatch.setattr(engine_thread, "QUIET_SECONDS", 3.0)
     compiled: list[int] = []
 
     async def test(client: Client) -> None:
-        for _ in range(18):  # which together take longer than the quiet that it waits for
+        for _ in range(35):  # which together take longer than the quiet that it waits for
             await asyncio.sleep(0.1)
             assert (await client.chat())[0] == 200
         assert not compiled

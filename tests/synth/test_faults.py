@@ -205,7 +205,7 @@ def test_filters_keep_the_same_whatever_ends_first(tmp_path: Path, servers: list
 
 
 def test_a_run_that_loses_its_network_goes_on_later(tmp_path: Path, servers: list[StubServer]):
-    client = ClientConfig(tuple(server.url for server in servers), MODEL, timeout_seconds=0.5, max_retries=1)
+    client = ClientConfig(tuple(server.url for server in servers), MODEL, timeout_seconds=10.0, max_retries=1)
     config = settings(tmp_path, "out", servers, client=client)
     gone_after = iter([None] * 200)
     for server in servers:

@@ -475,7 +475,7 @@ def test_a_password_opens_the_server_and_is_nowhere_else(
     guarded_server.faults = server.faults
     guarded_server.start()
     url = guarded_server.url.replace("http://", f"http://ada:{secret}@")
-    config = make_config(client=ClientConfig(url, MODEL, timeout_seconds=1.0, max_retries=3))
+    config = make_config(client=ClientConfig(url, MODEL, timeout_seconds=20.0, max_retries=3))
     server.faults.extend([500, "drop", 429])
     with caplog.at_level(logging.DEBUG):
         assert len(make(config)) == 10

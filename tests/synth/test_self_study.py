@@ -94,7 +94,7 @@ def test_a_list_that_is_too_short_is_asked_for_again_then_used(speaker: Speaker,
 
 def test_questions_by_another_model(server: StubServer, speaker: Speaker, make_config: MakeConfig):
     speaker.speak = lambda body: "Why so?"
-    asking = ClientConfig(speaker.url, "other", timeout_seconds=2.0)
+    asking = ClientConfig(speaker.url, "other", timeout_seconds=30.0)
     made = make(make_config(question_client=asking))
     assert len(made) == 10 and all(one.messages[0].content == "Why so?" for one in made)
     assert all(one.messages[0].token_ids is None and one.messages[1].token_ids for one in made)
