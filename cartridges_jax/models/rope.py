@@ -37,8 +37,16 @@ def shift_keys(keys: Any, distance: Any, config: ModelConfig) -> Any:
     frequencies_lh = np.stack([frequencies(layer, 2 * half) for layer in config.layers])
     angles_l11h = distance * frequencies_lh[:, None, None].astype(np.float64)
     cos, sin = xp.cos(angles_l11h).astype(xp.float32), xp.sin(angles_l11h).astype(xp.float32)
-    first, second = keys[..., :half], keys[..., half:]
+    if xp is not np:
+        return _rotated(keys, cos, sin)
+    moved = np.empty_like(keys)
     with np.errstate(over="ignore", invalid="ignore"):  # as in a compiled program, there is no warning
-        return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(
-            keys.dtype, copy=False
-        )
+        for layer, keys_pkh in enumerate(keys):  # one at a time, whose products stay in the processor's cache
+            moved[layer] = _rotated(keys_pkh, cos[layer], sin[layer])
+    return moved
+
+
+def _rotated(keys: Any, cos: Any, sin: Any) -> Any:
+    first, second = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return keys.__array_namespace__().concatenate(rotated, axis=-1).astype(keys.dtype, copy=False)
