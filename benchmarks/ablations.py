@@ -67,13 +67,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "profile, at most 8 times the average": {"budget": "profile", "max_share": 8.0},
     "profile, at most 16 times the average": {"budget": "profile", "max_share": 16.0},
 }
-ON_BUDGETS: dict[str, dict[str, Any]] = {  # training on top of a start with slots for each head
-    "conversations": {},
-    "the document repeated": {"dataset": None, "repeats": 8},
-    "both": {"repeats": 4},
-}
-MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching, as in configs/quickstart.py
-BUDGETED = OptimConfig(lr=1e-3, warmup_steps=4)  # behind attention matching with slots for each head
+MATCHED = OptimConfig(lr=4e-3, warmup_steps=4)  # behind attention matching with as many slots for every head
 PLAIN = OptimConfig(lr=2e-2, warmup_steps=4)  # behind any other start
 SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine, 4 steps of warm-up": {},
@@ -81,6 +75,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {"schedule": "linear"},
     "constant": {"schedule": "constant"},
     "gradients clipped at 0.05": {"clip_norm": 0.05},
+}
+ON_BUDGETS: dict[str, dict[str, Any]] = {  # training on top of a start with slots for each head
+    "conversations": {"optim": OptimConfig(lr=5e-4, warmup_steps=4)},  # as in configs/quickstart.py
+    "the document 8 times": {"dataset": None, "repeats": 8, "optim": OptimConfig(lr=1e-3, warmup_steps=4)},
+    "the document 16 times": {"dataset": None, "repeats": 16, "optim": OptimConfig(lr=2e-3, warmup_steps=4)},
 }
 RECIPE = "upstream's recipe"  # its start, loss, reduction, learning rate and schedule, in our batches
 UPSTREAM = OptimConfig(lr=2e-2, schedule="constant")
@@ -173,7 +172,6 @@ def _trials(document: Document, args: argparse.Namespace) -> Iterator[Trial]:
     for share, (label, init) in itertools.product(args.shares, BUDGETS.items()):
         yield Trial(f"budgets-{share}", label, document, share, init=init)
     for share, (label, changes) in itertools.product(args.shares, ON_BUDGETS.items()):
-        changes = {"optim": BUDGETED} | changes
         yield Trial(f"on-budgets-{share}", label, document, share, changes=changes, init={"budget": "profile"})
     if args.five and args.generic:
         for label, dataset in (("five", args.five), ("generic", args.generic)):

@@ -5,8 +5,8 @@
     python -m cartridges_jax.evaluate --config=configs/arxiv_budgets.py:evaluate
 
 Slots start by attention matching, as many for each head as the model's profile says (`cartridges_jax.budgets` measures
-it at the first use), and the loss counts the rest of the teacher's distribution (`tail: bucket`). Such a start bears a
-tenth of the learning rate. `--config.num_steps=0` keeps the start as it is, and needs no self-study.
+it at the first use), and the loss counts the rest of the teacher's distribution (`tail: bucket`). The learning rate is
+the quickstart's, since such a start has much to lose. `--config.num_steps=0` keeps it as it is, without self-study.
 
 Hardware: that of configs/arxiv.py. Not measured on this model: benchmarks/ablations.md has what each choice is worth
 on SmolLM2-135M.
@@ -25,5 +25,5 @@ def get_config(stage: str = "") -> ConfigDict:
     config.evaluate.cartridge = f"{config.train.output_dir}/cartridge.safetensors"
     config.train.init = ConfigDict({"kind": "attention_matching", "num_slots": 2048, "budget": "profile"})
     config.train.tail = "bucket"
-    config.train.optim.lr = 2e-3
+    config.train.optim.lr = 5e-4
     return config[stage] if stage else config

@@ -17,5 +17,4 @@ def get_config(stage: str = "") -> ConfigDict:
     config = quickstart()
     config.synth.num_conversations = 1440
     config.train.num_epochs = 2
-    config.train.optim.lr = 1e-2
     return config[stage] if stage else config
