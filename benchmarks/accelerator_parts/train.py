@@ -17,7 +17,7 @@ import optax
 from accelerator_parts import models, sizes
 from accelerator_parts.measuring import Line, Options, attempts, rounded, seconds
 from cartridges_jax import kernels
-from cartridges_jax.kernels.block_sizes import of_device
+from cartridges_jax.kernels.block_sizes import of_kernel
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.transformer import Remat, head_weights
@@ -40,7 +40,7 @@ def measure(options: Options) -> Iterator[Line]:
 
 
 def _chunks(name: str) -> Iterator[tuple[Line, int]]:
-    own = of_device(kernels.device_kind()).loss_chunk
+    own = of_kernel(kernels.platform()).loss_chunk
     for chunk in sorted({own // 2, own, 2 * own, 4 * own}):
         yield {"loss of": name, "chunk": chunk, "default": "yes" * (chunk == own)}, chunk
 

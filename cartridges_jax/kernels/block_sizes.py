@@ -64,15 +64,15 @@ TABLE = {
 }
 
 
-def of_device(kind: str) -> Line:
+def of_device(kind: str, platform: str = "gpu") -> Line:
     """Returns the line of a `device_kind` such as "TPU v6 lite", or of a platform.
 
-    It is that of the longest name with which the kind begins. GPUs have names of many
-    makers: what begins with none of the table's names is one.
+    It is that of the longest name with which the kind begins, and if there is none, the platform's: GPUs have names of
+    many makers.
     """
-    return TABLE[max((name for name in TABLE if kind.lower().startswith(name)), key=len, default="gpu")]
+    return TABLE[max((name for name in TABLE if kind.lower().startswith(name)), key=len, default=platform)]
 
 
 def of_kernel(platform: str) -> Line:
     """Returns the line that a platform's kernels take: this device's, or the platform's where they are interpreted."""
-    return of_device(kernels.device_kind() if kernels.platform() == platform else platform)
+    return of_device(kernels.device_kind() if kernels.platform() == platform else platform, platform)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cartridges_jax import kernels
 from cartridges_jax.cartridge.arrays import Cartridge, Placement, Slots
 from cartridges_jax.command_line.errors import UserError
-from cartridges_jax.kernels.block_sizes import of_device
+from cartridges_jax.kernels.block_sizes import of_kernel
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.transformer import Remat, head_weights, hidden_states
@@ -137,7 +137,7 @@ def _over_chunks(
     with_gradient: bool,
 ) -> tuple[Array, Array]:
     t = hidden.shape[0]
-    chunk = min(chunk or of_device(kernels.device_kind()).loss_chunk, t)
+    chunk = min(chunk or of_kernel(kernels.platform()).loss_chunk, t)
     is_target_t = mask.any(-1)
     padded = -(-t // chunk) * chunk
     # targets come first, in their order; an index past the end reads a row of zeros (mode="fill"), and what is written

@@ -25,6 +25,10 @@ def test_a_device_has_the_line_of_its_kind_or_its_platform(kind: str, line: Line
     assert of_device(kind) is line
 
 
+def test_an_unknown_kind_has_its_platforms_line():
+    assert of_device("a device of tomorrow", "tpu") is TPU and of_device("a device of tomorrow") is GPU
+
+
 def test_interpreted_kernels_take_what_their_platform_has():
     assert (of_kernel("gpu"), of_kernel("tpu")) == (GPU, TPU)
     assert gpu.default_block_sizes().keys == GPU.decode["keys"] and tpu.default_block_sizes().rows == TPU.decode["rows"]
