@@ -16,7 +16,7 @@ from cartridges_jax.command_line.progress import stage
 from cartridges_jax.models.shapes import shape_of
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
-from cartridges_jax.planning.chips import GIB, compile_here, devices_of
+from cartridges_jax.planning.chips import GIB, compile_here, devices_of, name_of
 from cartridges_jax.planning.costs import received, train_costs
 from cartridges_jax.planning.programs import STEPS, train_program
 from cartridges_jax.training.config import TrainConfig
@@ -50,7 +50,7 @@ def row(config: TrainConfig, name: str, topology: str, mesh_config: MeshConfig) 
     config = dataclasses.replace(config, model=name, mesh=mesh_config, attention=chip.platform)
     mesh = sharding.make_mesh(mesh_config, devices)
     program = train_program(config, model, mesh, STEPS)
-    costs = train_costs(config, model, mesh.devices.shape, mesh.devices.flat[0].device_kind)
+    costs = train_costs(config, model, mesh.devices.shape, name_of(devices[0]))
     seconds = costs.seconds(chip, received(program.collectives))
     held = program.arguments
     sizes = held["weights"], held["cartridge"] + held["optimizer"], program.activations, program.peak

@@ -93,7 +93,7 @@ def _step(
     """What one step does on each device, of training or of decoding."""
     mesh = sharding.make_mesh(config.mesh, devices)
     if what == "train":
-        costs = train_costs(config, model, mesh.devices.shape, devices[0].device_kind)
+        costs = train_costs(config, model, mesh.devices.shape, chips.name_of(devices[0]))
     else:
         costs = decode_costs(config, model, mesh.devices.shape, requests)
 

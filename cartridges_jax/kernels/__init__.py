@@ -15,7 +15,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def device_kind() -> str:
-    """Names the device that is compiled for, as its maker does: "TPU v6 lite", "NVIDIA H100 80GB HBM3", "cpu"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else jax.devices()[0].device_kind
+def device_name() -> str:
+    """Names the device that is compiled for by its platform and kind, such as "tpu TPU v6 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return f"{platform()} {device.device_kind}"

@@ -4,7 +4,7 @@
 
 shows what each of them and its neighbours cost on a device. **No line has been measured yet**: block sizes are the
 largest that fit an H100's registers and shared memory, or VMEM, and chunks of the loss follow from makers' figures.
-Whoever has measured a device gives it a line of its own, under the beginning of its `device_kind`.
+Whoever has measured a device gives it a line of its own, under its platform and the beginning of its `device_kind`.
 """
 
 from __future__ import annotations
@@ -60,19 +60,15 @@ TABLE = {
     "cpu": Line(loss_chunk=128),
     "gpu": GPU,
     "tpu": TPU,
-    "tpu v6": dataclasses.replace(TPU, loss_chunk=640),
+    "tpu TPU v6": dataclasses.replace(TPU, loss_chunk=640),
 }
 
 
-def of_device(kind: str, platform: str = "gpu") -> Line:
-    """Returns the line of a `device_kind` such as "TPU v6 lite", or of a platform.
-
-    It is that of the longest name with which the kind begins, and if there is none, the platform's: GPUs have names of
-    many makers.
-    """
-    return TABLE[max((name for name in TABLE if kind.lower().startswith(name)), key=len, default=platform)]
+def of_device(name: str) -> Line:
+    """Returns the line of a device such as "tpu TPU v6 lite", or of a platform: the longest that it begins with."""
+    return TABLE[max((key for key in TABLE if name.startswith(key)), key=len)]
 
 
 def of_kernel(platform: str) -> Line:
     """Returns the line that a platform's kernels take: this device's, or the platform's where they are interpreted."""
-    return of_device(kernels.device_kind() if kernels.platform() == platform else platform, platform)
+    return of_device(kernels.device_name() if kernels.platform() == platform else platform)

@@ -144,6 +144,11 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     return chip, list(found.devices)
 
 
+def name_of(device: Any) -> str:
+    """Returns the name by which the table of block sizes knows a device."""
+    return f"{device.platform} {device.device_kind}"
+
+
 def _torus(topology: str, chips: int, dimensions: int) -> tuple[int, ...]:
     """Returns the torus of a slice that is named by its size: the one nearest to a cube, by powers of two."""
     sides = [1, 1] if dimensions == 2 else [2, 2, 1]

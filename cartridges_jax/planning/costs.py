@@ -50,7 +50,7 @@ class Costs:
         return self.needed / (seconds * chip.flops)
 
 
-def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], device_kind: str) -> Costs:
+def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], device: str) -> Costs:
     """Returns the costs of a step of training.
 
     Every row counts as one conversation, which is the most that attention can cost. The FLOPs that are needed are those
@@ -71,7 +71,7 @@ def train_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, i
     layer_flops = (4 * matrices + 2 * again) * tokens + 3.5 * attention
     passes = 4 if config.remat == "layers" else 3
     weight_bytes = config.accumulation * (3 if config.remat == "layers" else 2) * matrices * width
-    chunks = config.accumulation * target_chunks(rows * config.seq_len, device_kind)
+    chunks = config.accumulation * target_chunks(rows * config.seq_len, device)
     return Costs(
         needed=4 * matrices * tokens + 3 * attention + 4 * head * targets,
         parts=(
@@ -96,7 +96,7 @@ def decode_costs(config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, 
 
 
 def expected_traffic(
-    config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], device_kind: str
+    config: TrainConfig, model: ModelConfig, mesh: tuple[int, int, int], device: str
 ) -> dict[str, float]:
     """Returns the bytes that a step's collectives write on a device, by kind of collective.
 
@@ -109,7 +109,7 @@ def expected_traffic(
     width = jnp.dtype(config.dtype).itemsize
     gathered = config.accumulation * (2 * model.matrix_weights + model.end_weights)
     positions = config.batch_size // (data * fsdp) * config.seq_len
-    chunks = target_chunks(positions, device_kind) * min(of_device(device_kind).loss_chunk, positions)
+    chunks = target_chunks(positions, device) * min(of_device(device).loss_chunk, positions)
     sums = positions * (5 * model.num_layers + 1) * model.embed_dim * width
     normalizers = 2 if config.tail == "bucket" else 1  # of two sums each
     sums += chunks * (model.embed_dim + 2 * normalizers + TOP_K) * 4  # a target's gradient, and its entries

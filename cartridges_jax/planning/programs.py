@@ -118,7 +118,7 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     options: dict[str, Any] = {name: getattr(config, name) for name in ("tail", "reduction", "remat", "attention")}
     with jax.set_mesh(mesh):  # tells the kernels which device they are compiled for
         lowered = train_step.lower(*given.values(), config=model, tx=tx, mesh=mesh, **options)
-        chunks = target_chunks(rows * config.seq_len, kernels.device_kind())
+        chunks = target_chunks(rows * config.seq_len, kernels.device_name())
     held = {
         "weights": given["weights"],
         "cartridge": given["state"].cartridge,
@@ -128,9 +128,9 @@ def train_program(config: TrainConfig, model: ModelConfig, mesh: Mesh, num_steps
     return _compiled(lowered, held, mesh, chunks)
 
 
-def target_chunks(positions: int, device_kind: str) -> int:
+def target_chunks(positions: int, device: str) -> int:
     """Returns how many chunks the loss visits for so many positions; no other loop's length depends on the data."""
-    return math.ceil(TARGETS * positions / of_device(device_kind).loss_chunk)
+    return math.ceil(TARGETS * positions / of_device(device).loss_chunk)
 
 
 def decode_program(

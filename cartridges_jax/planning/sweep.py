@@ -13,7 +13,7 @@ from cartridges_jax.command_line.progress import Progress
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.parallel import sharding
 from cartridges_jax.parallel.sharding import MeshConfig
-from cartridges_jax.planning.chips import Chip
+from cartridges_jax.planning.chips import Chip, name_of
 from cartridges_jax.planning.costs import expected_traffic, least_memory, received, train_costs
 from cartridges_jax.planning.programs import STEPS, DoesNotFit, Program, train_program
 from cartridges_jax.training.config import TrainConfig
@@ -45,7 +45,8 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
     Raises:
       UserError: none of those that were compiled fits.
     """
-    tried = sorted(_possible(config, model, chip, devices), key=lambda predicted: predicted[0])[:TRIED]
+    device = name_of(devices[0])
+    tried = sorted(_possible(config, model, chip, len(devices), device), key=lambda predicted: predicted[0])[:TRIED]
     found: list[Candidate] = []
     progress = Progress("compiling", len(tried), "candidates")
     for _, mesh, changed in tried:
@@ -57,7 +58,7 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
         progress.advance()
         if program is None or not fits(program, chip):
             continue
-        costs = train_costs(changed, model, mesh, devices[0].device_kind)
+        costs = train_costs(changed, model, mesh, device)
         seconds = costs.seconds(chip, received(program.collectives))
         found.append(Candidate(mesh, changed, program, seconds, costs.mfu(chip, seconds)))
         if len(found) == KEPT:
@@ -73,10 +74,10 @@ def sweep(config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any
 
 
 def _possible(
-    config: TrainConfig, model: ModelConfig, chip: Chip, devices: list[Any]
+    config: TrainConfig, model: ModelConfig, chip: Chip, count: int, device: str
 ) -> Iterator[tuple[float, tuple[int, int, int], TrainConfig]]:
     """Yields predicted seconds, mesh and config of all that the sizes allow and that the memory might hold."""
-    total, count = config.batch_size * config.accumulation, len(devices)
+    total = config.batch_size * config.accumulation
     for tensor in _divisors(count):
         for fsdp in _divisors(count // tensor):
             mesh = count // tensor // fsdp, fsdp, tensor
@@ -89,8 +90,8 @@ def _possible(
                 except UserError:
                     continue
                 if least_memory(changed, model, mesh) <= (1 - SPARE) * chip.memory:
-                    costs = train_costs(changed, model, mesh, devices[0].device_kind)
-                    communicated = received(expected_traffic(changed, model, mesh, devices[0].device_kind))
+                    costs = train_costs(changed, model, mesh, device)
+                    communicated = received(expected_traffic(changed, model, mesh, device))
                     yield costs.seconds(chip, communicated), mesh, changed
 
 

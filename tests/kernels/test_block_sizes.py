@@ -12,21 +12,21 @@ LINES = {
     "cpu": TABLE["cpu"],
     "gpu": GPU,
     "tpu": TPU,
-    "NVIDIA H100 80GB HBM3": GPU,
-    "AMD Instinct MI300X": GPU,
-    "TPU v5 lite": TPU,
-    "TPU v6 lite": TABLE["tpu v6"],
-    "TPU7x": TPU,
+    "gpu NVIDIA H100 80GB HBM3": GPU,
+    "gpu AMD Instinct MI300X": GPU,
+    "tpu TPU v5 lite": TPU,
+    "tpu TPU v6 lite": TABLE["tpu TPU v6"],
+    "tpu TPU7x": TPU,
 }
 
 
-@pytest.mark.parametrize(("kind", "line"), LINES.items())
-def test_a_device_has_the_line_of_its_kind_or_its_platform(kind: str, line: Line):
-    assert of_device(kind) is line
+@pytest.mark.parametrize(("name", "line"), LINES.items())
+def test_a_device_has_the_line_of_its_kind_or_its_platform(name: str, line: Line):
+    assert of_device(name) is line
 
 
 def test_an_unknown_kind_has_its_platforms_line():
-    assert of_device("a device of tomorrow", "tpu") is TPU and of_device("a device of tomorrow") is GPU
+    assert of_device("tpu of tomorrow") is TPU and of_device("gpu of tomorrow") is GPU
 
 
 def test_interpreted_kernels_take_what_their_platform_has():

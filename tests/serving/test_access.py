@@ -51,10 +51,10 @@ def test_time_is_up(stream: bool):
         else:
             status, reply = await client.chat()
             assert status == 504 and reply["error"]["code"] == "timeout"
-        assert engine.steps < 380, "it would have taken 386"
+        assert engine.steps < 200
         assert (await client.chat(max_tokens=2))[0] == 200, "the slot is free again"
 
-    serving(engine, test, max_seconds=1.5)
+    serving(engine, test, max_seconds=1.0)
 
 
 def test_messages_name_cartridges(folder: Path):

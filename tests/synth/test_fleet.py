@@ -114,7 +114,7 @@ def test_the_deadline_is_for_all_attempts_together(server: StubServer):
     start = time.monotonic()
     with pytest.raises(Unavailable):
         use([server], lambda fleet: ask(fleet.route()), timeout_seconds=0.3, max_retries=99, deadline_seconds=3.0)
-    assert 2.5 < time.monotonic() - start < 30
+    assert 2.5 < time.monotonic() - start < 10
     assert len(server.requests) >= 2
     with pytest.raises(Unavailable, match=r"gave no answer in 0\.2 s, all attempts together"):
         use([server], lambda fleet: ask(fleet.route()), deadline_seconds=0.2)
@@ -134,7 +134,7 @@ def test_a_fleet_that_is_gone_is_waited_for_until_the_deadline(
 
     start = time.monotonic()
     failures = use(servers, action, max_retries=99, deadline_seconds=1.0)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 10
     assert all(isinstance(failure, Unavailable) for failure in failures)
     assert any("was there for 1 s" in str(failure) for failure in failures)
 
