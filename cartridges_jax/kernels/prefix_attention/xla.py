@@ -37,12 +37,12 @@ class Inputs(NamedTuple):
     q: Float[Array, "x c k m h"]
     k: Float[Array, "x k t h"]
     v: Float[Array, "x k t h"]
-    slot_k: Float[Array, "p kv h"]
-    slot_v: Float[Array, "p kv h"]
-    bias: Float[Array, "p kv"]
+    slot_k: Float[Array, "kv p h"]
+    slot_v: Float[Array, "kv p h"]
+    bias: Float[Array, "kv p"]
     first_key: Int[Array, "x t"]  # of each query, the first key it sees
     head: Int[Array, " x"]  # the first of the kv heads
-    length: Int[Array, " x"]  # how many slots they have
+    length: Int[Array, " x"] | None  # how many slots they have; None means all p
     sinks: Float[Array, "x k m"] | None
 
 
@@ -53,11 +53,20 @@ class SlotBlock(NamedTuple):
     size: int
     head: Array
     num_heads: int
-    length: Array
+    length: Array | int
 
-    def begins(self, p: int) -> Array:
+    def begin(self, p: int) -> Array:
         """Gives where the block is read: it overlaps the one before if it would reach beyond all p slots."""
         return jnp.minimum(self.start, p - self.size)
+
+    def of(self, a: Float[Array, "kv p ..."]) -> Float[Array, "k s ..."]:
+        rest = a.shape[2:]
+        sizes = self.num_heads, self.size, *rest
+        return jax.lax.dynamic_slice(a, (self.head, self.begin(a.shape[1]), *[0] * len(rest)), sizes)
+
+    def added_to(self, a: Float[Array, "kv p ..."], b: Float[Array, "k s ..."]) -> Float[Array, "kv p ..."]:
+        at = self.head, self.begin(a.shape[1]), *[0] * (a.ndim - 2)
+        return jax.lax.dynamic_update_slice(a, self.of(a) + b, at)
 
 
 def xla_attention(
@@ -86,18 +95,17 @@ def xla_attention(
     q_bcspkgh = (q * scale).astype(q.dtype).reshape(b, c, size, parts, together, g, h)
     q_xckmh = q_bcspkgh.transpose(0, 3, 1, 4, 2, 5, 6).reshape(b * parts, c, together, size * g, h)
     k_xkth, v_xkth = (a.transpose(0, 2, 1, 3).reshape(b * parts, together, -1, h) for a in (k, v))
-    bias_pk = jnp.zeros((p, kv_heads)) if bias is None else bias.astype(jnp.float32)
-    lengths_k = jnp.full(1, p) if lengths is None else lengths
+    bias_kp = jnp.zeros((kv_heads, p)) if bias is None else bias.astype(jnp.float32).T
     inputs = Inputs(
         q_xckmh,
         k_xkth,
         v_xkth,
-        prefix_k,
-        prefix_v,
-        bias_pk,
+        prefix_k.swapaxes(0, 1),
+        prefix_v.swapaxes(0, 1),
+        bias_kp,
         jnp.repeat(first_bt, parts, axis=0),
         head=jnp.tile(jnp.arange(0, kv_heads, together), b),
-        length=jnp.tile(lengths_k, b),
+        length=None if lengths is None else jnp.tile(lengths, b),
         sinks=None if sinks is None else jnp.tile(sinks.astype(jnp.float32).reshape(parts, together, g), (b, 1, size)),
     )
     o_xckmh = _attention(soft_cap, _slot_block_sizes(p, lengths is not None), inputs)
@@ -124,7 +132,7 @@ def _forward(
 ) -> tuple[Float[Array, "x c k m h"], Any]:
     q, k, v, slot_k, slot_v, bias, *of_rows = inputs
     size = k.shape[2] // q.shape[1]
-    all_slots = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
+    all_slots, p = (slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias), slot_k.shape[1]
 
     def row(_: None, inputs: Any) -> tuple[None, Any]:
         q_ckmh, k_kth, v_kth, first_t, head, length, sinks_km = inputs
@@ -143,7 +151,7 @@ def _forward(
                 return new_max_km, denominator_km * rescale_km + probs_kms.sum(-1), o_kmh
 
             def slots(size: int, start: Array, carry: Any) -> Any:
-                at = SlotBlock(start, size, head, q.shape[2], length)
+                at = SlotBlock(start, size, head, q.shape[2], p if length is None else length)
                 k_ksh, v_ksh, bias_ks = _slots(all_slots, at)
                 return visit(carry, k_ksh, v_ksh, lambda scores: scores + bias_ks[:, None])
 
@@ -155,7 +163,7 @@ def _forward(
             zeros_km = jnp.zeros(q_kmh.shape[:2])
             # a sink is a key without a value, from which the softmax starts
             start = (zeros_km + MASKED, zeros_km) if sinks_km is None else (sinks_km, zeros_km + 1)
-            carry = _over_slots(slot_sizes, length, slots, (*start, jnp.zeros(q_kmh.shape)))
+            carry = _over_slots(slot_sizes, p, length, slots, (*start, jnp.zeros(q_kmh.shape)))
             running_max_km, denominator_km, o_kmh = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, carry)
             return None, ((o_kmh / denominator_km[..., None]).astype(q.dtype), running_max_km, denominator_km)
 
@@ -172,7 +180,7 @@ def _backward(
     inputs, o, running_max, denominator = saved
     q, k, v, slot_k, slot_v, bias, first, heads, lengths, _ = inputs
     size = k.shape[2] // q.shape[1]
-    all_slots = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
+    all_slots, p = (slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias), slot_k.shape[1]
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
 
     def row(d_slots: Any, inputs: Any) -> tuple[Any, Any]:
@@ -201,11 +209,11 @@ def _backward(
 
             def slots(size: int, start: Array, carry: Any) -> Any:
                 dq_khm, *sums = carry
-                at = SlotBlock(start, size, head, q.shape[2], length)
+                at = SlotBlock(start, size, head, q.shape[2], p if length is None else length)
                 k_ksh, v_ksh, bias_ks = _slots(all_slots, at)
                 dk, dv, dq, ds = visit(k_ksh, v_ksh, lambda scores: scores + bias_ks[..., None])
                 found = dk, dv, ds.sum(-1)
-                return dq_khm + dq, *(_add_to_slots(a, b, at) for a, b in zip(sums, found, strict=True))
+                return dq_khm + dq, *(at.added_to(*pair) for pair in zip(sums, found, strict=True))
 
             def own(j: Array, carry: Any) -> Any:
                 dq_khm, dk_kth, dv_kth = carry
@@ -216,7 +224,7 @@ def _backward(
 
             dk_kth, dv_kth, *d_slots = carry
             dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
-            dq_khm, *d_slots = _over_slots(slot_sizes, length, slots, (dq_khm, *d_slots))
+            dq_khm, *d_slots = _over_slots(slot_sizes, p, length, slots, (dq_khm, *d_slots))
             dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, (dq_khm, dk_kth, dv_kth))
             return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
 
@@ -239,14 +247,16 @@ def _einsum(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _over_slots(sizes: Sequence[int], length: Array, visit: Callable[..., Any], carry: Any) -> Any:
-    """Folds `visit(size, start, carry)` over blocks that hold the first `length` slots."""
+def _over_slots(sizes: Sequence[int], p: int, length: Array | None, visit: Callable[..., Any], carry: Any) -> Any:
+    """Folds `visit(size, start, carry)` over blocks that hold the first `length` of p slots."""
     if not sizes:
         return carry
 
     def step(size: int, first: Array | int, i: Array, carry: Any) -> Any:
         return visit(size, first + i * size, carry)
 
+    if length is None:  # a number of blocks that the compiler knows
+        return jax.lax.fori_loop(0, -(-p // sizes[0]), functools.partial(step, sizes[0], 0), carry)
     largest = sizes[0]
     rest = length % largest
     for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
@@ -259,23 +269,14 @@ def _over_slots(sizes: Sequence[int], length: Array, visit: Callable[..., Any], 
 
 def _slots(slots: tuple[Array, Array, Array], block: SlotBlock) -> tuple[Array, Array, Array]:
     """Gives the keys [k,s,h], values [k,s,h] and bias [k,s] of a block, with what is no slot of it hidden."""
-    begin = block.begins(len(slots[0]))
-    index_s = begin + jnp.arange(block.size)
+    p = slots[0].shape[1]
+    k_ksh, v_ksh, bias_ks = map(block.of, slots)
+    if isinstance(block.length, int) and p % block.size == 0:
+        return k_ksh, v_ksh, bias_ks
+    index_s = block.begin(p) + jnp.arange(block.size)
     is_slot_s = (index_s >= block.start) & (index_s < block.length)
-
-    def block_of(a: Array, otherwise: float) -> Array:
-        rest = a.shape[2:]
-        a_sk = jax.lax.dynamic_slice(a, (begin, block.head, *[0] * len(rest)), (block.size, block.num_heads, *rest))
-        return jnp.where(is_slot_s.reshape(-1, *[1] * len(rest)), a_sk.swapaxes(0, 1), otherwise)
-
-    k_ksh, v_ksh, bias_ks = (block_of(a, otherwise) for a, otherwise in zip(slots, (0, 0, MASKED), strict=True))
-    return k_ksh, v_ksh, bias_ks
-
-
-def _add_to_slots(a: Array, b_ks: Array, block: SlotBlock) -> Array:
-    b_sk = b_ks.swapaxes(0, 1)
-    at = block.begins(len(a)), block.head, *[0] * (a.ndim - 2)
-    return jax.lax.dynamic_update_slice(a, jax.lax.dynamic_slice(a, at, b_sk.shape) + b_sk, at)
+    k_ksh, v_ksh = (jnp.where(is_slot_s[:, None], a_ksh, 0) for a_ksh in (k_ksh, v_ksh))
+    return k_ksh, v_ksh, jnp.where(is_slot_s, bias_ks, MASKED)
 
 
 def _hidden_keys(first: Int[Array, " t"], i: Array, j: Array, size: int, m: int) -> Array:
