@@ -335,15 +335,23 @@ class Engine:
             page = np.zeros((len(self._heads), self.heads_per_page, PAGE_SIZE, self._config.head_dim), np.float32)
             self._cache = steps.load_slots(self._cache, 0, 0, page, page, page[..., 0], mesh=self._mesh)
 
-        sizes = [(size, count) for size, rows in self._prefill_sizes.rows.items() for count in rows]
         return [
-            *(functools.partial(prefill, *one) for one in sizes),
+            *(functools.partial(prefill, *shape) for shape in self._prefill_shapes()),
             *(functools.partial(decode, size, kind) for size in self._batch_sizes for kind in self._kinds),
             load,
             functools.partial(self.copy, 0, 0, 0),
             functools.partial(self._clear, 0),
             lambda: self.scored(self.score(Chunk([0], 0, first_pages), [0]), 1),
         ]
+
+    def _prefill_shapes(self) -> Iterator[tuple[int, int]]:
+        """Yields the tokens of a row and the rows of each prefill program that requests can come to need."""
+        largest = max(self._prefill_sizes.tokens)
+        for size, rows in self._prefill_sizes.rows.items():
+            for count, fewest in rows.items():
+                # a chunk has one row at most of each size but the largest
+                if size == largest or fewest <= self.max_num_seqs:
+                    yield size, count
 
     def rare_programs(self) -> list[Callable[[], object]]:
         """The same for steps with forms or rules for logits, which few servers see: also between two requests.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -501,13 +502,24 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     jax.clear_caches()
 
 
+@contextlib.contextmanager
+def nothing_is_compiled() -> Iterator[None]:
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
+    try:
+        yield
+        assert not [name for name in compiled if "compile" in name]
+        jax.jit(lambda x: x + 1)(1)
+        assert [name for name in compiled if "compile" in name]  # the listener does listen
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"], indirect=True)
 def test_nothing_is_compiled_after_warmup(platform: None):
     engine = Engine(tiny.model(), max_num_seqs=3, max_length=384, batch_sizes=[1, 3])
     Warmup([*engine.programs(), *engine.rare_programs()]).run()
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
-    try:
+    with nothing_is_compiled():
         requests = [replace(request(i), prompt=TOKENS[i : i + 1 + 29 * i]) for i in range(8)]
         requests.append(replace(request(8), prompt=TOKENS[:126]))  # the answer begins a page
         requests.append(replace(request(9), constraint=EveryToken))
@@ -515,11 +527,16 @@ def test_nothing_is_compiled_after_warmup(platform: None):
         assert len(sampled_tokens(engine, requests)) == 10 + len(WANTED)
         score(engine, TOKENS[:100], prefix_of("b"), 5)
         score(engine, TOKENS[:7], None, 0)
-        assert not [name for name in compiled if "compile" in name]
-        jax.jit(lambda x: x + 1)(1)
-        assert [name for name in compiled if "compile" in name]  # the listener does listen
-    finally:
-        jax.monitoring.clear_event_listeners()
+
+
+def test_an_engine_of_one_request_compiles_no_program_for_the_ends_of_several_prompts():
+    engine = Engine(tiny.model(), max_num_seqs=1, max_length=384)
+    several = len(Engine(tiny.model(), max_num_seqs=3, max_length=384, batch_sizes=[3]).programs())
+    assert len(engine.programs()) == several - 1
+    Warmup(engine.programs()).run()
+    with nothing_is_compiled():
+        prompts = [TOKENS[i : i + 1 + 29 * i] for i in range(8)]
+        assert len(sampled_tokens(engine, [replace(request(i), prompt=p) for i, p in enumerate(prompts)])) == 8
 
 
 WANTED: list[dict[str, Any]] = [
