@@ -5,7 +5,8 @@
 
 All have the profile's budgets, the same queries (the document being repeated) and the same document; what differs is
 one step of `cartridges_jax/initial/attention_matching.py`. Printed is the gap closed, a line for each way, and what is
-measured is kept in OUTPUT/choices.json, so that the command, given again, goes on.
+measured is kept in OUTPUT/choices.json, so that the command, given again, goes on. Another document needs another
+OUTPUT.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ from cartridges_jax.training.losses import loss_sum
 DESCENT_STEPS = 40
 DESCENT_RATE = 0.01  # of the size of what is moved
 DESCENT_QUERIES = 3  # of so many queries, one is looked at in each step
-# What a head's tokens are ranked by: of each, the queries' probabilities [m, s] and its squared gradient [s].
-Choice = Callable[[Array, Array], Float[Array, " s"]]
+# What a head's tokens are ranked by: the queries' probabilities [m, s], what each token receives of them [s], and its
+# squared gradient [s].
+Choice = Callable[[Array, Array, Array], Float[Array, " s"]]
 CHOICES: dict[str, Choice] = {
-    "attention mass": lambda probs, gradient: jnp.sqrt((probs**2).mean(0)),  # as in the package
-    "largest attention, as KVzip": lambda probs, gradient: probs.max(0),
-    "mean attention": lambda probs, gradient: probs.mean(0),
-    "the loss's gradient, as KVgrad": lambda probs, gradient: gradient,
-    "attention mass times gradient": lambda probs, gradient: jnp.sqrt((probs**2).mean(0) * gradient),
+    "attention mass": lambda probs, received, gradient: received,  # as in the package
+    "largest attention, as KVzip": lambda probs, received, gradient: probs.max(0),
+    "mean attention": lambda probs, received, gradient: probs.mean(0),
+    "the loss's gradient, as KVgrad": lambda probs, received, gradient: gradient,
+    "attention mass times gradient": lambda probs, received, gradient: received * jnp.sqrt(gradient),
 }
 REFINEMENTS = ("dropped tokens merged into kept ones", "chosen anew by what was missed", "keys fitted too")
 
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="run directory of a quickstart")
     parser.add_argument("--output", type=Path, default=Path("runs/slot-choices"), help="default: %(default)s")
     parser.add_argument("--shares", default="10,20,40", help="the document's tokens over these; default: %(default)s")
-    parser.add_argument("--only", help="one of the ways; default: all")
+    parser.add_argument("--only", choices=(*CHOICES, *REFINEMENTS), help="one of the ways; default: all")
     args = parser.parse_args()
     model, document = load_model(MODEL, "auto"), Document.of_run(args.run, None)
     bench = Bench(model, args.output, None)
@@ -132,10 +134,10 @@ def fit_head(
 ) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
     """Fits the slots of one kv head; see `attention_matching._fit_head`."""
     v, gradient_s = v[:, :-1], v[:, -1]
-    probs_ms = attention_received(q, k, is_query, scale)[0]
+    probs_ms, received_s = attention_received(q, k, is_query, scale)
     total_m = jax.nn.logsumexp(q @ k.T * scale, axis=-1)
     output_mh = probs_ms @ v
-    wanted_s = CHOICES.get(way, CHOICES["attention mass"])(probs_ms, gradient_s)
+    wanted_s = CHOICES.get(way, CHOICES["attention mass"])(probs_ms, received_s, gradient_s)
 
     def fit(size: int) -> tuple[Array, Array, Array]:
         is_slot_p = jnp.arange(size) < length

@@ -47,13 +47,16 @@ class Inputs(NamedTuple):
 
 
 class SlotBlock(NamedTuple):
-    """The slots from `start` on, `size` of them, of `num_heads` heads from `head` on, which have `length` slots."""
+    """The slots from `start` on, `size` of them, of `num_heads` heads from `head` on.
+
+    These have `length` slots; None means all p.
+    """
 
     start: Array
     size: int
     head: Array
     num_heads: int
-    length: Array | int
+    length: Array | None
 
     def begin(self, p: int) -> Array:
         """Gives where the block is read: it overlaps the one before if it would reach beyond all p slots."""
@@ -132,7 +135,7 @@ def _forward(
 ) -> tuple[Float[Array, "x c k m h"], Any]:
     q, k, v, slot_k, slot_v, bias, *of_rows = inputs
     size = k.shape[2] // q.shape[1]
-    all_slots, p = (slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias), slot_k.shape[1]
+    all_slots = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
 
     def row(_: None, inputs: Any) -> tuple[None, Any]:
         q_ckmh, k_kth, v_kth, first_t, head, length, sinks_km = inputs
@@ -151,7 +154,7 @@ def _forward(
                 return new_max_km, denominator_km * rescale_km + probs_kms.sum(-1), o_kmh
 
             def slots(size: int, start: Array, carry: Any) -> Any:
-                at = SlotBlock(start, size, head, q.shape[2], p if length is None else length)
+                at = SlotBlock(start, size, head, q.shape[2], length)
                 k_ksh, v_ksh, bias_ks = _slots(all_slots, at)
                 return visit(carry, k_ksh, v_ksh, lambda scores: scores + bias_ks[:, None])
 
@@ -163,7 +166,7 @@ def _forward(
             zeros_km = jnp.zeros(q_kmh.shape[:2])
             # a sink is a key without a value, from which the softmax starts
             start = (zeros_km + MASKED, zeros_km) if sinks_km is None else (sinks_km, zeros_km + 1)
-            carry = _over_slots(slot_sizes, p, length, slots, (*start, jnp.zeros(q_kmh.shape)))
+            carry = _over_slots(slot_sizes, slot_k.shape[1], length, slots, (*start, jnp.zeros(q_kmh.shape)))
             running_max_km, denominator_km, o_kmh = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, carry)
             return None, ((o_kmh / denominator_km[..., None]).astype(q.dtype), running_max_km, denominator_km)
 
@@ -180,7 +183,7 @@ def _backward(
     inputs, o, running_max, denominator = saved
     q, k, v, slot_k, slot_v, bias, first, heads, lengths, _ = inputs
     size = k.shape[2] // q.shape[1]
-    all_slots, p = (slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias), slot_k.shape[1]
+    all_slots = slot_k.astype(k.dtype), slot_v.astype(v.dtype), bias
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
 
     def row(d_slots: Any, inputs: Any) -> tuple[Any, Any]:
@@ -209,7 +212,7 @@ def _backward(
 
             def slots(size: int, start: Array, carry: Any) -> Any:
                 dq_khm, *sums = carry
-                at = SlotBlock(start, size, head, q.shape[2], p if length is None else length)
+                at = SlotBlock(start, size, head, q.shape[2], length)
                 k_ksh, v_ksh, bias_ks = _slots(all_slots, at)
                 dk, dv, dq, ds = visit(k_ksh, v_ksh, lambda scores: scores + bias_ks[..., None])
                 found = dk, dv, ds.sum(-1)
@@ -224,7 +227,7 @@ def _backward(
 
             dk_kth, dv_kth, *d_slots = carry
             dq_khm = zeros((q.shape[2], q.shape[4], q.shape[3]))
-            dq_khm, *d_slots = _over_slots(slot_sizes, p, length, slots, (dq_khm, *d_slots))
+            dq_khm, *d_slots = _over_slots(slot_sizes, slot_k.shape[1], length, slots, (dq_khm, *d_slots))
             dq_khm, dk_kth, dv_kth = jax.lax.fori_loop(first_t[i * size] // size, i + 1, own, (dq_khm, dk_kth, dv_kth))
             return (dk_kth, dv_kth, *d_slots), dq_khm.transpose(0, 2, 1).astype(q.dtype)
 
@@ -271,10 +274,12 @@ def _slots(slots: tuple[Array, Array, Array], block: SlotBlock) -> tuple[Array, 
     """Gives the keys [k,s,h], values [k,s,h] and bias [k,s] of a block, with what is no slot of it hidden."""
     p = slots[0].shape[1]
     k_ksh, v_ksh, bias_ks = map(block.of, slots)
-    if isinstance(block.length, int) and p % block.size == 0:
+    if block.length is None and p % block.size == 0:
         return k_ksh, v_ksh, bias_ks
     index_s = block.begin(p) + jnp.arange(block.size)
-    is_slot_s = (index_s >= block.start) & (index_s < block.length)
+    is_slot_s = index_s >= block.start
+    if block.length is not None:
+        is_slot_s &= index_s < block.length
     k_ksh, v_ksh = (jnp.where(is_slot_s[:, None], a_ksh, 0) for a_ksh in (k_ksh, v_ksh))
     return k_ksh, v_ksh, jnp.where(is_slot_s, bias_ks, MASKED)
 
