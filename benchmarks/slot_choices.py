@@ -22,7 +22,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ablations import MODEL, Bench, Document
 from jaxtyping import Array, Float
 
@@ -32,19 +31,17 @@ from cartridges_jax.initial import attention_matching
 from cartridges_jax.initial.budgets import BudgetConfig, head_lengths
 from cartridges_jax.initial.chunks import Chunk, MatchingConfig, chunks_of
 from cartridges_jax.initial.heads import attention_received
+from cartridges_jax.initial.keys import move_keys
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import read_corpus
 from cartridges_jax.training.losses import loss_sum
 
-DESCENT_STEPS = 40
-DESCENT_RATE = 0.01  # of the size of what is moved
-DESCENT_QUERIES = 3  # of so many queries, one is looked at in each step
 # What a head's tokens are ranked by: the queries' probabilities [m, s], what each token receives of them [s], and its
 # squared gradient [s].
 Choice = Callable[[Array, Array, Array], Float[Array, " s"]]
 CHOICES: dict[str, Choice] = {
-    "attention mass": lambda probs, received, gradient: received,  # as in the package
+    "attention mass": lambda probs, received, gradient: received,  # as in the package, at a tenth
     "largest attention, as KVzip": lambda probs, received, gradient: probs.max(0),
     "mean attention": lambda probs, received, gradient: probs.mean(0),
     "the loss's gradient, as KVgrad": lambda probs, received, gradient: gradient,
@@ -115,6 +112,7 @@ def matched(
             *chunk.queries,
             config=model.config,
             sizes=attention_matching.array_sizes(lengths_lk),
+            fits_keys=False,  # but by the way that says so
             implementation=None,
         )
     jax.clear_caches()
@@ -129,6 +127,7 @@ def fit_head(
     *,
     is_query: Array,
     sizes: tuple[int, ...],
+    fits_keys: bool,
     scale: float | Array,
     way: str,
 ) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
@@ -169,7 +168,7 @@ def fit_head(
             keys_ph, values_ph, bias_p = fitted(*kept(jnp.sqrt((probs_ms**2 * (1 + missed_m)[:, None]).mean(0))))
         if way == "keys fitted too":
             slots = keys_ph, values_ph, bias_p
-            keys_ph, values_ph, bias_p = descended(slots, q, total_m, output_mh, is_query, is_slot_p, scale)
+            keys_ph, values_ph, bias_p = move_keys(slots, q, total_m, output_mh, is_query, is_slot_p, scale)
         return tuple(
             jnp.pad(a, [(0, sizes[-1] - size)] + [(0, 0)] * (a.ndim - 1)) for a in (keys_ph, values_ph, bias_p)
         )
@@ -188,42 +187,6 @@ def merged(
         return summed / jnp.maximum(jnp.zeros(len(keys_ph)).at[nearest_s].add(mass_s), 1e-9)[:, None]
 
     return mean(k), mean(v)
-
-
-def descended(
-    slots: tuple[Array, Array, Array],
-    q: Float[Array, "m h"],
-    total_m: Array,
-    output_mh: Float[Array, "m h"],
-    is_query: Array,
-    is_slot_p: Array,
-    scale: float | Array,
-) -> tuple[Array, Array, Array]:
-    """Adam on keys, values and biases: the head's output and its total weight shall be those of the document."""
-    spread = jnp.sqrt((output_mh**2).mean())
-    sizes = [jnp.sqrt((a**2).sum() / (is_slot_p.sum() * a.shape[-1])) for a in slots[:2]]
-    rates = *(DESCENT_RATE * size for size in sizes), DESCENT_RATE
-    optimizer = optax.scale_by_adam()
-
-    def loss(slots: Any, step: Array) -> Array:
-        q_mh, total, output, asked = (
-            jnp.roll(a, step, 0)[::DESCENT_QUERIES] for a in (q, total_m, output_mh, is_query)
-        )
-        keys_ph, values_ph, bias_p = slots
-        scores_mp = jnp.where(is_slot_p, q_mh @ keys_ph.T * scale + bias_p, -jnp.inf)
-        missed_m = jax.nn.logsumexp(scores_mp, -1) - total
-        error_mh = (jax.nn.softmax(scores_mp, -1) @ values_ph - output) / spread
-        return (((error_mh**2).mean(-1) + missed_m**2) * asked).sum() / asked.sum()
-
-    def update(step: Array, carry: Any) -> Any:
-        slots, state = carry
-        moves, state = optimizer.update(jax.grad(loss)(slots, step), state)
-        falling = 1 - step / DESCENT_STEPS
-        rated = zip(slots, moves, rates, strict=True)
-        return tuple(a - falling * rate * move for a, move, rate in rated), state
-
-    fitted = jax.lax.fori_loop(0, DESCENT_STEPS, update, (slots, optimizer.init(slots)))[0]
-    return tuple(jnp.where(is_slot_p.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in fitted)
 
 
 if __name__ == "__main__":

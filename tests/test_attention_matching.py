@@ -18,6 +18,7 @@ from cartridges_jax.initial.attention_matching import RIDGE, _fit_slots, _match,
 from cartridges_jax.initial.budgets import BudgetConfig, BudgetKind
 from cartridges_jax.initial.chunks import MatchingConfig, chunks_of
 from cartridges_jax.initial.initializers import InitConfig, initial_cartridge
+from cartridges_jax.initial.keys import move_keys
 from cartridges_jax.training.data import Example, read_examples
 
 QUESTION = [{"role": "user", "content": "Where does the owl number 5 sleep?"}]
@@ -69,6 +70,71 @@ def test_values_are_those_of_least_squares_with_a_ridge():
     ridge = np.sqrt(RIDGE * (weights**2).sum() / 10)
     rows, aims = np.concatenate([weights, ridge * np.eye(10)]), np.concatenate([output, ridge * values])
     np.testing.assert_allclose(found, np.linalg.lstsq(rows, aims)[0], atol=2e-3)
+
+
+def _head(rng: np.random.Generator, num_slots: int) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    """Slots of a head, two more places behind them, and the document's attention that they shall have."""
+    q, k, v = (rng.normal(size=(rows, 8)) for rows in (330, 60, 60))
+    total = np.log(np.exp(q @ k.T).sum(1))
+    output = np.exp(q @ k.T - total[:, None]) @ v
+    is_slot = np.arange(num_slots + 2) < num_slots
+    slots = (np.where(is_slot[:, None], a[: num_slots + 2], 0) for a in (k, v))
+    aims = q, total, output, np.arange(330) < 300, is_slot
+    *arrays, bias = (jnp.asarray(a) for a in (*slots, is_slot * np.log(60 / num_slots)))
+    return (arrays[0], arrays[1], bias), tuple(jnp.asarray(a) for a in aims)
+
+
+def _missed(slots: tuple[Array, Array, Array], aims: tuple[Array, ...]) -> float:
+    keys, values, bias = (np.asarray(a, np.float64) for a in slots)
+    q, _, output, is_query, is_slot = (np.asarray(a) for a in aims)
+    weights = np.where(is_slot, np.exp(q @ keys.T + bias), 0)
+    found = weights @ values / weights.sum(1, keepdims=True)
+    return float(((found - output)[is_query] ** 2).mean() / (output[is_query] ** 2).mean())
+
+
+def test_keys_move_until_the_output_is_near_the_documents():
+    slots, aims = _head(np.random.default_rng(2), 12)
+    moved = move_keys(slots, *aims, 1.0)
+    assert _missed(moved, aims) < 0.5 * _missed(slots, aims)
+    np.testing.assert_array_equal(moved[0][0], slots[0][0])  # the attention sink
+    assert not any(np.asarray(a)[12:].any() for a in moved)  # there are no such slots
+    others = list(aims)
+    others[0] = aims[0].at[300:].set(7.0)  # which are no queries
+    for mine, theirs in zip(move_keys(slots, *others, 1.0), moved, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_keys_of_a_head_that_is_near_already_stay():
+    slots, aims = _head(np.random.default_rng(2), 58)
+    for mine, theirs in zip(move_keys(slots, *aims, 1.0), slots, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("fit_keys", "kind", "share", "fitted"),
+    [
+        (None, "uniform", 8, True),
+        (None, "attention", 10, False),
+        (None, "attention", 20, True),
+        (False, "uniform", 8, False),
+    ],
+)
+def test_keys_are_fitted_where_there_are_few_slots(
+    fit_keys: bool | None, kind: BudgetKind, share: int, fitted: bool, document: list[int]
+):
+    found, of_tokens = (
+        attention_matching(
+            tiny.model(),
+            tiny.TEXT[:1200],
+            [],
+            len(document) // share,
+            config=MatchingConfig(fit_keys=fit),
+            budget=BudgetConfig(kind),
+        )
+        for fit in (fit_keys, False)
+    )
+    assert found.provenance is not None and ("keys: fitted" in found.provenance.recipe) == fitted
+    assert np.array_equal(found.keys, of_tokens.keys) != fitted
 
 
 def test_with_a_slot_for_every_token_it_is_the_document(examples: list[Example], document: list[int]):
@@ -137,10 +203,10 @@ def test_heads_of_different_lengths_are_the_padded_fit(examples: list[Example]):
     shape = model.config.num_layers, model.config.num_kv_heads
     lengths = np.full(shape, 40)
     lengths[0] = np.arange(2, 2 + shape[1])  # only the first layer differs, on whose states the others are fitted
-    ragged, alike = _match(model, chunk, lengths), _match(model, chunk, np.full(shape, 40))
+    ragged, alike = (_match(model, chunk, each, fits_keys=False) for each in (lengths, np.full(shape, 40)))
     np.testing.assert_array_equal(ragged.lengths, lengths)
     for head, length in enumerate(lengths[0]):
-        alone = _match(model, chunk, np.full(shape, length))
+        alone = _match(model, chunk, np.full(shape, length), fits_keys=False)
         for name in ("keys", "values", "bias"):
             mine, theirs = (np.asarray(getattr(c, name))[0, :, head] for c in (ragged, alone))
             np.testing.assert_allclose(mine[:length], theirs, atol=1e-5)

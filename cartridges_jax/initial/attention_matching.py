@@ -1,11 +1,12 @@
 """Attention matching: slots whose attention is fitted to that of the full document (arXiv 2602.16284).
 
 It takes seconds. The queries are those of self-study conversations and of the document being repeated, which ask for
-every token (`chunks.py`). For every layer and kv head, three steps follow:
+every token (`chunks.py`). For every layer and kv head, these steps follow:
 
 1. Keep the tokens of the document that receive the most attention, as many as the head has slots (`budgets.py`).
 2. Give each a bias, so that the slots' total weight matches the document's (non-negative least squares).
 3. Move their values, so that attention's output matches (least squares).
+4. With few slots, move their keys as well, in heads whose output is wrong even so (`keys.py`).
 
 Layers are fitted in order, on the states that the slots fitted so far produce, so that later layers make up for what
 earlier ones lost. A document longer than `chunk_tokens` is compacted in chunks, each as if it alone stood before the
@@ -31,6 +32,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.initial.budgets import BudgetConfig, head_lengths
 from cartridges_jax.initial.chunks import Chunk, MatchingConfig, chunks_of
 from cartridges_jax.initial.heads import attention_for, attention_received, by_head
+from cartridges_jax.initial.keys import move_keys
 from cartridges_jax.kernels.prefix_attention import prefix_attention
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.language_model import LanguageModel
@@ -42,6 +44,7 @@ from cartridges_jax.training.data import Example
 NNLS_STEPS = 200
 LARGEST_BIAS = 5.0  # in nats
 RIDGE = 1e-3  # of the mean squared probability: how strongly a slot keeps its token's value where no query asks for it
+AMPLE = 1 / 15  # of the tokens: with a budget for each head, so many slots lose nothing behind keys of tokens
 # A head's slots are fitted in arrays of the next of these sizes, which a program is compiled for; each is 1.4 times the
 # one before, since the time of a fit grows with the square of its size.
 SIZES = tuple(int(8 * 2 ** (i / 2)) for i in range(21))
@@ -79,12 +82,14 @@ def attention_matching(
         )
     lengths_clk = head_lengths(budget, model, chunks, num_slots)
     # the second and later chunks fit one slot more, for the attention sink that their composition drops
+    fits_keys = _fits_keys(config, budget, num_slots / sum(len(chunk.tokens) for chunk in chunks))
     parts = [
-        _match(model, chunk, own + (i > 0)) for i, (chunk, own) in enumerate(zip(chunks, lengths_clk, strict=True))
+        _match(model, chunk, own + (i > 0), fits_keys)
+        for i, (chunk, own) in enumerate(zip(chunks, lengths_clk, strict=True))
     ]
     recipe = (
-        f"attention matching (queries: {config.queries}; budget: {budget.kind}; {len(chunks)} chunks of "
-        f"{len(chunks[0].tokens)} tokens)"
+        f"attention matching (queries: {config.queries}; budget: {budget.kind}; keys: "
+        f"{'fitted' if fits_keys else 'of tokens'}; {len(chunks)} chunks of {len(chunks[0].tokens)} tokens)"
     )
     if len(parts) > 1:  # which are composed on the host
         parts = [compose([part.with_slots(sharding.gathered(part.slots)) for part in parts])]
@@ -92,7 +97,12 @@ def attention_matching(
     return dataclasses.replace(parts[0], num_frozen=num_frozen, provenance=provenance).checked(model.config)
 
 
-def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray) -> Cartridge:
+def _fits_keys(config: MatchingConfig, budget: BudgetConfig, share: float) -> bool:
+    """Whether keys move, too: if asked, or where as many slots as this share of the tokens leave something to gain."""
+    return (budget.kind == "uniform" or share < AMPLE) if config.fit_keys is None else config.fit_keys
+
+
+def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray, fits_keys: bool) -> Cartridge:
     """Fits as many slots as each head shall have to a chunk."""
     document = Cartridge.from_tokens(model, chunk.tokens)
     keys, values, bias = _fit(
@@ -103,6 +113,7 @@ def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray) -> Cartri
         *chunk.queries,
         config=model.config,
         sizes=array_sizes(lengths_lk),
+        fits_keys=fits_keys,
         implementation=attention_for(model),
     )
     lengths = None if np.ptp(lengths_lk) == 0 else lengths_lk.astype(np.int32)
@@ -116,7 +127,7 @@ def array_sizes(lengths: Int[np.ndarray, "l k"]) -> tuple[int, ...]:
     return tuple(sorted({sizes[i] for i in np.searchsorted(sizes, lengths.reshape(-1))}))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sizes", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "sizes", "fits_keys", "implementation"))
 def _fit(
     params: Params,
     document_k: Float[Array, "l s k h"],  # at an offset of 0
@@ -128,6 +139,7 @@ def _fit(
     *,
     config: ModelConfig,
     sizes: tuple[int, ...],
+    fits_keys: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "l p k h"], Float[Array, "l p k h"], Float[Array, "l p k"]]:
     """Fits the slots of all layers, and returns their keys, values and bias; p is the last of the sizes."""
@@ -137,7 +149,7 @@ def _fit(
         document_k, document_v, lengths_k = given
         q_kmh, is_query_m = by_head(q_btnh, is_query_bt, config)
         scale = options.get("scale", config.head_dim**-0.5)
-        fit = functools.partial(_fit_head, is_query=is_query_m, sizes=sizes, scale=scale)
+        fit = functools.partial(_fit_head, is_query=is_query_m, sizes=sizes, fits_keys=fits_keys, scale=scale)
         # one head at a time: its scores are [queries, document tokens]
         heads = q_kmh, document_k.transpose(1, 0, 2), document_v.transpose(1, 0, 2), lengths_k
         keys_kph, values_kph, bias_kp = jax.lax.map(lambda head: fit(*head), heads)
@@ -158,11 +170,12 @@ def _fit_head(
     *,
     is_query: Array,
     sizes: tuple[int, ...],
+    fits_keys: bool,
     scale: float | Array,
 ) -> tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]:
     """Fits the slots of one kv head to the queries of its group, and returns their keys, values and bias."""
     probs_ms, received_s = attention_received(q, k, is_query, scale)
-    output_mh = probs_ms @ v
+    total_m, output_mh = jax.nn.logsumexp(q @ k.T * scale, axis=-1), probs_ms @ v
 
     def fit(size: int) -> tuple[Array, Array, Array]:
         is_slot_p = jnp.arange(size) < length
@@ -174,8 +187,10 @@ def _fit_head(
             for a, axis, there in ((probs_ms, 1, is_slot_p), (k, 0, is_slot_p[:, None]), (v, 0, is_slot_p[:, None]))
         )
         values_ph, bias_p = _fit_slots(probs_mp, values_ph, output_mh, is_query, length)
-        padded = (jnp.pad(a, [(0, sizes[-1] - size)] + [(0, 0)] * (a.ndim - 1)) for a in (keys_ph, values_ph))
-        return *padded, jnp.pad(jnp.where(is_slot_p, bias_p, 0), (0, sizes[-1] - size))
+        slots = keys_ph, values_ph, jnp.where(is_slot_p, bias_p, 0)
+        if fits_keys:
+            slots = move_keys(slots, q, total_m, output_mh, is_query, is_slot_p, scale)
+        return tuple(jnp.pad(a, [(0, sizes[-1] - size)] + [(0, 0)] * (a.ndim - 1)) for a in slots)
 
     size_index = jnp.searchsorted(jnp.asarray(sizes), length)
     return jax.lax.switch(size_index, [functools.partial(fit, size) for size in sizes])
