@@ -113,10 +113,10 @@ def test_the_keys_of_a_head_that_is_near_already_stay():
 @pytest.mark.parametrize(
     ("fit_keys", "kind", "share", "fitted"),
     [
-        (None, "uniform", 8, True),
-        (None, "attention", 10, False),
-        (None, "attention", 20, True),
-        (False, "uniform", 8, False),
+        (True, "uniform", 8, True),
+        (None, "attention", 20, False),
+        (None, "attention", 40, True),
+        (None, "uniform", 8, False),
     ],
 )
 def test_keys_are_fitted_where_there_are_few_slots(

@@ -15,7 +15,7 @@ from cartridges_jax import convert
 from cartridges_jax.cartridge.arrays import Cartridge
 from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.interop import formats
-from cartridges_jax.training.run import train
+from cartridges_jax.training.run import fit_uniform, train
 
 
 @pytest.fixture
@@ -107,5 +107,6 @@ def test_a_run_gives_a_cartridge_whose_heads_are_alike(tmp_path: Path, monkeypat
     assert convert.main([str(path.parent), str(tmp_path / "a.pt"), model, "--uniform", text]) == 0
     made = Cartridge.load(tmp_path / "a.pt")
     assert (made.num_slots, made.lengths, made.bias) == (12, None, None)
+    assert "keys: fitted" in str(fit_uniform(path.parent, tiny.model()).provenance)
     with pytest.raises(UserError, match="holds no run"):
         convert.main([str(tmp_path), str(tmp_path / "b.pt"), model, "--uniform"])

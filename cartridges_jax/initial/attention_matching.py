@@ -44,7 +44,7 @@ from cartridges_jax.training.data import Example
 NNLS_STEPS = 200
 LARGEST_BIAS = 5.0  # in nats
 RIDGE = 1e-3  # of the mean squared probability: how strongly a slot keeps its token's value where no query asks for it
-AMPLE = 1 / 15  # of the tokens: with a budget for each head, so many slots lose nothing behind keys of tokens
+AMPLE = 1 / 30  # of the tokens: so many slots have nothing to gain by fitted keys, if they are budgeted or trained
 # A head's slots are fitted in arrays of the next of these sizes, which a program is compiled for; each is 1.4 times the
 # one before, since the time of a fit grows with the square of its size.
 SIZES = tuple(int(8 * 2 ** (i / 2)) for i in range(21))
@@ -82,7 +82,8 @@ def attention_matching(
         )
     lengths_clk = head_lengths(budget, model, chunks, num_slots)
     # the second and later chunks fit one slot more, for the attention sink that their composition drops
-    fits_keys = _fits_keys(config, budget, num_slots / sum(len(chunk.tokens) for chunk in chunks))
+    num_tokens = sum(len(chunk.tokens) for chunk in chunks)
+    fits_keys = num_slots < AMPLE * num_tokens if config.fit_keys is None else config.fit_keys
     parts = [
         _match(model, chunk, own + (i > 0), fits_keys)
         for i, (chunk, own) in enumerate(zip(chunks, lengths_clk, strict=True))
@@ -95,11 +96,6 @@ def attention_matching(
         parts = [compose([part.with_slots(sharding.gathered(part.slots)) for part in parts])]
     provenance = Provenance.of(model, corpus, recipe)
     return dataclasses.replace(parts[0], num_frozen=num_frozen, provenance=provenance).checked(model.config)
-
-
-def _fits_keys(config: MatchingConfig, budget: BudgetConfig, share: float) -> bool:
-    """Whether keys move, too: if asked, or where as many slots as this share of the tokens leave something to gain."""
-    return (budget.kind == "uniform" or share < AMPLE) if config.fit_keys is None else config.fit_keys
 
 
 def _match(model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray, fits_keys: bool) -> Cartridge:

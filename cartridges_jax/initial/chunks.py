@@ -24,7 +24,7 @@ QUERY_TOKENS = 1024  # tokens of conversations whose queries are used; p slots n
 class MatchingConfig:
     queries: Literal["repeat", "conversations", "both"] = "repeat"  # the document being repeated needs no self-study
     chunk_tokens: int = 4096  # tokens that are compacted at once; memory grows with their square
-    fit_keys: bool | None = None  # None: with slots alike for every head, and with few (`attention_matching.AMPLE`)
+    fit_keys: bool | None = None  # None: below a thirtieth of the tokens (`attention_matching.AMPLE`)
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 2:

@@ -142,7 +142,9 @@ def fit_uniform(directory: Path, model: LanguageModel) -> Cartridge:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     config = build(TrainConfig, {key: value for key, value in settings.items() if key in known}, str(directory))
     examples = [] if config.dataset is None else read_examples(config.dataset, model.tokenizer, config.targets)
-    init = dataclasses.replace(config.init, kind="attention_matching", path=None, budget="uniform")
+    # fitted keys are worth more before training, and less behind it: here nothing is trained
+    matching = dataclasses.replace(config.init.matching, fit_keys=config.init.matching.fit_keys is not False)
+    init = dataclasses.replace(config.init, kind="attention_matching", path=None, budget="uniform", matching=matching)
     return initial_cartridge(init, model, read_corpus(config.corpus), examples, config.seed)
 
 
