@@ -31,7 +31,6 @@ from cartridges_jax.initial import attention_matching
 from cartridges_jax.initial.budgets import BudgetConfig, head_lengths
 from cartridges_jax.initial.chunks import Chunk, MatchingConfig, chunks_of
 from cartridges_jax.initial.heads import attention_received
-from cartridges_jax.initial.keys import move_keys
 from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.training.batch import Batch
 from cartridges_jax.training.data import read_corpus
@@ -41,13 +40,14 @@ from cartridges_jax.training.losses import loss_sum
 # squared gradient [s].
 Choice = Callable[[Array, Array, Array], Float[Array, " s"]]
 CHOICES: dict[str, Choice] = {
-    "attention mass": lambda probs, received, gradient: received,  # as in the package, at a tenth
+    "attention mass": lambda probs, received, gradient: received,  # as in the package
     "largest attention, as KVzip": lambda probs, received, gradient: probs.max(0),
     "mean attention": lambda probs, received, gradient: probs.mean(0),
     "the loss's gradient, as KVgrad": lambda probs, received, gradient: gradient,
     "attention mass times gradient": lambda probs, received, gradient: received * jnp.sqrt(gradient),
 }
-REFINEMENTS = ("dropped tokens merged into kept ones", "chosen anew by what was missed", "keys fitted too")
+KEYS_TOO = "keys fitted too"  # as in the package, where slots are few
+REFINEMENTS = ("dropped tokens merged into kept ones", "chosen anew by what was missed", KEYS_TOO)
 
 
 def main() -> None:
@@ -97,6 +97,8 @@ def matched(
     model: LanguageModel, chunk: Chunk, lengths_lk: np.ndarray, gradient_lsk: Float[Array, "l s k"], way: str
 ) -> Cartridge:
     """Attention matching of a chunk, of which one step is done in another way."""
+    if way == KEYS_TOO:
+        return attention_matching._match(model, chunk, lengths_lk, fits_keys=True)
     document = Cartridge.from_tokens(model, chunk.tokens)
     # a token's gradient reaches its head as one more channel of its value
     scale = gradient_lsk.mean()
@@ -112,7 +114,7 @@ def matched(
             *chunk.queries,
             config=model.config,
             sizes=attention_matching.array_sizes(lengths_lk),
-            fits_keys=False,  # but by the way that says so
+            fits_keys=False,
             implementation=None,
         )
     jax.clear_caches()
@@ -166,9 +168,6 @@ def fit_head(
             missed_m = ((given_mh - output_mh) ** 2).sum(-1) * is_query
             missed_m = missed_m / jnp.maximum(missed_m.mean(), 1e-9)
             keys_ph, values_ph, bias_p = fitted(*kept(jnp.sqrt((probs_ms**2 * (1 + missed_m)[:, None]).mean(0))))
-        if way == "keys fitted too":
-            slots = keys_ph, values_ph, bias_p
-            keys_ph, values_ph, bias_p = move_keys(slots, q, total_m, output_mh, is_query, is_slot_p, scale)
         return tuple(
             jnp.pad(a, [(0, sizes[-1] - size)] + [(0, 0)] * (a.ndim - 1)) for a in (keys_ph, values_ph, bias_p)
         )

@@ -110,6 +110,15 @@ def test_the_keys_of_a_head_that_is_near_already_stay():
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_padding_behind_the_queries_moves_no_key():
+    slots, (q, total, output, is_query, is_slot) = _head(np.random.default_rng(2), 12)
+    output = output * is_query[:, None]  # as masked probabilities give it
+    padded = (jnp.pad(a, [(0, 3000)] + [(0, 0)] * (a.ndim - 1)) for a in (q, total, output, is_query))
+    found, expected = (move_keys(slots, *aims, is_slot, 1.0) for aims in (padded, (q, total, output, is_query)))
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fit_keys", "kind", "share", "fitted"),
     [

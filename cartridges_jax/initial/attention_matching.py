@@ -81,9 +81,9 @@ def attention_matching(
             "choose another number, or another init.kind"
         )
     lengths_clk = head_lengths(budget, model, chunks, num_slots)
-    # the second and later chunks fit one slot more, for the attention sink that their composition drops
     num_tokens = sum(len(chunk.tokens) for chunk in chunks)
     fits_keys = num_slots < AMPLE * num_tokens if config.fit_keys is None else config.fit_keys
+    # the second and later chunks fit one slot more, for the attention sink that their composition drops
     parts = [
         _match(model, chunk, own + (i > 0), fits_keys)
         for i, (chunk, own) in enumerate(zip(chunks, lengths_clk, strict=True))

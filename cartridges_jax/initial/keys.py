@@ -23,18 +23,18 @@ STRIDE = 11
 TOTAL_WEIGHT = 0.1  # of the total weight's error, in nats, beside that of the output
 TOLERATED = 0.03  # squared error, relative to the output's size, of a head that is left alone
 
-Slots = tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]
+HeadSlots = tuple[Float[Array, "p h"], Float[Array, "p h"], Float[Array, " p"]]
 
 
 def move_keys(
-    slots: Slots,
+    slots: HeadSlots,
     q: Float[Array, "m h"],
     total: Float[Array, " m"],
     output: Float[Array, "m h"],
     is_query: Array,
     is_slot: Array,
     scale: float | Array,
-) -> Slots:
+) -> HeadSlots:
     """Brings the attention of one kv head's slots nearer to that of the document, unless it is near already.
 
     The first slot, the attention sink, keeps its key.
@@ -46,19 +46,19 @@ def move_keys(
       is_slot: which of the p slots there are; the others stay as they are.
     """
     parts = tuple(_in_parts(a) for a in (q, total, output, is_query.astype(q.dtype)))
-    spread = jnp.sqrt((output**2).mean())
+    spread = jnp.sqrt((output**2).mean(where=is_query[:, None]))
     units = _units(slots, is_slot)
 
-    def moved(moves: Slots) -> Slots:
+    def moved(moves: HeadSlots) -> HeadSlots:
         return tuple(a + unit * move for a, unit, move in zip(slots, units, moves, strict=True))
 
-    def error(moves: Slots, step: Array | int) -> Float[Array, ""]:
+    def error(moves: HeadSlots, step: Array | int) -> Float[Array, ""]:
         keys_ph, values_ph, bias_p = moved(moves)
         q_mh, total_m, output_mh, asked_m = (part[step % STRIDE] for part in parts)
         scores_mp = jnp.where(is_slot, q_mh @ keys_ph.T * scale + bias_p, -jnp.inf)
         missed_mh = (jax.nn.softmax(scores_mp, -1) @ values_ph - output_mh) / spread
         missed_m = jax.nn.logsumexp(scores_mp, -1) - total_m
-        return (((missed_mh**2).mean(-1) + TOTAL_WEIGHT * missed_m**2) * asked_m).sum() / asked_m.sum()
+        return (((missed_mh**2).mean(-1) + TOTAL_WEIGHT * missed_m**2) * asked_m).sum() / jnp.maximum(asked_m.sum(), 1)
 
     optimizer = optax.adam(optax.linear_schedule(RATE, 0.0, STEPS))
 
@@ -67,14 +67,14 @@ def move_keys(
         changes, state = optimizer.update(jax.grad(error)(moves, step), state)
         return optax.apply_updates(moves, changes), state
 
-    def descend(moves: Slots) -> Slots:
+    def descend(moves: HeadSlots) -> HeadSlots:
         return jax.lax.fori_loop(0, STEPS, update, (moves, optimizer.init(moves)))[0]
 
     still: Any = jax.tree.map(jnp.zeros_like, slots)
     return moved(jax.lax.cond(error(still, 0) > TOLERATED, descend, lambda moves: moves, still))
 
 
-def _units(slots: Slots, is_slot: Array) -> Slots:
+def _units(slots: HeadSlots, is_slot: Array) -> HeadSlots:
     """Returns in what unit each number moves: the root mean square of keys and of values, and a nat; 0 to stay."""
     keys_ph, values_ph, bias_p = slots
     is_slot_p1 = is_slot[:, None]
