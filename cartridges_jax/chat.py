@@ -37,7 +37,7 @@ HELP = """\
 /undo             forget the last question and its answer
 /cartridge NAME   go on with another cartridge: a name in --cartridges, a file or folder, hf:… or wandb:…; or none
 /compare [TEXT]   ask this, or the last question, with nothing, with the cartridge and with --document in the prompt
-/quit             leave, as Ctrl-D does; Ctrl-C stops an answer, and clears the line at the prompt"""
+/quit             leave, as Ctrl-D does; Ctrl-C stops an answer or a load, and clears the line at the prompt"""
 # What a terminal is told so that it marks what is pasted.
 MARK_PASTES, MARK_NOTHING = "\x1b[?2004h", "\x1b[?2004l"
 
@@ -180,16 +180,15 @@ class Terminal:
         while True:
             try:
                 text = self.read().strip()
-            except KeyboardInterrupt:
+                if text == "/quit":
+                    return
+                with _typing_waits():
+                    self._take(text)
+            except KeyboardInterrupt:  # at the prompt, or while a cartridge is loaded: answers have their own way
                 self.write("\n")
-                continue
             except EOFError:
                 self.write("\n")
                 return
-            if text == "/quit":
-                return
-            with _typing_waits():
-                self._take(text)
 
     def _take(self, text: str) -> None:
         """Does what a command says, or answers a question of one or more lines."""
