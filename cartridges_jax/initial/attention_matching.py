@@ -45,9 +45,9 @@ NNLS_STEPS = 200
 LARGEST_BIAS = 5.0  # in nats
 RIDGE = 1e-3  # of the mean squared probability: how strongly a slot keeps its token's value where no query asks for it
 AMPLE = 1 / 30  # of the tokens: so many slots have nothing to gain by fitted keys, if they are budgeted or trained
-# A head's slots are fitted in arrays of the next of these sizes, which a program is compiled for; each is 1.4 times the
-# one before, since the time of a fit grows with the square of its size.
-SIZES = tuple(int(8 * 2 ** (i / 2)) for i in range(21))
+# A head's slots are fitted in arrays of the next of these sizes, each of which costs compilation; one is 1.4 times the
+# one before, since the time of a fit grows with the square of its size, and below the first it is next to nothing.
+SIZES = tuple(int(64 * 2 ** (i / 2)) for i in range(15))
 
 
 def attention_matching(
@@ -172,12 +172,12 @@ def _fit_head(
     """Fits the slots of one kv head to the queries of its group, and returns their keys, values and bias."""
     probs_ms, received_s = attention_received(q, k, is_query, scale)
     total_m, output_mh = jax.nn.logsumexp(q @ k.T * scale, axis=-1), probs_ms @ v
+    # the first token is the attention sink, which stays first; the others keep their order
+    ranked_s = jnp.argsort(received_s.at[0].set(jnp.inf), descending=True)
+    kept_s = jnp.sort(jnp.where(jnp.arange(len(k)) < length, ranked_s, len(k)))
 
     def fit(size: int) -> tuple[Array, Array, Array]:
-        is_slot_p = jnp.arange(size) < length
-        # the first token is the attention sink, which stays first; the others keep their order
-        best_p = jax.lax.top_k(received_s.at[0].set(jnp.inf), size)[1]
-        kept_p = jnp.sort(jnp.where(is_slot_p, best_p, len(k)))
+        is_slot_p, kept_p = jnp.arange(size) < length, kept_s[:size]
         probs_mp, keys_ph, values_ph = (
             jnp.where(there, jnp.take(a, kept_p, axis, mode="clip"), 0)
             for a, axis, there in ((probs_ms, 1, is_slot_p), (k, 0, is_slot_p[:, None]), (v, 0, is_slot_p[:, None]))
