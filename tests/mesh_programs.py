@@ -16,9 +16,11 @@ import optax
 from safetensors.numpy import load_file
 
 from cartridges_jax.cartridge.arrays import Cartridge
+from cartridges_jax.initial.attention_matching import _match
+from cartridges_jax.initial.chunks import MatchingConfig, chunks_of
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.hf import load_hf
-from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.language_model import LanguageModel, load_model
 from cartridges_jax.models.loading import load_params
 from cartridges_jax.models.params import Params, init_params, weight_specs
 from cartridges_jax.parallel import processes, sharding
@@ -137,6 +139,20 @@ def serving(output: Path) -> None:
     np.savez(output / "results.npz", **arrays)
 
 
+def matching(output: Path) -> None:
+    """The logits behind what attention matching makes of a text, whose heads have different numbers of slots."""
+    text = " ".join(f"Number {i} weighs {i * i % 97} grams." for i in range(12))
+    lengths = np.array([[5, 120], [60, 40]])
+    found = {}
+    for name, shape in {"1x1x1": (1, 1, 1), "2x2x2": (2, 2, 2)}.items():
+        model = load_model(output / "model", "float32", mesh_of(shape))
+        [chunk] = chunks_of(model, text, [], MatchingConfig())
+        for keys, fits_keys in (("keys of tokens", False), ("keys fitted", True)):
+            cartridge = _match(model, chunk, lengths, fits_keys)
+            found[f"{name}/{keys}"] = np.asarray(model.logits(chunk.rows[0]["tokens"][None], cartridge=cartridge))
+    np.savez(output / "results.npz", **found)
+
+
 def compiled(output: Path) -> None:
     """The text of the step for a mesh of 4 by 4 by 2, and that of one device."""
     config = dataclasses.replace(CONFIG, num_layers=3)
@@ -193,5 +209,5 @@ def sharing(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    programs = {f.__name__: f for f in (equality, compiled, loading, serving, sharing)}
+    programs = {f.__name__: f for f in (equality, compiled, loading, matching, serving, sharing)}
     programs[sys.argv[1]](Path(sys.argv[2]))

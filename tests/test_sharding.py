@@ -63,6 +63,16 @@ def test_devices_of_a_cpu_share_the_memory_of_a_weight(tmp_path: Path):
         assert len(addresses) == 2 and len(set(addresses)) == 1
 
 
+def test_attention_matching_on_many_devices_is_that_on_one(tmp_path: Path):
+    tiny.write_model(tmp_path / "model", vocab_size=324)
+    run("matching", 8, tmp_path)
+    results = np.load(tmp_path / "results.npz")
+    for keys in ("keys of tokens", "keys fitted"):
+        # solving for a head's slots enlarges what sums in another order differ by; logits reach 5
+        np.testing.assert_allclose(results[f"2x2x2/{keys}"], results[f"1x1x1/{keys}"], rtol=0, atol=5e-5)
+    assert np.abs(results["1x1x1/keys fitted"] - results["1x1x1/keys of tokens"]).max() > 0.1, "keys were moved"
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Traffic]]:
     folder = tmp_path_factory.mktemp("programs")
