@@ -28,7 +28,7 @@ def load(name: str) -> Prefix:
     if name == "broken":
         raise UserError("it is broken")
     if name == "endless":
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
     return Prefix(name, 7, object())
 
 
@@ -122,9 +122,10 @@ def test_a_command_that_is_none_is_named():
     assert talker.messages == []
 
 
-# The terminal becomes the process' own, so that Ctrl-C is a signal to it.
+# The terminal becomes the process' own, so that Ctrl-C is a signal to it, which who runs the tests may have ignored.
 IN_ITS_TERMINAL = """
-import fcntl, runpy, termios
+import fcntl, runpy, signal, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 runpy.run_module("cartridges_jax.chat", run_name="__main__", alter_sys=True)
 """
