@@ -144,8 +144,7 @@ def fit_head(
         is_slot_p = jnp.arange(size) < length
 
         def kept(wanted_s: Array) -> tuple[Array, Array]:
-            best_p = jax.lax.top_k(wanted_s.at[0].set(jnp.inf), size)[1]
-            kept_p = jnp.sort(jnp.where(is_slot_p, best_p, len(k)))
+            kept_p = attention_matching._kept(wanted_s, length)[:size]
             return tuple(jnp.where(is_slot_p[:, None], jnp.take(a, kept_p, 0, mode="clip"), 0) for a in (k, v))
 
         def weights(keys_ph: Array, bias_p: Array) -> Array:

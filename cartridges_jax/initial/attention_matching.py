@@ -172,9 +172,7 @@ def _fit_head(
     """Fits the slots of one kv head to the queries of its group, and returns their keys, values and bias."""
     probs_ms, received_s = attention_received(q, k, is_query, scale)
     total_m, output_mh = jax.nn.logsumexp(q @ k.T * scale, axis=-1), probs_ms @ v
-    # the first token is the attention sink, which stays first; the others keep their order
-    ranked_s = jnp.argsort(received_s.at[0].set(jnp.inf), descending=True)
-    kept_s = jnp.sort(jnp.where(jnp.arange(len(k)) < length, ranked_s, len(k)))
+    kept_s = _kept(received_s, length)
 
     def fit(size: int) -> tuple[Array, Array, Array]:
         is_slot_p, kept_p = jnp.arange(size) < length, kept_s[:size]
@@ -190,6 +188,15 @@ def _fit_head(
 
     size_index = jnp.searchsorted(jnp.asarray(sizes), length)
     return jax.lax.switch(size_index, [functools.partial(fit, size) for size in sizes])
+
+
+def _kept(received: Float[Array, " s"], length: int | Array) -> Int[Array, " s"]:
+    """Returns the `length` tokens that receive most, in their order, and s behind them.
+
+    The first token, the attention sink, is always kept.
+    """
+    ranked_s = jnp.argsort(received.at[0].set(jnp.inf), descending=True)
+    return jnp.sort(jnp.where(jnp.arange(len(received)) < length, ranked_s, len(received)))
 
 
 def _fit_slots(
