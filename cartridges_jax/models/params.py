@@ -67,7 +67,7 @@ def weight_specs(config: ModelConfig) -> Params:
 def decode_specs(config: ModelConfig) -> dict[str, Any]:
     """How weights in the decode layout lie on the mesh: outputs first, with all of the width on every device.
 
-    Panels have the same axes as what they are cut from: outputs, then what is summed.
+    Panels have the same axes as what they are cut from: outputs, then what is summed. Layers are stacked.
     """
 
     def of(array: ArraySpec) -> P:
@@ -77,5 +77,5 @@ def decode_specs(config: ModelConfig) -> dict[str, Any]:
         summed = set(array.summed.split())
         return P("tensor" if split - summed else None, "tensor" if split & summed else None)
 
-    layers = {name: of(arrays[0]) for name, arrays in fused_arrays(config).items()}
+    layers = {name: P(None, *of(arrays[0])) for name, arrays in fused_arrays(config).items()}
     return {array.name: of(array) for array in end_arrays(config)} | {"layers": layers}

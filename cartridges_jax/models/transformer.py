@@ -9,7 +9,7 @@ v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cartridges_jax.kernels.prefix_attention import prefix_attention
-from cartridges_jax.models.block import Rope, block, embedded, layer_of, norm, rope_table
+from cartridges_jax.models.block import block, embedded, layer_of, norm
 from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.layers import attention_options, kinds_of_layers, of_kind, ropes_of_kinds
 from cartridges_jax.models.params import Params
 from cartridges_jax.models.spec import ENDS
 from cartridges_jax.models.weights import weight_of
@@ -52,25 +53,24 @@ def run_layers(
       remat: what a backward pass computes again; by default nothing.
       dtype: of the states; by default that of the embedding.
     """
-    kinds, kind_of_layer = _kinds(config)
-    ropes = _stacked([rope_table(positions, kind, config.head_dim) for kind in kinds])
+    ropes = ropes_of_kinds(positions, config)
 
     def layer(x_btd: Array, scanned: Any) -> tuple[Array, Any]:
         arrays, own, kind = scanned
         arrays = layer_of(arrays, config)
-        options = _options(config, kind) | ({"sinks": arrays["sinks"]} if "sinks" in arrays else {})
+        options = attention_options(config, kind) | ({"sinks": arrays["sinks"]} if "sinks" in arrays else {})
 
         def attend_here(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             return attend(q, k, v, own, **options)
 
-        return block(arrays, x_btd, _of_kind(ropes, kind), attend_here, config)
+        return block(arrays, x_btd, of_kind(ropes, kind), attend_here, config)
 
     if remat is not None:
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
         layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
     start = embedded(weight_of(_whole(params["embed"], "embed")), tokens, config)
     start = start if dtype is None else start.astype(dtype)
-    return jax.lax.scan(layer, start, (params["blocks"], of_layers, kind_of_layer))
+    return jax.lax.scan(layer, start, (params["blocks"], of_layers, kinds_of_layers(config)))
 
 
 def hidden_states(
@@ -122,34 +122,6 @@ def keys_and_values(
 
     positions_1t = first + jnp.arange(tokens.shape[0])[None]
     return run_layers(params, tokens_1t, positions_1t, attend, config=config)[1]
-
-
-def _kinds(config: ModelConfig) -> tuple[Sequence[Any], Int[Array, " l"] | None]:
-    """The different settings that layers have, and which of them each has; None if all have the same."""
-    kinds = list(dict.fromkeys(config.layers))
-    return kinds, None if len(kinds) == 1 else jnp.asarray([kinds.index(layer) for layer in config.layers])
-
-
-def _stacked(ropes: Sequence[Rope]) -> Any:
-    return ropes[0] if len(ropes) == 1 else jax.tree.map(lambda *tables: jnp.stack(tables), *ropes)
-
-
-def _of_kind(tree: Any, kind: Int[Array, ""] | None) -> Any:
-    return tree if kind is None else jax.tree.map(lambda leaf: leaf[kind], tree)
-
-
-def _options(config: ModelConfig, kind: Int[Array, ""] | None) -> dict[str, Any]:
-    """How the tokens of a layer of this kind attend, as far as it differs from what `prefix_attention` does anyway."""
-    kinds, _ = _kinds(config)
-    defaults = {"window": config.max_position_embeddings, "scale": config.head_dim**-0.5}
-    options: dict[str, Any] = {"soft_cap": config.soft_cap}
-    for name, default in defaults.items():
-        values = [getattr(one, name) for one in kinds]
-        if len(set(values)) == 1:
-            options[name] = values[0]
-        else:
-            options[name] = jnp.asarray([default if value is None else value for value in values])[kind]
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def head_weights(params: Params) -> Float[Array, "v d"]:

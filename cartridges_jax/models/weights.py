@@ -114,18 +114,26 @@ class Fp8(_Scaled):
 
 @flax.struct.dataclass
 class Panels:
-    """A matrix [o, i] in panels of outputs that stand side by side, for each input: for the CPU's kernel."""
+    """A matrix [o, i] in panels of outputs that stand side by side, for each input: for the CPU's kernel.
+
+    It may be one of a stack, whose layers' matrices the kernel reads where they lie (`of_layer`).
+    """
 
     SIZE: ClassVar[int] = 16  # outputs of a panel
 
-    panels: Float[Array, "o/16 i 16"]
+    panels: Float[Array, "*l o/16 i 16"]
+    layer: Int[Array, ""] | None = None
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # of the outputs' axes but the first
 
     @classmethod
     def of(cls, weight: Float[Array, "*o *i"], num_inputs: int = 1) -> Self:
         """Makes it of an array whose last `num_inputs` axes a product sums over."""
         outputs, inputs = weight.shape[:-num_inputs], weight.shape[-num_inputs:]
-        return cls(weight.reshape(-1, cls.SIZE, math.prod(inputs)).swapaxes(1, 2), outputs[1:])
+        return cls(weight.reshape(-1, cls.SIZE, math.prod(inputs)).swapaxes(1, 2), shape=outputs[1:])
+
+    def of_layer(self, layer: Int[Array, ""]) -> Self:
+        """The matrix of one layer, of a stack of them."""
+        return self.replace(layer=layer)
 
     def matmul(self, x: Float[Array, "*b *i"], spec: str) -> Float[Array, "*b *o"]:
         """Multiplies in float32, whatever the panels are kept in; the result has the dtype of x."""
@@ -135,9 +143,11 @@ class Panels:
         operand, axes, result = spec.replace("->", ",").split(",")
         rows = x.shape[: len(set(operand) - set(axes))]
         assert operand[: len(rows)] == result[: len(rows)], f"{spec}: what is summed stands last"
-        panels = np.arange(self.panels.shape[0], dtype=np.int32)
-        x_1mi = x.reshape(1, -1, self.panels.shape[1])
-        y_mo = gathered_matmul(x_1mi, np.zeros_like(panels), self.panels, panels, side_by_side=True)
+        count, i, y = self.panels.shape[-3:]
+        own = np.arange(count, dtype=np.int32)
+        own = own if self.layer is None else self.layer * count + own
+        x_1mi, first = x.reshape(1, -1, i), np.zeros(count, np.int32)
+        y_mo = gathered_matmul(x_1mi, first, self.panels.reshape(-1, i, y), own, side_by_side=True)
         return y_mo.astype(x.dtype).reshape(*rows, -1, *self.shape)
 
     def lookup(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:

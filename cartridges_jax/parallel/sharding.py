@@ -105,9 +105,13 @@ def check_rows(batch_size: int, mesh: Mesh) -> None:
 
 
 def fitted(shapes: Any, table: Specs, mesh: Mesh) -> Specs:
-    """Returns a tree's specs by `table`, which all items of a list share, without the axes that do not divide."""
+    """Returns a tree's specs by `table`, without the axes that do not divide.
+
+    A list has what the table's arrays have along their first axis, item by item.
+    """
     if isinstance(table, dict) and isinstance(shapes, list):
-        return [fitted(shape, table, mesh) for shape in shapes]
+        of_item = {name: P(*spec[1:]) for name, spec in table.items()}
+        return [fitted(shape, of_item, mesh) for shape in shapes]
     if isinstance(table, dict):
         return {name: fitted(shape, table[name], mesh) for name, shape in shapes.items()}
     return jax.tree.map(lambda leaf: _fit(leaf.shape, table, mesh), shapes)

@@ -2,13 +2,15 @@
 
 It runs the block of `models.block` on weights in a layout of their own: q, k and v form one matrix and gate and up
 another, and on a CPU, where a step takes as long as reading the weights, all are packed into panels for
-`gathered_matmul`. The layers are unrolled, since a scanned stack of them would be copied at every step.
+`gathered_matmul`. It reads a layer's panels where they lie in the stack of all layers: so a CPU scans the layers, and
+one of them is compiled. Elsewhere they are unrolled, since a scanned stack of matrices would be copied at every step.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -22,15 +24,18 @@ from jaxtyping import Array, Float, Int
 from cartridges_jax import kernels
 from cartridges_jax.kernels.decode_attention import KERNELS, chosen, decode_attention, ordered, rotate_and_write
 from cartridges_jax.kernels.decode_attention.pages import AttentionMetadata, Pages
-from cartridges_jax.kernels.gathered_matmul import gathered_matmul, has_kernel
-from cartridges_jax.models.block import Rope, block, decode_layer, embedded, norm, rope_table
-from cartridges_jax.models.config import LayerSettings, ModelConfig
+from cartridges_jax.kernels.gathered_matmul import has_kernel
+from cartridges_jax.models.block import Rope, block, decode_layer, embedded, norm
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.layers import Kind, attention_options, kinds_of_layers, of_kind, ropes_of_kinds
 from cartridges_jax.models.params import Params, decode_specs, weight_specs
 from cartridges_jax.models.spec import ArraySpec, end_arrays, fused_arrays
 from cartridges_jax.models.weights import Dense, Panels
 from cartridges_jax.parallel import collectives, sharding
 
-Weights = dict[str, Any]  # "embed", "head" (if it is not tied), "final_norm", and "layers": a dict of arrays for each
+# "embed", "head" (if it is not tied), "final_norm", and "layers": arrays by their names, stacked or as a list of layers
+Weights = dict[str, Any]
+State = tuple[Float[Array, "b t d"], Pages]  # what goes from layer to layer
 
 
 @flax.struct.dataclass
@@ -52,52 +57,74 @@ def to_decode_layout(params: Params, config: ModelConfig, mesh: Mesh) -> Weights
     Weights that a kernel multiplies in float32 are kept in bfloat16 if that loses nothing, as it does with most models'
     weights: a step for a few requests takes as long as reading the weights does.
     """
-    ends = _ends({name: leaf for name, leaf in params.items() if name != "blocks"}, config, mesh)
-    layers = [_layer_to_decode_layout(params["blocks"], i, config, mesh) for i in range(config.num_layers)]
-    narrowed = functools.partial(jax.tree.map, _narrowed, is_leaf=lambda weight: isinstance(weight, Panels))
-    return {**narrowed(ends), "layers": [narrowed(layer) for layer in layers]}
+    blocks, ends = params["blocks"], {name: leaf for name, leaf in params.items() if name != "blocks"}
+    parts = {name: [blocks[array.name] for array in arrays] for name, arrays in fused_arrays(config).items()}
+    parts |= {name: [leaf] for name, leaf in ends.items()}
+    is_scanned = has_kernel(kernels.platform())
+    narrow = frozenset(name for name in parts if is_scanned and all(map(_is_bfloat16, parts[name])))
+    options = {"narrow": narrow, "config": config, "mesh": mesh}
+    if is_scanned:
+        layers = _stack(blocks, **options)
+    else:
+        layers = [_layer_of_stack(blocks, i, **options) for i in range(config.num_layers)]
+    return {**_ends(ends, **options), "layers": layers}
 
 
-def _narrowed(weight: Any) -> Any:
-    if not isinstance(weight, Panels) or weight.panels.dtype != jnp.float32:
-        return weight
-    if isinstance(weight.panels, jax.core.Tracer) or not _is_bfloat16(weight.panels):
-        return weight
-    return weight.replace(panels=weight.panels.astype(jnp.bfloat16))
+def _is_bfloat16(leaf: Any) -> bool:
+    """Whether these are numbers in float32 of which bfloat16 holds every one."""
+    is_array = isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer)
+    return is_array and leaf.dtype == jnp.float32 and bool(_has_no_more_bits(leaf))
 
 
 @jax.jit
-def _is_bfloat16(weight: Array) -> Array:
-    """Whether bfloat16 holds every value. It looks at bits, since XLA may leave out a conversion there and back."""
+def _has_no_more_bits(weight: Array) -> Array:
+    """It looks at bits, since XLA may leave out a conversion there and back."""
     return (jax.lax.bitcast_convert_type(weight, jnp.uint32) & 0xFFFF == 0).all()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _ends(ends: Params, config: ModelConfig, mesh: Mesh) -> Weights:
+_in_layout = functools.partial(jax.jit, static_argnames=("narrow", "config", "mesh"))
+
+
+@_in_layout
+def _ends(ends: Params, *, narrow: frozenset[str], config: ModelConfig, mesh: Mesh) -> Weights:
     specs = {name: weight_specs(config)[name] for name in ends}
     arrays = {array.name: array for array in end_arrays(config)}
 
     def local(ends: Params) -> Weights:
         whole = {name: collectives.all_gather_fsdp(leaf, specs[name]) for name, leaf in ends.items()}
-        return {name: pack_panels(leaf, arrays[name]) for name, leaf in whole.items()}
+        return {name: pack_panels(leaf, arrays[name], name in narrow) for name, leaf in whole.items()}
 
     in_specs = (sharding.fitted(ends, specs, mesh),)
     return sharding.on_mesh(local, mesh, in_specs, {name: decode_specs(config)[name] for name in ends})(ends)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _layer_to_decode_layout(blocks: Params, i: Int[Array, ""], config: ModelConfig, mesh: Mesh) -> Weights:
-    first = {name: arrays[0] for name, arrays in fused_arrays(config).items()}
+@_in_layout
+def _stack(blocks: Params, *, narrow: frozenset[str], config: ModelConfig, mesh: Mesh) -> Weights:
+    def local(blocks: Params) -> Weights:
+        return jax.lax.map(lambda arrays: _layer_in_layout(arrays, narrow, config), blocks)
 
+    in_specs = (sharding.fitted(blocks, weight_specs(config)["blocks"], mesh),)
+    return sharding.on_mesh(local, mesh, in_specs, decode_specs(config)["layers"])(blocks)
+
+
+@_in_layout
+def _layer_of_stack(
+    blocks: Params, i: Int[Array, ""], *, narrow: frozenset[str], config: ModelConfig, mesh: Mesh
+) -> Weights:
     def local(blocks: Params, i: Int[Array, ""]) -> Weights:
-        layer = decode_layer(jax.tree.map(lambda leaf: leaf[i], blocks), config)
-        return {name: pack_panels(leaf, first[name]) for name, leaf in layer.items()}
+        return _layer_in_layout(jax.tree.map(lambda leaf: leaf[i], blocks), narrow, config)
 
     in_specs = (sharding.fitted(blocks, weight_specs(config)["blocks"], mesh), P())
-    return sharding.on_mesh(local, mesh, in_specs, decode_specs(config)["layers"])(blocks, i)
+    specs = {name: P(*spec[1:]) for name, spec in decode_specs(config)["layers"].items()}
+    return sharding.on_mesh(local, mesh, in_specs, specs)(blocks, i)
 
 
-def pack_panels(weight: Array, array: ArraySpec) -> Panels | Dense | Array:
+def _layer_in_layout(arrays: Params, narrow: frozenset[str], config: ModelConfig) -> Weights:
+    first = {name: arrays[0] for name, arrays in fused_arrays(config).items()}
+    return {name: pack_panels(leaf, first[name], name in narrow) for name, leaf in decode_layer(arrays, config).items()}
+
+
+def pack_panels(weight: Array, array: ArraySpec, is_narrow: bool) -> Panels | Dense | Array:
     """A matrix whose outputs come first, in panels where a kernel multiplies those; what is none stays as it is."""
     if not array.summed:
         return weight
@@ -105,47 +132,57 @@ def pack_panels(weight: Array, array: ArraySpec) -> Panels | Dense | Array:
     num_outputs = math.prod(weight.shape[:-num_inputs])
     if not has_kernel(kernels.platform()) or num_outputs % Panels.SIZE:
         return Dense(weight, array.outputs_first.replace(" ", ""))
-    return Panels.of(weight, num_inputs)
+    return Panels.of(weight.astype(jnp.bfloat16) if is_narrow else weight, num_inputs)
 
 
-def forward(
-    weights: Weights, cache: Pages, step: Step, config: ModelConfig, implementation: str | None
-) -> tuple[Float[Array, "b t d"], Pages]:
+def forward(weights: Weights, cache: Pages, step: Step, config: ModelConfig, implementation: str | None) -> State:
     """Returns the tokens' final, normed hidden states, and the cache with their keys and values written."""
-    positions_bt = step.metadata.starts[:, None] + jnp.arange(step.tokens.shape[1])
-    ropes = {kind: rope_table(positions_bt, kind, config.head_dim) for kind in dict.fromkeys(config.layers)}
     x_btd = embedded(weights["embed"], step.tokens, config).astype(weights["final_norm"].dtype)
+    ropes = ropes_of_kinds(step.metadata.starts[:, None] + jnp.arange(step.tokens.shape[1]), config)
     implementation = chosen(implementation)
-    if implementation == "cpu":
-        ropes = {kind: _kept(rope) for kind, rope in ropes.items()}
     metadata = ordered(step.metadata, cache.page_size, implementation)
-    for i, (layer, kind) in enumerate(zip(weights["layers"], config.layers, strict=True)):
+
+    def layer(state: State, arrays: Weights, i: Int[Array, ""], kind: Kind) -> State:
+        rope, options = of_kind(ropes, kind), attention_options(config, kind) | {"sinks": arrays.get("sinks")}
         seen = metadata.of_layer(i)
-        x_btd, cache = _layer(layer, cache, x_btd, ropes[kind], step.slot_mapping, seen, kind, config, implementation)
+        return _layer(arrays, state, rope, step.slot_mapping, seen, options, config, implementation)
+
+    loop = _unrolled if isinstance(weights["layers"], list) else _scanned
+    x_btd, cache = loop(layer, (x_btd, cache), weights["layers"], kinds_of_layers(config))
     return norm(x_btd, weights["final_norm"], config), cache
 
 
-def _kept(rope: Rope) -> Rope:
-    """The same numbers as a product's result. XLA keeps that, and would work out a sine for every head and layer."""
-    b, t, half = rope[0].shape
-    table_1xh, first = jnp.concatenate(rope, axis=-1).reshape(1, b * t, 2 * half), np.zeros(1, np.int32)
-    kept_bth = gathered_matmul(table_1xh, first, jnp.eye(2 * half)[None], first).reshape(b, t, 2 * half)
-    return kept_bth[..., :half], kept_bth[..., half:]
+def _unrolled(layer: Callable[..., State], state: State, layers: list[Weights], kinds: np.ndarray | None) -> State:
+    of_kind = jax.jit(layer, static_argnames="kind")  # one jit inside another: layers of one kind are traced once
+    for i, arrays in enumerate(layers):
+        state = of_kind(state, arrays, i, kind=None if kinds is None else int(kinds[i]))
+    return state
 
 
-# one jit inside another: layers of one kind are traced once
-@functools.partial(jax.jit, static_argnames=("kind", "config", "implementation"))
+def _scanned(layer: Callable[..., State], state: State, stack: Weights, kinds: np.ndarray | None) -> State:
+    panels = {name: leaf for name, leaf in stack.items() if isinstance(leaf, Panels)}  # which stay where they are
+    others = {name: leaf for name, leaf in stack.items() if name not in panels}
+
+    def run(state: State, of_layer: tuple[Array, Weights, Kind]) -> tuple[State, None]:
+        i, arrays, kind = of_layer
+        arrays = arrays | {name: leaf.of_layer(i) for name, leaf in panels.items()}
+        return layer(state, arrays, i, kind), None
+
+    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
+    return jax.lax.scan(run, state, (numbers, others, kinds))[0]
+
+
 def _layer(
-    layer: Params,
-    pages: Pages,
-    x_btd: Array,
+    layer: Weights,
+    state: State,
     rope: Rope,
     slot_mapping: Array,
     metadata: AttentionMetadata,
-    kind: LayerSettings,
+    options: dict[str, Any],
     config: ModelConfig,
     implementation: str,
-) -> tuple[Array, Pages]:
+) -> State:
+    x_btd, pages = state
     is_one_kernel = implementation in KERNELS  # rotation and writing
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Pages]:
@@ -155,8 +192,7 @@ def _layer(
         else:
             page_bt, offset_bt = jnp.divmod(slot_mapping, pages.page_size)
             written = pages.write(page_bt * metadata.heads + metadata.layer * metadata.kv_heads, offset_bt, k, v)
-        options = kind.window, kind.scale, config.soft_cap, layer.get("sinks")
-        return decode_attention(q, written, metadata, implementation, *options), written
+        return decode_attention(q, written, metadata, implementation, **options), written
 
     return block(layer, x_btd, None if is_one_kernel else rope, attend, config)
 

@@ -76,6 +76,14 @@ def test_panels_multiply_and_look_up_as_the_matrix_does():
     np.testing.assert_array_equal(found.lookup(ids), expected.lookup(ids))
 
 
+def test_a_stack_of_panels_multiplies_by_the_layer_that_is_asked_for():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 8), (4, 32, 8)))
+    stack = jax.lax.map(Panels.of, w)
+    found = jax.lax.map(lambda layer: stack.of_layer(layer).matmul(x, "md,od->mo"), jnp.arange(4))
+    np.testing.assert_allclose(found, jnp.einsum("md,lod->lmo", x, w), rtol=0, atol=2e-6)
+
+
 def test_the_layers_are_not_widened_all_at_once():
     """XLA likes to hoist such a conversion out of the scan, which would cost more memory than there was before."""
     model = tiny.model()

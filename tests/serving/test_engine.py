@@ -22,6 +22,7 @@ from cartridges_jax.command_line.errors import UserError
 from cartridges_jax.kernels.decode_attention import IMPLEMENTATIONS, KERNELS
 from cartridges_jax.kernels.decode_attention.pages import lay_out_slots
 from cartridges_jax.models.language_model import LanguageModel
+from cartridges_jax.models.params import init_params
 from cartridges_jax.serving.cache import PageCache
 from cartridges_jax.serving.engine import ACCELERATOR_PREFILL, CPU_PREFILL, PAGE_SIZE, Engine, PrefillSizes
 from cartridges_jax.serving.generate import generate, generate_ids, run
@@ -39,6 +40,7 @@ from cartridges_jax.serving.scheduler import (
     Started,
     Token,
 )
+from cartridges_jax.serving.steps import decode_step
 from cartridges_jax.serving.warmup import Warmup
 
 RUN_HERE = [name for name in IMPLEMENTATIONS if name not in KERNELS]
@@ -320,9 +322,23 @@ def test_weights_that_bfloat16_holds_lie_in_it_and_nothing_else_does(engine: Eng
     same(sampled, np.asarray(jax.nn.log_softmax(model.logits(np.asarray([tokens]))))[0, -1])
     names = {"qkv", "o", "gate_up", "down"}  # the vocabulary is not a multiple of 16
     for made, dtype in ((rounded, "bfloat16"), (engine, "float32")):
-        weights = made._weights | made._weights["layers"][0]
+        weights = made._weights | made._weights["layers"]
         assert {leaf.dtype for name in names for leaf in jax.tree.leaves(weights[name])} == {jnp.dtype(dtype)}
         assert {a.dtype for a in jax.tree.leaves(made._cache)} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_cpu_compiles_one_layer_however_many_there_are():
+    """So that a deep model starts as soon, and takes as little memory for its programs, as a shallow one."""
+
+    def lines(num_layers: int) -> int:
+        config = replace(tiny.model().config, num_layers=num_layers)
+        model = replace(tiny.model(), config=config, params=init_params(config, jax.random.key(0)))
+        engine = Engine(model, max_num_seqs=1, max_length=128)
+        options = {"config": config, "mesh": engine._mesh, "num_top": 0}
+        program = decode_step.lower(engine._weights, engine._cache, engine._last, engine._next_batch([0]), **options)
+        return program.as_text().count("\n")
+
+    assert lines(2) == lines(9)
 
 
 def test_a_cartridge_of_another_shape_is_refused(engine: Engine):
