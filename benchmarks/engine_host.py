@@ -33,6 +33,7 @@ from cartridges_jax.models.params import init_params
 from cartridges_jax.serving import steps
 from cartridges_jax.serving.engine import Engine
 from cartridges_jax.serving.engine_thread import EngineThread
+from cartridges_jax.serving.metrics import Metrics, TokenTimer
 from cartridges_jax.serving.requests import GenerationRequest
 from cartridges_jax.serving.scheduler import Finished, Request, Scheduler, Token
 from cartridges_jax.serving.warmup import Warmup
@@ -132,9 +133,12 @@ def short_answers(engine: Engine, n: int, count: int) -> float:
 def through_the_thread(engine: Engine, n: int, count: int) -> float:
     """Seconds a step of a thread whose tokens are taken, and nothing made of them, in an event loop."""
 
+    metrics = Metrics("small")
+
     async def ask(thread: EngineThread, i: int) -> None:
         request = Request("", (i, *range(1, PROMPT)), max_tokens=count)
-        pending = thread.submit(GenerationRequest("text", "small", (), (request,), count), None, time.monotonic())
+        timer = TokenTimer(metrics, time.monotonic())
+        pending = thread.submit(GenerationRequest("text", "small", (), (request,), count), None, timer)
         await pending.accepted()
         while not isinstance((await pending.events.get())[1], Finished):
             pass
