@@ -153,9 +153,9 @@ def forward(weights: Weights, cache: Pages, step: Step, config: ModelConfig, imp
 
 
 def _unrolled(layer: Callable[..., State], state: State, layers: list[Weights], kinds: np.ndarray | None) -> State:
-    of_kind = jax.jit(layer, static_argnames="kind")  # one jit inside another: layers of one kind are traced once
+    traced = jax.jit(layer, static_argnames="kind")  # one jit inside another: once for all layers of a kind
     for i, arrays in enumerate(layers):
-        state = of_kind(state, arrays, i, kind=None if kinds is None else int(kinds[i]))
+        state = traced(state, arrays, i, kind=None if kinds is None else int(kinds[i]))
     return state
 
 
