@@ -132,7 +132,6 @@ def short_answers(engine: Engine, n: int, count: int) -> float:
 
 def through_the_thread(engine: Engine, n: int, count: int) -> float:
     """Seconds a step of a thread whose tokens are taken, and nothing made of them, in an event loop."""
-
     metrics = Metrics("small")
 
     async def ask(thread: EngineThread, i: int) -> None:

@@ -6,6 +6,7 @@ layer's kind as a number, and an unrolled one may get it as an int, whose settin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -36,10 +37,14 @@ def of_kind(tree: Any, kind: Kind) -> Any:
     return tree if kind is None else jax.tree.map(lambda leaf: leaf[kind], tree)
 
 
-def attention_options(config: ModelConfig, kind: Kind) -> dict[str, Any]:
-    """How the tokens of a layer of this kind attend, as far as it differs from what attention does anyway."""
+def attention_options(layer: Mapping[str, Any], config: ModelConfig, kind: Kind) -> dict[str, Any]:
+    """How the tokens of a layer of this kind attend, as far as it differs from what attention does anyway.
+
+    Args:
+      layer: its arrays.
+    """
     defaults = {"window": config.max_position_embeddings, "scale": config.head_dim**-0.5}
-    options: dict[str, Any] = {"soft_cap": config.soft_cap}
+    options: dict[str, Any] = {"soft_cap": config.soft_cap, "sinks": layer.get("sinks")}
     for name, default in defaults.items():
         values = [getattr(one, name) for one in _kinds(config)]
         if len(set(values)) == 1:

@@ -58,7 +58,7 @@ def run_layers(
     def layer(x_btd: Array, scanned: Any) -> tuple[Array, Any]:
         arrays, own, kind = scanned
         arrays = layer_of(arrays, config)
-        options = attention_options(config, kind) | ({"sinks": arrays["sinks"]} if "sinks" in arrays else {})
+        options = attention_options(arrays, config, kind)
 
         def attend_here(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             return attend(q, k, v, own, **options)

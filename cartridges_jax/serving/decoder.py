@@ -143,7 +143,7 @@ def forward(weights: Weights, cache: Pages, step: Step, config: ModelConfig, imp
     metadata = ordered(step.metadata, cache.page_size, implementation)
 
     def layer(state: State, arrays: Weights, i: Int[Array, ""], kind: Kind) -> State:
-        rope, options = of_kind(ropes, kind), attention_options(config, kind) | {"sinks": arrays.get("sinks")}
+        rope, options = of_kind(ropes, kind), attention_options(arrays, config, kind)
         seen = metadata.of_layer(i)
         return _layer(arrays, state, rope, step.slot_mapping, seen, options, config, implementation)
 
